@@ -1,0 +1,42 @@
+"""Starts ranks on this machine through torch's elastic launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+
+ROLE = "minitron"
+"""What the launcher tells each rank it is. Such ranks leave the last word to `launch.agent`."""
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run_ranks(num_ranks: int, arguments: list[str]) -> int:
+    """Run `minitron ARGUMENTS` as `num_ranks` ranks here and wait for them.
+
+    Signals sent to this process reach the ranks once: they get a session of their own, so that a terminal's
+    Ctrl-C does not reach them by itself as well.
+
+    Args:
+        num_ranks: processes to start.
+        arguments: the command line, verb first.
+
+    Returns:
+        The exit status: 2 when a rank ended on an error of the user's, whose message has been printed.
+    """
+    # Where the system can say so, the cores this process may use and not all there are.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    command = [
+        *(sys.executable, "-m", "minitron_megatron.launch.agent"),
+        *("--standalone", "--role", ROLE, "--nproc-per-node", str(num_ranks)),
+        *("-m", "minitron_megatron.cli", *arguments),
+    ]
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // num_ranks)), **os.environ}
+    agent = subprocess.Popen(command, env=environment, start_new_session=True)
+    previous = {number: signal.signal(number, lambda got, _: agent.send_signal(got)) for number in _FORWARDED}
+    try:
+        status = agent.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 128 - status if status < 0 else status

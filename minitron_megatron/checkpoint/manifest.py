@@ -1,0 +1,193 @@
+"""The manifest: what an output folder is, what it was made from, and whether it is whole.
+
+`manifest.json` is the last file that a stage writes. A folder without it is not a result.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from minitron_megatron import __version__
+from minitron_megatron.errors import CheckpointError, ConfigError, DiskSpaceError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_SAMPLE_BYTES = 64 * 1024
+# Settings that say where a result goes or who watches, and not what it is.
+_NOT_CONTENT = ("output", "tracking")
+
+
+@dataclass
+class Parent:
+    """One input of a stage.
+
+    Attributes:
+        role: what it was to the stage, e.g. `teacher`.
+        path: where it lay.
+        fingerprint: of its content, see `fingerprint`.
+    """
+
+    role: str
+    path: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, role: str, path: Path) -> "Parent":
+        return cls(role, str(path), fingerprint(path))
+
+
+@dataclass
+class Manifest:
+    """What a folder is.
+
+    Attributes:
+        kind: `checkpoint`, `scores`, `evaluation`, `huggingface` or `run`.
+        shape: the network's shape, as plain values, where there is one.
+        parents: what it was made from.
+        config: the settings it was made with, resolved.
+        details: what else is worth knowing (counts, seconds, notes).
+        version: of this package.
+    """
+
+    kind: str
+    shape: dict | None = None
+    parents: list[Parent] = field(default_factory=list)
+    config: dict = field(default_factory=dict)
+    details: dict = field(default_factory=dict)
+    version: str = __version__
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder` in one step."""
+        write_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read a folder's manifest.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be understood.
+        """
+        path = folder / MANIFEST
+        try:
+            values = json.loads(path.read_text())
+            return cls(**{**values, "parents": [Parent(**parent) for parent in values.get("parents", [])]})
+        except FileNotFoundError as e:
+            raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a finished result") from e
+        except (ValueError, TypeError) as e:
+            raise CheckpointError(f"{path} cannot be understood: {e}") from e
+
+    def same_content(self, other: "Manifest") -> bool:
+        """Whether both describe the result of the same settings on the same inputs."""
+
+        def essence(manifest: Manifest):
+            config = {k: v for k, v in manifest.config.items() if k not in _NOT_CONTENT}
+            # A parent is known by its content, so that moving a folder changes nothing.
+            config = {k: v for k, v in config.items() if k not in {p.role for p in manifest.parents}}
+            return manifest.kind, sorted((p.role, p.fingerprint) for p in manifest.parents), config
+
+        return essence(self) == essence(other)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file in one step; a reader sees the old or the new text, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def fingerprint(path: Path) -> str:
+    """A hash of a file's or folder's content that is cheap for any size.
+
+    Names, sizes, and the first, middle and last 64 KiB of every file count. Weights that were trained
+    further differ everywhere, so the samples tell them apart; it is no protection against forgery.
+    """
+    digest = hashlib.sha256()
+    root = path if path.is_dir() else path.parent
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(root)}\0{size}\0".encode())
+        with open(file, "rb") as f:
+            for start in sorted({0, max(0, size // 2), max(0, size - _SAMPLE_BYTES)}):
+                f.seek(start)
+                digest.update(f.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def is_done(output: Path, manifest: Manifest) -> bool:
+    """Whether `output` already holds what `manifest` describes.
+
+    Raises:
+        ConfigError: it holds something else, which is never overwritten.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not (output / MANIFEST).exists():
+        raise ConfigError([f"output = {output} exists and is not a finished result: choose another or remove it"])
+    if not Manifest.read(output).same_content(manifest):
+        raise ConfigError(
+            [f"output = {output} holds a result of other settings or inputs: choose another or remove it"]
+        )
+    logger.info("%s is there already with the same inputs: skipped", output)
+    return True
+
+
+@contextmanager
+def writing(output: Path, manifest: Manifest, num_bytes: int = 0) -> Iterator[Path]:
+    """Write a result folder so that it appears whole or not at all.
+
+    Yields a temporary folder beside `output`. When the block ends, the manifest is added and the folder
+    renamed to `output`; when it fails, the folder is removed.
+
+    Args:
+        output: the folder to make; it must not exist, or be empty.
+        manifest: of the result.
+        num_bytes: what will be written, to be refused before any work if the disk is too small.
+
+    Raises:
+        DiskSpaceError: the disk is or gets full.
+    """
+    temporary = output.with_name(f".{output.name}.partial")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    require_space(output.parent, num_bytes)
+    temporary.mkdir()
+    try:
+        yield temporary
+        manifest.write(temporary)
+        if output.exists():
+            output.rmdir()
+        os.replace(temporary, output)
+    except BaseException as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_disk_full(e):
+            raise DiskSpaceError(f"the disk of {output} is full: free some space and run it again") from e
+        raise
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Refuse work whose result would not fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise DiskSpaceError(
+            f"{folder} has {free / 1e9:.2f} GB free, and {num_bytes / 1e9:.2f} GB are needed: free some space "
+            f"or choose another output"
+        )
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
+            return True
+        error = error.__cause__ or error.__context__
+    return False

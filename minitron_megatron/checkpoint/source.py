@@ -1,0 +1,47 @@
+"""A source of weights: anything that can give any part of any parameter of a network.
+
+A checkpoint on disk, a Hugging Face folder and a pruned view of either are all sources. Writers take a
+source, so that every way in goes with every way out and no whole model is ever held in memory.
+"""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from minitron_megatron.model.axes import Param
+from minitron_megatron.model.shape import ModelShape
+
+
+class TensorSource(Protocol):
+    """Weights of a network, by the names and axes of the axis table."""
+
+    shape: ModelShape
+    dtype: torch.dtype
+
+    def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
+        """Read the given positions of one parameter.
+
+        Args:
+            param: a row of the axis table of `shape`.
+            layer: which sublayer of the parameter's kind, counted from 0; None outside the layers.
+            index: for each dimension, the positions wanted, ascending.
+
+        Returns:
+            tensor with the lengths of `index`.
+        """
+        ...
+
+
+def instances(param: Param, shape: ModelShape) -> list[int | None]:
+    """Which sublayers have `param`: the `layer` arguments with which it can be read."""
+    return list(range(len(shape.sublayers(param.sublayer)))) if param.sublayer else [None]
+
+
+def take(tensor: torch.Tensor, index: list[np.ndarray]) -> torch.Tensor:
+    """`tensor` at `index[0] x index[1] x ...`, copying once per dimension that is really cut."""
+    for dim, positions in enumerate(index):
+        if len(positions) == tensor.size(dim) and (positions == np.arange(len(positions))).all():
+            continue
+        tensor = tensor.index_select(dim, torch.from_numpy(np.ascontiguousarray(positions)))
+    return tensor

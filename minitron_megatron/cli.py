@@ -1,0 +1,129 @@
+"""The command line: `minitron VERB [key=value ...]`.
+
+Composes and checks the settings before anything heavy is imported, then calls the verb's function: in this
+process, as one of the ranks that torchrun or srun started, or in ranks that are started here.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from typing import Any
+
+from minitron_megatron import __version__
+from minitron_megatron.config.compose import compose, experiments, to_yaml
+from minitron_megatron.config.describe import describe, summary
+from minitron_megatron.config.reader import near
+from minitron_megatron.config.verbs import DISTRIBUTED, VERBS, verb_function
+from minitron_megatron.errors import ConfigError, UserError
+from minitron_megatron.launch.local import ROLE, run_ranks
+from minitron_megatron.launch.world import required_ranks, slurm_environment
+from minitron_megatron.parallel.layout import Layout
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        Exit status: 0; 2 when the user can mend what is wrong; 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = {argument for argument in arguments if argument.startswith("-")}
+    verb, *overrides = [argument for argument in arguments if argument not in options] or [None]
+    try:
+        return _run(verb, overrides, options)
+    except UserError as error:
+        _tell(verb, error)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(verb: str | None, overrides: list[str], options: set[str]) -> int:
+    if unknown := options - {"-h", "--help", "--cfg", "--version"}:
+        raise ConfigError([f"{option} is no option: {near(option, ['--help', '--cfg'])}" for option in sorted(unknown)])
+    if "--version" in options:
+        print(__version__)
+        return 0
+    if verb is None:
+        print(_overview())
+        return 0
+    if verb not in VERBS:
+        raise ConfigError([f"{verb!r} is no verb: {near(verb, list(VERBS))}"])
+    if options & {"-h", "--help"}:
+        print(f"minitron {verb}: {summary(verb)}\n\n{describe(verb)}")
+        return 0
+    settings = compose(verb, overrides)
+    if "--cfg" in options:
+        print(to_yaml(settings), end="")
+        return 0
+    return _start(verb, overrides, settings)
+
+
+def _start(verb: str, overrides: list[str], settings: Any) -> int:
+    """Run a verb in the world that there is, or in one made for it."""
+    os.environ.update(slurm_environment(os.environ))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if verb in DISTRIBUTED:
+        if "RANK" not in os.environ and required_ranks(settings.parallel) > 1:
+            return run_ranks(required_ranks(settings.parallel), [verb, *overrides])
+        Layout.from_config(settings.parallel, world_size)
+    elif world_size > 1:
+        raise ConfigError([f"{verb} runs in one process, and here are {world_size}: start it without a launcher"])
+    _set_up_logging()
+    verb_function(verb)(settings)
+    return 0
+
+
+def _overview() -> str:
+    lines = [f"  {verb:<10}{summary(verb)}" for verb in VERBS]
+    return "\n".join(
+        [
+            "Usage: minitron VERB [key=value ...]",
+            "",
+            *lines,
+            "",
+            "  minitron VERB --help                     the settings of a verb",
+            "  minitron VERB key=value ... --cfg        the settings as they would be used, without running",
+            f"  minitron compress experiment=NAME        a whole recipe: {', '.join(experiments())}",
+        ]
+    )
+
+
+def _set_up_logging() -> None:
+    """Messages of this package on the first rank, warnings of everything on all; all on stderr."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    # A file has no width, and lines broken at column 80 cannot be searched.
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    if int(os.environ.get("RANK", 0)) == 0:
+        logging.getLogger("minitron_megatron").setLevel(logging.INFO)
+    # Megatron-Core says so at import, up to five times; the manual says which kernels are used when.
+    warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")
+
+
+def _tell(verb: str | None, error: UserError) -> None:
+    """Print an error once, whatever the number of ranks that find it.
+
+    torch's elastic launcher gives every rank a file for its last error. What a rank other than the first finds
+    alone is shown from there; ranks started by `run_ranks` leave even the first one's to it.
+    """
+    start = f"minitron {verb}: " if verb else "minitron: "
+    message = "\n".join(start + line for line in str(error).splitlines())
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        with open(error_file, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)
+    left_to_launcher = error_file and (os.environ["ROLE_NAME"] == ROLE or os.environ["RANK"] != "0")
+    if not left_to_launcher:
+        print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""From `conf/VERB.yaml`, an experiment and overrides to a settings object.
+
+Hydra composes; the dataclasses of `schema` say what is allowed. Whatever is wrong, in a file or on the
+command line, is listed in one `ConfigError`, and no DictConfig leaves this package.
+"""
+
+import dataclasses
+import json
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from minitron_megatron.config.reader import Reader, keys, near, show
+from minitron_megatron.config.schema import SCHEMAS, CompressConfig
+from minitron_megatron.errors import ConfigError, raise_if_any
+
+EXPERIMENT = "experiment"
+
+STAGE_VERBS = [verb for verb in SCHEMAS if verb != "compress"]
+
+INHERITED = ("target", "data", "parallel")
+"""Sections of a recipe that its stages start from."""
+
+Stages = dict[str, tuple[str, Any]]
+"""Verb and settings object of each stage, by name."""
+
+
+def conf_dir() -> Path:
+    """The folder of the shipped YAML files, in a checkout as in an installed copy."""
+    return (Path(__file__).parent.parent / "conf").resolve()
+
+
+def experiments() -> list[str]:
+    """Names of the shipped recipes."""
+    folder = conf_dir() / EXPERIMENT
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def compose(verb: str, overrides: list[str]) -> Any:
+    """The settings of `verb`: its YAML file, then `experiment=NAME` if given, then `key=value` overrides.
+
+    Args:
+        verb: a key of `SCHEMAS`.
+        overrides: Hydra overrides. None needs a leading `+`: which keys exist is for the dataclasses to say.
+
+    Returns:
+        An object of the verb's dataclass, every value resolved and checked.
+
+    Raises:
+        ConfigError: listing every problem found.
+    """
+    problems: list[str] = []
+    texts = [text for override in overrides for text in _read_override(override, problems)]
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="minitron"):
+            node = hydra_compose(config_name=verb, overrides=texts)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError([*problems, str(error).strip()]) from None
+    reader = Reader()
+    settings = reader.settings(SCHEMAS[verb], node)
+    checks = settings.problems()
+    # Checks of half-read settings would mislead.
+    problems += reader.missing + reader.wrong + ([] if reader.wrong else checks)
+    if verb == "compress":
+        _, found = _read_stages(settings, reader.value(node, "stages", ""))
+        # What a stage took over from the recipe is the recipe's problem.
+        problems += [problem for problem in found if re.sub(r"\bstages\.[^.]+\.", "", problem) not in checks]
+    raise_if_any(problems)
+    return settings
+
+
+def resolve_stages(settings: CompressConfig) -> Stages:
+    """Verb and settings object of every stage of a recipe, by name, in the order they run.
+
+    A stage's target, data and parallel start from the recipe's own. A stage set to null is left out.
+
+    Raises:
+        ConfigError: listing every problem of every stage, each prefixed with `stages.NAME.`.
+    """
+    stages, problems = _read_stages(settings, OmegaConf.create(settings.stages))
+    raise_if_any(problems)
+    return stages
+
+
+def to_plain(settings: Any) -> dict:
+    """The settings as JSON values."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return value.value if isinstance(value, Enum) else value
+
+    return plain(dataclasses.asdict(settings))
+
+
+def to_yaml(settings: Any) -> str:
+    """The settings as YAML, in the schema's order."""
+    return yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True, width=120)
+
+
+def to_overrides(settings: Any) -> list[str]:
+    """Overrides from which `compose` makes the same settings again, in another process."""
+
+    def quoted(value: Any) -> str:
+        if isinstance(value, list):
+            return f"[{','.join(map(quoted, value))}]"
+        if not isinstance(value, str):
+            return json.dumps(value)
+        # To Hydra a backslash means something before a quote alone.
+        escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
+        return f'"{escaped}"'
+
+    def flat(values: dict, where: str):
+        for name, value in values.items():
+            if isinstance(value, dict) and value:
+                yield from flat(value, f"{where}{name}.")
+            else:
+                yield f"{where}{name}={quoted(value)}"
+
+    return list(flat(to_plain(settings), ""))
+
+
+def _read_override(text: str, problems: list[str]) -> list[str]:
+    """The override in the form in which Hydra is to apply it, or nothing and a problem."""
+    try:
+        [override] = OverridesParser.create().parse_overrides([text])
+    except HydraException:
+        problems.append(f"{text!r} cannot be read: write key=value, and quote special characters: 'key=\"a=b\"'")
+        return []
+    key = override.key_or_group
+    if override.is_sweep_override():
+        problems.append(f"{text!r} is several values: give one, or a list in brackets, as in {key}=[a,b]")
+    elif not key or key.split(".")[0] == "hydra":
+        problems.append(f"{text!r} sets nothing that is read here: write key=value")
+    elif key == EXPERIMENT:
+        value = override.get_value_element_as_str()
+        if value in experiments():
+            return [f"+{EXPERIMENT}={value}"]
+        found = f"{EXPERIMENT} = {value}: not in {conf_dir() / EXPERIMENT}; {near(value, experiments())}"
+        raise ConfigError([*problems, found])  # without it most else would seem wrong
+    else:
+        return [text if override.is_delete() else f"++{text.lstrip('+')}"]
+    return []
+
+
+def _read_stages(recipe: CompressConfig, node: Any) -> tuple[Stages, list[str]]:
+    """The stages that can be read, and what is wrong with all of them."""
+    stages: Stages = {}
+    problems: list[str] = []
+    for name in node if OmegaConf.is_dict(node) else ():
+        where, reader = f"stages.{name}.", Reader()
+        stage = reader.value(node, name, "stages.")
+        if stage is None:
+            continue
+        if not OmegaConf.is_dict(stage):
+            problems += reader.wrong or [f"stages.{name} = {show(stage)}: must be a verb and its settings, or null"]
+            continue
+        verb = reader.value(stage, "verb", where) if "verb" in stage else None
+        if verb is None:
+            others = [str(other) for other in node if other != name]
+            problems.append(f"{where}verb is missing: give {where}verb=VERB; {near(str(name), others)}")
+        elif verb not in STAGE_VERBS:
+            problems.append(f"{where}verb = {show(verb)} is no verb of a stage: {near(str(verb), STAGE_VERBS)}")
+        else:
+            _inherit(recipe, stage, SCHEMAS[verb])
+            settings = reader.settings(SCHEMAS[verb], stage, where, ignored=("verb",))
+            problems += reader.missing + reader.wrong + ([] if reader.wrong else settings.problems(where))
+            stages[str(name)] = (verb, settings)
+    return stages, problems
+
+
+def _inherit(recipe: CompressConfig, stage: DictConfig, schema: type) -> None:
+    """Fill what a stage leaves open in the sections that it shares with its recipe."""
+    for section in [name for name in INHERITED if name in keys(schema)]:
+        with open_dict(stage):
+            if section not in stage:
+                stage[section] = {}
+            own = Reader().value(stage, section, "")
+            if OmegaConf.is_dict(own):
+                own.update({key: value for key, value in to_plain(getattr(recipe, section)).items() if key not in own})

@@ -1,0 +1,69 @@
+"""Help texts, read off the schemas: names, defaults and what the docstrings say."""
+
+import dataclasses
+import inspect
+import re
+import textwrap
+from enum import Enum
+from types import UnionType
+from typing import get_args, get_type_hints
+
+from omegaconf import OmegaConf
+
+from minitron_megatron.config.compose import conf_dir
+from minitron_megatron.config.reader import MISSING, show
+from minitron_megatron.config.schema import SCHEMAS
+
+
+def summary(verb: str) -> str:
+    """What a verb does, in a line."""
+    return inspect.getdoc(SCHEMAS[verb]).splitlines()[0].partition(": ")[2]
+
+
+def describe(verb: str, width: int = 110) -> str:
+    """Every setting of a verb with its default and its meaning, one below the other."""
+    defaults = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{verb}.yaml"))
+    rows = _rows(SCHEMAS[verb], defaults, "")
+    column = max(len(setting) for setting, _ in rows) + 4
+    return "\n".join(
+        textwrap.fill(meaning, width, initial_indent=f"  {setting}".ljust(column), subsequent_indent=" " * column)
+        if meaning
+        else f"  {setting}"
+        for setting, meaning in rows
+    )
+
+
+def _rows(schema: type, defaults: dict, where: str) -> list[tuple[str, str]]:
+    """`name=default` and meaning of every setting."""
+    rows, meanings = [], _meanings(schema)
+    for name, hint in get_type_hints(schema).items():
+        kind = get_args(hint)[0] if isinstance(hint, UnionType) else hint
+        default, meaning = defaults[name], meanings.get(name, "")
+        if dataclasses.is_dataclass(kind):
+            rows += _rows(kind, default, f"{where}{name}.")
+            continue
+        if kind is dict:
+            default, meaning = "...", f"{meaning} By default: {', '.join(default)}."
+        elif isinstance(kind, type) and issubclass(kind, Enum):
+            meaning = f"{meaning} [{', '.join(member.value for member in kind)}]".strip()
+        rows.append((f"{where}{name}={_shown(default)}", meaning))
+    return rows
+
+
+def _shown(default) -> str:
+    if isinstance(default, list):
+        return f"[{','.join(default)}]"
+    if isinstance(default, str):
+        return "..." if default == MISSING else default
+    return show(default)
+
+
+def _meanings(schema: type) -> dict[str, str]:
+    """The entries below `Attributes:` in a docstring."""
+    meanings, name = {}, None
+    for line in inspect.getdoc(schema).partition("Attributes:\n")[2].splitlines():
+        if entry := re.match(r" {4}(\w+): (.*)", line):
+            name, meanings[entry[1]] = entry.groups()
+        elif line.startswith(" " * 8):
+            meanings[name] += f" {line.strip()}"
+    return meanings

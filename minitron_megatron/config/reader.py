@@ -1,0 +1,135 @@
+"""Strict reading of OmegaConf nodes into dataclasses, going on after a problem so that all are found."""
+
+import dataclasses
+import difflib
+import math
+from enum import Enum
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+
+MISSING = "???"
+"""Default of a setting that has to be given."""
+
+UNREAD = object()
+"""What `Reader` returns instead of a value that cannot be had."""
+
+_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "settings by name"}
+
+
+def near(name: str, known: list[str], where: str = "") -> str:
+    """The end of a message about an unknown name: the one that was probably meant, or all that there are.
+
+    Args:
+        name: what was written.
+        known: what could have been, dotted where it lies in a section.
+        where: dotted path of them all, with its closing dot.
+    """
+    meant = [key for key in known if key.split(".")[-1] == name] or difflib.get_close_matches(name, known, n=1)
+    if meant:
+        return f"did you mean {' or '.join(where + key for key in meant)}?"
+    return f"there are {', '.join(dict.fromkeys(key.split('.')[0] for key in known))}"
+
+
+def keys(schema: type) -> list[str]:
+    """All settings of a dataclass, those of its sections dotted."""
+    found = []
+    for name, hint in get_type_hints(schema).items():
+        found.append(name)
+        if dataclasses.is_dataclass(hint):
+            found += [f"{name}.{key}" for key in keys(hint)]
+    return found
+
+
+def show(value: Any) -> str:
+    """A value as it is written in YAML."""
+    if isinstance(value, Enum):
+        return value.value
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return repr(value)
+
+
+class Reader:
+    """Reads settings and collects what is wrong with them.
+
+    Attributes:
+        missing: one sentence per mandatory value that is not given.
+        wrong: one sentence per unknown key, value of a wrong type or broken interpolation.
+    """
+
+    def __init__(self):
+        self.missing: list[str] = []
+        self.wrong: list[str] = []
+
+    def settings(self, schema: type, node: DictConfig, where: str = "", ignored: tuple[str, ...] = ()) -> Any:
+        """An object of `schema`. What cannot be read keeps its default.
+
+        Args:
+            schema: the dataclass that says which keys exist and of which type they are.
+            node: the values, by key.
+            where: dotted path of `node`, with its closing dot, for messages.
+            ignored: keys of `node` that somebody else reads.
+        """
+        hints, given, values = get_type_hints(schema), list(node), {}
+        defaults = {field.name: field.default for field in dataclasses.fields(schema)}
+        typed = OmegaConf.structured(schema)
+        for key in given:
+            if key not in hints and key not in ignored:
+                self.wrong.append(f"{where}{key} is not a setting: {near(str(key), keys(schema), where)}")
+        for name, hint in hints.items():
+            value = self.value(node, name, where) if name in given else defaults[name]
+            if value == MISSING or (value == "" and defaults[name] == MISSING):
+                self.missing.append(f"{where}{name} is missing: give {where}{name}=VALUE")
+            elif name in given and value is not UNREAD:
+                if dataclasses.is_dataclass(hint) and OmegaConf.is_dict(value):
+                    value = self.settings(hint, value, f"{where}{name}.")
+                else:
+                    value = self._converted(hint, value, typed, where, name)
+                if value is not UNREAD:
+                    values[name] = value
+        return schema(**values)
+
+    def value(self, node: DictConfig, name: str, where: str) -> Any:
+        """The value under `name`, its interpolations resolved; a list as a list, a dict as a node."""
+        try:
+            value = node[name]
+            return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_list(value) else value
+        except MissingMandatoryValue:
+            return MISSING
+        except InterpolationToMissingValueError:
+            return UNREAD  # the missing value is reported where it stands
+        except OmegaConfBaseException as error:
+            self.wrong.append(f"{where}{name} = {node._get_node(name)}: {str(error).splitlines()[0]}")
+            return UNREAD
+
+    def _converted(self, hint: Any, value: Any, typed: DictConfig, where: str, name: str) -> Any:
+        """`value` as the type of its field, or `UNREAD` and a problem."""
+        optional = isinstance(hint, UnionType)
+        kind = get_args(hint)[0] if optional else hint
+        if optional and value is None:
+            return None
+        if dataclasses.is_dataclass(kind):
+            expected = f"settings, given one by one as in {where}{name}.{keys(kind)[0]}=VALUE"
+        elif isinstance(kind, type) and issubclass(kind, Enum):
+            choices = [member.value for member in kind]
+            if value in choices:
+                return kind(value)
+            expected = f"one of {', '.join(choices)}"
+        else:
+            try:
+                if kind is dict and OmegaConf.is_dict(value):
+                    return OmegaConf.to_container(value, resolve=True)
+                typed[name] = value
+                converted = OmegaConf.to_container(typed)[name]
+                if not isinstance(converted, float) or math.isfinite(converted):
+                    return converted
+            except InterpolationToMissingValueError:
+                return OmegaConf.to_container(value)  # the missing value is reported where it stands
+            except OmegaConfBaseException:
+                pass
+            expected = _EXPECTED.get(kind, "a list, as in [a,b]")
+        self.wrong.append(f"{where}{name} = {show(value)}: must be {expected}{' or null' if optional else ''}")
+        return UNREAD

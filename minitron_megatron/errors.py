@@ -1,0 +1,43 @@
+"""What a user can get wrong, by name.
+
+Every class here is a `ValueError` whose message names the field, the value and the fix. The command
+line prints the message alone and exits with status 2; anything else is a defect and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what, where and how."""
+
+
+class ConfigError(UserError):
+    """One or more settings are wrong. Every problem found is listed, not only the first.
+
+    Args:
+        problems: one sentence per problem, each naming the field, the value and the fix.
+    """
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class CheckpointError(UserError):
+    """A folder is not a whole checkpoint, or not of the model that was expected."""
+
+
+class UnsupportedModelError(UserError):
+    """A model family, or a part of one, that the axis table does not describe."""
+
+
+class DataError(UserError):
+    """A corpus that is missing, empty, too short, or tokenised for another tokenizer."""
+
+
+class DiskSpaceError(UserError):
+    """The target disk cannot hold what is about to be written."""
+
+
+def raise_if_any(problems: list[str]) -> None:
+    """Raise one `ConfigError` that lists all `problems`, if there are any."""
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,150 @@
+"""From a shape to a Megatron-Core model on this rank."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from minitron_megatron.config.schema import DType
+from minitron_megatron.errors import UnsupportedModelError, raise_if_any
+from minitron_megatron.model.local import CausalAttention, Norm
+from minitron_megatron.model.shape import Activation, ModelShape, NormKind, layout_problems
+from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.layout import Layout
+
+TORCH_DTYPES = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
+
+_ACTIVATIONS = {Activation.SILU: F.silu, Activation.GELU: F.gelu, Activation.SQUARED_RELU: squared_relu}
+_NORMS = {NormKind.RMSNORM: "RMSNorm", NormKind.LAYERNORM: "LayerNorm"}
+
+
+class Backbone(GPTModel):
+    """A GPT model whose forward ends at the last hidden state, before the output projection.
+
+    Losses project it themselves, a chunk of tokens at a time, so that full-vocabulary logits never exist.
+    Parameters, checkpoint keys and pipeline behaviour are GPTModel's.
+    """
+
+    def _postprocess(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """Weight of the output projection, `[vocab/tp, hidden]`; on the last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def transformer_config(shape: ModelShape, layout: Layout, dtype: DType) -> TransformerConfig:
+    """Megatron-Core's configuration of a network in a layout.
+
+    Raises:
+        ConfigError: the layout does not divide the network.
+        UnsupportedModelError: the pattern is not one that GPTModel realises.
+    """
+    if not shape.is_uniform:
+        raise UnsupportedModelError(
+            f"shape.pattern = {shape.pattern!r}: only '*-' repeated (attention, then MLP) can be built"
+        )
+    raise_if_any(layout_problems(shape, layout))
+    interleaved = layout.virtual_pipeline > 1
+    on_cuda = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization=_NORMS[shape.norm],
+        layernorm_epsilon=shape.norm_eps,
+        layernorm_zero_centered_gamma=shape.norm_zero_centered,
+        activation_func=_ACTIVATIONS[shape.activation],
+        gated_linear_unit=shape.gated,
+        add_bias_linear=shape.linear_bias,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        sequence_parallel=layout.sequence,
+        pipeline_dtype=TORCH_DTYPES[dtype],
+        params_dtype=TORCH_DTYPES[dtype],
+        bf16=dtype is DType.BF16,
+        fp16=dtype is DType.FP16,
+        # Losses are sums over valid tokens; Megatron divides gradients by their global number.
+        calculate_per_token_loss=True,
+        # With two ranks both neighbours are the same peer, and batched messages between them get mixed up.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        use_cpu_initialization=not on_cuda,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=on_cuda,
+        bias_dropout_fusion=on_cuda,
+        bias_activation_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def layer_spec(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The modules of the layers on this stage: Transformer Engine's on CUDA, the local ones on the CPU."""
+    if torch.cuda.is_available():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    else:
+        layer, norm = get_gpt_layer_local_spec(normalization=config.normalization), Norm
+        layer.submodules.input_layernorm = Norm
+        layer.submodules.pre_mlp_layernorm = Norm
+        layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def build_model(shape: ModelShape, groups: Groups, dtype: DType) -> list[Backbone]:
+    """This rank's part of the network, with random weights.
+
+    Returns:
+        one model per virtual pipeline stage of this rank.
+    """
+    config = transformer_config(shape, groups.layout, dtype)
+    num_chunks = groups.layout.virtual_pipeline
+    scaling = shape.rotary_scaling
+    chunks = []
+    for chunk in range(num_chunks):
+        vp_stage = chunk if num_chunks > 1 else None
+        model = Backbone(
+            config=config,
+            transformer_layer_spec=layer_spec(shape, config, vp_stage),
+            vocab_size=shape.padded_vocab,
+            max_sequence_length=shape.max_positions,
+            pre_process=groups.is_first_stage and chunk == 0,
+            post_process=groups.is_last_stage and chunk == num_chunks - 1,
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="rope",
+            rotary_percent=shape.rotary_fraction,
+            rotary_base=shape.rotary_base,
+            pg_collection=groups.collection,
+            vp_stage=vp_stage,
+        )
+        if scaling:
+            # GPTModel's own switch takes the factor alone; the other three would be Llama 3.1's, whatever the model.
+            rotary = model.rotary_pos_emb
+            rotary.inv_freq = rotary._apply_scaling(
+                rotary.inv_freq,
+                factor=scaling.factor,
+                low_freq_factor=scaling.low_freq_factor,
+                high_freq_factor=scaling.high_freq_factor,
+                original_max_position_embeddings=scaling.original_max_positions,
+            )
+        chunks.append(model.to(groups.device))
+    return chunks

@@ -1,0 +1,156 @@
+"""Model families: between a Hugging Face config and a `ModelShape`, both ways.
+
+A family says how its config spells the sizes. Where its tensors lie is the axis table's business.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from minitron_megatron.errors import UnsupportedModelError
+from minitron_megatron.model.shape import (
+    Activation,
+    Llama3RopeScaling,
+    ModelShape,
+    NormKind,
+    layers_pattern,
+    pad_vocab,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face model type.
+
+    Attributes:
+        architecture: its class in transformers.
+        switches: fields of `ModelShape` that are the same for every model of the family.
+        config: the family's own config fields that follow from a shape.
+        read: fields of `ModelShape` that follow from the family's own config fields.
+    """
+
+    architecture: str
+    switches: dict
+    config: Callable[[ModelShape], dict]
+    read: Callable[[dict], dict]
+
+
+_LLAMA = dict(norm=NormKind.RMSNORM, activation=Activation.SILU, gated=True)
+
+FAMILIES = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        _LLAMA,
+        lambda shape: dict(hidden_act="silu", rms_norm_eps=shape.norm_eps, attention_bias=False, mlp_bias=False),
+        lambda config: dict(norm_eps=config["rms_norm_eps"]),
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        _LLAMA,
+        lambda shape: dict(hidden_act="silu", rms_norm_eps=shape.norm_eps, sliding_window=None),
+        lambda config: dict(norm_eps=config["rms_norm_eps"]),
+    ),
+    "nemotron": Family(
+        "NemotronForCausalLM",
+        dict(norm=NormKind.LAYERNORM, norm_zero_centered=True, activation=Activation.SQUARED_RELU, gated=False),
+        lambda shape: dict(
+            hidden_act="relu2",
+            norm_eps=shape.norm_eps,
+            attention_bias=False,
+            mlp_bias=False,
+            partial_rotary_factor=shape.rotary_fraction,
+        ),
+        lambda config: dict(norm_eps=config["norm_eps"]),
+    ),
+}
+
+
+def shape_from_config(config: dict) -> ModelShape:
+    """The shape of the network that a Hugging Face `config.json` describes.
+
+    Raises:
+        UnsupportedModelError: the family, or a switch of it, has no axis table.
+    """
+    family = FAMILIES.get(config.get("model_type"))
+    if family is None:
+        raise UnsupportedModelError(
+            f"config.json: model_type = {config.get('model_type')!r} is not supported; supported: {sorted(FAMILIES)}"
+        )
+    if biases := [name for name in ("attention_bias", "mlp_bias") if config.get(name)]:
+        raise UnsupportedModelError(f"config.json: {' and '.join(biases)} = true is not supported for this family")
+    window = config.get("sliding_window")
+    if window and window < config["max_position_embeddings"]:
+        raise UnsupportedModelError(f"config.json: sliding_window = {window} is not supported; supported: null")
+    rope = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or rope
+    return ModelShape(
+        pattern=layers_pattern(config["num_hidden_layers"]),
+        hidden=config["hidden_size"],
+        ffn=config["intermediate_size"],
+        num_heads=config["num_attention_heads"],
+        num_query_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        vocab=config["vocab_size"],
+        padded_vocab=pad_vocab(config["vocab_size"]),
+        max_positions=config["max_position_embeddings"],
+        rotary_base=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
+        rotary_fraction=config.get("partial_rotary_factor") or rope.get("partial_rotary_factor", 1.0),
+        rotary_scaling=_rotary_scaling(scaling),
+        tied=bool(config.get("tie_word_embeddings")),
+        **family.switches,
+        **family.read(config),
+    )
+
+
+def config_from_shape(shape: ModelShape, original: dict) -> dict:
+    """The `config.json` of a network, keeping what `original` says beside sizes (token ids and the like)."""
+    model_type = original["model_type"]
+    if model_type == "llama" and shape.hidden % shape.num_heads:
+        # LlamaConfig refuses a width that is no multiple of the heads. Mistral's is the same network without
+        # that restriction (no sliding window, no biases).
+        model_type = "mistral"
+    family = FAMILIES[model_type]
+    rope = {"rope_type": "default", "rope_theta": shape.rotary_base}
+    if scaling := shape.rotary_scaling:
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": shape.rotary_base,
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    if shape.rotary_fraction != 1:
+        rope["partial_rotary_factor"] = shape.rotary_fraction
+    return {
+        **original,
+        "model_type": model_type,
+        "architectures": [family.architecture],
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.max_positions,
+        "rope_parameters": rope,
+        # Readers older than transformers 5 look for these two.
+        "rope_theta": shape.rotary_base,
+        "rope_scaling": rope if shape.rotary_scaling else None,
+        "tie_word_embeddings": shape.tied,
+        **family.config(shape),
+    }
+
+
+def _rotary_scaling(scaling: dict) -> Llama3RopeScaling | None:
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise UnsupportedModelError(f"config.json: rotary scaling {kind!r} is not supported; supported: llama3")
+    return Llama3RopeScaling(
+        factor=scaling["factor"],
+        low_freq_factor=scaling["low_freq_factor"],
+        high_freq_factor=scaling["high_freq_factor"],
+        original_max_positions=scaling["original_max_position_embeddings"],
+    )

@@ -1,0 +1,166 @@
+"""The shape of a network: every size and switch that decides what its parameters are.
+
+A network is an ordered list of sublayers. `pattern` spells it with the symbols of Megatron-Core's
+hybrid models: `*` is an attention sublayer, `-` an MLP sublayer, so a dense transformer of N layers
+is `*-` N times.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from enum import Enum
+
+from minitron_megatron.errors import ConfigError
+from minitron_megatron.parallel.layout import Layout
+
+ATTENTION = "*"
+MLP = "-"
+
+
+class NormKind(str, Enum):
+    RMSNORM = "rmsnorm"
+    LAYERNORM = "layernorm"
+
+
+class Activation(str, Enum):
+    SILU = "silu"
+    GELU = "gelu"
+    SQUARED_RELU = "squared_relu"
+
+
+@dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Llama 3.1's frequency-dependent stretching of the rotary embedding."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes and switches of a dense GPT network.
+
+    Attributes:
+        pattern: sublayers in order, `*` attention and `-` MLP.
+        hidden: width of the residual stream, in channels.
+        ffn: MLP neurons per MLP sublayer (of one branch, when gated).
+        num_heads: query heads per attention sublayer.
+        num_query_groups: groups of query heads that share one key and one value head.
+        head_dim: channels per head; `num_heads * head_dim` may differ from `hidden`.
+        vocab: tokens of the tokenizer.
+        padded_vocab: rows of the embedding table, at least `vocab`.
+        max_positions: longest sequence the model was made for, in tokens.
+        norm_zero_centered: the norm multiplies by `1 + weight` (Nemotron, Gemma).
+        rotary_fraction: share of each head's channels that is rotated, in (0, 1].
+        tied: the output projection is the embedding table.
+    """
+
+    pattern: str
+    hidden: int
+    ffn: int
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab: int
+    padded_vocab: int
+    max_positions: int = 2048
+    norm: NormKind = NormKind.RMSNORM
+    norm_eps: float = 1e-5
+    norm_zero_centered: bool = False
+    activation: Activation = Activation.SILU
+    gated: bool = True
+    qkv_bias: bool = False
+    linear_bias: bool = False
+    rotary_base: float = 10000.0
+    rotary_fraction: float = 1.0
+    rotary_scaling: Llama3RopeScaling | None = None
+    tied: bool = False
+
+    def __post_init__(self):
+        problems = [
+            f"shape.{name} = {getattr(self, name)}: must be at least 1"
+            for name in ("hidden", "ffn", "num_heads", "num_query_groups", "head_dim", "vocab")
+            if getattr(self, name) < 1
+        ]
+        if strange := set(self.pattern) - {ATTENTION, MLP}:
+            problems.append(
+                f"shape.pattern has sublayers {sorted(strange)}: only '*' (attention) and '-' (MLP) are supported"
+            )
+        if not problems and self.num_heads % self.num_query_groups:
+            problems.append(
+                f"shape.num_heads = {self.num_heads} is not a multiple of shape.num_query_groups = "
+                f"{self.num_query_groups}: every group needs the same number of query heads"
+            )
+        if self.padded_vocab < self.vocab:
+            problems.append(f"shape.padded_vocab = {self.padded_vocab} is below shape.vocab = {self.vocab}")
+        if not 0 < self.rotary_fraction <= 1:
+            problems.append(f"shape.rotary_fraction = {self.rotary_fraction}: must be above 0 and at most 1")
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_heads // self.num_query_groups
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the pattern is `*-` repeated, which is what GPTModel realises."""
+        return self.pattern == (ATTENTION + MLP) * (len(self.pattern) // 2)
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers, each one attention and one MLP sublayer. Only uniform patterns have layers."""
+        if not self.is_uniform:
+            raise ConfigError([f"shape.pattern = {self.pattern!r} is not '*-' repeated, so it has no layer count"])
+        return len(self.pattern) // 2
+
+    def sublayers(self, symbol: str) -> list[int]:
+        """Positions in `pattern` of the sublayers of one kind."""
+        return [position for position, s in enumerate(self.pattern) if s == symbol]
+
+    def replace(self, **changes) -> "ModelShape":
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values; `from_dict` reads them back."""
+        values = dataclasses.asdict(self)
+        return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelShape":
+        values = dict(values)
+        if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
+            raise ConfigError([f"shape has unknown fields {sorted(unknown)}"])
+        values["norm"] = NormKind(values.get("norm", NormKind.RMSNORM))
+        values["activation"] = Activation(values.get("activation", Activation.SILU))
+        if values.get("rotary_scaling"):
+            values["rotary_scaling"] = Llama3RopeScaling(**values["rotary_scaling"])
+        return cls(**values)
+
+
+def layers_pattern(num_layers: int) -> str:
+    """The pattern of a dense transformer of `num_layers` layers."""
+    return (ATTENTION + MLP) * num_layers
+
+
+def pad_vocab(vocab: int, multiple: int = 128) -> int:
+    """Rows of an embedding table that holds `vocab` tokens, rounded up as Megatron-LM does by default."""
+    return -(-vocab // multiple) * multiple
+
+
+def layout_problems(shape: ModelShape, layout: Layout, where: str = "shape") -> list[str]:
+    """What of `shape` a layout cannot split evenly, one sentence each."""
+    found = []
+    for name in ("num_query_groups", "ffn", "padded_vocab"):
+        if getattr(shape, name) % layout.tensor:
+            found.append(
+                f"{where}.{name} = {getattr(shape, name)} does not divide by parallel.tensor = {layout.tensor}"
+            )
+    stages = layout.pipeline * layout.virtual_pipeline
+    if shape.num_layers % stages:
+        found.append(
+            f"{where} has {shape.num_layers} layers, which do not divide by parallel.pipeline x virtual_pipeline = "
+            f"{layout.pipeline} x {layout.virtual_pipeline}"
+        )
+    return found

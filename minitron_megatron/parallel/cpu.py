@@ -1,0 +1,89 @@
+"""The CPU backend: lets Megatron-Core, which assumes CUDA, run on the CPU over gloo.
+
+`install_cpu_backend()` is called once by the entry point. Where CUDA exists it does nothing. Elsewhere it
+puts stand-ins under the names of `torch.cuda` that Megatron-Core calls without asking whether there is a
+device, and redirects literals such as `device="cuda"`. This is the only module that patches anything.
+"""
+
+import contextlib
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _OnCPU(TorchFunctionMode):
+    """Redirects calls that name a CUDA device to the CPU, and makes `Tensor.type()` answer as on CUDA.
+
+    Megatron's optimisers sort parameters by `param.type() == "torch.cuda.FloatTensor"`.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        if any(_names_cuda(arg) for arg in args[1:]):
+            args = (args[0], *("cpu" if _names_cuda(arg) else arg for arg in args[1:]))
+        return func(*args, **kwargs)
+
+
+def _names_cuda(device) -> bool:
+    return (isinstance(device, str) and device.split(":")[0] == "cuda") or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _Stream:
+    """A stream on a device that runs everything in order anyway."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def record_event(self, event=None):
+        return event
+
+
+def _stand_ins() -> dict:
+    # Each name gets a function object of its own: torch._dynamo, which Megatron's jit fusions import,
+    # refuses to trace one object under two names.
+    return {
+        "current_device": lambda: torch.device("cpu"),
+        "current_stream": lambda device=None: _Stream(),
+        "default_stream": lambda device=None: _Stream(),
+        "synchronize": lambda device=None: None,
+        "set_device": lambda device: None,
+        "empty_cache": lambda: None,
+        "get_rng_state": lambda device=None: torch.random.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.random.set_rng_state(state),
+        "manual_seed": lambda seed: torch.random.manual_seed(seed),
+        "initial_seed": lambda: torch.random.initial_seed(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "Stream": _Stream,
+    }
+
+
+def install_cpu_backend() -> None:
+    """Make Megatron-Core run on this process's CPU. A no-op where CUDA exists; safe to call twice."""
+    if torch.cuda.is_available() or getattr(torch.cuda, "Stream", None) is _Stream:
+        return
+    for name, stand_in in _stand_ins().items():
+        setattr(torch.cuda, name, stand_in)
+    _OnCPU().__enter__()
+
+    from megatron.core.tensor_parallel import random
+
+    # Megatron's tracker of random states reads the CUDA generator through these two.
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.random.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.random.set_rng_state(state)

@@ -1,0 +1,92 @@
+"""Process groups: the one file that reads Megatron-Core's `parallel_state`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.parallel.cpu import install_cpu_backend
+from minitron_megatron.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place in the layout.
+
+    Attributes:
+        layout: sizes of every axis.
+        collection: Megatron-Core's process groups (`tp`, `pp`, `dp`, `embd`, ...).
+    """
+
+    layout: Layout
+    collection: ProcessGroupCollection
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.collection.tp.rank()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.collection.pp.rank()
+
+    @property
+    def data_rank(self) -> int:
+        return self.collection.dp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.layout.pipeline - 1
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(torch.cuda.current_device())
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that speaks for the run and writes its small files."""
+        return dist.get_rank() == 0
+
+
+@contextmanager
+def process_groups(config: ParallelConfig, seed: int = 1234) -> Iterator[Groups]:
+    """Join the world that the launcher made (or a world of one), lay it out, and leave it at the end.
+
+    The backend is NCCL where CUDA exists, else gloo.
+
+    Raises:
+        ConfigError: the world's size does not fit the layout.
+    """
+    install_cpu_backend()
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    layout = Layout.from_config(config, world_size)
+    owns_world = not dist.is_initialized()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if owns_world:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield Groups(layout, ProcessGroupCollection.use_mpu_process_groups())
+    finally:
+        parallel_state.destroy_model_parallel()
+        if owns_world:
+            dist.destroy_process_group()

@@ -1,0 +1,47 @@
+"""How ranks are laid out, in plain integers: what divides what, and which layers a stage holds."""
+
+from dataclasses import dataclass
+
+from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.errors import raise_if_any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checked layout for a world of a given size.
+
+    Attributes:
+        tensor, pipeline, data: ranks along each axis; their product is the world.
+        virtual_pipeline: model chunks per pipeline rank, 1 for the plain schedule.
+        sequence: whether norms and residuals are split over the tensor ranks.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    virtual_pipeline: int = 1
+    sequence: bool = False
+
+    @classmethod
+    def from_config(cls, config: ParallelConfig, world_size: int) -> "Layout":
+        """Fit `config` to a world.
+
+        Raises:
+            ConfigError: the world is not tensor x pipeline x data ranks.
+        """
+        model_ranks = config.tensor * config.pipeline
+        data = config.data or max(1, world_size // model_ranks)
+        needed = model_ranks * data
+        raise_if_any(
+            []
+            if needed == world_size
+            else [
+                f"parallel.tensor x pipeline x data = {config.tensor} x {config.pipeline} x {data} = {needed} "
+                f"ranks, but the world has {world_size}: start {needed} ranks or change the layout"
+            ]
+        )
+        return cls(config.tensor, config.pipeline, data, config.virtual_pipeline or 1, config.sequence)
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data

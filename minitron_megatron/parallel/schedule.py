@@ -1,0 +1,93 @@
+"""Running a model forward through Megatron-Core's pipeline schedules."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from minitron_megatron.parallel.groups import Groups
+
+Batch = dict[str, Tensor]
+T = TypeVar("T")
+
+
+def run_forward(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[Batch],
+    groups: Groups,
+    on_output: Callable[[Tensor, Batch], T],
+    before: Callable[[Batch], None] | None = None,
+) -> list[T]:
+    """Run micro-batches forward through all pipeline stages, without gradients.
+
+    Args:
+        chunks: this rank's model, one part per virtual pipeline stage.
+        batches: micro-batches of `tokens`, `position_ids`, ... `[batch, seq]`, all of one size; see `in_calls`.
+        groups: this rank's place.
+        on_output: called on the last stage with the output `[seq(/tp), batch, hidden]` and its batch.
+        before: called on every stage before a chunk runs a batch.
+
+    Returns:
+        what `on_output` returned, in the order of the batches; empty on all but the last stage.
+    """
+
+    def forward_step(iterator, model):
+        batch = next(iterator)
+        if before is not None:
+            before(batch)
+        output = model(batch["tokens"], batch["position_ids"], attention_mask=None)
+
+        def collect(output: Tensor, non_loss_data: bool = True) -> T:
+            return on_output(output, batch)
+
+        return output, collect
+
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        size = batches[0]["tokens"].shape
+        return run_schedule(forward_step, chunks, batches, size, forward_only=True, collect_non_loss_data=True)
+
+
+def in_calls(batches: Iterable[Batch], groups: Groups) -> Iterator[list[Batch]]:
+    """Group micro-batches into calls of a schedule: as many at a time as keep a pipeline's stages busy.
+
+    The interleaved schedule wants a multiple of the pipeline size; the last call is filled up with batches
+    of which no token counts.
+    """
+    layout = groups.layout
+    per_call = 1 if layout.pipeline == 1 else 4 * layout.pipeline
+    batches = iter(batches)
+    while call := list(islice(batches, per_call)):
+        if layout.virtual_pipeline > 1:
+            nothing = {**call[-1], "loss_mask": torch.zeros_like(call[-1]["loss_mask"])}
+            call += [nothing] * (-len(call) % layout.pipeline)
+        yield call
+
+
+def run_schedule(forward_step, chunks, items: Sequence, size: torch.Size, **options) -> list:
+    """Megatron-Core's schedule for this layout.
+
+    Args:
+        forward_step: see Megatron-Core's `get_forward_backward_func`.
+        chunks: this rank's model, one part per virtual pipeline stage.
+        items: what `forward_step` takes from its iterator, one per micro-batch.
+        size: `[batch, seq]` of every micro-batch.
+        options: of the schedule.
+    """
+    batch_size, sequence_length = size
+    interleaved = len(chunks) > 1
+    iterators = [iter(items) for _ in chunks]
+    schedule = get_forward_backward_func()
+    return schedule(
+        forward_step_func=forward_step,
+        data_iterator=iterators if interleaved else iterators[0],
+        model=list(chunks) if interleaved else chunks[0],
+        num_microbatches=len(items),
+        seq_length=sequence_length,
+        micro_batch_size=batch_size,
+        **options,
+    )

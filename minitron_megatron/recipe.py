@@ -1,0 +1,77 @@
+"""The verb `compress`: a recipe, which is a chain of verbs, each of which skips what is done."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from minitron_megatron.config.compose import resolve_stages, to_overrides, to_yaml
+from minitron_megatron.config.schema import CompressConfig
+from minitron_megatron.config.verbs import DISTRIBUTED, verb_function
+from minitron_megatron.errors import ConfigError
+from minitron_megatron.launch.local import run_ranks
+from minitron_megatron.launch.world import required_ranks
+
+logger = logging.getLogger(__name__)
+
+SECONDS = "seconds.json"
+
+
+def compress(config: CompressConfig) -> Path:
+    """Run a recipe's stages in order, and end with a table and a report.
+
+    Every stage is checked before the first one starts. A stage whose layout needs several ranks gets them in
+    processes of its own.
+
+    Returns:
+        the run's folder.
+
+    Raises:
+        UserError: of the stage that failed; what was done before stays, and is skipped the next time.
+    """
+    from minitron_megatron.report.html import Stage, write_report
+    from minitron_megatron.report.table import summary_table
+
+    run_dir = Path(config.run_dir)
+    stages = resolve_stages(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    # Seconds of stages that were skipped this time are those of the run that made them.
+    path = run_dir / SECONDS
+    seconds = json.loads(path.read_text()) if path.exists() else {}
+    done = []
+    for number, (name, (verb, settings)) in enumerate(stages.items(), start=1):
+        logger.info("stage %d of %d: %s (%s)", number, len(stages), name, verb)
+        before = _newest(Path(settings.output))
+        started = time.perf_counter()
+        _run(verb, settings)
+        if _newest(Path(settings.output)) != before:
+            seconds[name] = time.perf_counter() - started
+            path.write_text(json.dumps(seconds, indent=2) + "\n")
+        done.append(Stage(name, verb, Path(settings.output), seconds.get(name)))
+    evaluations = {
+        stage.name.removeprefix("evaluate_"): json.loads((stage.output / "evaluation.json").read_text())
+        for stage in done
+        if stage.verb == "evaluate"
+    }
+    report = write_report(run_dir, config.title, done)
+    Console().print(summary_table(evaluations))
+    Console().print(f"report: {report}")
+    (run_dir / "DONE").touch()
+    return run_dir
+
+
+def _run(verb: str, settings) -> None:
+    if verb in DISTRIBUTED and required_ranks(settings.parallel) > 1:
+        if run_ranks(required_ranks(settings.parallel), [verb, *to_overrides(settings)]):
+            raise ConfigError([f"the stage of verb {verb} failed: see its messages above"])
+        return
+    verb_function(verb)(settings)
+
+
+def _newest(output: Path) -> int | None:
+    """When a stage's output was finished, if it was."""
+    manifest = output / "manifest.json"
+    return manifest.stat().st_mtime_ns if manifest.exists() else None

@@ -1,0 +1,123 @@
+"""Figures of what training did: losses over tokens, and models by size and loss."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from minitron_megatron.report.results import Evaluation, find_teacher
+from minitron_megatron.report.style import (
+    CUT,
+    INK,
+    KEPT,
+    MUTED,
+    SERIES,
+    heading,
+    label,
+    new_figure,
+    short,
+    spread,
+    tidy,
+)
+
+_TERMS = {
+    "lm": "cross-entropy against the text",
+    "kd_logits": "KL divergence from the teacher's predictions",
+    "kd_hidden": "distance from the teacher's hidden states",
+}
+_COLOURS = {"prune": CUT, "distill": KEPT}
+
+
+def loss_curves(runs: dict[str, list[dict[str, float]]]) -> Figure:
+    """Losses of one or several runs, a panel for each term, above their learning rates.
+
+    Args:
+        runs: the lines of `metrics.jsonl` by the run's name.
+    """
+    terms = _panels(runs)
+    colours = dict(zip(runs, SERIES * len(runs)))
+    figure = new_figure("Loss in nats per token: training (line, smoothed) and held-out (dots)", 1.6 + 2 * len(terms))
+    *panels, rates = figure.subplots(len(terms) + 1, sharex=True, height_ratios=[2] * len(terms) + [0.7])
+    for axes, (term, title) in zip(panels, terms.items(), strict=True):
+        last = {}
+        for name, lines in runs.items():
+            tokens, losses = _series(lines, f"loss/{term}")
+            if not len(losses):
+                continue
+            smooth = smoothed(losses)
+            axes.plot(tokens, losses, color=colours[name], linewidth=0.7, alpha=0.35)
+            axes.plot(tokens, smooth, color=colours[name], linewidth=1.8)
+            heldout = dict(marker="o", linestyle="none", markersize=6, markeredgecolor="white")
+            axes.plot(*_series(lines, f"val/{term}"), color=colours[name], **heldout)
+            last[name] = smooth[-1]
+        tidy(axes, grid="y")
+        heading(axes, title)
+        _end_labels(axes, last, colours)
+    for name, lines in runs.items():
+        rates.plot(*_series(lines, "optim/lr"), color=colours[name], linewidth=1.4)
+    tidy(rates, "tokens", grid="y")
+    heading(rates, "learning rate")
+    rates.set_ylim(bottom=0)
+    rates.set_xlim(left=0)
+    rates.yaxis.set_major_locator(MaxNLocator(2))
+    rates.yaxis.set_major_formatter("{x:g}")
+    rates.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
+    return figure
+
+
+def before_after(evaluations: list[Evaluation]) -> Figure:
+    """Models by size and held-out loss, with the teacher's loss as the mark to reach."""
+    figure = new_figure("Held-out loss against size", 3.6)
+    axes = figure.subplots()
+    teacher = find_teacher(evaluations)
+    if teacher:
+        axes.axhline(teacher.loss, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+    for evaluation in evaluations:
+        colour = _COLOURS.get(evaluation.made_by, INK)
+        axes.plot(evaluation.parameters, evaluation.loss, "o", color=colour, markersize=10)
+    axes.set_xlim(0, 1.3 * max(e.parameters for e in evaluations))
+    axes.margins(y=0.15)
+    low, high = axes.get_ylim()
+    heights = spread([e.loss for e in evaluations], 0.08 * (high - low))
+    for evaluation, height in zip(evaluations, heights, strict=True):
+        text = f"{evaluation.name}: {evaluation.loss:.3f} (perplexity {evaluation.perplexity:.4g})"
+        label(axes, text, (evaluation.parameters, height), (9, 0), va="center")
+    tidy(axes, "parameters", "nats per token", grid="y")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short(count)))
+    return figure
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Centred means over a fifteenth of the values; towards the ends over fewer, so that nothing lags."""
+    count = len(values)
+    positions = np.arange(count)
+    half = np.minimum(count // 30, np.minimum(positions, count - 1 - positions))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[positions + half + 1] - sums[positions - half]) / (2 * half + 1)
+
+
+def _panels(runs: dict[str, list[dict[str, float]]]) -> dict[str, str]:
+    """The loss terms to draw and their titles. A term that is the total everywhere has no panel of its own."""
+    lines = [line for run in runs.values() for line in run]
+    terms = dict.fromkeys(key.removeprefix("loss/") for line in lines for key in line if key.startswith("loss/"))
+    titles = {term: _TERMS.get(term, term) for term in terms if term != "total"}
+    for term, title in titles.items():
+        if all(line.get(f"loss/{term}") == line["loss/total"] for line in lines):
+            return {"total": f"what is minimised: {title}"} | {t: titles[t] for t in titles if t != term}
+    return {"total": "what is minimised: the weighted sum"} | titles
+
+
+def _series(lines: list[dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and values of one metric, over the lines that have it."""
+    found = [(line["progress/tokens"], line[key]) for line in lines if key in line]
+    tokens, values = zip(*found) if found else ((), ())
+    return np.array(tokens), np.array(values)
+
+
+def _end_labels(axes: Axes, last: dict[str, float], colours: dict[str, str]) -> None:
+    """At the right edge, the last smoothed value of every run, and its name where there are several."""
+    low, high = axes.get_ylim()
+    heights = spread(list(last.values()), 0.13 * (high - low))
+    for (name, value), height in zip(last.items(), heights, strict=True):
+        text = f"{value:.3f}" if len(colours) == 1 else f"{value:.3f} {name}"
+        label(axes, text, (1, height), (6, 0), va="center", color=colours[name], xycoords=("axes fraction", "data"))

@@ -1,0 +1,110 @@
+"""What the stages of a recipe left behind, in the form in which tables and figures want it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+EVALUATION = "evaluation.json"
+
+
+@dataclass
+class Stage:
+    """One stage of a recipe that has run.
+
+    Attributes:
+        name: of the stage, e.g. `evaluate_teacher`.
+        verb: what it did.
+        output: the folder it wrote.
+        seconds: how long it took; None if it was skipped because it was done.
+    """
+
+    name: str
+    verb: str
+    output: Path
+    seconds: float | None = None
+
+
+@dataclass
+class Evaluation:
+    """What was measured of one model.
+
+    Attributes:
+        name: short, for people: `teacher` for the stage `evaluate_teacher`.
+        made_by: verb of the stage that made the model; None if no stage did.
+        parameters: of the model.
+        parameters_without_embeddings: without embedding table and output projection.
+        loss: held-out, in nats per token.
+        perplexity: held-out.
+        num_tokens: that the two are a mean over.
+        generation: `tokens_per_s`, `num_tokens`, `prompt` and `text`, if any was asked for.
+    """
+
+    name: str
+    made_by: str | None
+    parameters: int
+    parameters_without_embeddings: int
+    loss: float
+    perplexity: float
+    num_tokens: int
+    generation: dict | None = None
+
+
+def read_evaluations(stages: list[Stage]) -> list[Evaluation]:
+    """The results of all stages that evaluated something, in order."""
+    found = []
+    for stage in stages:
+        if stage.verb == "evaluate" and (stage.output / EVALUATION).is_file():
+            values = json.loads((stage.output / EVALUATION).read_text())
+            maker = stage_of(Path(values["model"]), stages)
+            found.append(
+                Evaluation(
+                    stage.name.removeprefix("evaluate_"),
+                    maker.verb if maker else None,
+                    values["parameters"],
+                    values["parameters_without_embeddings"],
+                    **values["heldout"],
+                    generation=values["generation"],
+                )
+            )
+    return found
+
+
+def stage_of(path: Path, stages: list[Stage]) -> Stage | None:
+    """The stage whose output is `path` or holds it."""
+    path = path.resolve()
+    for stage in stages:
+        output = stage.output.resolve()
+        if output == path or output in path.parents:
+            return stage
+    return None
+
+
+def find_teacher(evaluations: list[Evaluation]) -> Evaluation | None:
+    """The model that it all began with: the largest of those that no stage pruned or trained."""
+    originals = [e for e in evaluations if e.made_by in (None, "import")]
+    return max(originals, key=lambda e: e.parameters, default=None)
+
+
+def find_worst_pruned(evaluations: list[Evaluation]) -> Evaluation | None:
+    """Of the models that were pruned and not trained since, the one of highest loss."""
+    return max((e for e in evaluations if e.made_by == "prune"), key=lambda e: e.loss, default=None)
+
+
+def find_result(evaluations: list[Evaluation]) -> Evaluation | None:
+    """What it all led to: the smallest trained model, and the best of equal ones."""
+    trained = [e for e in evaluations if e.made_by == "distill"]
+    return min(trained, key=lambda e: (e.parameters, e.loss), default=None)
+
+
+def recoveries(evaluations: list[Evaluation]) -> list[float | None]:
+    """For each model, the share of the gap between the worst pruned model and the teacher that it closes.
+
+    None for the teacher, for pruned models, which make the gap, and where a model before them is missing.
+    """
+    found = []
+    for i, evaluation in enumerate(evaluations):
+        teacher, pruned = find_teacher(evaluations[:i]), find_worst_pruned(evaluations[:i])
+        gap = pruned.loss - teacher.loss if teacher and pruned else 0
+        is_end = evaluation.made_by == "prune" or evaluation is find_teacher(evaluations)
+        found.append((pruned.loss - evaluation.loss) / gap if gap > 0 and not is_end else None)
+    return found

@@ -1,0 +1,163 @@
+"""The verb `distill`: a student learns to predict what its teacher predicts."""
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+
+from minitron_megatron.checkpoint.huggingface import copy_companions
+from minitron_megatron.checkpoint.load import load_weights
+from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, Parent, require_space, write_atomically
+from minitron_megatron.checkpoint.sharded import HUGGINGFACE, Checkpoint
+from minitron_megatron.config.compose import to_plain, to_yaml
+from minitron_megatron.config.schema import DistillConfig
+from minitron_megatron.data.samples import heldout_samples, training_samples
+from minitron_megatron.data.tokens import prepare_corpus, tokenizer_fingerprint
+from minitron_megatron.distillation.step import TeacherStudent
+from minitron_megatron.errors import ConfigError, raise_if_any
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.count import forward_flops_per_token, num_parameters
+from minitron_megatron.parallel.collectives import main_first
+from minitron_megatron.parallel.groups import Groups, process_groups
+from minitron_megatron.training.loop import train
+from minitron_megatron.training.metrics import Metrics
+from minitron_megatron.training.optimizer import optimization
+from minitron_megatron.training.state import load_state
+
+logger = logging.getLogger(__name__)
+
+# A training checkpoint holds, per parameter, the weight and three float32: main weight and both moments.
+_BYTES_PER_PARAMETER = 2 + 3 * 4
+
+
+def distill(config: DistillConfig) -> Path:
+    """Train a student checkpoint, from a teacher or from the text alone.
+
+    A run that was killed goes on from its last checkpoint when it is started again with the same settings.
+
+    Returns:
+        the run's folder; its `checkpoints/` is the trained checkpoint.
+
+    Raises:
+        CheckpointError: teacher or student is not whole.
+        ConfigError: they do not belong together, or the output holds another run.
+        DataError: the text is too short.
+    """
+    student = Checkpoint(config.student)
+    teacher = Checkpoint(config.teacher) if config.teacher else None
+    raise_if_any(_mismatches(teacher, student, config))
+    output = Path(config.output)
+    parents = [Parent.of("student", student.root)]
+    if teacher:
+        parents.append(Parent.of("teacher", teacher.root))
+    manifest = Manifest("run", student.shape.to_dict(), parents, to_plain(config))
+    with process_groups(config.parallel, config.seed) as groups:
+        raise_if_any(_batch_problems(config, groups))
+        if main_first(lambda: _is_finished(output, manifest)):
+            return output
+        main_first(lambda: _prepare(output, config, student, manifest))
+        _run(config, output, teacher, student, groups)
+        if groups.is_main:
+            manifest.write(output)
+            (output / "DONE").touch()
+    return output
+
+
+def _run(config: DistillConfig, output: Path, teacher: Checkpoint | None, student: Checkpoint, groups: Groups) -> None:
+    corpus = main_first(lambda: prepare_corpus(config.data, student.huggingface_folder))
+    samples = training_samples(corpus, config.data, config.steps * config.global_batch)
+    heldout = heldout_samples(corpus, config.data.sequence_length)
+
+    chunks = build_model(student.shape, groups, config.dtype)
+    if not config.random_init:
+        load_weights(chunks, student, groups)
+    teacher_chunks = None
+    flops = 3 * forward_flops_per_token(student.shape, config.data.sequence_length)
+    if teacher:
+        teacher_chunks = build_model(teacher.shape, groups, config.dtype)
+        load_weights(teacher_chunks, teacher, groups)
+        for chunk in teacher_chunks:
+            chunk.requires_grad_(False)
+        flops += forward_flops_per_token(teacher.shape, config.data.sequence_length)
+
+    training = optimization(chunks, config.optimizer, config.steps, config.dtype, groups)
+    checkpoints = output / "checkpoints"
+    step = load_state(checkpoints, training)
+    if step:
+        logger.info("going on after step %d", step)
+    pair = TeacherStudent(training.chunks, teacher_chunks, groups, config.loss, student.shape.vocab)
+    with Metrics(output, step, config.tracking, to_plain(config)) if groups.is_main else nullcontext() as metrics:
+        train(config, pair, training, samples, heldout, groups, step, checkpoints, metrics, flops)
+
+
+def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: DistillConfig) -> list[str]:
+    if teacher is None:
+        return []
+    found = []
+    for name in ("vocab", "padded_vocab"):
+        theirs, ours = getattr(teacher.shape, name), getattr(student.shape, name)
+        if theirs != ours:
+            found.append(
+                f"teacher = {config.teacher} has {name} = {theirs}, student = {config.student} has {ours}: "
+                f"they must share one vocabulary"
+            )
+    if not found:
+        theirs, ours = (tokenizer_fingerprint(c.huggingface_folder) for c in (teacher, student))
+        if theirs != ours:
+            found.append(
+                f"teacher = {config.teacher} and student = {config.student} carry different tokenizers: "
+                f"they must share one"
+            )
+    return found
+
+
+def _batch_problems(config: DistillConfig, groups: Groups) -> list[str]:
+    layout = groups.layout
+    per_round = config.micro_batch * layout.data
+    if config.global_batch % per_round:
+        return [
+            f"global_batch = {config.global_batch} is not a multiple of micro_batch x parallel.data = "
+            f"{config.micro_batch} x {layout.data}"
+        ]
+    if layout.virtual_pipeline > 1 and config.global_batch // per_round % layout.pipeline:
+        return [
+            f"global_batch = {config.global_batch} makes {config.global_batch // per_round} micro-batches per rank; "
+            f"with parallel.virtual_pipeline they must be a multiple of parallel.pipeline = {layout.pipeline}"
+        ]
+    return []
+
+
+def _is_finished(output: Path, manifest: Manifest) -> bool:
+    """Whether the run is there already; an unfinished one of the same settings may go on."""
+    checkpoints = output / "checkpoints"
+    known = output if (output / MANIFEST).exists() else checkpoints
+    if (known / MANIFEST).exists():
+        if not _same_run(Manifest.read(known), manifest):
+            raise ConfigError(
+                [f"output = {output} holds a run of other settings or inputs: choose another or remove it"]
+            )
+        if known is output:
+            logger.info("%s is there already with the same inputs: skipped", output)
+            return True
+    elif output.exists() and any(output.iterdir()) and not checkpoints.exists():
+        raise ConfigError([f"output = {output} exists and is not a run: choose another or remove it"])
+    return False
+
+
+def _same_run(one: Manifest, other: Manifest) -> bool:
+    one = Manifest(**{**vars(one), "kind": other.kind})
+    return one.same_content(other)
+
+
+def _prepare(output: Path, config: DistillConfig, student: Checkpoint, manifest: Manifest) -> None:
+    """Make the run's folder, with everything that describes its checkpoints before there are any."""
+    checkpoints = output / "checkpoints"
+    if (checkpoints / MANIFEST).exists():
+        return
+    # The last good checkpoint stays until the next one is whole.
+    output.parent.mkdir(parents=True, exist_ok=True)
+    require_space(output.parent, 2 * _BYTES_PER_PARAMETER * num_parameters(student.shape))
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "config.yaml", to_yaml(config))
+    if not (checkpoints / HUGGINGFACE).exists():
+        copy_companions(student.huggingface_folder, checkpoints / HUGGINGFACE)
+    Manifest(**{**vars(manifest), "kind": "checkpoint"}).write(checkpoints)

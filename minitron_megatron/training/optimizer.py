@@ -1,0 +1,100 @@
+"""Megatron's gradient buffers, optimiser and schedule around a model."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from minitron_megatron.config.schema import DType, OptimizerConfig
+from minitron_megatron.model.build import TORCH_DTYPES, Backbone
+from minitron_megatron.parallel.groups import Groups
+
+
+@dataclass
+class Optimization:
+    """A model that can be trained.
+
+    Attributes:
+        chunks: this rank's model in Megatron's DistributedDataParallel, which holds the gradients in float32.
+        optimizer: AdamW with float32 main weights.
+        schedule: cosine with warm-up, counted in steps.
+    """
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+
+    def zero_grad(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> tuple[float, float]:
+        """Apply the gradients.
+
+        Returns:
+            the learning rate that was used, and the gradient's L2 norm over all ranks before clipping.
+        """
+        # Megatron sets the rate for the step to come, starting at 0: moving first makes the first step count
+        # and the last one end exactly on the lowest rate.
+        self.schedule.step(1)
+        _, grad_norm, _ = self.optimizer.step()
+        return self.optimizer.param_groups[0]["lr"], float(grad_norm)
+
+
+def optimization(
+    chunks: list[Backbone], config: OptimizerConfig, num_steps: int, dtype: DType, groups: Groups
+) -> Optimization:
+    """Make a model trainable.
+
+    Args:
+        chunks: this rank's model, with the weights it starts from.
+        config: settings of the optimiser.
+        num_steps: steps of the whole run, over which the learning rate falls.
+        dtype: of the weights.
+        groups: this rank's place.
+    """
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    wrapped = [
+        DistributedDataParallel(
+            config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=i > 0, pg_collection=groups.collection
+        )
+        for i, chunk in enumerate(chunks)
+    ]
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype is DType.BF16,
+            fp16=dtype is DType.FP16,
+            params_dtype=TORCH_DTYPES[dtype],
+        ),
+        wrapped,
+        use_gloo_process_groups=not torch.cuda.is_available(),
+    )
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=num_steps,
+        lr_decay_style="cosine",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.grad_scale_func = optimizer.scale_loss
+    return Optimization(wrapped, optimizer, schedule)

@@ -1,0 +1,74 @@
+"""Saving and resuming a training run: weights, optimiser and schedule, in Megatron's own format."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.utils import unwrap_model
+
+from minitron_megatron.checkpoint.manifest import write_atomically
+from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder
+from minitron_megatron.training.optimizer import Optimization
+
+
+def save_state(root: Path, step: int, training: Optimization) -> None:
+    """Write `root/iter_STEP`, make it the latest, and then remove the one before. Collective.
+
+    At every moment the tracker names a whole checkpoint: the new one is written beside, renamed when it is
+    whole, and only then announced.
+    """
+    folder = root / iteration_folder(step)
+    temporary = root / f".{folder.name}.partial"
+    if dist.get_rank() == 0:
+        for old in root.glob(".*.partial"):
+            shutil.rmtree(old)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    state = _sharded_state(training, is_loading=False)
+    state |= {
+        "iteration": step,
+        "checkpoint_version": 3.0,
+        "opt_param_scheduler": training.schedule.state_dict(),
+    }
+    dist_checkpointing.save(state, str(temporary))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        if folder.exists():
+            shutil.rmtree(folder)  # not announced, so left by a run that ended between these lines
+        os.replace(temporary, folder)
+        write_atomically(root / TRACKER, str(step))
+        for old in root.glob("iter_*"):
+            if old != folder:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_state(root: Path, training: Optimization) -> int:
+    """Go on from the latest checkpoint below `root`. Collective.
+
+    Returns:
+        the step it was saved after; 0 if there is none.
+    """
+    if not (root / TRACKER).is_file():
+        return 0
+    step = int((root / TRACKER).read_text())
+    folder = root / iteration_folder(step)
+    loaded = dist_checkpointing.load(_sharded_state(training, is_loading=True), str(folder))
+    for name, chunk in _named(unwrap_model(training.chunks)):
+        chunk.load_state_dict(loaded[name], strict=True)
+    training.optimizer.load_state_dict(loaded["optimizer"])
+    training.schedule.load_state_dict(loaded["opt_param_scheduler"])
+    return step
+
+
+def _named(chunks: list) -> list[tuple[str, object]]:
+    """Chunks under the names that Megatron-LM gives them."""
+    return [("model", chunks[0])] if len(chunks) == 1 else [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
+
+
+def _sharded_state(training: Optimization, is_loading: bool) -> dict:
+    state = {name: chunk.sharded_state_dict() for name, chunk in _named(unwrap_model(training.chunks))}
+    state["optimizer"] = training.optimizer.sharded_state_dict(dict(state), is_loading=is_loading)
+    return state

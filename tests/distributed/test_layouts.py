@@ -1,0 +1,218 @@
+"""One process against many: scores, plans, losses and every gradient are those of the model, not of the layout."""
+
+import functools
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
+from minitron_megatron.checkpoint.load import local_parameters
+from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.config.schema import (
+    Aggregation,
+    DType,
+    ExportConfig,
+    LossConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PruneConfig,
+    TargetConfig,
+)
+from minitron_megatron.data.samples import rank_batches
+from minitron_megatron.model.axes import axis_sizes
+from tests.ranks import run_on_ranks
+from tests.tiny import FAMILIES, Samples, hf_model, import_hf
+
+LAYOUTS = {
+    "1x1": ParallelConfig(),
+    "tp2": ParallelConfig(tensor=2),
+    "pp2": ParallelConfig(pipeline=2),
+    "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
+    "tp2_pp2_dp2": ParallelConfig(tensor=2, pipeline=2, data=2),
+    "tp2_sequence": ParallelConfig(tensor=2, sequence=True),
+    "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
+}
+LOSS = LossConfig(kd_logits_weight=0.7, lm_weight=0.4, chunk_tokens=7)
+GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, CALIBRATION = 8, 2, 16, 13
+STUDENT = TargetConfig(hidden=40, ffn=36, heads=4)
+
+
+def work(folder, layout: ParallelConfig):
+    """Everything that is compared, by one rank of a layout."""
+    from minitron_megatron.checkpoint.load import load_weights
+    from minitron_megatron.distillation.step import TeacherStudent
+    from minitron_megatron.model.build import build_model
+    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.pruning.plan import make_plan, target_shape
+    from minitron_megatron.pruning.score import score_model
+    from minitron_megatron.training.optimizer import optimization
+
+    teacher, student = Checkpoint(folder / "teacher/checkpoint"), Checkpoint(folder / "student")
+    with process_groups(layout) as groups:
+        teacher_chunks = build_model(teacher.shape, groups, DType.FP32)
+        load_weights(teacher_chunks, teacher, groups)
+        calibration = Samples(CALIBRATION, SEQUENCE, teacher.shape.vocab)
+        found = {}
+        for how in Aggregation:
+            scores = score_model(
+                teacher_chunks, teacher.shape, groups, calibration, CALIBRATION, MICRO_BATCH, how, Aggregation.L2
+            )
+            found[f"scores_{how.value}"] = {n: getattr(scores, n) for n in ("hidden", "ffn", "head", "layer")}
+            target = target_shape(teacher.shape, TargetConfig(layers=3, hidden=41, ffn=37, heads=4))
+            found[f"plan_{how.value}"] = asdict(make_plan(scores, target))
+
+        chunks = build_model(student.shape, groups, DType.FP32)
+        load_weights(chunks, student, groups)
+        teacher_chunks = [chunk.requires_grad_(False) for chunk in teacher_chunks]
+        training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+        pair = TeacherStudent(training.chunks, teacher_chunks, groups, LOSS, student.shape.vocab)
+        samples = Samples(2 * GLOBAL_BATCH, SEQUENCE, student.shape.vocab, seed=3)
+        found["steps"] = []
+        for step in range(2):
+            first = step * GLOBAL_BATCH
+            batches = list(
+                rank_batches(samples, first, GLOBAL_BATCH, MICRO_BATCH, groups.data_rank, groups.layout.data)
+            )
+            training.zero_grad()
+            result = pair.train(batches)
+            if step == 0:
+                gradients = [
+                    (param.stacked_key, layer, index, parameter.main_grad.clone())
+                    for chunk in chunks
+                    for parameter, param, layer, index in local_parameters(chunk, student.shape, groups)
+                ]
+            found["steps"].append((result.kd_logits, result.lm, result.num_tokens, *training.step()))
+        torch.save({**found, "gradients": gradients}, folder / f"{layout_name(layout)}_{dist.get_rank()}.pt")
+
+
+def layout_name(layout: ParallelConfig) -> str:
+    return next(name for name, other in LAYOUTS.items() if other == layout)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def models(request, tmp_path_factory):
+    """Teacher and student checkpoints, both also as transformers models."""
+    from minitron_megatron.checkpoint.convert import export
+    from minitron_megatron.pruning.prune import prune
+
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = import_hf(folder / "teacher", hf_model(**FAMILIES[request.param]))
+    _write_random_scores(checkpoint, folder / "scores")
+    prune(PruneConfig(str(checkpoint), str(folder / "scores"), str(folder / "student"), STUDENT))
+    export(ExportConfig(str(folder / "student"), str(folder / "student_hf")))
+    return folder
+
+
+def _write_random_scores(checkpoint, folder):
+    from minitron_megatron.checkpoint.manifest import Manifest
+    from minitron_megatron.pruning.scores import Scores
+
+    shape = Checkpoint(checkpoint).shape
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*size):
+        return torch.rand(*size, generator=generator, dtype=torch.float64)
+
+    folder.mkdir()
+    layers = shape.num_layers
+    Scores(
+        shape,
+        random(shape.hidden),
+        random(layers, shape.ffn),
+        random(layers, shape.num_query_groups, shape.heads_per_group),
+        random(layers),
+    ).write(folder)
+    Manifest("scores").write(folder)
+
+
+class Run:
+    """What one layout found."""
+
+    def __init__(self, folder, name: str):
+        layout = LAYOUTS[name]
+        num_ranks = layout.tensor * layout.pipeline * (layout.data or 1)
+        run_on_ranks(num_ranks, work, folder, layout)
+        self.ranks = [torch.load(folder / f"{name}_{r}.pt", weights_only=False) for r in range(num_ranks)]
+        self.shape = Checkpoint(folder / "student").shape
+        self.dtype = torch.float32
+
+    @functools.cached_property
+    def gradients(self) -> dict:
+        """Global gradients by parameter and layer; ranks that hold the same part must agree."""
+        found = {}
+        for rank in self.ranks:
+            for key, layer, index, gradient in rank["gradients"]:
+                whole = found.setdefault((key, layer), {})
+                position = tuple(tuple(i.tolist()) for i in index)
+                assert close(whole.setdefault(position, gradient), gradient), key
+        return found
+
+    def read(self, param, layer, index):
+        """The gradients as a source of tensors."""
+        out = torch.full(param.size(axis_sizes(self.shape)), torch.nan)
+        for position, gradient in self.gradients[param.stacked_key, layer].items():
+            out[tuple(torch.from_numpy(i) for i in np.ix_(*position))] = gradient
+        return out[tuple(torch.from_numpy(i) for i in np.ix_(*index))]
+
+
+@pytest.fixture(scope="module")
+def single(models):
+    return Run(models, "1x1")
+
+
+@pytest.fixture(scope="module", params=[name for name in LAYOUTS if name != "1x1"])
+def many(request, models):
+    return Run(models, request.param)
+
+
+def close(a, b, tolerance=1e-5):
+    """Whether two tensors are equal, relative to the largest value."""
+    scale = max(b.abs().max().item(), 1e-12)
+    return (a - b).abs().max().item() <= tolerance * scale
+
+
+@pytest.mark.parametrize("how", [how.value for how in Aggregation])
+def test_scores_and_plans_do_not_depend_on_the_layout(single, many, how):
+    for rank in many.ranks:
+        for name, expected in single.ranks[0][f"scores_{how}"].items():
+            assert close(rank[f"scores_{how}"][name], expected), name
+        assert rank[f"plan_{how}"] == single.ranks[0][f"plan_{how}"]
+
+
+def test_losses_and_gradient_norms_do_not_depend_on_the_layout(single, many):
+    for rank in many.ranks:
+        np.testing.assert_allclose(rank["steps"], single.ranks[0]["steps"], rtol=1e-5)
+
+
+def test_every_gradient_does_not_depend_on_the_layout(single, many):
+    names = list(hf_tensors(single.shape))
+    assert len(names) > 20
+    for name, _, param, part, layer in names:
+        expected = read_hf_tensor(single, param, part, layer)
+        assert expected.abs().max() > 0, name
+        assert close(read_hf_tensor(many, param, part, layer), expected), name
+
+
+def test_the_step_is_the_plain_loss_on_transformers_models(models, single):
+    from transformers import AutoModelForCausalLM
+
+    from minitron_megatron.distillation.losses import distillation_loss
+
+    teacher = AutoModelForCausalLM.from_pretrained(models / "teacher/hf")
+    student = AutoModelForCausalLM.from_pretrained(models / "student_hf")
+    samples = Samples(2 * GLOBAL_BATCH, SEQUENCE, single.shape.vocab, seed=3)
+    batch = next(rank_batches(samples, 0, GLOBAL_BATCH, GLOBAL_BATCH, 0, 1))
+    with torch.no_grad():
+        target = teacher(batch["tokens"]).logits.flatten(0, 1)
+    logits = student(batch["tokens"]).logits.flatten(0, 1)
+    labels, mask = batch["labels"].flatten(), batch["loss_mask"].flatten()
+    loss = distillation_loss(logits, labels, mask, target, LOSS.kd_logits_weight, LOSS.lm_weight) / mask.sum()
+    loss.backward()
+    kd_logits, lm, *_ = single.ranks[0]["steps"][0]
+    assert LOSS.kd_logits_weight * kd_logits + LOSS.lm_weight * lm == pytest.approx(loss.item(), rel=1e-5)
+    expected = {name: parameter.grad for name, parameter in student.named_parameters()}
+    for name, _, param, part, layer in hf_tensors(single.shape):
+        assert close(read_hf_tensor(single, param, part, layer), expected[name], 1e-4), name

@@ -1,0 +1,91 @@
+"""Tiny networks whose sizes are all different, so that a swapped axis shows."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from minitron_megatron.config.schema import ImportConfig
+
+LLAMA = dict(
+    model_type="llama",
+    num_hidden_layers=4,
+    hidden_size=48,
+    intermediate_size=44,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=12,
+    vocab_size=101,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    tie_word_embeddings=False,
+)
+NEMOTRON = {
+    **{k: v for k, v in LLAMA.items() if k != "rms_norm_eps"},
+    "model_type": "nemotron",
+    "norm_eps": 1e-5,
+    "hidden_act": "relu2",
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+}
+FAMILIES = {"llama": LLAMA, "nemotron": NEMOTRON}
+
+
+def hf_model(seed: int = 0, **settings):
+    """A random float32 transformers model whose norms and biases are not trivial."""
+    torch.manual_seed(seed)
+    settings = dict(settings)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Larger than the usual 0.02, so that attention and activations are far from linear.
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def save_hf(folder: Path, model) -> Path:
+    """A Hugging Face folder with the model and a tokenizer of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    model.save_pretrained(folder)
+    vocab = {chr(33 + i): i for i in range(model.config.vocab_size - 1)} | {"<eos>": model.config.vocab_size - 1}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="!"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "unk_token": "!"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def import_hf(folder: Path, model) -> Path:
+    """The model as a Megatron checkpoint below `folder`."""
+    from minitron_megatron.checkpoint.convert import import_checkpoint
+
+    source = save_hf(folder / "hf", model)
+    return import_checkpoint(ImportConfig(str(source), str(folder / "checkpoint")))
+
+
+class Samples:
+    """Random sequences as a dataset, with masked tokens in some and one masked altogether."""
+
+    def __init__(self, num_samples: int, sequence_length: int, vocab: int, seed: int = 1):
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(0, vocab, (num_samples, sequence_length + 1), generator=generator)
+        self.mask = (torch.rand(num_samples, sequence_length, generator=generator) > 0.3).float()
+        self.mask[1] = 0
+        self.mask[2] = 1
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, index):
+        length = self.mask.size(1)
+        return {
+            "tokens": self.tokens[index, :-1],
+            "labels": self.tokens[index, 1:],
+            "loss_mask": self.mask[index],
+            "position_ids": torch.arange(length),
+        }

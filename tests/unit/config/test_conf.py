@@ -1,0 +1,75 @@
+"""The shipped YAML files against the dataclasses, which are the schema."""
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from minitron_megatron.config.compose import compose, conf_dir, experiments, resolve_stages, to_plain
+from minitron_megatron.config.describe import describe, summary
+from minitron_megatron.config.reader import keys
+from minitron_megatron.config.schema import SCHEMAS, DType
+
+MANDATORY = {
+    "import": ["source=s", "output=o"],
+    "score": ["checkpoint=c", "output=o"],
+    "prune": ["checkpoint=c", "scores=s", "output=o", "target.ffn=8"],
+    "distill": ["teacher=t", "student=s", "output=o"],
+    "evaluate": ["model=m", "output=o"],
+    "export": ["checkpoint=c", "output=o"],
+    "inspect": ["path=p"],
+    "compress": ["run_dir=r", "source=s", "target.ffn=8"],
+}
+
+
+@pytest.mark.parametrize("verb", SCHEMAS)
+def test_yaml_and_dataclass_give_the_same_defaults_in_the_same_order(verb):
+    shipped = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{verb}.yaml"))
+    expected = to_plain(SCHEMAS[verb]())
+    if verb == "compress":  # whose paths lie in the run's folder, and which has a chain of stages
+        assert shipped.pop("stages") and not expected.pop("stages")
+        assert shipped["data"].pop("cache_dir") == "${run_dir}/corpora"
+        del expected["data"]["cache_dir"]
+    assert yaml.safe_dump(shipped, sort_keys=False) == yaml.safe_dump(expected, sort_keys=False)
+
+
+@pytest.mark.parametrize("verb", SCHEMAS)
+def test_a_verb_composes_once_its_mandatory_settings_are_given(verb):
+    settings = compose(verb, MANDATORY[verb])
+    assert type(settings) is SCHEMAS[verb]
+    assert isinstance(getattr(settings, "dtype", None), DType | None)
+
+
+@pytest.mark.parametrize("name", experiments())
+def test_an_experiment_resolves_and_needs_nothing_more(name):
+    assert resolve_stages(compose("compress", [f"+experiment={name}"]))
+
+
+@pytest.mark.parametrize("overrides", [MANDATORY["compress"], *([f"+experiment={name}"] for name in experiments())])
+def test_every_folder_a_stage_reads_is_written_by_an_earlier_one(overrides):
+    recipe = compose("compress", overrides)
+    writers = {}
+    for name, (verb, settings) in resolve_stages(recipe).items():
+        for field in ("checkpoint", "scores", "teacher", "student", "model"):
+            if path := getattr(settings, field, None):
+                kinds = ["score"] if field == "scores" else ["import", "prune", "distill"]
+                assert writers.get(path) in kinds, f"{name} reads {path}"
+        assert settings.output.startswith(f"{recipe.run_dir}/") and settings.output not in writers
+        writers[settings.output] = verb
+
+
+@pytest.mark.parametrize("verb", SCHEMAS)
+def test_the_help_text_names_every_setting(verb):
+    listed = {line.split("=")[0].strip() for line in describe(verb).splitlines() if "=" in line.split("  ")[1]}
+    sections = {key.rpartition(".")[0] for key in keys(SCHEMAS[verb])}
+    assert listed == set(keys(SCHEMAS[verb])) - sections
+    assert summary(verb)
+
+
+def test_the_help_text_shows_defaults_meanings_and_choices():
+    lines = describe("distill", width=1000).splitlines()
+    [steps] = [line for line in lines if line.strip().startswith("steps=")]
+    assert steps.split() == ["steps=400", "optimiser", "steps."]
+    [tracker] = [line for line in lines if "tracking.tracker" in line]
+    assert tracker.split() == ["tracking.tracker=none", "[none,", "wandb]"]
+    [dtype] = [line for line in lines if line.strip().startswith("dtype=")]
+    assert "fp32 main weights are kept for bf16. [bf16, fp16, fp32]" in dtype  # a meaning of two lines

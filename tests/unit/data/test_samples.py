@@ -1,0 +1,171 @@
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import AutoTokenizer
+
+from minitron_megatron.config.schema import DataConfig
+from minitron_megatron.data.samples import heldout_samples, rank_batches, training_samples
+from minitron_megatron.data.tokens import prepare_corpus
+from minitron_megatron.errors import DataError
+
+SEQUENCE = 24
+
+
+@pytest.fixture
+def config(tmp_path, write_documents, stories):
+    return DataConfig(
+        [str(write_documents(stories))], str(tmp_path / "cache"), sequence_length=SEQUENCE, heldout_pct=20
+    )
+
+
+@pytest.fixture
+def corpus(config, tokenizer_dir):
+    return prepare_corpus(config, tokenizer_dir)
+
+
+def stored_tokens(prefix):
+    dataset = IndexedDataset(prefix)  # its arrays must not be read after it is gone
+    return np.concatenate([dataset[index] for index in range(len(dataset))])
+
+
+def all_tokens(dataset, num_samples):
+    return torch.stack([dataset[index]["tokens"] for index in range(num_samples)])
+
+
+def assert_sample(sample, sequence_length):
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in sample.items()} == {
+        "tokens": (torch.int64, (sequence_length,)),
+        "labels": (torch.int64, (sequence_length,)),
+        "loss_mask": (torch.float32, (sequence_length,)),
+        "position_ids": (torch.int64, (sequence_length,)),
+    }
+    assert sample["position_ids"].tolist() == list(range(sequence_length))
+
+
+def test_an_epoch_of_training_samples_is_the_training_text(corpus, config, tokenizer_dir):
+    num_samples = (corpus.num_train_tokens - 1) // SEQUENCE
+    dataset = training_samples(corpus, config, num_samples)
+    assert len(dataset) == num_samples
+    samples = [dataset[index] for index in range(num_samples)]
+    for sample in samples:
+        assert_sample(sample, SEQUENCE)
+        assert sample["loss_mask"].all()
+        assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+    # No token is lost or given twice, but for the remainder that fills no sample.
+    given = np.bincount(torch.cat([sample["tokens"] for sample in samples]), minlength=300)
+    stored = np.bincount(stored_tokens(corpus.train_prefix), minlength=300)
+    assert (given <= stored).all() and (stored - given).sum() <= SEQUENCE
+    # Nothing that was held out is trained on, read as text.
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    named = [
+        set(re.findall(r"<\d+>", tokenizer.decode(part)))
+        for part in (
+            torch.cat([sample["tokens"] for sample in samples]),
+            stored_tokens(corpus.heldout_prefix),
+        )
+    ]
+    assert len(named[1]) == corpus.num_heldout_documents
+    assert len(named[0]) > 25
+    assert not named[0] & named[1]
+
+
+def test_training_order_follows_the_seed_and_goes_on_over_epochs(corpus, config):
+    per_epoch = (corpus.num_train_tokens - 1) // SEQUENCE
+    tokens = all_tokens(training_samples(corpus, config, 3 * per_epoch), 3 * per_epoch)
+    again = all_tokens(training_samples(corpus, config, 3 * per_epoch), 3 * per_epoch)
+    assert torch.equal(tokens, again)
+    reseeded = training_samples(corpus, dataclasses.replace(config, seed=2), 3 * per_epoch)
+    assert not torch.equal(tokens, all_tokens(reseeded, 3 * per_epoch))
+
+
+def save_order(rank, corpus, config, num_samples, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(all_tokens(training_samples(corpus, config, num_samples), num_samples), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_see_the_order_of_one_process(corpus, config, tmp_path):
+    torch.multiprocessing.spawn(save_order, (corpus, config, 100, str(tmp_path)), nprocs=2)
+    written = sorted((corpus.folder / "index").iterdir())
+    alone = all_tokens(training_samples(corpus, config, 100), 100)
+    assert sorted((corpus.folder / "index").iterdir()) == written
+    # The same order again without what the ranks left behind.
+    for file in written:
+        file.unlink()
+    assert torch.equal(all_tokens(training_samples(corpus, config, 100), 100), alone)
+    assert torch.equal(torch.load(tmp_path / "0.pt"), alone)
+    assert torch.equal(torch.load(tmp_path / "1.pt"), alone)
+
+
+def test_every_heldout_token_is_predicted_once(corpus):
+    stream = stored_tokens(corpus.heldout_prefix).tolist()
+    num_predicted = len(stream) - 1
+    # The last two: a single window that ends with the text, and one that leaves a single token to the next.
+    for length in (7, SEQUENCE, num_predicted // 2, num_predicted, num_predicted - 1):
+        samples = list(heldout_samples(corpus, length))
+        for sample in samples:
+            assert_sample(sample, length)
+        kept = torch.cat([sample["loss_mask"] for sample in samples]).bool()
+        assert torch.cat([sample["labels"] for sample in samples])[kept].tolist() == stream[1:]
+        assert torch.cat([sample["tokens"] for sample in samples])[kept].tolist() == stream[:-1]
+        assert all(sample["loss_mask"].any() for sample in samples)
+
+
+def test_heldout_samples_can_be_fewer(corpus):
+    full = heldout_samples(corpus, SEQUENCE)
+    part = heldout_samples(corpus, SEQUENCE, 2)
+    assert len(list(part)) == len(part) == 2 < len(full) == len(heldout_samples(corpus, SEQUENCE, 10**6))
+    assert torch.equal(part[1]["tokens"], full[1]["tokens"])
+
+
+def test_too_short_a_corpus_is_refused(corpus, config):
+    with pytest.raises(DataError, match="held-out tokens"):
+        heldout_samples(corpus, corpus.num_heldout_tokens)
+    with pytest.raises(DataError, match="training tokens"):
+        training_samples(corpus, dataclasses.replace(config, sequence_length=corpus.num_train_tokens), 1)
+
+
+class Numbered:
+    """Sample i has the token i + 1 everywhere."""
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        assert 0 <= index < 50
+        tokens = torch.full((4,), index + 1)
+        return {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(4), "position_ids": torch.arange(4)}
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+@pytest.mark.parametrize("first, count", [(0, 40), (7, 12), (7, 1), (40, 30), (49, 60)])
+def test_ranks_share_the_samples(first, count, micro_batch, data_size):
+    ranks = [list(rank_batches(Numbered(), first, count, micro_batch, rank, data_size)) for rank in range(data_size)]
+    end = min(first + count, 50)
+    num_micro_batches = -(-(end - first) // (micro_batch * data_size))
+    assert [len(batches) for batches in ranks] == [num_micro_batches] * data_size
+    seen = []
+    for d, batches in enumerate(ranks):
+        for m, batch in enumerate(batches):
+            assert all(value.shape == (micro_batch, 4) for value in batch.values())
+            for j in range(micro_batch):
+                index = first + (m * data_size + d) * micro_batch + j
+                assert batch["loss_mask"][j].tolist() == [float(index < end)] * 4
+                if index < end:
+                    assert batch["tokens"][j].tolist() == [index + 1] * 4
+                    seen.append(index)
+    assert sorted(seen) == list(range(first, end))
+
+
+def test_padding_leaves_the_samples_alone(corpus):
+    samples = [dict(sample) for sample in heldout_samples(corpus, SEQUENCE, 3)]
+    (batch,) = rank_batches(samples, 0, 3, 4, 0, 1)
+    assert batch["loss_mask"].dtype == torch.float32 and batch["tokens"].dtype == torch.int64
+    assert batch["loss_mask"].sum(dim=1).tolist() == [SEQUENCE] * 3 + [0]
+    assert samples[2]["loss_mask"].sum() == SEQUENCE

@@ -1,0 +1,156 @@
+import dataclasses
+import json
+import random
+from collections import Counter
+
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import AutoTokenizer
+
+from minitron_megatron.config.schema import DataConfig
+from minitron_megatron.data import tokens
+from minitron_megatron.data.tokens import check_enough, prepare_corpus, tokenizer_fingerprint
+from minitron_megatron.errors import DataError
+
+
+@pytest.fixture
+def config(tmp_path, write_documents, stories):
+    return DataConfig(text=[str(write_documents(stories))], cache_dir=str(tmp_path / "cache"), heldout_pct=20)
+
+
+def read(prefix):
+    dataset = IndexedDataset(prefix)  # its arrays must not be read after it is gone
+    return [tuple(dataset[index].tolist()) for index in range(len(dataset))]
+
+
+def test_token_files_hold_what_the_tokenizer_says(config, tokenizer_dir, stories):
+    corpus = prepare_corpus(config, tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    expected = Counter(
+        (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id) for text in stories
+    )
+    train, heldout = read(corpus.train_prefix), read(corpus.heldout_prefix)
+    assert Counter(train + heldout) == expected
+    assert (len(train), len(heldout)) == (corpus.num_train_documents, corpus.num_heldout_documents) == (32, 8)
+    assert sum(map(len, train)) == corpus.num_train_tokens
+    assert sum(map(len, heldout)) == corpus.num_heldout_tokens
+    # Megatron-Core counts documents and sequences apart: one sequence per document.
+    assert IndexedDataset(corpus.train_prefix).document_indices.tolist() == list(range(33))
+
+
+def test_manifest_counts(config, tokenizer_dir, stories):
+    corpus = prepare_corpus(config, tokenizer_dir)
+    manifest = json.loads((corpus.folder / "manifest.json").read_text())
+    assert manifest["kind"] == "corpus"
+    details = manifest["details"]
+    assert details["fingerprint"] == corpus.fingerprint == corpus.folder.name
+    assert details["train"]["bytes"] + details["heldout"]["bytes"] == sum(len(text.encode()) for text in stories)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_documents_stay_on_one_side(tmp_path, write_documents, tokenizer_dir, stories, seed):
+    texts = stories[:10] * 4
+    random.Random(seed).shuffle(texts)
+    config = DataConfig([str(write_documents(texts))], str(tmp_path / "cache"), heldout_pct=40, seed=seed)
+    corpus = prepare_corpus(config, tokenizer_dir)
+    train, heldout = read(corpus.train_prefix), read(corpus.heldout_prefix)
+    assert (len(train), len(heldout)) == (24, 16)
+    assert not set(train) & set(heldout)
+
+
+def test_a_small_share_still_holds_one_document_out(config, tokenizer_dir):
+    corpus = prepare_corpus(dataclasses.replace(config, heldout_pct=0.01), tokenizer_dir)
+    assert (corpus.num_train_documents, corpus.num_heldout_documents) == (39, 1)
+
+
+def test_the_split_follows_the_seed_and_not_the_place_of_the_files(
+    config, tmp_path, write_documents, tokenizer_dir, stories
+):
+    corpus = prepare_corpus(config, tokenizer_dir)
+    elsewhere = DataConfig([str(write_documents(stories, "copy"))], str(tmp_path / "other"), heldout_pct=20)
+    copy = prepare_corpus(elsewhere, tokenizer_dir)
+    assert copy.fingerprint == corpus.fingerprint
+    for name in ("train.bin", "train.idx", "heldout.bin", "heldout.idx"):
+        assert (copy.folder / name).read_bytes() == (corpus.folder / name).read_bytes()
+    reseeded = prepare_corpus(dataclasses.replace(config, seed=1), tokenizer_dir)
+    assert set(read(reseeded.heldout_prefix)) != set(read(corpus.heldout_prefix))
+
+
+def test_fingerprint_depends_on_everything_that_is_written(config, make_tokenizer, tokenizer_dir, write_documents):
+    corpus = prepare_corpus(config, tokenizer_dir)
+    changed_text = str(write_documents(["another", "text"], "more"))
+    others = [
+        prepare_corpus(dataclasses.replace(config, seed=1), tokenizer_dir),
+        prepare_corpus(dataclasses.replace(config, heldout_pct=21), tokenizer_dir),
+        prepare_corpus(dataclasses.replace(config, text=[*config.text, changed_text]), tokenizer_dir),
+        prepare_corpus(config, make_tokenizer(vocab_size=270)),
+        prepare_corpus(config, make_tokenizer(eos_token="<bos>")),  # the same tokenizer.json
+    ]
+    assert len({corpus.fingerprint, *(other.fingerprint for other in others)}) == 6
+    assert corpus.tokenizer_fingerprint == others[0].tokenizer_fingerprint == tokenizer_fingerprint(tokenizer_dir)
+    assert corpus.tokenizer_fingerprint != others[3].tokenizer_fingerprint
+
+
+def test_a_corpus_is_made_once_for_all_sequence_lengths(config, tokenizer_dir):
+    corpus = prepare_corpus(config, tokenizer_dir)
+    before = (corpus.folder / "train.bin").stat()
+    assert prepare_corpus(dataclasses.replace(config, sequence_length=64), tokenizer_dir) == corpus
+    after = (corpus.folder / "train.bin").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_an_interrupted_run_leaves_nothing_behind(config, tokenizer_dir, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokens._Side, "add", interrupt)
+        prepare_corpus(config, tokenizer_dir)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert prepare_corpus(config, tokenizer_dir).num_train_documents == 32
+
+
+def test_a_process_that_comes_second_takes_the_corpus_of_the_first(config, tokenizer_dir, tmp_path, monkeypatch):
+    write, inodes = tokens._write, []
+
+    def write_after_another_process(folder, *args):
+        write(folder, *args)
+        inodes.append(folder.stat().st_ino)
+        write(folder, *args)
+
+    monkeypatch.setattr(tokens, "_write", write_after_another_process)
+    assert prepare_corpus(config, tokenizer_dir).num_train_documents == 32
+    assert [path.stat().st_ino for path in (tmp_path / "cache").iterdir()] == inodes
+
+
+def test_a_damaged_folder_is_named(config, tokenizer_dir):
+    corpus = prepare_corpus(config, tokenizer_dir)
+    (corpus.folder / "heldout.idx").unlink()
+    with pytest.raises(DataError, match=r"is not a whole corpus, it lacks heldout\.idx: delete it"):
+        prepare_corpus(config, tokenizer_dir)
+
+
+def test_tokenizer_problems(config, make_tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"missing/tokenizer\.json does not exist"):
+        prepare_corpus(config, tmp_path / "missing")
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        prepare_corpus(config, make_tokenizer(eos_token=None))
+
+
+@pytest.mark.parametrize(
+    "texts, message", [([], "has no text"), ([" ", "\n"], "has no text"), (["one"] * 5, "is one document")]
+)
+def test_too_few_documents(tmp_path, write_documents, tokenizer_dir, texts, message):
+    config = DataConfig([str(write_documents(texts))], str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=message):
+        prepare_corpus(config, tokenizer_dir)
+
+
+def test_check_enough(config, tokenizer_dir):
+    corpus = prepare_corpus(config, tokenizer_dir)
+    heldout, train = corpus.num_heldout_tokens, corpus.num_train_tokens
+    check_enough(corpus, heldout - 1)
+    with pytest.raises(DataError, match=f"{heldout} held-out tokens, .* needs {heldout + 1}"):
+        check_enough(corpus, heldout)
+    with pytest.raises(DataError, match=f"{train} training tokens, .* needs {train + 1}"):
+        check_enough(corpus, train)
