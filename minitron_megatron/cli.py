@@ -104,7 +104,8 @@ def _set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
     if int(os.environ.get("RANK", 0)) == 0:
         logging.getLogger("minitron_megatron").setLevel(logging.INFO)
-    # Megatron-Core says so at import, up to five times; the manual says which kernels are used when.
+    # Megatron-Core says these at import and for every configuration; the manual says which kernels are used when.
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
     warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")
 
 

@@ -1,5 +1,6 @@
-"""Progress of long work, shown by rank 0 on a terminal."""
+"""Progress of long work, shown by rank 0: a bar on a terminal, ten lines in a log."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,28 +8,47 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """Show a bar of `total` steps while the block runs.
+    """Show how far a work of `total` steps has come while the block runs.
 
-    Yields a function `advance(steps=1, text="")`; `text` is shown behind the bar. Where there is no terminal,
-    or on any rank but the first, it shows nothing.
+    Yields a function `advance(steps=1, text="")`; `text` is shown beside the steps. Ranks other than the
+    first show nothing.
     """
     console = Console(stderr=True)
-    quiet = not console.is_terminal or int(os.environ.get("RANK", 0)) > 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    with Progress(*columns, console=console, disable=quiet) as bar:
-        task = bar.add_task(title, total=total, text="")
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield lambda steps=1, text="": None
+    elif not console.is_terminal:
+        yield _lines(title, total)
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(title, total=total, text="")
 
-        def advance(steps: int = 1, text: str = "") -> None:
-            bar.update(task, advance=steps, text=text)
+            def advance(steps: int = 1, text: str = "") -> None:
+                bar.update(task, advance=steps, text=text)
 
-        yield advance
+            yield advance
+
+
+def _lines(title: str, total: int) -> Callable[..., None]:
+    done = 0
+
+    def advance(steps: int = 1, text: str = "") -> None:
+        nonlocal done
+        tenths = 10 * done // max(total, 1)
+        done += steps
+        if 10 * done // max(total, 1) > tenths:
+            logger.info("%s %d of %d  %s", title, done, total, text)
+
+    return advance

@@ -31,7 +31,8 @@ def compress(config: CompressConfig) -> Path:
     Raises:
         UserError: of the stage that failed; what was done before stays, and is skipped the next time.
     """
-    from minitron_megatron.report.html import Stage, write_report
+    from minitron_megatron.report.html import write_report
+    from minitron_megatron.report.results import Stage, read_evaluations
     from minitron_megatron.report.table import summary_table
 
     run_dir = Path(config.run_dir)
@@ -51,13 +52,8 @@ def compress(config: CompressConfig) -> Path:
             seconds[name] = time.perf_counter() - started
             path.write_text(json.dumps(seconds, indent=2) + "\n")
         done.append(Stage(name, verb, Path(settings.output), seconds.get(name)))
-    evaluations = {
-        stage.name.removeprefix("evaluate_"): json.loads((stage.output / "evaluation.json").read_text())
-        for stage in done
-        if stage.verb == "evaluate"
-    }
     report = write_report(run_dir, config.title, done)
-    Console().print(summary_table(evaluations))
+    Console().print(summary_table(read_evaluations(done)))
     Console().print(f"report: {report}")
     (run_dir / "DONE").touch()
     return run_dir

@@ -20,8 +20,17 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _SAMPLE_BYTES = 64 * 1024
-# Settings that say where a result goes or who watches, and not what it is.
-_NOT_CONTENT = ("output", "tracking")
+# Settings that say where and how a result is made, and not what it is. Results do not depend on the layout.
+_NOT_CONTENT = (
+    "output",
+    "data.cache_dir",
+    "parallel",
+    "micro_batch",
+    "tracking",
+    "save_every",
+    "validate_every",
+    "validate_batches",
+)
 
 
 @dataclass
@@ -87,9 +96,13 @@ class Manifest:
         """Whether both describe the result of the same settings on the same inputs."""
 
         def essence(manifest: Manifest):
-            config = {k: v for k, v in manifest.config.items() if k not in _NOT_CONTENT}
             # A parent is known by its content, so that moving a folder changes nothing.
-            config = {k: v for k, v in config.items() if k not in {p.role for p in manifest.parents}}
+            ignored = {*_NOT_CONTENT, *(parent.role for parent in manifest.parents)}
+            config = {
+                key: {k: v for k, v in value.items() if f"{key}.{k}" not in ignored} if isinstance(value, dict) else value
+                for key, value in manifest.config.items()
+                if key not in ignored
+            }
             return manifest.kind, sorted((p.role, p.fingerprint) for p in manifest.parents), config
 
         return essence(self) == essence(other)

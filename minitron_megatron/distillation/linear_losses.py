@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Softmax work is done on blocks of rows that stay in the processor's cache; 2^19 float32 are 2 MiB.
-_BLOCK_ELEMENTS = 2**19
+# On the CPU, softmax work is done on blocks of rows that stay in the processor's cache; 2^19 float32 are 2 MiB.
+_CACHE_ELEMENTS = 2**19
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, ne
     num_tokens, num_rows = logits.shape
     labelled = (labels >= 0) & (labels < num_rows)
     label_columns = labels.clamp(0, max(num_rows - 1, 0))
-    block = max(1, _BLOCK_ELEMENTS // max(num_rows, 1))
+    block = num_tokens if logits.is_cuda else max(1, _CACHE_ELEMENTS // max(num_rows, 1))
     kl = torch.zeros(num_tokens, device=logits.device)
     ce = torch.zeros_like(kl)
 

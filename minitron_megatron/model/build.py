@@ -3,8 +3,11 @@
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_APEX,
+    HAVE_TE,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -95,16 +98,22 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: DType) -> Trans
     )
 
 
-def layer_spec(shape: ModelShape, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The modules of the layers on this stage: Transformer Engine's on CUDA, the local ones on the CPU."""
-    if torch.cuda.is_available():
+def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The modules of the layers on this stage.
+
+    On CUDA these are Transformer Engine's, where it imports. Elsewhere they are the local ones: Megatron-Core's
+    linear layers around our attention and norm, or around Apex's fused LayerNorm where that imports.
+    """
+    if torch.cuda.is_available() and HAVE_TE:
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization=config.normalization), Norm
-        layer.submodules.input_layernorm = Norm
-        layer.submodules.pre_mlp_layernorm = Norm
+        fused = torch.cuda.is_available() and HAVE_APEX and config.normalization == "LayerNorm"
+        norm = FusedLayerNorm if fused else Norm
+        layer = get_gpt_layer_local_spec(normalization=config.normalization)
+        layer.submodules.input_layernorm = norm
+        layer.submodules.pre_mlp_layernorm = norm
         layer.submodules.self_attention.submodules.core_attention = CausalAttention
     layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
@@ -124,7 +133,7 @@ def build_model(shape: ModelShape, groups: Groups, dtype: DType) -> list[Backbon
         vp_stage = chunk if num_chunks > 1 else None
         model = Backbone(
             config=config,
-            transformer_layer_spec=layer_spec(shape, config, vp_stage),
+            transformer_layer_spec=layer_spec(config, vp_stage),
             vocab_size=shape.padded_vocab,
             max_sequence_length=shape.max_positions,
             pre_process=groups.is_first_stage and chunk == 0,

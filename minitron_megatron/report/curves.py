@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
 from minitron_megatron.report.results import Evaluation, find_teacher
 from minitron_megatron.report.style import (
@@ -25,7 +25,7 @@ _TERMS = {
     "kd_logits": "KL divergence from the teacher's predictions",
     "kd_hidden": "distance from the teacher's hidden states",
 }
-_COLOURS = {"prune": CUT, "distill": KEPT}
+_COLOURS = {"prune": CUT, "distill": KEPT, "export": KEPT}
 
 
 def loss_curves(runs: dict[str, list[dict[str, float]]]) -> Figure:
@@ -57,10 +57,9 @@ def loss_curves(runs: dict[str, list[dict[str, float]]]) -> Figure:
         rates.plot(*_series(lines, "optim/lr"), color=colours[name], linewidth=1.4)
     tidy(rates, "tokens", grid="y")
     heading(rates, "learning rate")
-    rates.set_ylim(bottom=0)
+    peak = max((line.get("optim/lr", 0) for lines in runs.values() for line in lines), default=0)
+    rates.set_yticks([0, peak], labels=["0", f"{peak:.3g}"])
     rates.set_xlim(left=0)
-    rates.yaxis.set_major_locator(MaxNLocator(2))
-    rates.yaxis.set_major_formatter("{x:g}")
     rates.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
     return figure
 
@@ -71,29 +70,47 @@ def before_after(evaluations: list[Evaluation]) -> Figure:
     axes = figure.subplots()
     teacher = find_teacher(evaluations)
     if teacher:
-        axes.axhline(teacher.loss, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.hlines(teacher.loss, 0, teacher.parameters, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
     for evaluation in evaluations:
         colour = _COLOURS.get(evaluation.made_by, INK)
         axes.plot(evaluation.parameters, evaluation.loss, "o", color=colour, markersize=10)
+    for pruned, distilled in _before_and_after(evaluations):
+        arrow = dict(arrowstyle="->", color=MUTED, shrinkA=9, shrinkB=9)
+        axes.annotate("", (distilled.parameters, distilled.loss), (pruned.parameters, pruned.loss), arrowprops=arrow)
     axes.set_xlim(0, 1.3 * max(e.parameters for e in evaluations))
     axes.margins(y=0.15)
     low, high = axes.get_ylim()
-    heights = spread([e.loss for e in evaluations], 0.08 * (high - low))
+    heights = spread([e.loss for e in evaluations], 0.09 * (high - low))
     for evaluation, height in zip(evaluations, heights, strict=True):
         text = f"{evaluation.name}: {evaluation.loss:.3f} (perplexity {evaluation.perplexity:.4g})"
-        label(axes, text, (evaluation.parameters, height), (9, 0), va="center")
+        backdrop = dict(facecolor="white", edgecolor="none", pad=1)
+        label(axes, text, (evaluation.parameters, height), (10, 0), va="center", bbox=backdrop)
     tidy(axes, "parameters", "nats per token", grid="y")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short(count)))
     return figure
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred means over a fifteenth of the values; towards the ends over fewer, so that nothing lags."""
-    count = len(values)
-    positions = np.arange(count)
-    half = np.minimum(count // 30, np.minimum(positions, count - 1 - positions))
+    """Centred means over a fifteenth of the values.
+
+    They shrink at the start, where losses fall fast, and only lose their later half at the end, where the
+    last values alone would say little.
+    """
+    positions = np.arange(len(values))
+    before = np.minimum(positions, len(values) // 30)
+    first, stop = positions - before, np.minimum(positions + before + 1, len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[positions + half + 1] - sums[positions - half]) / (2 * half + 1)
+    return (sums[stop] - sums[first]) / (stop - first)
+
+
+def _before_and_after(evaluations: list[Evaluation]) -> list[tuple[Evaluation, Evaluation]]:
+    """Each trained model with the last pruned one before it that has its size."""
+    found = []
+    for i, distilled in enumerate(evaluations):
+        before = [e for e in evaluations[:i] if e.made_by == "prune" and e.parameters == distilled.parameters]
+        if before and distilled.made_by == "distill":
+            found.append((before[-1], distilled))
+    return found
 
 
 def _panels(runs: dict[str, list[dict[str, float]]]) -> dict[str, str]:

@@ -37,9 +37,9 @@ def ffn_importance(scores: Scores, plan: Plan | None = None) -> Figure:
     _whole_numbers(axes.yaxis)
     _scale(image, [_FAINT, 0.1, 1], ["≤ 1%", "10%", "100%"])
     if plan is not None:
-        cuts, rows = num_kept_ffn(plan), np.arange(layers)
-        axes.barh(rows, ffn - cuts, left=cuts, height=1, color="white", alpha=0.6)
-        axes.vlines(cuts, rows - 0.5, rows + 0.5, color=CUT, linewidth=2, clip_on=False)
+        cuts, rows = num_kept_ffn(plan), np.flatnonzero(kept_layers(plan))
+        axes.barh(np.arange(layers), ffn - cuts, left=cuts, height=1, color="white", alpha=0.6)
+        axes.vlines(cuts[rows], rows - 0.5, rows + 0.5, color=CUT, linewidth=2, clip_on=False)
         label(axes, f"{plan.target.ffn} of {ffn} stay", (plan.target.ffn, -0.5), (0, 5), ha="right", color=CUT)
     return figure
 
@@ -54,14 +54,15 @@ def head_importance(scores: Scores, plan: Plan | None = None) -> Figure:
     figure = new_figure("Query heads of each attention, by query group", _height(layers))
     axes = figure.subplots()
     image = axes.imshow(relative, aspect="auto", cmap=sequential(), vmin=0, vmax=1)
-    axes.vlines(_group_edges(groups, per_group), -0.5, layers - 0.5, color="white", linewidth=3)
+    cell = 72 * min(6 / relative.shape[1], (_height(layers) - 1.2) / layers)  # the smaller side, in points
+    axes.vlines(_group_edges(groups, per_group), -0.5, layers - 0.5, color="white", linewidth=min(3, cell / 3))
     tidy(axes, "query group", "layer")
     _whole_numbers(axes.yaxis)
     _group_ticks(axes.xaxis, groups, per_group)
     _scale(image, [0, 0.5, 1], ["0%", "50%", "100%"])
     if plan is not None and plan.target.num_heads < plan.source.num_heads:
         layer, head = np.nonzero(kept_heads(plan))
-        axes.scatter(head, layer, s=20, color=CUT, edgecolors="white", linewidths=0.8)
+        axes.scatter(head, layer, s=min(20, (0.45 * cell) ** 2), color=CUT, edgecolors="white", linewidths=0.6)
         text = f"dots: the {plan.target.num_heads} of {plan.source.num_heads} that stay"
         label(axes, text, (1, 1), (0, 5), ha="right", color=CUT, xycoords="axes fraction")
     return figure
@@ -103,8 +104,11 @@ def layer_importance(scores: Scores, plan: Plan | None = None) -> Figure:
     return figure
 
 
-def kept_map(plan: Plan, scores: Scores) -> Figure:
-    """What stays of the network: channels, and layer by layer the share of the neurons' scores and the heads."""
+def kept_map(plan: Plan, scores: Scores | None = None) -> Figure:
+    """What stays of the network: channels, and layer by layer the neurons and the heads.
+
+    With scores, a bar is the share of its MLP's scores that the kept neurons hold, else their share of the number.
+    """
     source, target = plan.source, plan.target
     layers, heads = kept_layers(plan), kept_heads(plan).T
     heads_height = min(0.2 * len(heads), 3.0)
@@ -117,22 +121,24 @@ def kept_map(plan: Plan, scores: Scores) -> Figure:
     heading(hidden, f"channels of the residual stream: {stays.sum()} of {source.hidden}")
 
     _binary(strip, layers[None])
-    _cell_edges(strip, 1, len(layers))
+    _cell_edges(strip, 1, len(layers), 0)
     heading(strip, f"layers: {layers.sum()} of {len(layers)}")
 
     numbers = np.arange(len(layers))
     neurons.bar(numbers, np.ones(len(layers)), color=GRID)
-    neurons.bar(numbers, kept_ffn_share(plan, scores), color=KEPT)
+    neurons.bar(numbers, kept_ffn_share(plan, scores) if scores else num_kept_ffn(plan) / source.ffn, color=KEPT)
     neurons.set(xlim=(-0.5, len(layers) - 0.5), ylim=(0, 1))
     tidy(neurons)
     neurons.yaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
     neurons.yaxis.set_major_formatter(PercentFormatter(1))
-    heading(neurons, f"neurons of each MLP: {target.ffn} of {source.ffn}, and the share of its scores that they hold")
+    what = ", and the share of its scores that they hold" if scores else ""
+    heading(neurons, f"neurons of each MLP: {target.ffn} of {source.ffn}{what}")
 
     _binary(grid, heads)
-    _cell_edges(grid, *heads.shape)
+    row = 72 * heads_height / len(heads)  # in points
+    _cell_edges(grid, *heads.shape, min(1, row / 5))
     edges = _group_edges(source.num_query_groups, source.heads_per_group)
-    grid.hlines(edges, -0.5, len(layers) - 0.5, color="white", linewidth=3)
+    grid.hlines(edges, -0.5, len(layers) - 0.5, color="white", linewidth=min(3, row / 2))
     tidy(grid, "layer", "query group")
     _group_ticks(grid.yaxis, source.num_query_groups, source.heads_per_group)
     heading(grid, f"query heads: {target.num_heads} of {source.num_heads}")
@@ -194,6 +200,7 @@ def _binary(axes: Axes, kept: np.ndarray) -> None:
     axes.imshow(kept, aspect="auto", cmap=colours, vmin=0, vmax=1, interpolation="nearest")
 
 
-def _cell_edges(axes: Axes, rows: int, columns: int) -> None:
-    axes.vlines(np.arange(1, columns) - 0.5, -0.5, rows - 0.5, color="white", linewidth=1.5)
-    axes.hlines(np.arange(1, rows) - 0.5, -0.5, columns - 0.5, color="white", linewidth=1)
+def _cell_edges(axes: Axes, rows: int, columns: int, between_rows: float) -> None:
+    """White lines between the cells of a map, those between its rows `between_rows` points wide."""
+    axes.vlines(np.arange(1, columns) - 0.5, -0.5, rows - 0.5, color="white", linewidth=min(1.5, 90 / columns))
+    axes.hlines(np.arange(1, rows) - 0.5, -0.5, columns - 0.5, color="white", linewidth=between_rows)

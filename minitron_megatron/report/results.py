@@ -4,7 +4,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from minitron_megatron.errors import CheckpointError
+
 EVALUATION = "evaluation.json"
+_FIELDS = {"model", "parameters", "parameters_without_embeddings", "heldout", "generation"}
 
 
 @dataclass
@@ -49,12 +52,28 @@ class Evaluation:
     generation: dict | None = None
 
 
+def read_evaluation(folder: Path) -> dict:
+    """The content of a folder's `evaluation.json`.
+
+    Raises:
+        CheckpointError: it is not of an evaluation, or not whole.
+    """
+    path = folder / EVALUATION
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from e
+    if missing := _FIELDS - set(values):
+        raise CheckpointError(f"{path} is not of an evaluation: it lacks {', '.join(sorted(missing))}")
+    return values
+
+
 def read_evaluations(stages: list[Stage]) -> list[Evaluation]:
     """The results of all stages that evaluated something, in order."""
     found = []
     for stage in stages:
         if stage.verb == "evaluate" and (stage.output / EVALUATION).is_file():
-            values = json.loads((stage.output / EVALUATION).read_text())
+            values = read_evaluation(stage.output)
             maker = stage_of(Path(values["model"]), stages)
             found.append(
                 Evaluation(

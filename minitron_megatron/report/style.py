@@ -6,6 +6,7 @@ throughout: blue is kept, vermilion is a cut and what it removes, grey is refere
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
@@ -69,7 +70,7 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
     """`values`, moved up as little as it takes for labels at them to stand at least `gap` apart."""
     moved = list(values)
     order = sorted(range(len(moved)), key=moved.__getitem__)
-    for lower, upper in zip(order, order[1:]):
+    for lower, upper in pairwise(order):
         moved[upper] = max(moved[upper], moved[lower] + gap)
     return moved
 

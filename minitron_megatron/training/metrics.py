@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 from pathlib import Path
 
 import torch
@@ -78,7 +79,7 @@ def _start_wandb(folder: Path, tracking: TrackingConfig, config: dict):
 
     path = folder / WANDB_ID
     if not path.exists():
-        write_atomically(path, wandb.util.generate_id())
+        write_atomically(path, uuid.uuid4().hex[:8])
     try:
         return wandb.init(
             project=tracking.project,

@@ -1,0 +1,34 @@
+"""The table of a recipe's models: size, held-out loss, speed, and how much of what pruning lost is back."""
+
+from rich.table import Table
+from rich.text import Text
+
+from minitron_megatron.report.results import Evaluation, recoveries
+
+COLUMNS = ["model", "parameters", "without embeddings", "held-out loss", "perplexity", "tokens/s", "gap closed"]
+
+
+def cells(evaluations: list[Evaluation]) -> list[list[str]]:
+    """A row for each model, as text, in the order of `COLUMNS`. A dash stands for what was not measured."""
+    return [
+        [
+            e.name,
+            f"{e.parameters:,}",
+            f"{e.parameters_without_embeddings:,}",
+            f"{e.loss:.4f}",
+            f"{e.perplexity:,.2f}",
+            f"{e.generation['tokens_per_s']:,.1f}" if e.generation else "–",
+            "–" if recovery is None else f"{recovery:.1%}",
+        ]
+        for e, recovery in zip(evaluations, recoveries(evaluations), strict=True)
+    ]
+
+
+def summary_table(evaluations: list[Evaluation]) -> Table:
+    """The table for a terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in cells(evaluations):
+        table.add_row(*map(Text, row))
+    return table

@@ -1,0 +1,93 @@
+"""A whole recipe on a tiny model, as a user runs it."""
+
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitron_megatron.cli import main
+from tests.tiny import LLAMA, hf_model, save_hf
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    save_hf(folder / "source", hf_model(**LLAMA))
+    choose = random.Random(0)
+    lines = ["".join(choose.choice("abcdefgh") for _ in range(80)) for _ in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return folder
+
+
+def arguments(inputs) -> list[str]:
+    return [
+        "compress",
+        f"run_dir={inputs / 'run'}",
+        f"source={inputs / 'source'}",
+        'title="Tiny <model>"',
+        "target.hidden=40",
+        "target.layers=3",
+        "target.heads=4",
+        f"data.text=[{inputs / 'text.jsonl'}]",
+        "data.sequence_length=16",
+        "data.heldout_pct=20",
+        "stages.scores.num_samples=10",
+        # One stage in ranks of its own, the others in this process.
+        "stages.scores.parallel.tensor=2",
+        "stages.scores.dtype=fp32",
+        "stages.distilled.steps=3",
+        "stages.distilled.optimizer.warmup_steps=1",
+        "stages.distilled.dtype=fp32",
+        "stages.evaluate_teacher.generate_tokens=4",
+        "stages.evaluate_pruned.generate_tokens=0",
+        "stages.evaluate_distilled.generate_tokens=4",
+    ]
+
+
+def run(inputs):
+    return subprocess.run(
+        [sys.executable, "-m", "minitron_megatron.cli", *arguments(inputs)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_a_recipe_runs_reports_and_skips_what_is_done(inputs):
+    first = run(inputs)
+    assert first.returncode == 0, first.stderr
+    assert "distilled" in first.stdout
+    run_dir = inputs / "run"
+    page = (run_dir / "report.html").read_text()
+    assert "Tiny &lt;model&gt;" in page
+    assert (run_dir / "exported" / "model.safetensors").is_file()
+    made = {path: path.stat().st_mtime_ns for path in run_dir.rglob("manifest.json")}
+    assert len(made) >= 9
+
+    second = run(inputs)
+    assert second.returncode == 0, second.stderr
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("manifest.json")} == made
+    assert second.stderr.count("skipped") == 8
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if "minitron " in line]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_command_of_the_readme_composes(command, capsys):
+    words = shlex.split(command)
+    words = words[words.index("minitron") + 1 :]
+    assert main([*words, "--cfg"]) == 0, capsys.readouterr().err
+
+
+def test_the_readme_names_targets_that_exist():
+    targets = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rules = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets and set(targets) <= set(rules)

@@ -1,0 +1,64 @@
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from minitron_megatron.config.schema import DataConfig, DType, EvaluateConfig, ExportConfig
+from tests.tiny import LLAMA, hf_model, import_hf
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model as a checkpoint and as a Hugging Face folder, and some text."""
+    from minitron_megatron.checkpoint.convert import export
+
+    folder = tmp_path_factory.mktemp("evaluate")
+    import_hf(folder, hf_model(**LLAMA))
+    export(ExportConfig(str(folder / "checkpoint"), str(folder / "exported")))
+    choose = random.Random(0)
+    (folder / "text").mkdir()
+    for i in range(40):
+        letters = "".join(choose.choice("abcdefgh") for _ in range(100))
+        (folder / "text" / f"{i:02d}.txt").write_text(letters)
+    return folder
+
+
+def run(folder, model, output):
+    from minitron_megatron.evaluation.evaluate import evaluate
+
+    data = DataConfig([str(folder / "text")], str(folder / "corpora"), sequence_length=32, heldout_pct=20.0)
+    config = EvaluateConfig(
+        str(folder / model), str(folder / output), generate_tokens=5, micro_batch=3, dtype=DType.FP32, data=data
+    )
+    return json.loads((evaluate(config) / "evaluation.json").read_text())
+
+
+def test_a_checkpoint_and_its_export_have_the_same_loss(folder):
+    ours, theirs = run(folder, "checkpoint", "ours"), run(folder, "exported", "theirs")
+    assert ours["heldout"]["loss"] == pytest.approx(theirs["heldout"]["loss"], rel=1e-5)
+    assert ours["heldout"]["num_tokens"] == theirs["heldout"]["num_tokens"] == 8 * 101 - 1
+    assert ours["parameters"] == theirs["parameters"]
+    assert ours["parameters_without_embeddings"] == theirs["parameters_without_embeddings"]
+    assert ours["generation"]["text"] == theirs["generation"]["text"]
+
+
+def test_perplexity_is_the_exponential_of_the_loss(folder):
+    result = run(folder, "checkpoint", "ours")["heldout"]
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+
+
+def test_greedy_text_is_what_the_logits_say(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = run(folder, "checkpoint", "ours")["generation"]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "exported")
+    model = AutoModelForCausalLM.from_pretrained(folder / "exported")
+    tokens = torch.tensor([tokenizer.convert_tokens_to_ids(result["prompt"].split())])
+    start = tokens.size(1)
+    for _ in range(5):
+        logits = model(tokens).logits[0, -1]
+        logits[tokenizer.eos_token_id] = -torch.inf  # the length is asked for
+        tokens = torch.cat([tokens, logits.argmax().view(1, 1)], dim=1)
+    assert tokenizer.decode(tokens[0, start:]) == result["text"]
