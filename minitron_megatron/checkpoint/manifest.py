@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from minitron_megatron import __version__
-from minitron_megatron.errors import CheckpointError, ConfigError, DiskSpaceError
+from minitron_megatron.errors import CheckpointError, ConfigError, require_space, told_when_full
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +99,21 @@ class Manifest:
             # A parent is known by its content, so that moving a folder changes nothing.
             ignored = {*_NOT_CONTENT, *(parent.role for parent in manifest.parents)}
             config = {
-                key: {k: v for k, v in value.items() if f"{key}.{k}" not in ignored} if isinstance(value, dict) else value
-                for key, value in manifest.config.items()
-                if key not in ignored
+                key: value
+                for key, value in _dotted(manifest.config)
+                if not any(key == name or key.startswith(f"{name}.") for name in ignored)
             }
             return manifest.kind, sorted((p.role, p.fingerprint) for p in manifest.parents), config
 
         return essence(self) == essence(other)
+
+
+def _dotted(values: dict, where: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{where}{key}.")
+        else:
+            yield f"{where}{key}", value
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -171,36 +179,16 @@ def writing(output: Path, manifest: Manifest, num_bytes: int = 0) -> Iterator[Pa
         DiskSpaceError: the disk is or gets full.
     """
     temporary = output.with_name(f".{output.name}.partial")
+    require_space(output.parent, num_bytes)
     output.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
-    require_space(output.parent, num_bytes)
     temporary.mkdir()
     try:
-        yield temporary
-        manifest.write(temporary)
-        if output.exists():
-            output.rmdir()
-        os.replace(temporary, output)
-    except BaseException as e:
+        with told_when_full(output):
+            yield temporary
+            manifest.write(temporary)
+            if output.exists():
+                output.rmdir()
+            os.replace(temporary, output)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if _is_disk_full(e):
-            raise DiskSpaceError(f"the disk of {output} is full: free some space and run it again") from e
-        raise
-
-
-def require_space(folder: Path, num_bytes: int) -> None:
-    """Refuse work whose result would not fit on the disk of `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise DiskSpaceError(
-            f"{folder} has {free / 1e9:.2f} GB free, and {num_bytes / 1e9:.2f} GB are needed: free some space "
-            f"or choose another output"
-        )
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -153,9 +153,14 @@ class Checkpoint:
         return out
 
     def _load(self, chunk: _Chunk) -> torch.Tensor:
-        with open(self.folder / chunk.file, "rb") as f:
+        path = self.folder / chunk.file
+        with open(path, "rb") as f:
             f.seek(chunk.position)
-            return torch.load(io.BytesIO(f.read(chunk.length)), map_location="cpu", weights_only=True)
+            content = io.BytesIO(f.read(chunk.length))
+        try:
+            return torch.load(content, map_location="cpu", weights_only=True)
+        except Exception as e:  # as many kinds as there are ways to be damaged
+            raise CheckpointError(f"{path} is damaged at byte {chunk.position}: no tensor can be read there") from e
 
     def _check_tensors(self) -> None:
         sizes, count = axis_sizes(self.shape), {s: len(self.shape.sublayers(s)) for s in set(self.shape.pattern)}
@@ -174,6 +179,8 @@ class Checkpoint:
                 problems.append(f"missing: {key} {list(size)}")
             elif self.tensors[key].shape != size:
                 problems.append(f"wrong size: {key} is {list(self.tensors[key].shape)}, the shape says {list(size)}")
+            elif sum(math.prod(chunk.sizes) for chunk in self.tensors[key].chunks) != math.prod(size):
+                problems.append(f"not whole: {key} {list(size)}, of which some chunks are missing")
         unknown = [k for k in self.tensors if k not in expected and not k.startswith(_NOT_WEIGHTS)]
         problems += [f"unknown: {key} {list(self.tensors[key].shape)}" for key in unknown]
         if problems:
@@ -181,17 +188,16 @@ class Checkpoint:
 
 
 def _read_shape(root: Path) -> ModelShape:
-    if (root / MANIFEST).exists():
-        shape = Manifest.read(root).shape
-        if shape is None:
-            raise CheckpointError(f"{root / MANIFEST} describes no network")
-        return ModelShape.from_dict(shape)
-    if (root / SHAPE).exists():
-        return ModelShape.from_dict(json.loads((root / SHAPE).read_text()))
-    raise CheckpointError(
-        f"{root} does not say what its network is: it has no {MANIFEST}. Describe the network in {root / SHAPE} "
-        f"(the fields of ModelShape, as JSON)"
-    )
+    file = next((root / name for name in (MANIFEST, SHAPE) if (root / name).exists()), None)
+    if file is None:
+        raise CheckpointError(
+            f"{root} does not say what its network is: it has no {MANIFEST}. Describe the network in {root / SHAPE} "
+            f"(the fields of ModelShape, as JSON)"
+        )
+    try:
+        return ModelShape.from_dict(Manifest.read(root).shape if file.name == MANIFEST else json.loads(file.read_text()))
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{file} does not describe a network: {e}") from e
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -222,24 +228,28 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _read_index(folder: Path) -> dict[str, StoredTensor]:
+    path = folder / ".metadata"
     try:
-        with open(folder / ".metadata", "rb") as f:
-            metadata: Metadata = _IndexUnpickler(f).load()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as e:
-        raise CheckpointError(f"{folder / '.metadata'} cannot be read as a checkpoint's index: {e}") from e
-
-    needed: dict[str, int] = {}
-    places = {}
-    for index, info in metadata.storage_data.items():
-        needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
-        places[index.fqn, tuple(index.offset) if index.offset is not None else None] = info
+        with open(path, "rb") as f:
+            tensors, needed = _tensors_and_files(_IndexUnpickler(f).load())
+    except Exception as e:  # as many kinds as there are ways to be damaged
+        raise CheckpointError(f"{path} cannot be read as a checkpoint's index: {e!r}") from e
     for file, size in needed.items():
         path = folder / file
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the checkpoint is not whole")
         if path.stat().st_size < size:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes and needs {size}: it was cut short")
+    return tensors
 
+
+def _tensors_and_files(metadata: Metadata) -> tuple[dict[str, StoredTensor], dict[str, int]]:
+    """What an index says: every tensor, and every file with the bytes that it must have at least."""
+    needed: dict[str, int] = {}
+    places = {}
+    for index, info in metadata.storage_data.items():
+        needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+        places[index.fqn, tuple(index.offset) if index.offset is not None else None] = info
     tensors = {}
     for key, stored in metadata.state_dict_metadata.items():
         if isinstance(stored, BytesStorageMetadata):
@@ -251,7 +261,7 @@ def _read_index(folder: Path) -> dict[str, StoredTensor]:
                 _Chunk(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
             )
         tensors[key] = StoredTensor(tuple(stored.size), stored.properties.dtype, chunks)
-    return tensors
+    return tensors, needed
 
 
 def write_checkpoint(

@@ -93,7 +93,7 @@ class DataConfig:
     seed: int = 1234
 
     def problems(self, where: str = "data.") -> list[str]:
-        found = at_least(where, "sequence_length", self.sequence_length, 2)
+        found = [*at_least(where, "sequence_length", self.sequence_length, 2), *at_least(where, "seed", self.seed, 0)]
         if not self.text:
             found.append(f"{where}text is empty: name files or folders, or `builtin`")
         if not 0 < self.heldout_pct < 50:
@@ -313,6 +313,8 @@ class DistillConfig:
                 f"{where}teacher = null, but {where}loss.kd_logits_weight = {self.loss.kd_logits_weight}: "
                 f"name a teacher, or set the weight to 0 and {where}loss.lm_weight to 1"
             )
+        if self.dtype is DType.FP16:
+            found.append(f"{where}dtype = fp16: training needs bf16 or fp32, whose gradients do not underflow")
         if self.micro_batch >= 1 and self.global_batch % self.micro_batch:
             found.append(
                 f"{where}global_batch = {self.global_batch} is not a multiple of {where}micro_batch = "
@@ -408,8 +410,8 @@ class CompressConfig:
     stages: dict = field(default_factory=dict)
 
     def problems(self, where: str = "") -> list[str]:
+        # The target is checked where it is used: in the stages that prune.
         return [
-            *self.target.problems(f"{where}target."),
             *self.data.problems(f"{where}data."),
             *self.parallel.problems(f"{where}parallel."),
             *([] if self.stages else [f"{where}stages is empty: a recipe needs at least one stage"]),

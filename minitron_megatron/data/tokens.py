@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from minitron_megatron import __version__
 from minitron_megatron.config.schema import DataConfig
 from minitron_megatron.data.corpus import documents
-from minitron_megatron.errors import DataError
+from minitron_megatron.errors import DataError, told_when_full
 from minitron_megatron.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
 
     Raises:
         DataError: a source, the tokenizer or the corpus is not whole, or there are fewer than two documents.
+        DiskSpaceError: the disk of the cache is full.
     """
     tokenizer_hash = tokenizer_fingerprint(tokenizer_dir)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False, local_files_only=True)
@@ -93,7 +94,8 @@ def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     folder = Path(config.cache_dir).resolve() / fingerprint
     if not folder.exists():
-        _write(folder, config, tokenizer, keys, settings)
+        with told_when_full(folder):
+            _write(folder, config, tokenizer, keys, settings)
     return _read(folder)
 
 

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_megatron.config.schema import DType
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
-from minitron_megatron.model.local import CausalAttention, Norm
+from minitron_megatron.model.local import CausalAttention, GatedActivation, Norm
 from minitron_megatron.model.shape import Activation, ModelShape, NormKind, layout_problems
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.layout import Layout
@@ -94,8 +94,14 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: DType) -> Trans
         masked_softmax_fusion=on_cuda,
         bias_dropout_fusion=on_cuda,
         bias_activation_fusion=False,
+        # Despite its name: that the activation is a module of the layer spec.
+        use_te_activation_func=shape.gated and not _uses_te(),
         persist_layer_norm=False,
     )
+
+
+def _uses_te() -> bool:
+    return torch.cuda.is_available() and HAVE_TE
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -104,7 +110,7 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
     On CUDA these are Transformer Engine's, where it imports. Elsewhere they are the local ones: Megatron-Core's
     linear layers around our attention and norm, or around Apex's fused LayerNorm where that imports.
     """
-    if torch.cuda.is_available() and HAVE_TE:
+    if _uses_te():
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
@@ -115,6 +121,8 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
         layer.submodules.input_layernorm = norm
         layer.submodules.pre_mlp_layernorm = norm
         layer.submodules.self_attention.submodules.core_attention = CausalAttention
+        if config.use_te_activation_func:
+            layer.submodules.mlp.submodules.activation_func = GatedActivation
     layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 

@@ -24,12 +24,16 @@ class Family:
     Attributes:
         architecture: its class in transformers.
         switches: fields of `ModelShape` that are the same for every model of the family.
+        activation: what its config calls their activation.
+        defaults: config fields that transformers assumes where a config leaves them out.
         config: the family's own config fields that follow from a shape.
         read: fields of `ModelShape` that follow from the family's own config fields.
     """
 
     architecture: str
     switches: dict
+    activation: str
+    defaults: dict
     config: Callable[[ModelShape], dict]
     read: Callable[[dict], dict]
 
@@ -40,20 +44,25 @@ FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
         _LLAMA,
-        lambda shape: dict(hidden_act="silu", rms_norm_eps=shape.norm_eps, attention_bias=False, mlp_bias=False),
+        "silu",
+        {},
+        lambda shape: dict(rms_norm_eps=shape.norm_eps, attention_bias=False, mlp_bias=False),
         lambda config: dict(norm_eps=config["rms_norm_eps"]),
     ),
     "mistral": Family(
         "MistralForCausalLM",
         _LLAMA,
-        lambda shape: dict(hidden_act="silu", rms_norm_eps=shape.norm_eps, sliding_window=None),
+        "silu",
+        dict(num_key_value_heads=8, sliding_window=4096),
+        lambda shape: dict(rms_norm_eps=shape.norm_eps, sliding_window=None),
         lambda config: dict(norm_eps=config["rms_norm_eps"]),
     ),
     "nemotron": Family(
         "NemotronForCausalLM",
         dict(norm=NormKind.LAYERNORM, norm_zero_centered=True, activation=Activation.SQUARED_RELU, gated=False),
+        "relu2",
+        dict(partial_rotary_factor=0.5),
         lambda shape: dict(
-            hidden_act="relu2",
             norm_eps=shape.norm_eps,
             attention_bias=False,
             mlp_bias=False,
@@ -75,13 +84,20 @@ def shape_from_config(config: dict) -> ModelShape:
         raise UnsupportedModelError(
             f"config.json: model_type = {config.get('model_type')!r} is not supported; supported: {sorted(FAMILIES)}"
         )
+    config = {**family.defaults, **config}
+    if (activation := config.get("hidden_act", family.activation)) != family.activation:
+        raise UnsupportedModelError(
+            f"config.json: hidden_act = {activation!r} is not supported for this family; supported: {family.activation}"
+        )
     if biases := [name for name in ("attention_bias", "mlp_bias") if config.get(name)]:
         raise UnsupportedModelError(f"config.json: {' and '.join(biases)} = true is not supported for this family")
     window = config.get("sliding_window")
     if window and window < config["max_position_embeddings"]:
         raise UnsupportedModelError(f"config.json: sliding_window = {window} is not supported; supported: null")
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or rope
+    # The one is transformers 5's name, the other that of earlier versions, which kept these two fields outside.
+    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    rope |= {name: config[name] for name in rope if config.get(name)}
+    rope |= config.get("rope_scaling") or config.get("rope_parameters") or {}
     return ModelShape(
         pattern=layers_pattern(config["num_hidden_layers"]),
         hidden=config["hidden_size"],
@@ -92,9 +108,9 @@ def shape_from_config(config: dict) -> ModelShape:
         vocab=config["vocab_size"],
         padded_vocab=pad_vocab(config["vocab_size"]),
         max_positions=config["max_position_embeddings"],
-        rotary_base=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
-        rotary_fraction=config.get("partial_rotary_factor") or rope.get("partial_rotary_factor", 1.0),
-        rotary_scaling=_rotary_scaling(scaling),
+        rotary_base=rope["rope_theta"],
+        rotary_fraction=rope["partial_rotary_factor"],
+        rotary_scaling=_rotary_scaling(rope),
         tied=bool(config.get("tie_word_embeddings")),
         **family.switches,
         **family.read(config),
@@ -138,6 +154,7 @@ def config_from_shape(shape: ModelShape, original: dict) -> dict:
         "rope_theta": shape.rotary_base,
         "rope_scaling": rope if shape.rotary_scaling else None,
         "tie_word_embeddings": shape.tied,
+        "hidden_act": family.activation,
         **family.config(shape),
     }
 

@@ -101,7 +101,7 @@ def duration(seconds: float | None) -> str:
     """A time as people say it: `3 min 12 s`."""
     if seconds is None:
         return "done before"
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -77,11 +77,13 @@ def read_evaluations(stages: list[Stage]) -> list[Evaluation]:
             maker = stage_of(Path(values["model"]), stages)
             found.append(
                 Evaluation(
-                    stage.name.removeprefix("evaluate_"),
-                    maker.verb if maker else None,
-                    values["parameters"],
-                    values["parameters_without_embeddings"],
-                    **values["heldout"],
+                    name=stage.name.removeprefix("evaluate_"),
+                    made_by=maker.verb if maker else None,
+                    parameters=values["parameters"],
+                    parameters_without_embeddings=values["parameters_without_embeddings"],
+                    loss=values["heldout"]["loss"],
+                    perplexity=values["heldout"]["perplexity"],
+                    num_tokens=values["heldout"]["num_tokens"],
                     generation=values["generation"],
                 )
             )

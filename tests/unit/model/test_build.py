@@ -1,0 +1,49 @@
+"""Models built here against transformers' models of the same weights."""
+
+import pytest
+import torch
+
+from minitron_megatron.checkpoint.huggingface import StateDict
+from minitron_megatron.checkpoint.load import load_weights
+from minitron_megatron.config.schema import DType, ParallelConfig
+from minitron_megatron.errors import ConfigError, UnsupportedModelError
+from minitron_megatron.model.build import build_model, transformer_config
+from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.layout import Layout
+from tests.tiny import LLAMA, hf_model
+from tests.unit.model.configs import CONFIGS
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_logits_are_those_of_transformers(config):
+    theirs = hf_model(**config)
+    shape = shape_from_config(theirs.config.to_dict())
+    # Longer than the 16 positions up to which llama3's rotary scaling would hardly show.
+    tokens = torch.randint(0, shape.vocab, (2, 48), generator=torch.Generator().manual_seed(2))
+    with process_groups(ParallelConfig()) as groups, torch.no_grad():
+        [ours] = build_model(shape, groups, DType.FP32)
+        load_weights([ours], StateDict(shape, theirs.state_dict()), groups)
+        hidden = ours(tokens, torch.arange(48).expand(2, -1), attention_mask=None)
+        logits = (hidden @ ours.output_weight.T).transpose(0, 1)
+        assert not logits[..., shape.vocab :].any()  # the rows that pad the vocabulary
+        expected = theirs(tokens).logits
+    assert expected.std() > 0.3  # or the tolerance below would say little
+    torch.testing.assert_close(logits[..., : shape.vocab], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layout_that_does_not_divide_the_network_lists_every_problem():
+    shape = shape_from_config({**LLAMA, "intermediate_size": 45, "num_hidden_layers": 5})
+    with pytest.raises(ConfigError) as raised:
+        transformer_config(shape, Layout(tensor=3, pipeline=2, virtual_pipeline=2), DType.FP32)
+    assert raised.value.problems == [
+        "shape.num_query_groups = 2 does not divide by parallel.tensor = 3",
+        "shape.padded_vocab = 128 does not divide by parallel.tensor = 3",
+        "shape has 5 layers, which do not divide by parallel.pipeline x virtual_pipeline = 2 x 2",
+    ]
+
+
+def test_a_pattern_that_is_no_plain_transformer_is_refused():
+    shape = shape_from_config(LLAMA).replace(pattern="*-*--*-")
+    with pytest.raises(UnsupportedModelError, match=r"shape.pattern = '\*-\*--\*-'"):
+        transformer_config(shape, Layout(), DType.FP32)

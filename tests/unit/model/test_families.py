@@ -1,0 +1,106 @@
+"""Shapes and Hugging Face configs, both ways."""
+
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from minitron_megatron.errors import ConfigError, UnsupportedModelError
+from minitron_megatron.model.families import config_from_shape, shape_from_config
+from minitron_megatron.model.shape import Llama3RopeScaling, ModelShape
+from tests.tiny import LLAMA, NEMOTRON
+from tests.unit.model.configs import CONFIGS, LLAMA3_ROPE
+
+
+def in_transformers(config):
+    """What transformers takes a config for, defaults filled in."""
+    values = dict(config)
+    return AutoConfig.for_model(values.pop("model_type"), **values).to_dict()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_shapes_survive_plain_values_and_a_hugging_face_config(config):
+    shape = shape_from_config(in_transformers(config))
+    assert ModelShape.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
+    written = config_from_shape(shape, config)
+    # Once as the file says it, once as transformers reads it.
+    assert shape_from_config(written) == shape
+    assert shape_from_config(in_transformers(written)) == shape
+
+
+def test_a_config_says_what_the_shape_says():
+    shape = shape_from_config(CONFIGS["llama3 rope"])
+    assert shape.rotary_scaling == Llama3RopeScaling(8.0, 1.0, 4.0, 16)
+    assert (shape.rotary_base, shape.hidden, shape.ffn, shape.head_dim) == (5e3, 48, 44, 12)
+    assert (shape.num_layers, shape.heads_per_group, shape.vocab, shape.padded_vocab) == (4, 3, 101, 128)
+    shape = shape_from_config(NEMOTRON)
+    assert (shape.rotary_fraction, shape.norm_zero_centered, shape.gated, shape.tied) == (0.5, True, False, True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(rope_theta=7.0),
+        dict(rope_theta=7.0, rope_scaling={"type": "llama3", **LLAMA3_ROPE}),
+        dict(rope_theta=7.0, rope_scaling=None, num_key_value_heads=None),
+        dict(rope_parameters={"rope_type": "default", "rope_theta": 5.0}, rope_theta=7.0),
+        dict(model_type="mistral", num_attention_heads=16, num_key_value_heads=...),
+        dict(model_type="nemotron", norm_eps=1e-5),
+        dict(model_type="nemotron", norm_eps=1e-5, partial_rotary_factor=0.25),
+        dict(
+            model_type="nemotron",
+            norm_eps=1e-5,
+            partial_rotary_factor=0.25,
+            rope_parameters={"rope_type": "default", "rope_theta": 5.0, "partial_rotary_factor": 0.75},
+        ),
+    ],
+    ids=str,
+)
+def test_older_and_shorter_configs_mean_what_they_mean_to_transformers(changes):
+    config = {k: v for k, v in LLAMA.items() if k not in ("rope_parameters", "head_dim")} | changes
+    config = {k: v for k, v in config.items() if v is not ...}
+    assert shape_from_config(config) == shape_from_config(in_transformers(config))
+
+
+def test_a_llama_whose_width_is_no_multiple_of_the_heads_is_written_as_mistral():
+    shape = shape_from_config(LLAMA).replace(hidden=46)
+    written = config_from_shape(shape, LLAMA)
+    assert (written["model_type"], written["architectures"]) == ("mistral", ["MistralForCausalLM"])
+    assert shape_from_config(in_transformers(written)) == shape
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(model_type="gpt2"), "model_type = 'gpt2' is not supported; supported: ['llama', 'mistral', 'nemotron']"),
+        (dict(model_type=None), "model_type = None"),
+        (dict(attention_bias=True, mlp_bias=True), "attention_bias and mlp_bias = true"),
+        (dict(model_type="mistral", sliding_window=32), "sliding_window = 32"),
+        (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rotary scaling 'yarn'"),
+        (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rotary scaling 'linear'"),
+        (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1.0, "factor": 2.0}), "rotary scaling 'dynamic'"),
+    ],
+    ids=str,
+)
+def test_what_has_no_axis_table_is_refused_by_name(changes, named):
+    with pytest.raises(UnsupportedModelError) as raised:
+        shape_from_config({**LLAMA, **changes})
+    assert named in str(raised.value)
+
+
+def test_a_window_that_no_sequence_fills_is_no_window():
+    config = {**LLAMA, "model_type": "mistral", "sliding_window": LLAMA["max_position_embeddings"]}
+    assert shape_from_config(config) == shape_from_config({**config, "sliding_window": None})
+
+
+def test_a_shape_that_cannot_be_lists_every_problem():
+    values = shape_from_config(LLAMA).to_dict()
+    with pytest.raises(ConfigError) as raised:
+        ModelShape.from_dict({**values, "hidden": 0, "padded_vocab": 100, "rotary_fraction": 0.0, "pattern": "*E"})
+    named = ("shape.hidden = 0", "['E']", "shape.padded_vocab = 100", "shape.rotary_fraction = 0.0")
+    assert all(name in problem for name, problem in zip(named, raised.value.problems, strict=True))
+    with pytest.raises(ConfigError, match="num_heads = 6 is not a multiple of shape.num_query_groups = 4"):
+        ModelShape.from_dict({**values, "num_query_groups": 4})
+    with pytest.raises(ConfigError, match=r"unknown fields \['widht'\]"):
+        ModelShape.from_dict({**values, "widht": 3})

@@ -1,0 +1,133 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from minitron_megatron.checkpoint.manifest import Manifest, Parent, writing
+from minitron_megatron.checkpoint.sharded import write_checkpoint
+from minitron_megatron.model.axes import axis_sizes
+from minitron_megatron.model.shape import ModelShape, layers_pattern
+from minitron_megatron.pruning.plan import make_plan
+from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.report.html import Stage
+
+SHAPE = ModelShape(
+    layers_pattern(5), hidden=12, ffn=10, num_heads=6, num_query_groups=2, head_dim=2, vocab=7, padded_vocab=8
+)
+TARGET = SHAPE.replace(pattern=layers_pattern(3), hidden=8, ffn=6, num_heads=4)
+
+# Losses between which two thirds of the gap are closed, and numbers that no other number contains.
+MODELS = {
+    "teacher": {"made_by": "teacher", "parameters": 7654321, "body": 6543219, "loss": 2.5},
+    "pruned": {"made_by": "pruned", "parameters": 4321987, "body": 3219876, "loss": 5.5},
+    "distilled": {"made_by": "distilled", "parameters": 4321987, "body": 3219876, "loss": 3.5},
+}
+
+
+class RandomSource:
+    """Random weights of a shape, as a source."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def read(self, param, layer, index):
+        assert all(len(i) <= n for i, n in zip(index, param.size(axis_sizes(self.shape)), strict=True))
+        return torch.rand([len(i) for i in index]).to(self.dtype)
+
+
+@pytest.fixture(scope="session")
+def scores():
+    """Scores of all different values, in an order that is not sorted."""
+    random = np.random.default_rng(0)
+
+    def some(*size):
+        return torch.from_numpy(random.permutation(math.prod(size)).reshape(size) + 1.0)
+
+    return Scores(SHAPE, some(12), some(5, 10), some(5, 2, 3), some(5) / 10, {"corpus": "c0ffee"})
+
+
+@pytest.fixture(scope="session")
+def plan(scores):
+    return make_plan(scores, TARGET)
+
+
+@pytest.fixture(scope="session")
+def metric_lines():
+    """Lines of a run that minimises the divergence alone: total and kd_logits are equal."""
+
+    def make(num_steps=6, start=4.0):
+        lines = []
+        for step in range(1, num_steps + 1):
+            kd = start / step
+            line = {"progress/step": step, "progress/tokens": 1000 * step, "optim/lr": 1e-3 / step}
+            line |= {"loss/total": kd, "loss/lm": kd + 2, "loss/kd_logits": kd}
+            if step % 3 == 0:
+                line |= {"val/total": kd + 0.1, "val/lm": kd + 2.1, "val/kd_logits": kd + 0.1}
+            lines.append(line)
+        return lines
+
+    return make
+
+
+@pytest.fixture
+def finished_run(tmp_path, scores, plan, metric_lines):
+    """Folder and stages of a finished recipe: import, score, prune, distill, three evaluations."""
+    return make_run(tmp_path, scores, plan, metric_lines())
+
+
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory, scores, plan, metric_lines):
+    """The same, for tests that change nothing below the stages' folders."""
+    return make_run(tmp_path_factory.mktemp("shared"), scores, plan, metric_lines())
+
+
+def make_run(folder, scores, plan, lines):
+    run = folder / "run"
+    run.mkdir()
+    source = folder / "model.gguf"
+    source.write_text("weights")
+
+    def finish(name, kind, parents, config, shape=None):
+        parents = [Parent.of(role, path) for role, path in parents.items()]
+        return writing(run / name, Manifest(kind, shape and shape.to_dict(), parents, {"output": name, **config}))
+
+    manifest = Manifest("checkpoint", parents=[Parent.of("source", source)], config={"source": str(source)})
+    write_checkpoint(run / "teacher", RandomSource(SHAPE), torch.bfloat16, manifest, None)
+    with finish("scores", "scores", {"checkpoint": run / "teacher"}, {"num_samples": 9}, SHAPE) as folder:
+        scores.write(folder)
+    parents = [Parent.of("checkpoint", run / "teacher"), Parent.of("scores", run / "scores")]
+    manifest = Manifest("checkpoint", parents=parents, config={"target": {"hidden": 8}})
+    write_checkpoint(run / "pruned", RandomSource(TARGET), torch.bfloat16, manifest, None, plan.write)
+    parents = {"student": run / "pruned", "teacher": run / "teacher"}
+    with finish("distilled", "run", parents, {"steps": 6}, TARGET) as folder:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        checkpoint = Manifest("checkpoint", config={"data": {"sequence_length": 16}})
+        write_checkpoint(folder / "checkpoints", RandomSource(TARGET), torch.bfloat16, checkpoint, None)
+    for number, (name, model) in enumerate(MODELS.items(), start=1):
+        with finish(f"evaluate/{name}", "evaluation", {"model": run / name}, {"num_samples": 3}) as folder:
+            values = {
+                "model": str(run / model["made_by"]),
+                "name": name,
+                "parameters": model["parameters"],
+                "parameters_without_embeddings": model["body"],
+                "heldout": {"loss": model["loss"], "perplexity": math.exp(model["loss"]), "num_tokens": 23456},
+                "generation": {
+                    "tokens_per_s": 30.5 + number,
+                    "num_tokens": 64,
+                    "prompt": f"Prompt {number} <b>&amp;",
+                    "text": f" and <script>alert({number})</script> 'it'\n so",
+                },
+            }
+            (folder / "evaluation.json").write_text(json.dumps(values))
+    stages = [
+        Stage("teacher", "import", run / "teacher", None),
+        Stage("scores", "score", run / "scores", 402.4),
+        Stage("pruned", "prune", run / "pruned", 8.26),
+        Stage("distilled", "distill", run / "distilled", 3 * 3600 + 7 * 60),
+        *(Stage(f"evaluate_{name}", "evaluate", run / "evaluate" / name, 1.5) for name in MODELS),
+    ]
+    return run, stages

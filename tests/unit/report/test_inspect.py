@@ -1,0 +1,144 @@
+import json
+import shutil
+
+import pytest
+
+from minitron_megatron.config.schema import InspectConfig
+from minitron_megatron.errors import CheckpointError
+from minitron_megatron.report.inspect import inspect
+
+
+@pytest.fixture
+def show(capsys):
+    def show(path):
+        inspect(InspectConfig(str(path)))
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    return show
+
+
+def test_a_checkpoint(shared_run, show):
+    run, _ = shared_run
+    lines = show(run / "teacher")
+    assert lines[0] == f"{run / 'teacher'}: checkpoint"
+    # Counted by hand: per layer norms 24, qkv 12 * 20, proj 12 * 12, fc1 12 * 20, fc2 12 * 10; final norm 12.
+    body = 5 * (24 + 12 * 20 + 12 * 12 + 12 * 20 + 12 * 10) + 12
+    assert f"parameters {body + 2 * 12 * 7:,}" in lines and f"without embeddings {body:,}" in lines
+    assert "iteration 0" in lines and "dtype bfloat16" in lines
+    assert "layers 5" in lines and "num_query_groups 2" in lines and "norm_eps 1e-05" in lines
+    size = sum(path.stat().st_size for path in (run / "teacher").rglob("*") if path.is_file())
+    assert f"on disk {size:,} bytes" in lines
+    # Matrix products of a token, 2 operations for each weight, with the 8 padded rows of the output; and causal
+    # attention over (2048 + 1) / 2 positions in 6 heads of 2 channels.
+    flops = 2 * 5 * (12 * 20 + 12 * 12 + 12 * 20 + 12 * 10) + 2 * 8 * 12 + 5 * 4 * 6 * 2 * 2049 / 2
+    assert f"forward FLOPs per token of 2048 {flops / 1000:.4g}K" in lines
+    assert f"source: {run.parent / 'model.gguf'}" in lines[-1]
+
+
+def test_a_pruned_checkpoint_shows_both_networks(shared_run, show):
+    run, _ = shared_run
+    lines = show(run / "pruned")
+    assert lines[0].endswith(": pruned checkpoint")
+    assert "before after" in lines and "hidden 12 8" in lines and "layers 5 3" in lines
+
+
+def test_a_plan_alone(shared_run, show):
+    run, _ = shared_run
+    lines = show(run / "pruned" / "plan.json")
+    assert lines[0].endswith("plan.json: plan") and "ffn 10 6" in lines and "num_heads 6 4" in lines
+
+
+def test_scores(shared_run, show):
+    run, _ = shared_run
+    lines = show(run / "scores")
+    assert lines[0].endswith(": scores") and "corpus c0ffee" in lines and "hidden 12" in lines
+    assert "num_samples: 9" in lines
+
+
+def test_an_evaluation(shared_run, show):
+    run, _ = shared_run
+    lines = show(run / "evaluate" / "pruned")
+    assert lines[0].endswith(": evaluation")
+    assert {"parameters 4,321,987", "held-out loss 5.5000 nats per token", "generation 32.5 tokens/s"} <= set(lines)
+
+
+def test_a_training_run(shared_run, show):
+    run, _ = shared_run
+    lines = show(run / "distilled")
+    assert lines[0].endswith(": training run")
+    assert "last step 6 (6K tokens)" in lines and "loss/lm 2.6667" in lines and "val/total 0.7667" in lines
+
+
+def test_a_run_that_is_not_finished(finished_run, show):
+    """Its manifest is still to come, and that of its checkpoints says how it is made."""
+    run, _ = finished_run
+    (run / "distilled" / "manifest.json").unlink()
+    lines = show(run / "distilled")
+    assert lines[0].endswith(": training run, not finished")
+    assert any(line.startswith("forward FLOPs per token of 16 ") for line in lines)
+
+
+def test_a_hugging_face_folder(tmp_path, show):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, vocab_size=32)
+    LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes)).to(torch.bfloat16).save_pretrained(tmp_path)
+    lines = show(tmp_path)
+    assert lines[0].endswith(": Hugging Face folder") and "dtype bfloat16" in lines and "layers 2" in lines
+    assert "made from" not in lines  # another program wrote it
+
+
+def test_the_lineage_goes_back_to_the_beginning(shared_run, show):
+    run, _ = shared_run
+    lines = show(run / "distilled")
+    tree = lines[lines.index("made from") + 2 : lines.index("settings") - 1]
+    assert [line.lstrip("│├└─ ").rsplit(" ", 1)[0] for line in tree] == [
+        f"student: {run / 'pruned'}",
+        f"checkpoint: {run / 'teacher'}",
+        f"source: {run.parent / 'model.gguf'}",
+        f"scores: {run / 'scores'}",
+        f"checkpoint: {run / 'teacher'}",
+        f"teacher: {run / 'teacher'}",
+    ]
+
+
+def test_parents_that_are_gone_or_changed_are_not_followed(finished_run, show):
+    run, _ = finished_run
+    shutil.rmtree(run / "scores")
+    (run / "teacher" / "note.txt").write_text("another model lies here now")
+    lines = show(run / "pruned")
+    assert any("scores: " in line and line.endswith("not there any more") for line in lines)
+    assert any("checkpoint: " in line and line.endswith("changed since") for line in lines)
+    assert not any("source: " in line for line in lines)
+
+
+def test_brackets_in_a_path_are_text(shared_run, show, tmp_path):
+    """rich would read them as markup, and leave them out."""
+    folder = tmp_path / "[red]scores"
+    shutil.copytree(shared_run[0] / "scores", folder)
+    assert show(folder)[0] == f"{folder}: scores"
+
+
+def test_an_unknown_folder_is_an_error_that_says_what_was_looked_for(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(CheckpointError) as raised:
+            inspect(InspectConfig(str(path)))
+        message = str(raised.value)
+        assert str(path) in message and "latest_checkpointed_iteration.txt" in message
+        assert all(f"{name}.json" in message for name in ("evaluation", "config", "plan")) and "scores." in message
+
+
+def test_a_path_that_is_not_there(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        inspect(InspectConfig(str(tmp_path / "nowhere")))
+
+
+def test_a_broken_result_is_a_users_error(finished_run):
+    run, _ = finished_run
+    index = json.loads((run / "pruned" / "plan.json").read_text())
+    index["source"]["hidden"] = 0
+    (run / "pruned" / "plan.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="hidden = 0"):
+        inspect(InspectConfig(str(run / "pruned")))
