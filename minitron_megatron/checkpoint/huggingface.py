@@ -48,8 +48,14 @@ class HuggingFaceFolder:
         if not config.is_file():
             raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no config.json")
         self.folder = folder
-        self.shape = shape_from_config(json.loads(config.read_text()))
-        self._files = {name: _open(folder / file) for name, file in _weight_files(folder).items()}
+        try:
+            self.shape = shape_from_config(json.loads(config.read_text()))
+        except (json.JSONDecodeError, KeyError) as e:
+            raise CheckpointError(f"{config} is not the whole config of a model: {e!r}") from e
+        names = _weight_files(folder)
+        files = {file: _open(folder / file) for file in set(names.values())}
+        there = {file: set(opened.keys()) for file, opened in files.items()}
+        self._files = {name: files[file] for name, file in names.items() if name in there[file]}
         self._check()
         first = self._files["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight")
         self.dtype = _SAFETENSORS_DTYPES[first.get_dtype()]
@@ -186,7 +192,10 @@ def _open(path: Path):
 
 def _weight_files(folder: Path) -> dict[str, str]:
     if (folder / INDEX).is_file():
-        return json.loads((folder / INDEX).read_text())["weight_map"]
+        try:
+            return json.loads((folder / INDEX).read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError) as e:
+            raise CheckpointError(f"{folder / INDEX} is not a whole index of weights: {e!r}") from e
     if not (folder / SINGLE).is_file():
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors weights are read")
     return dict.fromkeys(_open(folder / SINGLE).keys(), SINGLE)

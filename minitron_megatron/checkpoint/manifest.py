@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from minitron_megatron import __version__
-from minitron_megatron.errors import CheckpointError, ConfigError, require_space, told_when_full
+from minitron_megatron.disk import require_space, told_when_full
+from minitron_megatron.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def _dotted(values: dict, where: str = "") -> Iterator[tuple[str, object]]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file in one step; a reader sees the old or the new text, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as f:
+    with open(temporary, "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())

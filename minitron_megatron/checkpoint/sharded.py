@@ -195,8 +195,9 @@ def _read_shape(root: Path) -> ModelShape:
             f"(the fields of ModelShape, as JSON)"
         )
     try:
-        return ModelShape.from_dict(Manifest.read(root).shape if file.name == MANIFEST else json.loads(file.read_text()))
-    except (TypeError, ValueError) as e:
+        values = json.loads(file.read_text())
+        return ModelShape.from_dict(values["shape"] if file.name == MANIFEST else values)
+    except (TypeError, ValueError, KeyError) as e:
         raise CheckpointError(f"{file} does not describe a network: {e}") from e
 
 

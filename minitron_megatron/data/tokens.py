@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from minitron_megatron import __version__
 from minitron_megatron.config.schema import DataConfig
 from minitron_megatron.data.corpus import documents
-from minitron_megatron.errors import DataError, told_when_full
+from minitron_megatron.disk import told_when_full
+from minitron_megatron.errors import DataError
 from minitron_megatron.progress import progress
 
 logger = logging.getLogger(__name__)

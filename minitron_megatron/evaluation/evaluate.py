@@ -17,9 +17,10 @@ from minitron_megatron.config.schema import EvaluateConfig, LossConfig
 from minitron_megatron.data.samples import Samples, heldout_samples, rank_batches
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.distillation.step import TeacherStudent, mean_of
-from minitron_megatron.errors import CheckpointError
+from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.model.build import TORCH_DTYPES, build_model
 from minitron_megatron.model.count import num_parameters
+from minitron_megatron.model.shape import layout_problems
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
 from minitron_megatron.parallel.schedule import in_calls
@@ -46,8 +47,11 @@ def evaluate(config: EvaluateConfig) -> Path:
     path, output = Path(config.model), Path(config.output)
     is_folder = (path / "config.json").is_file()
     checkpoint = None if is_folder else Checkpoint(path)
+    if checkpoint:
+        raise_if_any(layout_problems(checkpoint.shape, config.parallel, "model"))
     parents = [Parent.of("model", checkpoint.root if checkpoint else path)]
-    manifest = Manifest("evaluation", parents=parents, config=to_plain(config))
+    shape = checkpoint.shape.to_dict() if checkpoint else None
+    manifest = Manifest("evaluation", shape, parents, to_plain(config))
     if is_done(output, manifest):
         return output
     tokenizer = checkpoint.huggingface_folder if checkpoint else path

@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 
+from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.parallel.layout import Layout
 
@@ -149,7 +150,7 @@ def pad_vocab(vocab: int, multiple: int = 128) -> int:
     return -(-vocab // multiple) * multiple
 
 
-def layout_problems(shape: ModelShape, layout: Layout, where: str = "shape") -> list[str]:
+def layout_problems(shape: ModelShape, layout: Layout | ParallelConfig, where: str = "shape") -> list[str]:
     """What of `shape` a layout cannot split evenly, one sentence each."""
     found = []
     for name in ("num_query_groups", "ffn", "padded_vocab"):
@@ -157,10 +158,11 @@ def layout_problems(shape: ModelShape, layout: Layout, where: str = "shape") -> 
             found.append(
                 f"{where}.{name} = {getattr(shape, name)} does not divide by parallel.tensor = {layout.tensor}"
             )
-    stages = layout.pipeline * layout.virtual_pipeline
+    virtual_pipeline = layout.virtual_pipeline or 1
+    stages = layout.pipeline * virtual_pipeline
     if shape.num_layers % stages:
         found.append(
             f"{where} has {shape.num_layers} layers, which do not divide by parallel.pipeline x virtual_pipeline = "
-            f"{layout.pipeline} x {layout.virtual_pipeline}"
+            f"{layout.pipeline} x {virtual_pipeline}"
         )
     return found

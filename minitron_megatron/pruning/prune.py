@@ -10,7 +10,6 @@ from minitron_megatron.config.schema import PruneConfig
 from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.shape import layout_problems
-from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.pruning.plan import make_plan, target_shape
 from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.pruning.slicing import Pruned
@@ -36,8 +35,7 @@ def prune(config: PruneConfig) -> Path:
             f"score that checkpoint first"
         )
     target = target_shape(checkpoint.shape, config.target)
-    layout = Layout(config.parallel.tensor, config.parallel.pipeline, 1, config.parallel.virtual_pipeline or 1)
-    raise_if_any(layout_problems(target, layout, "target"))
+    raise_if_any(layout_problems(target, config.parallel, "target"))
 
     parents = [Parent.of("checkpoint", checkpoint.root), Parent.of("scores", Path(config.scores))]
     manifest = Manifest("checkpoint", parents=parents, config=to_plain(config))

@@ -10,8 +10,9 @@ from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import Aggregation, ScoreConfig
 from minitron_megatron.data.samples import Samples, rank_batches, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
+from minitron_megatron.errors import raise_if_any
 from minitron_megatron.model.build import Backbone, build_model
-from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.model.shape import ModelShape, layout_problems
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
 from minitron_megatron.parallel.schedule import in_calls, run_forward
@@ -34,15 +35,16 @@ def score(config: ScoreConfig) -> Path:
         ConfigError: the layout does not fit the network or the world.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
+    raise_if_any(layout_problems(checkpoint.shape, config.parallel, "checkpoint"))
     manifest = Manifest(
         "scores", checkpoint.shape.to_dict(), [Parent.of("checkpoint", checkpoint.root)], to_plain(config)
     )
     if is_done(output, manifest):
         return output
     with process_groups(config.parallel) as groups:
-        chunks = build_model(checkpoint.shape, groups, config.dtype)
         corpus = main_first(lambda: prepare_corpus(config.data, checkpoint.huggingface_folder))
         samples = training_samples(corpus, config.data, config.num_samples)
+        chunks = build_model(checkpoint.shape, groups, config.dtype)
         load_weights(chunks, checkpoint, groups)
         scores = score_model(
             chunks,

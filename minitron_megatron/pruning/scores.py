@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -58,10 +58,13 @@ class Scores:
         """
         if not (folder / MANIFEST).exists():
             raise CheckpointError(f"scores = {folder} is not the finished output of `score`: it has no {MANIFEST}")
-        with safe_open(folder / FILE, framework="pt") as f:
-            metadata = f.metadata()
-            shape = ModelShape.from_dict(json.loads(metadata["shape"]))
-            return cls(shape, **{n: f.get_tensor(n) for n in TENSORS}, settings=json.loads(metadata["settings"]))
+        try:
+            with safe_open(folder / FILE, framework="pt") as f:
+                metadata = f.metadata()
+                shape = ModelShape.from_dict(json.loads(metadata["shape"]))
+                return cls(shape, **{n: f.get_tensor(n) for n in TENSORS}, settings=json.loads(metadata["settings"]))
+        except (OSError, SafetensorError) as e:
+            raise CheckpointError(f"{folder / FILE} is not whole: {e}") from e
 
 
 def aggregate_sequence(x: Tensor, mask: Tensor, how: Aggregation) -> tuple[Tensor, Tensor]:

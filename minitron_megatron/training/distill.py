@@ -6,16 +6,18 @@ from pathlib import Path
 
 from minitron_megatron.checkpoint.huggingface import copy_companions
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, Parent, require_space, write_atomically
+from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, Parent, write_atomically, writing
 from minitron_megatron.checkpoint.sharded import HUGGINGFACE, Checkpoint
 from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.schema import DistillConfig
-from minitron_megatron.data.samples import heldout_samples, training_samples
+from minitron_megatron.data.samples import Samples, heldout_samples, training_samples
 from minitron_megatron.data.tokens import prepare_corpus, tokenizer_fingerprint
+from minitron_megatron.disk import told_when_full
 from minitron_megatron.distillation.step import TeacherStudent
 from minitron_megatron.errors import ConfigError, raise_if_any
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.count import forward_flops_per_token, num_parameters
+from minitron_megatron.model.shape import layout_problems
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
 from minitron_megatron.training.loop import train
@@ -45,28 +47,36 @@ def distill(config: DistillConfig) -> Path:
     student = Checkpoint(config.student)
     teacher = Checkpoint(config.teacher) if config.teacher else None
     raise_if_any(_mismatches(teacher, student, config))
+    networks = {"student": student, "teacher": teacher} if teacher else {"student": student}
+    raise_if_any([p for role, c in networks.items() for p in layout_problems(c.shape, config.parallel, role)])
     output = Path(config.output)
-    parents = [Parent.of("student", student.root)]
-    if teacher:
-        parents.append(Parent.of("teacher", teacher.root))
+    parents = [Parent.of(role, checkpoint.root) for role, checkpoint in networks.items()]
     manifest = Manifest("run", student.shape.to_dict(), parents, to_plain(config))
     with process_groups(config.parallel, config.seed) as groups:
         raise_if_any(_batch_problems(config, groups))
         if main_first(lambda: _is_finished(output, manifest)):
             return output
+        corpus = main_first(lambda: prepare_corpus(config.data, student.huggingface_folder))
+        samples = training_samples(corpus, config.data, config.steps * config.global_batch)
+        heldout = heldout_samples(corpus, config.data.sequence_length)
         main_first(lambda: _prepare(output, config, student, manifest))
-        _run(config, output, teacher, student, groups)
-        if groups.is_main:
-            manifest.write(output)
-            (output / "DONE").touch()
+        with told_when_full(output):
+            _run(config, output, teacher, student, samples, heldout, groups)
+            if groups.is_main:
+                manifest.write(output)
+                (output / "DONE").touch()
     return output
 
 
-def _run(config: DistillConfig, output: Path, teacher: Checkpoint | None, student: Checkpoint, groups: Groups) -> None:
-    corpus = main_first(lambda: prepare_corpus(config.data, student.huggingface_folder))
-    samples = training_samples(corpus, config.data, config.steps * config.global_batch)
-    heldout = heldout_samples(corpus, config.data.sequence_length)
-
+def _run(
+    config: DistillConfig,
+    output: Path,
+    teacher: Checkpoint | None,
+    student: Checkpoint,
+    samples: Samples,
+    heldout: Samples,
+    groups: Groups,
+) -> None:
     chunks = build_model(student.shape, groups, config.dtype)
     if not config.random_init:
         load_weights(chunks, student, groups)
@@ -138,7 +148,7 @@ def _is_finished(output: Path, manifest: Manifest) -> bool:
         if known is output:
             logger.info("%s is there already with the same inputs: skipped", output)
             return True
-    elif output.exists() and any(output.iterdir()) and not checkpoints.exists():
+    elif output.is_file() or (output.exists() and any(not path.name.startswith(".") for path in output.iterdir())):
         raise ConfigError([f"output = {output} exists and is not a run: choose another or remove it"])
     return False
 
@@ -151,13 +161,9 @@ def _same_run(one: Manifest, other: Manifest) -> bool:
 def _prepare(output: Path, config: DistillConfig, student: Checkpoint, manifest: Manifest) -> None:
     """Make the run's folder, with everything that describes its checkpoints before there are any."""
     checkpoints = output / "checkpoints"
-    if (checkpoints / MANIFEST).exists():
-        return
-    # The last good checkpoint stays until the next one is whole.
-    output.parent.mkdir(parents=True, exist_ok=True)
-    require_space(output.parent, 2 * _BYTES_PER_PARAMETER * num_parameters(student.shape))
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    if not (checkpoints / MANIFEST).exists():
+        # The last good checkpoint stays until the next one is whole.
+        num_bytes = 2 * _BYTES_PER_PARAMETER * num_parameters(student.shape)
+        with writing(checkpoints, Manifest(**{**vars(manifest), "kind": "checkpoint"}), num_bytes) as folder:
+            copy_companions(student.huggingface_folder, folder / HUGGINGFACE)
     write_atomically(output / "config.yaml", to_yaml(config))
-    if not (checkpoints / HUGGINGFACE).exists():
-        copy_companions(student.huggingface_folder, checkpoints / HUGGINGFACE)
-    Manifest(**{**vars(manifest), "kind": "checkpoint"}).write(checkpoints)

@@ -31,8 +31,8 @@ class Metrics:
     def __init__(self, folder: Path, step: int, tracking: TrackingConfig, config: dict):
         path = folder / FILE
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
-            write_atomically(path, "".join(line + "\n" for line in kept))
+            kept = [json.dumps(values) + "\n" for values in read_metrics(folder) if values["progress/step"] <= step]
+            write_atomically(path, "".join(kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115
         self._wandb = _start_wandb(folder, tracking, config) if tracking.tracker is Tracker.WANDB else None
 
@@ -52,8 +52,9 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All lines of a run's `metrics.jsonl`."""
-    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    """All lines of a run's `metrics.jsonl`, without the half of one that a killed run leaves."""
+    lines = (folder / FILE).read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
@@ -65,13 +66,6 @@ def memory_gib(device: torch.device) -> dict[str, float]:
         found["memory/allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         found["memory/reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return found
-
-
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["progress/step"]
-    except ValueError:
-        return float("inf")  # the half of a line that a killed run left
 
 
 def _start_wandb(folder: Path, tracking: TrackingConfig, config: dict):

@@ -32,7 +32,11 @@ def save_state(root: Path, step: int, training: Optimization) -> None:
         "checkpoint_version": 3.0,
         "opt_param_scheduler": training.schedule.state_dict(),
     }
-    dist_checkpointing.save(state, str(temporary))
+    try:
+        dist_checkpointing.save(state, str(temporary))
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)  # what is left of it may be what fills the disk
+        raise
     dist.barrier()
     if dist.get_rank() == 0:
         if folder.exists():

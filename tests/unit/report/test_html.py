@@ -137,6 +137,13 @@ def test_what_is_missing_is_left_out(finished_run, gone, figures, stage_too):
     assert ("Before and after" in page.text) == (gone != "evaluate")
 
 
+def test_a_plan_of_unknown_scores_is_shown_by_itself(finished_run):
+    run, stages = finished_run
+    (run / "pruned" / "manifest.json").unlink()
+    write_report(run, "title", stages[2:3])
+    assert [path.stem for path in (run / "figures").iterdir()] == ["pruned_kept"]
+
+
 def test_without_evaluations_the_headline_has_the_sizes_of_the_plan(finished_run):
     run, stages = finished_run
     page = Page(write_report(run, "title", stages[:4]))
