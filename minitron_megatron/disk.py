@@ -1,7 +1,6 @@
 """Disks that are too small, told by name."""
 
 import shutil
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,20 +24,26 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 @contextmanager
 def told_when_full(folder: Path) -> Iterator[None]:
-    """Turn what fails in the block because the disk of `folder` is full into a `DiskSpaceError`.
-
-    The libraries that write files lose the system's error on its way up, or complain that a file came out too
-    short. So the whole traceback is searched for the system's words, and the disk is asked as well.
-    """
+    """Turn what fails in the block because the disk of `folder` is full into a `DiskSpaceError`."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
-        told = any("No space left on device" in line for line in traceback.format_exception(error))
-        if told or _free(folder) < 2**20:
+    except BaseException as error:  # as those of torch's distributed checkpoints are
+        # Megatron's writing processes pass on no more than that a file came out too short, so the disk is asked too.
+        if _disk_was_full(error) or _free(folder) < 2**20:
             raise DiskSpaceError(f"the disk of {folder} is full: free some space and run it again") from error
         raise
+
+
+def _disk_was_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is the system's. Some libraries keep its words alone."""
+    if error is None:
+        return False
+    # torch's distributed checkpoints collect the errors of all ranks instead of chaining them.
+    failures = [failure for failure, _ in getattr(error, "failures", {}).values()]
+    causes = [*failures, error.__cause__, error.__context__]
+    return "No space left on device" in str(error) or any(map(_disk_was_full, causes))
 
 
 def _free(folder: Path) -> int:

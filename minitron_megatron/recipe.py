@@ -53,8 +53,9 @@ def compress(config: CompressConfig) -> Path:
             path.write_text(json.dumps(seconds, indent=2) + "\n")
         done.append(Stage(name, verb, Path(settings.output), seconds.get(name)))
     report = write_report(run_dir, config.title, done)
-    Console().print(summary_table(read_evaluations(done)))
-    Console().print(f"report: {report}")
+    console = Console()
+    console.print(summary_table(read_evaluations(done)))
+    console.print(f"report: {report}", soft_wrap=True)
     (run_dir / "DONE").touch()
     return run_dir
 

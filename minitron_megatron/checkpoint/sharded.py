@@ -294,10 +294,7 @@ def write_checkpoint(
     with writing(output, manifest, num_bytes) as temporary:
         folder = temporary / iteration_folder(0)
         folder.mkdir()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is asked to be
-            writer = dcp.FileSystemWriter(folder)
-            dcp.save({}, storage_writer=writer, planner=_LazyPlanner(source, dtype), no_dist=True)
+        _save(folder, _LazyPlanner(source, dtype))
         torch.save({"iteration": 0, "checkpoint_version": 3.0}, folder / "common.pt")
         backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
         (folder / "metadata.json").write_text(
@@ -307,6 +304,18 @@ def write_checkpoint(
             shutil.copytree(huggingface, temporary / HUGGINGFACE)
         files(temporary)
         (temporary / TRACKER).write_text("0")
+
+
+def _save(folder: Path, planner: SavePlanner) -> None:
+    """Write what `planner` produces. What fails on the way is raised as it is, and not as torch wraps it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is asked to be
+            dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=True)
+        return
+    except dcp.api.CheckpointException as e:
+        [(error, _)] = e.failures.values()
+    raise error
 
 
 class _LazyPlanner(SavePlanner):
@@ -369,7 +378,7 @@ class _LazyPlanner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
             empty = io.BytesIO()
-            torch.save(None, empty)
+            torch.save([None], empty)  # Megatron-Core keeps a list of objects under each key
             return empty
         key = MetadataIndex(write_item.index.fqn, write_item.index.offset)
         param, layer, rows = self.work[key]

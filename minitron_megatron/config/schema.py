@@ -101,6 +101,16 @@ class DataConfig:
         return found
 
 
+def _sequence_problems(where: str, data: DataConfig, parallel: ParallelConfig) -> list[str]:
+    """The problem, if any, of sequences that cannot be split over the tensor ranks."""
+    if not parallel.sequence or parallel.tensor < 1 or data.sequence_length % parallel.tensor == 0:
+        return []
+    return [
+        f"{where}data.sequence_length = {data.sequence_length} is not a multiple of {where}parallel.tensor = "
+        f"{parallel.tensor}, as {where}parallel.sequence = true needs: change one of the three"
+    ]
+
+
 @dataclass
 class ImportConfig:
     """`minitron import`: a Hugging Face folder or a GGUF file becomes a Megatron checkpoint.
@@ -148,6 +158,7 @@ class ScoreConfig:
             *at_least(where, "micro_batch", self.micro_batch, 1),
             *self.data.problems(f"{where}data."),
             *self.parallel.problems(f"{where}parallel."),
+            *_sequence_problems(where, self.data, self.parallel),
         ]
 
 
@@ -308,6 +319,7 @@ class DistillConfig:
             found += at_least(where, name, getattr(self, name), 1)
         for part in ("loss", "optimizer", "data", "parallel", "tracking"):
             found += getattr(self, part).problems(f"{where}{part}.")
+        found += _sequence_problems(where, self.data, self.parallel)
         if self.teacher is None and self.loss.kd_logits_weight:
             found.append(
                 f"{where}teacher = null, but {where}loss.kd_logits_weight = {self.loss.kd_logits_weight}: "
@@ -355,6 +367,7 @@ class EvaluateConfig:
             *at_least(where, "generate_tokens", self.generate_tokens, 0),
             *self.data.problems(f"{where}data."),
             *self.parallel.problems(f"{where}parallel."),
+            *_sequence_problems(where, self.data, self.parallel),
         ]
 
 

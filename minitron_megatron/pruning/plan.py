@@ -79,7 +79,7 @@ class Plan:
                 {int(position): indices for position, indices in kept["ffn"].items()},
                 {int(position): indices for position, indices in kept["head"].items()},
             )
-        except (OSError, ValueError, KeyError) as e:
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(f"{folder / FILE} is not a plan: {e}") from e
 
 

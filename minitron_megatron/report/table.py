@@ -26,9 +26,12 @@ def cells(evaluations: list[Evaluation]) -> list[list[str]]:
 
 def summary_table(evaluations: list[Evaluation]) -> Table:
     """The table for a terminal."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for row in cells(evaluations):
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    rows = cells(evaluations)
+    for column, values in zip(COLUMNS, zip(*rows, strict=True) if rows else [()] * len(COLUMNS), strict=True):
+        # On a narrow terminal the headers wrap, and the numbers stay whole.
+        width = max(map(len, values), default=0)
+        table.add_column(column, justify="left" if column == "model" else "right", min_width=width)
+    for row in rows:
         table.add_row(*map(Text, row))
     return table

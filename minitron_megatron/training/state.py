@@ -10,6 +10,7 @@ from megatron.core.utils import unwrap_model
 
 from minitron_megatron.checkpoint.manifest import write_atomically
 from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder
+from minitron_megatron.disk import told_when_full
 from minitron_megatron.training.optimizer import Optimization
 
 
@@ -18,6 +19,9 @@ def save_state(root: Path, step: int, training: Optimization) -> None:
 
     At every moment the tracker names a whole checkpoint: the new one is written beside, renamed when it is
     whole, and only then announced.
+
+    Raises:
+        DiskSpaceError: the disk got full. The checkpoint before is still there.
     """
     folder = root / iteration_folder(step)
     temporary = root / f".{folder.name}.partial"
@@ -33,8 +37,9 @@ def save_state(root: Path, step: int, training: Optimization) -> None:
         "opt_param_scheduler": training.schedule.state_dict(),
     }
     try:
-        dist_checkpointing.save(state, str(temporary))
-    except Exception:
+        with told_when_full(root):
+            dist_checkpointing.save(state, str(temporary))
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # what is left of it may be what fills the disk
         raise
     dist.barrier()

@@ -1,0 +1,183 @@
+"""Results appear whole or not at all, and are made once."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections import namedtuple
+
+import pytest
+import torch
+
+from minitron_megatron import cli
+from minitron_megatron.checkpoint import huggingface
+from minitron_megatron.checkpoint.convert import export, import_checkpoint
+from minitron_megatron.checkpoint.manifest import Manifest, Parent, fingerprint, writing
+from minitron_megatron.config.schema import DType, ExportConfig, ImportConfig
+from minitron_megatron.errors import ConfigError, DiskSpaceError
+from tests.tiny import LLAMA, hf_model, save_hf
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A Hugging Face folder with weights of 3.7 MB."""
+    model = hf_model(**{**LLAMA, "hidden_size": 192, "intermediate_size": 440, "num_hidden_layers": 3})
+    return save_hf(tmp_path_factory.mktemp("source") / "hf", model)
+
+
+def everything_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
+def test_an_interrupted_import_leaves_nothing_and_can_be_repeated(error, source, tmp_path, monkeypatch):
+    config, calls = ImportConfig(str(source), str(tmp_path / "a/b")), []
+    read = huggingface.HuggingFaceFolder.read
+
+    def stop_later(*arguments):
+        calls.append(arguments)
+        if len(calls) == 12:
+            assert everything_below(tmp_path / "a")  # something has been written by now
+            raise error
+        return read(*arguments)
+
+    monkeypatch.setattr(huggingface.HuggingFaceFolder, "read", stop_later)
+    with pytest.raises(error):
+        import_checkpoint(config)
+    assert everything_below(tmp_path) == ["a"]
+    import_checkpoint(config)
+    assert everything_below(tmp_path / "a/b")
+
+
+def test_what_a_killed_process_left_is_replaced(source, tmp_path):
+    left = tmp_path / ".c.partial"
+    (left / "iter_0000000").mkdir(parents=True)
+    (left / "iter_0000000/__0_0.distcp").write_text("half a file")
+    import_checkpoint(ImportConfig(str(source), str(tmp_path / "c")))
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_finished_result_is_not_made_again(source, tmp_path):
+    output = import_checkpoint(ImportConfig(str(source), str(tmp_path / "c")))
+    before = times(output)
+    import_checkpoint(ImportConfig(str(source), str(output)))
+    assert times(output) == before
+    # Nor when both were moved: inputs are known by their content.
+    moved = shutil.copytree(source, tmp_path / "moved")
+    import_checkpoint(ImportConfig(str(moved), str(output)))
+    assert times(output) == before
+
+
+def test_a_result_of_other_settings_or_inputs_is_refused_and_untouched(source, tmp_path):
+    output = import_checkpoint(ImportConfig(str(source), str(tmp_path / "c")))
+    before, other = times(output), shutil.copytree(source, tmp_path / "other")
+    tensors = huggingface.safe_open(other / "model.safetensors", framework="pt")
+    changed = {name: tensors.get_tensor(name) + 1 for name in tensors.keys()}  # noqa: SIM118, it is no dict
+    huggingface.save_file(changed, other / "model.safetensors")
+    for config in (ImportConfig(str(source), str(output), DType.BF16), ImportConfig(str(other), str(output))):
+        with pytest.raises(ConfigError, match=r"output = .*/c holds a result of other settings or inputs"):
+            import_checkpoint(config)
+    assert times(output) == before
+
+
+def test_what_is_no_result_is_never_overwritten(source, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("text")
+    for name in ("mine", "file"):
+        with pytest.raises(ConfigError, match=f"output = .*/{name} exists and is not a finished result"):
+            import_checkpoint(ImportConfig(str(source), str(tmp_path / name)))
+    assert everything_below(tmp_path) == ["file", "mine", "mine/thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    import_checkpoint(ImportConfig(str(source), str(tmp_path / "empty")))
+
+
+def test_fingerprints_follow_content(tmp_path):
+    large = torch.arange(200_000).numpy().tobytes()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/weights").write_bytes(large)
+    first = fingerprint(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert fingerprint(tmp_path / "b") == first
+    found = {first}
+    for change in (lambda b: b + b"0", lambda b: b"0" + b[1:], lambda b: b[:-1] + b"0"):
+        (tmp_path / "b/weights").write_bytes(change(large))
+        found.add(fingerprint(tmp_path / "b"))
+    (tmp_path / "a/weights").rename(tmp_path / "a/other")
+    assert len(found | {fingerprint(tmp_path / "a")}) == 5
+
+
+def test_a_manifest_survives_its_file(tmp_path):
+    manifest = Manifest("checkpoint", {"hidden": 3}, [Parent("teacher", "t", "abc")], {"steps": 2}, {"parameters": 5})
+    manifest.write(tmp_path)
+    assert Manifest.read(tmp_path) == manifest
+    assert everything_below(tmp_path) == ["manifest.json"]
+    assert json.loads((tmp_path / "manifest.json").read_text())["version"]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(source, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def small(path):
+        asked.append(path)
+        return namedtuple("usage", "total used free")(10**9, 10**9, 2_000_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", small)
+    monkeypatch.setattr(huggingface.HuggingFaceFolder, "read", lambda *arguments: pytest.fail("work was done"))
+    assert cli.main(["import", f"source={source}", f"output={tmp_path / 'a/b'}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"minitron import: {tmp_path / 'a'} has 0.00 GB free, and 0.00 GB are needed: free some")
+    assert asked == [tmp_path] and everything_below(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)]
+    try:
+        made = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if made.returncode:
+        pytest.skip(f"mounting is not permitted: {made.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", "--lazy", str(mount)], check=True)
+
+
+@pytest.mark.parametrize("dtype, message", [("null", "has 0.00 GB free"), ("bf16", "is full: free some space")])
+def test_a_disk_that_gets_full_leaves_nothing(dtype, message, source, small_disk, capsys):
+    """bf16 weights fit by themselves, and the tokenizer or other people's files do not."""
+    if dtype == "bf16":
+        free = shutil.disk_usage(small_disk).free
+        num_bytes = os.path.getsize(source / "model.safetensors") // 2
+        (small_disk / "others").write_bytes(bytes(free - num_bytes - 2**15))
+    before = everything_below(small_disk)
+    assert cli.main(["import", f"source={source}", f"output={small_disk / 'c'}", f"dtype={dtype}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert everything_below(small_disk) == before
+
+
+def test_export_to_a_disk_that_gets_full_leaves_nothing(source, small_disk, tmp_path):
+    import_checkpoint(ImportConfig(str(source), str(tmp_path / "c"), DType.BF16))
+    num_bytes = os.path.getsize(source / "model.safetensors") // 2
+    (small_disk / "others").write_bytes(bytes(shutil.disk_usage(small_disk).free - num_bytes - 2**10))
+    with pytest.raises(DiskSpaceError, match=r"the disk of .*/disk/e is full"):
+        export(ExportConfig(str(tmp_path / "c"), str(small_disk / "e")))
+    assert everything_below(small_disk) == ["others"]
+
+
+def test_another_failure_is_not_put_down_to_the_disk(tmp_path):
+    with pytest.raises(Interrupted), writing(tmp_path / "result", Manifest("run")):
+        raise Interrupted
+    assert everything_below(tmp_path) == []

@@ -1,0 +1,208 @@
+"""Checkpoints go between this package and plain Megatron-Core, on one and two tensor-parallel ranks.
+
+What is plain here is made of Megatron-Core's own classes and defaults alone, as any Megatron training run is.
+"""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
+from minitron_megatron.checkpoint.load import load_weights
+from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.checkpoint.sharded import SHAPE, TRACKER, Checkpoint
+from minitron_megatron.checkpoint.source import instances
+from minitron_megatron.config.schema import DType, ParallelConfig, PruneConfig, TargetConfig
+from minitron_megatron.model.axes import axis_sizes, parameters
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.pruning.prune import prune
+from minitron_megatron.pruning.score import score_model
+from tests.ranks import run_on_ranks
+from tests.tiny import LLAMA, Samples, hf_model, import_hf
+
+SHAPE_OF_RUN = shape_from_config(LLAMA)
+FORMS = {"stacked": {}, "by layer": {"non_homogeneous_layers": True}}
+STEP = 7
+
+
+def plain_model(tensor: int, dtype: torch.dtype) -> GPTModel:
+    """The network of `LLAMA` as Megatron-Core builds it on a CPU."""
+    config = TransformerConfig(
+        num_layers=4,
+        hidden_size=48,
+        ffn_hidden_size=44,
+        num_attention_heads=6,
+        num_query_groups=2,
+        kv_channels=12,
+        normalization="RMSNorm",
+        layernorm_epsilon=1e-5,
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tensor,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        persist_layer_norm=False,
+    )
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=128,
+        max_sequence_length=64,
+        position_embedding_type="rope",
+        rotary_base=500,
+        share_embeddings_and_output_weights=False,
+    )
+    return model.to(dtype)  # the norms too, as Megatron's Float16Module does
+
+
+def logits_of(model, tokens):
+    """`[batch, seq, vocab/tp]`."""
+    length = tokens.size(1)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    with torch.no_grad():
+        return model(tokens, torch.arange(length).expand_as(tokens), future, runtime_gather_output=False)
+
+
+def train_and_save(folder, tensor: int) -> dict:
+    """A step of a plain training run in bf16, saved in both forms; returns this rank's weights."""
+    torch.manual_seed(3)
+    model = plain_model(tensor, torch.bfloat16)
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    settings = OptimizerConfig(optimizer="adam", lr=1e-2, bf16=True, params_dtype=torch.bfloat16)
+    optimizer = get_megatron_optimizer(settings, [wrapped], use_gloo_process_groups=True)
+    tokens = torch.arange(24).view(2, 12)
+    future = torch.ones(12, 12, dtype=torch.bool).triu(1)[None, None]
+    wrapped(tokens, torch.arange(12).expand(2, -1), future, labels=tokens).mean().backward()
+    wrapped.finish_grad_sync()
+    optimizer.step()
+    for form, metadata in FORMS.items():
+        root = folder / form
+        state = {"model": model.sharded_state_dict(metadata=metadata), "iteration": STEP}
+        state["optimizer"] = optimizer.sharded_state_dict(copy.copy(state["model"]))
+        if dist.get_rank() == 0:
+            (root / f"iter_{STEP:07d}").mkdir(parents=True)
+            (root / TRACKER).write_text(str(STEP))
+            (root / SHAPE).write_text(json.dumps(SHAPE_OF_RUN.to_dict()))
+        dist.barrier()
+        dist_checkpointing.save(state, str(root / f"iter_{STEP:07d}"))
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def load_and_run(imported, tensor: int) -> torch.Tensor:
+    """What a plain model that loads the package's checkpoint, with default strictness, makes of some tokens."""
+    model = plain_model(tensor, torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(imported / "iter_0000000"))
+    model.load_state_dict(state["model"], strict=True)
+    return logits_of(model, torch.arange(60).view(2, 30))
+
+
+def work(folder, tensor: int) -> None:
+    with process_groups(ParallelConfig(tensor=tensor)):
+        weights = train_and_save(folder / f"tp{tensor}", tensor)
+        logits = load_and_run(folder / "checkpoint", tensor)
+        torch.save((weights, logits), folder / f"tp{tensor}_rank{dist.get_rank()}.pt")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What `work` made: the folder, and `weights, logits` of every rank by number of ranks."""
+    folder = tmp_path_factory.mktemp("megatron")
+    import_hf(folder, hf_model(**LLAMA))
+    work(folder, 1)
+    run_on_ranks(2, work, folder, 2)
+    return folder, {n: [torch.load(folder / f"tp{n}_rank{r}.pt") for r in range(n)] for n in (1, 2)}
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_plain_megatron_loads_what_is_written_here(made, tensor):
+    _, ranks = made
+    logits = torch.cat([logits for _, logits in ranks[tensor]], dim=-1)
+    with torch.no_grad():
+        expected = hf_model(**LLAMA)(torch.arange(60).view(2, 30)).logits
+    torch.testing.assert_close(logits[..., :101], expected, rtol=1e-4, atol=1e-4)
+
+
+def whole(name: str, shards: list[torch.Tensor]) -> torch.Tensor:
+    """One tensor out of those of the tensor-parallel ranks, as Megatron-Core's layers split them."""
+    if "norm" in name:
+        assert all(torch.equal(shard, shards[0]) for shard in shards)
+        return shards[0]
+    if "linear_proj" in name or "linear_fc2" in name:
+        return torch.cat(shards, dim=1)
+    if "linear_fc1" in name:  # every rank has its gate rows, then its up rows
+        return torch.cat([half for i in (0, 1) for half in (shard.chunk(2)[i] for shard in shards)])
+    return torch.cat(shards)
+
+
+NORMS = {  # the local spec's modules, and the checkpoint keys that they share with Transformer Engine's
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_plain_megatron_saved_is_read(made, form, tensor):
+    """With its optimiser's state beside the weights. Every tensor is the model's own, whole and in parts."""
+    folder, ranks = made
+    checkpoint = Checkpoint(folder / f"tp{tensor}/{form}")
+    assert (checkpoint.iteration, checkpoint.dtype, checkpoint.shape) == (STEP, torch.bfloat16, SHAPE_OF_RUN)
+    assert any(key.startswith("optimizer.") for key in checkpoint.tensors)
+    assert ("decoder.layers.2.mlp.linear_fc2.weight" in checkpoint.tensors) == (form == "by layer")
+    generator, count = np.random.default_rng(0), 0
+    for param in parameters(SHAPE_OF_RUN):
+        size = param.size(axis_sizes(SHAPE_OF_RUN))
+        for layer in instances(param, SHAPE_OF_RUN):
+            name = param.name if layer is None else f"decoder.layers.{layer}.{NORMS.get(param.name, param.name)}"
+            expected = whole(name, [weights[name] for weights, _ in ranks[tensor]])
+            assert torch.equal(checkpoint.read(param, layer, [np.arange(n) for n in size]), expected), name
+            # Positions on both sides of every boundary between ranks.
+            index = [np.sort(generator.choice(n, n * 2 // 3, replace=False)) for n in size]
+            some = expected[tuple(torch.from_numpy(i) for i in np.ix_(*index))]
+            assert torch.equal(checkpoint.read(param, layer, index), some), name
+            count += 1
+    assert count == len(ranks[tensor][0][0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_plain_megatron_saved_is_scored_and_pruned(made, form, tmp_path):
+    folder, _ = made
+    checkpoint = Checkpoint(folder / f"tp2/{form}")
+    with process_groups(ParallelConfig()) as groups:
+        chunks = build_model(checkpoint.shape, groups, DType.FP32)
+        load_weights(chunks, checkpoint, groups)
+        scores = score_model(chunks, checkpoint.shape, groups, Samples(4, 16, 101), 4, 2)
+    (tmp_path / "scores").mkdir()
+    scores.write(tmp_path / "scores")
+    Manifest("scores").write(tmp_path / "scores")
+    target = TargetConfig(layers=3, hidden=40, ffn=30, heads=4)
+    prune(PruneConfig(str(checkpoint.root), str(tmp_path / "scores"), str(tmp_path / "pruned"), target))
+    pruned = Checkpoint(tmp_path / "pruned")
+    assert pruned.dtype is torch.bfloat16 and not any(key.startswith("optimizer.") for key in pruned.tensors)
+    sizes = {name: size for name, size, *_ in hf_tensors(pruned.shape)}
+    assert sizes["model.layers.2.mlp.down_proj.weight"] == [40, 30]
+    for _, _, param, part, layer in hf_tensors(pruned.shape):
+        assert read_hf_tensor(pruned, param, part, layer).isfinite().all()

@@ -1,0 +1,213 @@
+"""The chunked, vocab-parallel loss against autograd on whole float64 logits, and against NVIDIA's Model Optimizer."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from modelopt.torch.distill.losses import LogitsDistillationLoss
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.distillation import linear_losses
+from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
+from minitron_megatron.distillation.losses import distillation_loss, forward_kl
+from minitron_megatron.parallel.groups import process_groups
+from tests.ranks import run_on_ranks
+
+TOKENS, STUDENT, TEACHER, VOCAB, PADDED = 23, 10, 14, 37, 64
+WEIGHTS = {"kd": (0.7, 0.0), "lm": (0.0, 0.4), "both": (0.7, 0.4)}
+
+
+class Case:
+    """Random hidden states and output weights of a student and a teacher; padding rows are far from zero."""
+
+    def __init__(self, vocab=VOCAB, padded=PADDED):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*size):
+            return torch.randn(*size, generator=generator)
+
+        self.vocab = vocab
+        self.hidden, self.weight = random(TOKENS, STUDENT), random(padded, STUDENT)
+        self.teacher = Teacher(random(TOKENS, TEACHER), random(padded, TEACHER))
+        # Where padding took part it would drown the rest.
+        self.weight[vocab:] *= 20
+        self.teacher.weight[vocab:] *= 20
+        self.labels = torch.randint(0, vocab, (TOKENS,), generator=generator)
+        self.mask = (torch.rand(TOKENS, generator=generator) > 0.3).float()
+
+    def plain(self, kd_weight, lm_weight, scale=1.0):
+        """Loss, and its gradients by hidden states and weights, by autograd in float64."""
+        hidden, weight = (x.double().requires_grad_() for x in (self.hidden, self.weight))
+        teacher_logits = self.teacher.hidden.double() @ self.teacher.weight.double()[: self.vocab].T
+        logits = hidden @ weight[: self.vocab].T
+        loss = distillation_loss(logits, self.labels, self.mask, teacher_logits, kd_weight, lm_weight)
+        (scale * loss).backward()
+        return loss.item(), hidden.grad, weight.grad
+
+    def linear(self, group, kd_weight, lm_weight, chunk_tokens, scale=1.0, weight=None):
+        """The same from `linear_distillation_loss`, on this rank's rows, and the two terms."""
+        share = self.weight.size(0) // group.size()
+        rows = slice(group.rank() * share, (group.rank() + 1) * share)
+        hidden = self.hidden.clone().requires_grad_()
+        weight = self.weight[rows].clone().requires_grad_() if weight is None else weight
+        teacher = Teacher(self.teacher.hidden, self.teacher.weight[rows]) if kd_weight else None
+        loss, terms = linear_distillation_loss(
+            hidden, weight, self.labels, self.mask, group, self.vocab, teacher, kd_weight, lm_weight, chunk_tokens
+        )
+        assert not terms.requires_grad
+        (scale * loss).backward()
+        return loss.item(), hidden.grad, weight.grad, terms
+
+
+@pytest.fixture
+def group():
+    with process_groups(ParallelConfig()) as groups:
+        yield groups.collection.tp
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 23, 256])
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+def test_loss_and_gradients_are_those_of_whole_logits(weights, chunk_tokens, group):
+    case = Case()
+    loss, grad_hidden, grad_weight, terms = case.linear(group, *weights, chunk_tokens, scale=3.0)
+    expected_loss, expected_hidden, expected_weight = case.plain(*weights, scale=3.0)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_close(grad_hidden, expected_hidden)
+    assert_close(grad_weight, expected_weight)
+    # Masked tokens and rows that pad the vocabulary get none at all.
+    assert not grad_hidden[case.mask == 0].any() and grad_hidden[case.mask == 1].any(1).all()
+    assert not grad_weight[VOCAB:].any() and grad_weight[:VOCAB].any(1).all()
+    for term, alone in zip(terms.tolist(), ((1.0, 0.0), (0.0, 1.0)), strict=True):
+        if alone[0] == 0 or weights[0]:  # without a teacher there is no divergence
+            assert term == pytest.approx(case.plain(*alone)[0], rel=1e-6)
+
+
+def test_a_vocabulary_without_padding(group):
+    case = Case(vocab=64, padded=64)
+    loss, _, grad_weight, _ = case.linear(group, 0.7, 0.4, 7)
+    expected_loss, _, expected = case.plain(0.7, 0.4)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_close(grad_weight, expected)
+
+
+def test_blocks_of_rows_within_a_chunk_change_nothing(group, monkeypatch):
+    whole = Case().linear(group, 0.7, 0.4, 23)
+    monkeypatch.setattr(linear_losses, "_CACHE_ELEMENTS", 3 * VOCAB)
+    blocks = Case().linear(group, 0.7, 0.4, 23)
+    assert blocks[0] == pytest.approx(whole[0], rel=1e-6)
+    assert_close(blocks[1], whole[1].double())
+
+
+def test_logits_as_large_as_exponentials_allow(group):
+    case = Case()
+    case.hidden *= 100
+    case.teacher.hidden.mul_(100)
+    loss, grad_hidden, grad_weight, _ = case.linear(group, 0.7, 0.4, 7)
+    expected_loss, expected_hidden, _ = case.plain(0.7, 0.4)
+    assert expected_loss > 1e4 and loss == pytest.approx(expected_loss, rel=1e-5)
+    assert grad_weight.isfinite().all()
+    torch.testing.assert_close(grad_hidden.double(), expected_hidden, rtol=1e-3, atol=1e-3)
+
+
+def test_the_divergence_is_that_of_model_optimizer(group):
+    case = Case()
+    hidden = case.hidden.clone().requires_grad_()
+    teacher_logits = (case.teacher.hidden @ case.teacher.weight.T)[:, :VOCAB]
+    logits = (hidden @ case.weight.T)[:, :VOCAB]
+    of_tokens = LogitsDistillationLoss(temperature=1.0, reduction="none")(logits, teacher_logits)
+    torch.testing.assert_close(forward_kl(logits, teacher_logits), of_tokens, rtol=1e-5, atol=1e-5)
+    expected = (of_tokens * case.mask).sum()
+    expected.backward()
+    loss, grad_hidden, _, _ = case.linear(group, 1.0, 0.0, 7)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert_close(grad_hidden, hidden.grad.double())
+
+
+def test_a_student_that_is_its_teacher_has_no_divergence_and_no_gradient(group):
+    case = Case()
+    case.teacher = Teacher(case.hidden, case.weight)
+    loss, grad_hidden, grad_weight, _ = case.linear(group, 1.0, 0.0, 7)
+    assert abs(loss) < 1e-4
+    assert grad_hidden.abs().max() < 1e-5 and grad_weight.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_are_added_to_megatrons_buffer_in_float32(tied, group):
+    """For a tied weight `.grad` is what Megatron adds to the buffer itself, so that it has to be zero; for any
+    other a flag says that the buffer has it already."""
+    case = Case()
+    weight = torch.nn.Parameter(case.weight.bfloat16())
+    weight.main_grad = torch.full_like(case.weight, 0.5)
+    if tied:
+        weight.zero_out_wgrad = True
+    else:
+        weight.grad_added_to_main_grad = False
+    case.weight, case.hidden = weight.detach().float(), case.hidden.bfloat16()
+    teacher = case.teacher
+    case.teacher = Teacher(teacher.hidden.bfloat16(), teacher.weight.bfloat16())
+    case.linear(group, 0.7, 0.4, 7, weight=weight)
+    *_, expected = case.plain(0.7, 0.4)
+    found = weight.main_grad.double() - 0.5
+    assert weight.main_grad.dtype is torch.float32
+    assert not found[VOCAB:].any()
+    # bfloat16 has 8 bits; what matters is that 0.5 and a small gradient do not swallow each other.
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.02 * expected.abs().max().item())
+    if tied:
+        assert not weight.grad.any()
+    else:
+        assert weight.grad_added_to_main_grad
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and func is not torch.ops.aten.detach.default:
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_logits_of_more_than_a_chunk_never_exist(group):
+    tokens, hidden, vocab, chunk = 128, 2, 1000, 8
+    case = Case()
+    case.hidden, case.weight, case.vocab = torch.randn(tokens, hidden), torch.randn(vocab, hidden), vocab
+    case.teacher = Teacher(torch.randn(tokens, hidden), torch.randn(vocab, hidden))
+    case.labels, case.mask = torch.randint(0, vocab, (tokens,)), torch.ones(tokens)
+    with LargestTensor() as largest:
+        case.linear(group, 0.7, 0.4, chunk)
+    assert largest.numel == chunk * vocab
+
+
+def of_two_ranks(folder):
+    """Everything that is compared, by one of two tensor-parallel ranks. The second one's rows are all padding
+    where the vocabulary is 29, and partly so where it is 37."""
+    found = {}
+    with process_groups(ParallelConfig(tensor=2)) as groups:
+        for vocab, (name, weights) in itertools.product((29, 37, 64), WEIGHTS.items()):
+            found[vocab, name] = Case(vocab).linear(groups.collection.tp, *weights, 5)
+        torch.save(found, folder / f"{dist.get_rank()}.pt")
+
+
+def test_two_ranks_share_the_loss_and_its_gradients(tmp_path):
+    run_on_ranks(2, of_two_ranks, tmp_path)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for (vocab, name), (loss, grad_hidden, grad_weight, terms) in ranks[0].items():
+        expected_loss, expected_hidden, expected_weight = Case(vocab).plain(*WEIGHTS[name])
+        other = ranks[1][vocab, name]
+        assert loss == other[0] == pytest.approx(expected_loss, rel=1e-6)
+        assert torch.equal(terms, other[3])
+        # Of the hidden states every rank has its share; of the weights its rows.
+        assert_close(grad_hidden + other[1], expected_hidden)
+        assert_close(torch.cat([grad_weight, other[2]]), expected_weight)
+        if vocab == 29:
+            assert not other[1].any() and not other[2].any()

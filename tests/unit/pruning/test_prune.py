@@ -1,0 +1,169 @@
+"""Pruning against slicing written out by hand, and against the whole network with the removed parts silenced."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from minitron_megatron.checkpoint.convert import as_transformers_model, export
+from minitron_megatron.checkpoint.load import load_weights
+from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.config.schema import DType, ExportConfig, ParallelConfig, PruneConfig, TargetConfig
+from minitron_megatron.errors import CheckpointError, ConfigError
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.count import num_parameters
+from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.prune import prune
+from minitron_megatron.pruning.scores import Scores
+from tests.tiny import FAMILIES, LLAMA, hf_model, import_hf
+
+LAYERS, HIDDEN, FFN, GROUPS, HEADS, HEAD_DIM = 4, 48, 44, 2, 3, 12
+TOKENS = torch.randint(0, 101, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def write_scores(folder, shape):
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(HIDDEN,), (LAYERS, FFN), (LAYERS, GROUPS, HEADS), (LAYERS,)]
+    folder.mkdir()
+    Scores(shape, *(torch.rand(*size, generator=generator) for size in sizes)).write(folder)
+    Manifest("scores").write(folder)
+
+
+class Source:
+    """A transformers model, its checkpoint and random scores of it."""
+
+    def __init__(self, folder, config):
+        self.model = hf_model(**config)
+        self.checkpoint = import_hf(folder, self.model)
+        self.scores = folder / "scores"
+        write_scores(self.scores, Checkpoint(self.checkpoint).shape)
+
+    def prune(self, output, parallel=None, **target):
+        parallel = parallel or ParallelConfig()
+        config = PruneConfig(str(self.checkpoint), str(self.scores), str(output), TargetConfig(**target), parallel)
+        return Checkpoint(prune(config)), Plan.read(output)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def source(request, tmp_path_factory):
+    return Source(tmp_path_factory.mktemp(request.param), FAMILIES[request.param])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return Source(tmp_path_factory.mktemp("llama"), LLAMA)
+
+
+def sliced_by_hand(tensors, plan):
+    """What is left of a Llama's state dict, one kind of tensor after another."""
+    hidden = plan.hidden
+    left = {name: tensors[name][:, hidden] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    left["model.norm.weight"] = tensors["model.norm.weight"][hidden]
+    for number, position in enumerate(plan.sublayers[::2]):
+        before, after = f"model.layers.{position // 2}.", f"model.layers.{number}."
+        rows = []
+        for group, heads in enumerate(plan.head[position]):
+            for head in heads:
+                first = (group * HEADS + head) * HEAD_DIM
+                rows += range(first, first + HEAD_DIM)
+        neurons = plan.ffn[position + 1]
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            left[f"{after}{norm}.weight"] = tensors[f"{before}{norm}.weight"][hidden]
+        left[f"{after}self_attn.q_proj.weight"] = tensors[f"{before}self_attn.q_proj.weight"][rows][:, hidden]
+        for name in ("k_proj", "v_proj"):
+            left[f"{after}self_attn.{name}.weight"] = tensors[f"{before}self_attn.{name}.weight"][:, hidden]
+        left[f"{after}self_attn.o_proj.weight"] = tensors[f"{before}self_attn.o_proj.weight"][hidden][:, rows]
+        for name in ("gate_proj", "up_proj"):
+            left[f"{after}mlp.{name}.weight"] = tensors[f"{before}mlp.{name}.weight"][neurons][:, hidden]
+        left[f"{after}mlp.down_proj.weight"] = tensors[f"{before}mlp.down_proj.weight"][hidden][:, neurons]
+    return left
+
+
+def test_pruning_is_slicing(llama, tmp_path):
+    pruned, plan = llama.prune(tmp_path / "pruned", layers=3, hidden=40, ffn=30, heads=4)
+    assert len(plan.sublayers) == 6 and plan.sublayers != list(range(6))  # a layer in the middle went
+    expected = sliced_by_hand(llama.model.state_dict(), plan)
+    found = as_transformers_model(pruned).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_the_plan_that_was_carried_out_is_the_one_of_the_scores(llama, tmp_path):
+    _, plan = llama.prune(tmp_path / "pruned", hidden=40)
+    assert plan.hidden == sorted(Scores.read(llama.scores).hidden.topk(40).indices.tolist())
+
+
+def test_a_pruned_model_is_the_same_here_and_exported(source, tmp_path):
+    """The width is no multiple of the heads, so that a Llama has to be exported as a Mistral."""
+    pruned, _ = source.prune(tmp_path / "pruned", layers=3, hidden=46, ffn=30, heads=4)
+    exported = AutoModelForCausalLM.from_pretrained(
+        export(ExportConfig(str(tmp_path / "pruned"), str(tmp_path / "exported")))
+    )
+    assert exported.num_parameters() == num_parameters(pruned.shape) == pruned.manifest.details["parameters"]
+    with process_groups(ParallelConfig()) as groups, torch.no_grad():
+        [ours] = build_model(pruned.shape, groups, DType.FP32)
+        load_weights([ours], pruned, groups)
+        hidden = ours(TOKENS, torch.arange(20).expand(2, -1), attention_mask=None)
+        logits = (hidden @ ours.output_weight.T).transpose(0, 1)[..., :101]
+        expected = exported(TOKENS).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_neurons_and_heads_that_go_are_as_if_silenced(source, tmp_path):
+    pruned, plan = source.prune(tmp_path / "pruned", ffn=30, heads=4)
+    masked = hf_model(**source.model.config.to_dict())
+    masked.load_state_dict(source.model.state_dict())
+    with torch.no_grad():
+        for number, layer in enumerate(masked.model.layers):
+            layer.mlp.down_proj.weight[:, np.setdiff1d(np.arange(FFN), plan.ffn[2 * number + 1])] = 0
+            heads = layer.self_attn.o_proj.weight.view(HIDDEN, GROUPS, HEADS, HEAD_DIM)
+            for group, kept in enumerate(plan.head[2 * number]):
+                heads[:, group, np.setdiff1d(np.arange(HEADS), kept)] = 0
+        expected, whole = masked(TOKENS).logits, source.model(TOKENS).logits
+        found = as_transformers_model(pruned)(TOKENS).logits
+    assert (whole - expected).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "target, parallel, problems",
+    [
+        (dict(ffn=45), None, ["target.ffn = 45 is larger than the source's 44: pruning only removes"]),
+        (dict(heads=3), None, ["target.heads = 3 is not a multiple of the 2 query groups: every group keeps the same"]),
+        (
+            dict(ffn=31, layers=3),
+            ParallelConfig(tensor=2, pipeline=2),
+            [
+                "target.ffn = 31 does not divide by parallel.tensor = 2",
+                "target has 3 layers, which do not divide by parallel.pipeline x virtual_pipeline = 2 x 1",
+            ],
+        ),
+        (
+            dict(ffn=30),
+            ParallelConfig(tensor=3),
+            [
+                "target.num_query_groups = 2 does not divide by parallel.tensor = 3",
+                "target.padded_vocab = 128 does not divide by parallel.tensor = 3",
+            ],
+        ),
+    ],
+    ids=["larger", "heads and groups", "neurons and layers and layout", "groups and vocabulary and layout"],
+)
+def test_targets_that_do_not_fit_name_field_and_value(target, parallel, problems, llama, tmp_path):
+    with pytest.raises(ConfigError) as raised:
+        llama.prune(tmp_path / "pruned", parallel, **target)
+    for found, expected in zip(raised.value.problems, problems, strict=True):
+        assert found.startswith(expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_of_another_network_are_refused(llama, tmp_path):
+    write_scores(tmp_path / "scores", Checkpoint(llama.checkpoint).shape.replace(vocab=100))
+    config = PruneConfig(str(llama.checkpoint), str(tmp_path / "scores"), str(tmp_path / "p"), TargetConfig(ffn=30))
+    with pytest.raises(CheckpointError, match=r"scores = .*/scores are of another .* than checkpoint = .*: score that"):
+        prune(config)
+    assert not (tmp_path / "p").exists()
