@@ -1,0 +1,178 @@
+"""What the measurements share: the models, cases in processes of their own, tables, JSON and the docs."""
+
+import json
+import os
+import platform
+import statistics
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+# A case runs in a process that imports this file and the script it belongs to. What is heavy is imported by the
+# functions that need it, so that a case's memory is its own.
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+IMAGES = DOCS.parent / "images"
+PACKAGES = ["torch", "megatron-core", "transformers", "nvidia-modelopt", "minitron-megatron"]
+
+console = Console()
+
+
+def parser(description: str, repeats: int | None = None) -> ArgumentParser:
+    """The options that every measurement has.
+
+    Args:
+        description: the first line of it is shown by `--help`.
+        repeats: the default of `--repeats`; None leaves that option out.
+    """
+    found = ArgumentParser(description=description.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    found.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="models and runs are kept here")
+    found.add_argument("--threads", type=int, default=2, help="of torch, in every case")
+    found.add_argument("--docs", action="store_true", help="measure nothing; write the last results into the docs")
+    if repeats:
+        found.add_argument("--repeats", type=int, default=repeats, help="of every case, each in a fresh process")
+    return found
+
+
+@dataclass
+class Models:
+    """The demo's models, as its recipe makes them, in bf16.
+
+    Attributes:
+        teacher, pruned: checkpoints.
+        teacher_hf, pruned_hf: the same as Hugging Face folders.
+        recipe: the settings of each stage of the demo's recipe, by name.
+    """
+
+    teacher: Path
+    pruned: Path
+    teacher_hf: Path
+    pruned_hf: Path
+    recipe: dict
+
+
+def prepare_models(work: Path) -> Models:
+    """Run the demo's recipe as far as the pruned model, and export both models. What is there already is kept."""
+    from minitron_megatron import export
+    from minitron_megatron.config.compose import compose, resolve_stages
+    from minitron_megatron.config.schema import ExportConfig
+    from minitron_megatron.config.verbs import verb_function
+
+    overrides = ["experiment=smollm2_demo", f"run_dir={work}", "stages.teacher.dtype=bf16"]
+    stages = resolve_stages(compose("compress", overrides))
+    for name in ("teacher", "scores", "pruned"):
+        verb, settings = stages[name]
+        verb_function(verb)(settings)
+    for name in ("teacher", "pruned"):
+        export(ExportConfig(str(work / name), str(work / f"{name}_hf")))
+    folders = [work / name for name in ("teacher", "pruned", "teacher_hf", "pruned_hf")]
+    return Models(*folders, {name: settings for name, (_, settings) in stages.items()})
+
+
+def in_fresh_process(function: Callable, *args):
+    """What `function` returns in a new interpreter, whose peak memory is therefore that of the call."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def run_in_turn(cases: dict[str, Callable], repeats: int, *args) -> dict[str, list[dict]]:
+    """Run every case once, then every case again, and so on: what slows the machine for a while hits all alike.
+
+    Returns:
+        what each case returned, a dict per repeat.
+    """
+    results: dict[str, list[dict]] = {name: [] for name in cases}
+    for repeat in range(repeats):
+        for name, function in cases.items():
+            with console.status(f"{name}, repeat {repeat + 1} of {repeats}"):
+                results[name].append(in_fresh_process(function, *args))
+    return results
+
+
+def memory_gib() -> dict[str, float]:
+    """Resident memory of this process, in GiB: now, and at its peak (Linux)."""
+    # ru_maxrss would start from the parent's peak; the kernel's high-water mark begins anew with each program.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kib = {key: int(value.split()[0]) for key, value in (line.split(":") for line in lines) if key.startswith("Vm")}
+    return {"resident_gib": kib["VmRSS"] / 2**20, "peak_gib": kib["VmHWM"] / 2**20}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and largest value."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def show_spread(values: dict[str, float], digits: int) -> str:
+    """`median (min-max)`."""
+    median, least, most = (f"{values[key]:,.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} ({least}-{most})"
+
+
+def machine() -> dict:
+    """What the numbers depend on beside the code."""
+    name = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    return {
+        "cpu": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "date": date.today().isoformat(),
+    }
+
+
+def describe(machine: dict) -> str:
+    """One line about the machine, for below a table."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, {versions}; {machine['date']}."
+
+
+def write_results(name: str, results: dict) -> None:
+    """Write `results/NAME.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def read_results(name: str) -> dict:
+    """The last results of a measurement."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Show a table; the first column is text, the others are numbers."""
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    """The same table in Markdown."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_docs(name: str, text: str) -> None:
+    """Put `text` between the markers of a measurement in `docs/benchmarks.md`."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    before, rest = DOCS.read_text().split(begin)
+    _, after = rest.split(end)
+    DOCS.write_text(f"{before}{begin}\n{text}\n{end}{after}")

@@ -1,0 +1,229 @@
+"""What users get wrong, through the command line: status 2, a message that names it, nothing written, no work begun.
+
+What is wrong with the settings by themselves is tested where they are composed and read.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+from minitron_megatron import cli
+from minitron_megatron.checkpoint import convert, manifest
+from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint
+from minitron_megatron.evaluation import evaluate
+from minitron_megatron.pruning import prune, score
+from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.training import distill
+from tests.tiny import LLAMA, hf_model, import_hf
+
+BUILDS = [(module, "build_model") for module in (score, distill, evaluate)]
+READS = [(module, name) for module, _ in BUILDS for name in ("process_groups", "prepare_corpus")]
+WRITES = [(prune, "write_checkpoint"), (convert, "write_checkpoint"), (convert, "write_huggingface")]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Checkpoints, scores and texts, most of them with something wrong."""
+    folder = tmp_path_factory.mktemp("inputs")
+    import_hf(folder / "teacher", hf_model(**LLAMA))
+    import_hf(folder / "student", hf_model(**{**LLAMA, "num_hidden_layers": 2, "hidden_size": 36}))
+    import_hf(folder / "foreign", hf_model(**{**LLAMA, "vocab_size": 90}))
+    for name in ("foreign", "teacher", "student"):
+        (folder / name / "checkpoint").rename(folder / f"{name}-checkpoint")
+    teacher = folder / "teacher-checkpoint"
+    for damaged in ("other-tokenizer", "lost-shard", "short-shard"):
+        shutil.copytree(teacher, folder / damaged)
+    tokenizer = folder / "other-tokenizer/huggingface/tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"a"', '"ä"'))
+    (folder / "lost-shard/iter_0000000/__0_0.distcp").unlink()
+    shard = folder / "short-shard/iter_0000000/__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+    shape = Checkpoint(teacher).shape
+    for name, scored in (("scores", shape), ("other-scores", shape.replace(hidden=40))):
+        (folder / name).mkdir()
+        sizes = [(scored.hidden,), (4, 44), (4, 2, 3), (4,)]
+        Scores(scored, *(torch.rand(*size) for size in sizes)).write(folder / name)
+        Manifest("scores").write(folder / name)
+
+    gpt2 = folder / "gpt2"
+    gpt2.mkdir()
+    (gpt2 / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    generator = np.random.default_rng(0)
+    documents = [{"text": "".join(generator.choice(list("abcd"), 100))} for _ in range(40)]
+    for name, count in (("text", 40), ("one", 1), ("empty", 0)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents[:count]))
+    return folder
+
+
+def forbid(monkeypatch, functions):
+    for module, name in functions:
+        monkeypatch.setattr(module, name, lambda *arguments, name=name, **options: pytest.fail(f"{name} was called"))
+
+
+@pytest.fixture
+def refused(inputs, tmp_path, monkeypatch, capsys):
+    """Runs a command, `@NAME` standing for an input, and returns what it says when it is refused."""
+    monkeypatch.chdir(tmp_path)
+
+    def refused(command, ranks=1):
+        if ranks > 1:  # as the first of several ranks finds it, before it would wait for the others
+            monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "0", "WORLD_SIZE": str(ranks)})
+        verb, *arguments = command.replace("@", f"{inputs}/").split()
+        assert cli.main([verb, *arguments]) == 2
+        out, error = capsys.readouterr()
+        told = [line for line in error.splitlines() if line.startswith(f"minitron {verb}: ")]
+        assert told and "Traceback" not in error and not out
+        return error
+
+    return refused
+
+
+SCORE = "score checkpoint=@teacher-checkpoint output=out data.text=[@text.jsonl] data.sequence_length=32"
+DISTILL = "distill student=@student-checkpoint teacher=@teacher-checkpoint output=out data.text=[@text.jsonl]"
+EVALUATE = "evaluate model=@teacher-checkpoint output=out data.text=[@text.jsonl]"
+PRUNE = "prune checkpoint=@teacher-checkpoint scores=@scores output=out"
+
+
+def with_other(command, key, value):
+    """A command with another value for one of its settings."""
+    return " ".join(f"{key}={value}" if word.startswith(f"{key}=") else word for word in command.split())
+
+
+@pytest.mark.parametrize(
+    "command, ranks, named",
+    [
+        (f"{SCORE} parallel.tensor=3", 3, ["checkpoint.num_query_groups = 2 does not divide by parallel.tensor = 3"]),
+        (f"{SCORE} parallel.pipeline=3", 3, ["checkpoint has 4 layers, which do not divide by parallel.pipeline"]),
+        (f"{EVALUATE} parallel.tensor=3", 3, ["model.padded_vocab = 128 does not divide by parallel.tensor = 3"]),
+        (
+            f"{DISTILL} parallel.tensor=3",
+            3,
+            ["student.num_query_groups = 2", "teacher.num_query_groups = 2", "teacher.padded_vocab = 128"],
+        ),
+        (
+            f"{DISTILL} parallel.pipeline=2 parallel.virtual_pipeline=2",
+            2,
+            ["student has 2 layers, which do not divide by parallel.pipeline x virtual_pipeline = 2 x 2"],
+        ),
+        (f"{SCORE} parallel.tensor=2", 3, ["2 x 1 x 1 = 2 ranks, but the world has 3"]),
+        (f"{SCORE} parallel.tensor=2 parallel.sequence=true data.sequence_length=33", 1, ["data.sequence_length = 33"]),
+        (with_other(DISTILL, "teacher", "@foreign-checkpoint"), 1, ["foreign-checkpoint has vocab = 90", "has 101"]),
+        (with_other(DISTILL, "teacher", "@other-tokenizer"), 1, ["other-tokenizer", "carry different tokenizers"]),
+        (f"{PRUNE} target.hidden=49", 1, ["target.hidden = 49 is larger than the source's 48"]),
+        (f"{PRUNE} target.heads=3", 1, ["target.heads = 3 is not a multiple of the 2 query groups"]),
+        (f"{PRUNE} target.ffn=31 parallel.tensor=2", 1, ["target.ffn = 31 does not divide by parallel.tensor = 2"]),
+        (f"{PRUNE} target.layers=3 parallel.pipeline=2", 1, ["target has 3 layers"]),
+        (with_other(PRUNE, "scores", "@other-scores") + " target.ffn=30", 1, ["other-scores are of another network"]),
+        (with_other(PRUNE, "scores", "@student") + " target.ffn=30", 1, ["student is not the finished output of"]),
+        ("import source=@gpt2 output=out", 1, ["model_type = 'gpt2' is not supported; supported: ['llama'"]),
+        ("import source=@nowhere output=out", 1, ["nowhere does not exist: name a Hugging Face folder or a .gguf"]),
+        ("import source=@scores output=out", 1, ["scores is not a Hugging Face folder: it has no config.json"]),
+    ],
+    ids=lambda value: "" if isinstance(value, int | list) else value.replace("data.text=[@text.jsonl] ", ""),
+)
+def test_what_does_not_fit_is_named_before_any_work(command, ranks, named, refused, monkeypatch, tmp_path):
+    forbid(monkeypatch, BUILDS + READS + WRITES)
+    message = refused(command, ranks)
+    for part in named:
+        assert part in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "bad, named",
+    [
+        ("@nowhere", "nowhere does not exist: name the folder of a checkpoint"),
+        ("@scores", f"scores is not a checkpoint: it has no {TRACKER}"),
+        ("@lost-shard", "lost-shard/iter_0000000/__0_0.distcp is missing: the checkpoint is not whole"),
+        ("@short-shard", "short-shard/iter_0000000/__0_0.distcp has "),
+    ],
+)
+@pytest.mark.parametrize(
+    "command, key",
+    [
+        (SCORE, "checkpoint"),
+        (f"{PRUNE} target.ffn=30", "checkpoint"),
+        (DISTILL, "student"),
+        (DISTILL, "teacher"),
+        (EVALUATE, "model"),
+        ("export checkpoint=@teacher-checkpoint output=out", "checkpoint"),
+    ],
+    ids=["score", "prune", "distill student", "distill teacher", "evaluate", "export"],
+)
+def test_what_is_no_whole_checkpoint_is_named_before_any_work(
+    command, key, bad, named, refused, monkeypatch, tmp_path
+):
+    forbid(monkeypatch, BUILDS + READS + WRITES)
+    assert named in refused(with_other(command, key, bad))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text, length, named",
+    [
+        ("@nowhere", 32, "nowhere, which does not exist: name a file, a folder or `builtin`"),
+        ("@empty.jsonl", 32, "has no text in it: name other files"),
+        ("@one.jsonl", 32, "is one document, so that none could be held out"),
+        ("@text.jsonl", 512, "held-out tokens, but data.sequence_length = 512 needs 513: add text, shorten"),
+        ("@text.jsonl", 4096, "training tokens, but data.sequence_length = 4096 needs 4097: add text, shorten"),
+    ],
+)
+@pytest.mark.parametrize("command", [SCORE, DISTILL, EVALUATE], ids=["score", "distill", "evaluate"])
+def test_a_text_that_is_not_enough_is_named_before_a_model_is_built(
+    command, text, length, named, refused, monkeypatch, tmp_path
+):
+    forbid(monkeypatch, BUILDS)
+    assert named in refused(f"{with_other(command, 'data.text', f'[{text}]')} data.sequence_length={length}")
+    # A text has to be cut into tokens to be found too short; they are kept for other sequence lengths.
+    assert [path.name for path in tmp_path.iterdir()] == (["corpora"] if "tokens" in named else [])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"{PRUNE} target.ffn=30",
+        DISTILL + " data.sequence_length=32",
+        "export checkpoint=@teacher-checkpoint output=out",
+    ],
+    ids=["prune", "distill", "export"],
+)
+def test_a_disk_that_is_too_small_is_named_before_anything_is_written(command, refused, monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30, 5000))
+    forbid(monkeypatch, [*BUILDS, (convert, "write_huggingface")])
+    assert "has 0.00 GB free" in refused(command)
+    assert {path.name for path in tmp_path.iterdir()} <= {"corpora"}
+
+
+def test_a_disk_that_gets_full_ends_a_run_that_can_go_on_later(inputs, refused, monkeypatch, tmp_path):
+    """Megatron-Core's own writer is told of the disk by processes of its own, which keep the reason to themselves."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted: {mounted.stderr.strip()}")
+    try:
+        command = f"{DISTILL} data.sequence_length=32 steps=3 save_every=1 optimizer.warmup_steps=1 dtype=fp32"
+        command = with_other(command, "output", f"{disk}/run")
+        monkeypatch.setattr(manifest, "require_space", lambda folder, num_bytes: None)
+        # Room for one checkpoint of the student, some 450 kB with its optimiser, and not for the next beside it.
+        (disk / "others").write_bytes(bytes(1_400_000))
+        assert f"the disk of {disk}/run/checkpoints is full: free some space and run it again" in refused(command)
+        names = {path.name for path in (disk / "run/checkpoints").iterdir()}
+        assert names == {"huggingface", "iter_0000001", TRACKER, "manifest.json"}
+        assert Checkpoint(disk / "run").iteration == 1 and not (disk / "run/DONE").exists()
+        (disk / "others").unlink()
+        assert cli.main(command.replace("@", f"{inputs}/").split()) == 0
+        assert Checkpoint(disk / "run").iteration == 3
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
