@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import statistics
+import time
+import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -81,7 +83,13 @@ def prepare_models(work: Path) -> Models:
 def in_fresh_process(function: Callable, *args):
     """What `function` returns in a new interpreter, whose peak memory is therefore that of the call."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+        return pool.submit(_quietly, function, *args).result()
+
+
+def _quietly(function: Callable, *args):
+    # Megatron-Core and ModelOpt say what is not installed or not tested, in every process again.
+    warnings.simplefilter("ignore")
+    return function(*args)
 
 
 def run_in_turn(cases: dict[str, Callable], repeats: int, *args) -> dict[str, list[dict]]:
@@ -104,6 +112,36 @@ def memory_gib() -> dict[str, float]:
     lines = Path("/proc/self/status").read_text().splitlines()
     kib = {key: int(value.split()[0]) for key, value in (line.split(":") for line in lines) if key.startswith("Vm")}
     return {"resident_gib": kib["VmRSS"] / 2**20, "peak_gib": kib["VmHWM"] / 2**20}
+
+
+class Stopwatch:
+    """Times steps, and tells how busy others kept the processor meanwhile (Linux)."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+        self._others = 0.0
+
+    def __enter__(self):
+        self._started = time.perf_counter(), _busy_s() - time.process_time()
+        return self
+
+    def __exit__(self, *_):
+        wall, others = self._started
+        self.seconds.append(time.perf_counter() - wall)
+        self._others += _busy_s() - time.process_time() - others
+
+    @property
+    def others_share(self) -> float:
+        """Share of the processor's time that went to other processes: what makes a measurement worthless."""
+        return max(0.0, self._others / (sum(self.seconds) * os.cpu_count()))
+
+
+def _busy_s() -> float:
+    """Seconds that all cores together have worked, for anybody, since the machine started."""
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(
+        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -27,6 +27,7 @@ _NOT_CONTENT = (
     "data.cache_dir",
     "parallel",
     "micro_batch",
+    "recompute",
     "tracking",
     "save_every",
     "validate_every",

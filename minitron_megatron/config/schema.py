@@ -287,6 +287,7 @@ class DistillConfig:
         steps: optimiser steps.
         global_batch: sequences per step over all ranks.
         micro_batch: sequences per forward pass and rank.
+        recompute: keep each layer's input alone and run the layer again in the backward pass, for less memory.
         random_init: start the student's shape from random weights instead (a control).
         save_every: steps between checkpoints; null saves at the end alone.
         validate_every: steps between held-out losses; null for none.
@@ -301,6 +302,7 @@ class DistillConfig:
     steps: int = 400
     global_batch: int = 8
     micro_batch: int = 4
+    recompute: bool = False
     random_init: bool = False
     save_every: int | None = 100
     validate_every: int | None = None

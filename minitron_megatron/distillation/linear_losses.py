@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # On the CPU, softmax work is done on blocks of rows that stay in the processor's cache; 2^19 float32 are 2 MiB.
-_CACHE_ELEMENTS = 2**19
+_CACHE_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,25 @@ class _LinearDistillationLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         terms = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        # Written over by every chunk: memory that is new to the process costs more than the matrix product.
+        size = min(chunk_tokens, hidden.size(0)), num_rows
+        logits_buffer = hidden.new_empty(size)
+        teacher_buffer = hidden.new_empty(size) if teacher else None
+        share = torch.empty_like(weight[:num_rows]) if needs_grad else None
 
         for start in range(0, hidden.size(0), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits = hidden[rows] @ weight[:num_rows].T
-            teacher_logits = teacher.hidden[rows] @ teacher.weight[:num_rows].T if teacher else None
+            logits = _project(hidden[rows], weight[:num_rows], logits_buffer)
+            teacher_logits = None
+            if teacher:
+                teacher_logits = _project(teacher.hidden[rows], teacher.weight[:num_rows], teacher_buffer)
             kl, ce, grad = _chunk(
                 logits, teacher_logits, local_labels[rows], mask[rows], group, kd_weight, lm_weight, needs_grad
             )
             terms += torch.stack([kl, ce])
             if needs_grad:
-                grad_hidden[rows] = grad @ weight[:num_rows]
-                grad_weight[:num_rows] += grad.T @ hidden[rows]
+                torch.mm(grad, weight[:num_rows], out=grad_hidden[rows])
+                _add_(grad_weight[:num_rows], torch.mm(grad.T, hidden[rows], out=share))
 
         ctx.weight, ctx.grad_hidden, ctx.grad_weight = weight, grad_hidden, grad_weight
         loss = (kd_weight * terms[0] + lm_weight * terms[1]).float()
@@ -98,10 +105,10 @@ class _LinearDistillationLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        weight, grad_weight = ctx.weight, ctx.grad_weight.mul_(grad_loss)
+        weight, grad_weight = ctx.weight, ctx.grad_weight
         ctx.grad_weight = None
         if hasattr(weight, "main_grad"):
-            weight.main_grad.add_(grad_weight)
+            weight.main_grad.addcmul_(grad_weight, grad_loss)
             # Megatron's protocol for gradients that are in `main_grad` already: its hook must still fire, and
             # a weight that is tied to the embedding gets the embedding's share through `.grad`.
             if getattr(weight, "zero_out_wgrad", False):
@@ -110,8 +117,19 @@ class _LinearDistillationLoss(torch.autograd.Function):
                 weight.grad_added_to_main_grad = True
                 grad_weight = torch.empty_like(weight)
         else:
-            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = grad_weight.mul_(grad_loss).to(weight.dtype)
         return ctx.grad_hidden.mul_(grad_loss), grad_weight, *[None] * 8
+
+
+def _project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    return torch.mm(hidden, weight.T, out=buffer[: hidden.size(0)])
+
+
+def _add_(total: Tensor, share: Tensor) -> None:
+    """`total += share` for two number formats; the converted copy that this takes on a CPU stays in its cache."""
+    block = total.size(0) if total.is_cuda else max(1, _CACHE_ELEMENTS // total.size(1))
+    for start in range(0, total.size(0), block):
+        total[start : start + block] += share[start : start + block]
 
 
 def _chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad):
@@ -122,50 +140,56 @@ def _chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, ne
     num_tokens, num_rows = logits.shape
     labelled = (labels >= 0) & (labels < num_rows)
     label_columns = labels.clamp(0, max(num_rows - 1, 0))
+    label_logits = _zero_unless(labelled, logits, label_columns)
+    mask = mask.float()
     block = num_tokens if logits.is_cuda else max(1, _CACHE_ELEMENTS // max(num_rows, 1))
-    kl = torch.zeros(num_tokens, device=logits.device)
-    ce = torch.zeros_like(kl)
+    # Reused by every block: results that are allocated each time leave the cache.
+    work = torch.empty(3, min(block, num_tokens), num_rows, device=logits.device)
+    log_sums = torch.empty(num_tokens, device=logits.device)
+    target_log_sums, products = torch.empty_like(log_sums), torch.empty_like(log_sums)
 
     for start in range(0, num_tokens, block):
         rows = slice(start, start + block)
-        student = logits[rows].float()
-        sums = [_zero_unless(labelled[rows], student, label_columns[rows])]
+        student, target, difference = work[:, : logits[rows].size(0)]
+        student.copy_(logits[rows])
         if teacher_logits is not None:
-            target = teacher_logits[rows].float()
-            difference = target - student
-        log_sum, exponentials, scale = _softmax(student, group)
+            torch.sub(target.copy_(teacher_logits[rows]), student, out=difference)
+        log_sums[rows], scale = _exponentiate(student, group)
         if teacher_logits is not None:
-            target_log_sum, target_exponentials, target_scale = _softmax(target, group)
+            target_log_sums[rows], target_scale = _exponentiate(target, group)
             # sum_v q (z_t - z_s), the part of the divergence that runs over the vocabulary
-            sums.append(torch.linalg.vecdot(target_exponentials, difference) * target_scale)
-        sums = _sum(torch.stack(sums), group)
-        ce[rows] = log_sum - sums[0]
-        if teacher_logits is not None:
-            kl[rows] = sums[1] - target_log_sum + log_sum
+            products[rows] = difference.mul_(target).sum(1).mul_(target_scale)
         if needs_grad:
-            weights = mask[rows].float()
-            grad = exponentials.mul_(((kd_weight + lm_weight) * weights * scale)[:, None])
+            student.mul_(scale.mul_(mask[rows]).mul_(kd_weight + lm_weight)[:, None])
             if teacher_logits is not None:
-                grad.addcmul_(target_exponentials, (-kd_weight * weights * target_scale)[:, None])
+                student.addcmul_(target, target_scale.mul_(mask[rows]).mul_(-kd_weight)[:, None])
             if lm_weight and num_rows:
-                grad.scatter_add_(1, label_columns[rows, None], (-lm_weight * weights * labelled[rows])[:, None])
-            logits[rows] = grad
+                student.scatter_add_(1, label_columns[rows, None], (-lm_weight * mask[rows] * labelled[rows])[:, None])
+            logits[rows] = student
+
+    sums = [label_logits] if teacher_logits is None else [label_logits, products]
+    sums = _sum(torch.stack(sums), group)
     mask = mask.double()
-    return (kl * mask).sum(), (ce * mask).sum(), logits
+    ce = ((log_sums - sums[0]) * mask).sum()
+    kl = torch.zeros_like(ce) if teacher_logits is None else ((sums[1] - target_log_sums + log_sums) * mask).sum()
+    return kl, ce, logits
 
 
-def _softmax(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Vocab-parallel softmax in parts: log of the sum of exponentials `[tokens]`, exponentials (in place of the
-    logits), and the factor `[tokens]` that makes them probabilities."""
+def _exponentiate(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Vocab-parallel softmax in parts: turns float32 logits into exponentials, in place.
+
+    Returns:
+        log of the sum of exponentials `[tokens]`, and the factor `[tokens]` that makes them probabilities.
+    """
     if logits.size(1):
         largest = logits.amax(1)
     else:
         largest = torch.full((logits.size(0),), -torch.inf, device=logits.device)
     if group.size() > 1:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    exponentials = logits.sub_(largest[:, None]).exp_()
-    total = _sum(exponentials.sum(1), group)
-    return total.log() + largest, exponentials, 1 / total
+    logits.sub_(largest[:, None]).exp_()
+    total = _sum(logits.sum(1), group)
+    return total.log().add_(largest), total.reciprocal_()
 
 
 def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -177,4 +201,4 @@ def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _zero_unless(condition: Tensor, logits: Tensor, columns: Tensor) -> Tensor:
     if not logits.size(1):
         return torch.zeros_like(condition, dtype=torch.float32)
-    return torch.where(condition, logits.gather(1, columns[:, None])[:, 0], 0.0)
+    return torch.where(condition, logits.gather(1, columns[:, None])[:, 0].float(), 0.0)

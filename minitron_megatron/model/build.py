@@ -46,8 +46,8 @@ class Backbone(GPTModel):
         return self.output_layer.weight
 
 
-def transformer_config(shape: ModelShape, layout: Layout, dtype: DType) -> TransformerConfig:
-    """Megatron-Core's configuration of a network in a layout.
+def transformer_config(shape: ModelShape, layout: Layout, dtype: DType, recompute: bool) -> TransformerConfig:
+    """Megatron-Core's configuration of a network in a layout; see `build_model`.
 
     Raises:
         ConfigError: the layout does not divide the network.
@@ -86,6 +86,9 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: DType) -> Trans
         fp16=dtype is DType.FP16,
         # Losses are sums over valid tokens; Megatron divides gradients by their global number.
         calculate_per_token_loss=True,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
         # With two ranks both neighbours are the same peer, and batched messages between them get mixed up.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
@@ -127,13 +130,19 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
-def build_model(shape: ModelShape, groups: Groups, dtype: DType) -> list[Backbone]:
+def build_model(shape: ModelShape, groups: Groups, dtype: DType, recompute: bool = False) -> list[Backbone]:
     """This rank's part of the network, with random weights.
+
+    Args:
+        shape: of the whole network.
+        groups: this rank's place.
+        dtype: of the weights and of computation.
+        recompute: in training, keep each layer's input alone and run the layer again in the backward pass.
 
     Returns:
         one model per virtual pipeline stage of this rank.
     """
-    config = transformer_config(shape, groups.layout, dtype)
+    config = transformer_config(shape, groups.layout, dtype, recompute)
     num_chunks = groups.layout.virtual_pipeline
     scaling = shape.rotary_scaling
     chunks = []

@@ -77,7 +77,7 @@ def _run(
     heldout: Samples,
     groups: Groups,
 ) -> None:
-    chunks = build_model(student.shape, groups, config.dtype)
+    chunks = build_model(student.shape, groups, config.dtype, config.recompute)
     if not config.random_init:
         load_weights(chunks, student, groups)
     teacher_chunks = None

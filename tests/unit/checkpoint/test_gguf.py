@@ -1,6 +1,7 @@
 """The built-in GGUF model: the same network that transformers makes of the file."""
 
 import importlib.util
+import shutil
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def test_smollm2_gives_the_logits_that_transformers_gives(tmp_path, monkeypatch)
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
     assert theirs.num_parameters() == checkpoint.manifest.details["parameters"]
+    shutil.rmtree(checkpoint.root)  # half a gigabyte, which pytest would keep
 
 
 def test_a_builtin_model_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):

