@@ -145,14 +145,15 @@ def _busy_s() -> float:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and largest value."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    """Median, mean, least and largest value."""
+    middle = {"median": statistics.median(values), "mean": statistics.fmean(values)}
+    return {**middle, "min": min(values), "max": max(values)}
 
 
-def show_spread(values: dict[str, float], digits: int) -> str:
-    """`median (min-max)`."""
-    median, least, most = (f"{values[key]:,.{digits}f}" for key in ("median", "min", "max"))
-    return f"{median} ({least}-{most})"
+def show_spread(values: dict[str, float], digits: int, middle: str = "median") -> str:
+    """`median (min-max)`, or with the mean."""
+    middle, least, most = (f"{values[key]:,.{digits}f}" for key in (middle, "min", "max"))
+    return f"{middle} ({least}-{most})"
 
 
 def machine() -> dict:

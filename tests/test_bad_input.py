@@ -158,9 +158,7 @@ def test_what_does_not_fit_is_named_before_any_work(command, ranks, named, refus
     ],
     ids=["score", "prune", "distill student", "distill teacher", "evaluate", "export"],
 )
-def test_what_is_no_whole_checkpoint_is_named_before_any_work(
-    command, key, bad, named, refused, monkeypatch, tmp_path
-):
+def test_what_is_no_whole_checkpoint_is_named_before_any_work(command, key, bad, named, refused, monkeypatch, tmp_path):
     forbid(monkeypatch, BUILDS + READS + WRITES)
     assert named in refused(with_other(command, key, bad))
     assert list(tmp_path.iterdir()) == []
