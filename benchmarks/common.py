@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -26,7 +27,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 IMAGES = DOCS.parent / "images"
 PACKAGES = ["torch", "megatron-core", "transformers", "nvidia-modelopt", "minitron-megatron"]
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def parser(description: str, repeats: int | None = None) -> ArgumentParser:

@@ -68,6 +68,7 @@ def main() -> None:
     args = options.parse_args()
     if args.docs:
         write_docs(NAME, in_markdown(read_results(NAME)))
+        draw(read_results(NAME), IMAGES / f"{NAME}.png")
         return
     facts = machine()
     models = prepare_models(args.work)
@@ -261,7 +262,7 @@ def in_markdown(results: dict) -> str:
     texts, asked = results["texts"], results["settings"]
     tokens = ", ".join(f"{texts[name]['judged']:,} tokens of {what}" for name, what in TEXTS.items())
     note = (
-        f"{asked['steps']} steps of {asked['global_batch']} x 512 tokens, {len(asked['seeds'])} seeds: median "
+        f"{asked['steps']} steps of {asked['global_batch']} x 512 tokens, {len(asked['seeds'])} seeds: mean "
         f"(least-largest). Loss and KL(teacher || model) in nats per token, over {tokens}. "
     )
     return f"{markdown_table(COLUMNS, rows(results))}\n\n{note}{describe(results['machine'])}"
@@ -277,11 +278,13 @@ def draw(results: dict, path: Path) -> None:
     titles = {"loss": "loss per token", "KL": "KL(teacher || model) per token"}
     colours = {"corpus": KEPT, "other": CUT}
     for axes, (measure, title) in zip(panels, titles.items(), strict=True):
-        for text, colour in colours.items():
-            key = f"{text} {measure}"
+        for text, shift in (("corpus", -0.1), ("other", 0.1)):
+            key, colour = f"{text} {measure}", colours[text]
             for row, name in enumerate(names):
                 values = [found[key] for found in results["runs"][name]]
-                axes.scatter(values, [row] * len(values), s=34, color=colour, edgecolors="white", linewidths=0.6)
+                axes.scatter(
+                    values, [row + shift] * len(values), s=34, color=colour, edgecolors="white", linewidths=0.6
+                )
             if measure == "loss":
                 [teacher] = results["runs"][TEACHER]
                 axes.axvline(teacher[key], color=colour, linewidth=1, linestyle=":")
