@@ -70,7 +70,7 @@ def prepare_models(work: Path) -> Models:
     from minitron_megatron.config.schema import ExportConfig
     from minitron_megatron.config.verbs import verb_function
 
-    overrides = ["experiment=smollm2_demo", f"run_dir={work}", "stages.teacher.dtype=bf16"]
+    overrides = ["experiment=smollm2_135m", f"run_dir={work}", "stages.teacher.dtype=bf16"]
     stages = resolve_stages(compose("compress", overrides))
     for name in ("teacher", "scores", "pruned"):
         verb, settings = stages[name]

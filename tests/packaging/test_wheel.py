@@ -75,7 +75,7 @@ def test_the_command_lists_its_verbs(run, installed):
 
 
 def test_a_recipe_composes_from_the_installed_files(run):
-    out = run("-m", "minitron_megatron.cli", "compress", "+experiment=smollm2_demo", "--cfg")
+    out = run("-m", "minitron_megatron.cli", "compress", "+experiment=smollm2_135m", "--cfg")
     recipe = yaml.safe_load(out)
-    assert recipe["run_dir"] == "runs/smollm2_demo"
-    assert recipe["stages"]["pruned"]["scores"] == "runs/smollm2_demo/scores"
+    assert recipe["run_dir"] == "runs/smollm2_135m"
+    assert recipe["stages"]["pruned"]["scores"] == "runs/smollm2_135m/scores"

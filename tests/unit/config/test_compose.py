@@ -16,7 +16,7 @@ from minitron_megatron.config.schema import (
 from minitron_megatron.errors import ConfigError
 
 SCORE = ["checkpoint=c", "output=o"]
-DEMO = ["+experiment=smollm2_demo"]
+DEMO = ["+experiment=smollm2_135m"]
 
 
 def problems(verb, *overrides):
@@ -87,7 +87,7 @@ def test_each_kind_of_bad_override_gives_one_sentence(override, expected):
 
 def test_an_unknown_experiment_is_the_only_problem_reported():
     [found] = problems("compress", "experiment=smollm")
-    assert found.startswith("experiment = smollm: not in ") and found.endswith("; did you mean smollm2_demo?")
+    assert found.startswith("experiment = smollm: not in ") and found.endswith("; did you mean smollm2_135m?")
 
 
 def test_problems_of_every_kind_are_listed_together():
@@ -104,7 +104,7 @@ def test_stages_start_from_the_recipe_and_keep_what_they_say_themselves():
     of_stages = ["stages.distilled.data.sequence_length=64", "stages.scores.dtype=fp32"]
     recipe = compose("compress", [*DEMO, *of_stages, "data.seed=7", "parallel.tensor=2"])
     stages = resolve_stages(recipe)
-    assert stages["distilled"][1].data == DataConfig(cache_dir="runs/smollm2_demo/corpora", sequence_length=64, seed=7)
+    assert stages["distilled"][1].data == DataConfig(cache_dir="runs/smollm2_135m/corpora", sequence_length=64, seed=7)
     # An override of one stage must not leak into the recipe or the others.
     assert recipe.data.sequence_length == stages["scores"][1].data.sequence_length == 512
     assert stages["scores"][1].dtype is DType.FP32
@@ -121,7 +121,7 @@ def test_stages_of_a_null_or_deleted_name_are_left_out():
 
 def test_a_stage_can_be_added():
     recipe = compose("compress", [*DEMO, "stages.look={verb:inspect,path:'${run_dir}/teacher'}"])
-    assert resolve_stages(recipe)["look"][1].path == "runs/smollm2_demo/teacher"
+    assert resolve_stages(recipe)["look"][1].path == "runs/smollm2_135m/teacher"
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_settings_are_written_as_plain_values_in_order():
     recipe = compose("compress", DEMO)
     assert to_plain(recipe)["stages"]["scores"] == {
         "verb": "score",
-        "checkpoint": "runs/smollm2_demo/teacher",
-        "output": "runs/smollm2_demo/scores",
+        "checkpoint": "runs/smollm2_135m/teacher",
+        "output": "runs/smollm2_135m/scores",
         "num_samples": 64,
     }
     assert to_yaml(ImportConfig("s", "ö", DType.FP16)) == "source: s\noutput: ö\ndtype: fp16\n"
