@@ -100,8 +100,12 @@ def with_other(command, key, value):
 @pytest.mark.parametrize(
     "command, ranks, named",
     [
-        (f"{SCORE} parallel.tensor=3", 3, ["checkpoint.num_query_groups = 2 does not divide by parallel.tensor = 3"]),
-        (f"{SCORE} parallel.pipeline=3", 3, ["checkpoint has 4 layers, which do not divide by parallel.pipeline"]),
+        (
+            f"{SCORE} parallel.tensor=3",
+            3,
+            ["checkpoint.num_query_groups = 2 does not divide by parallel.tensor = 3: choose a tensor size that"],
+        ),
+        (f"{SCORE} parallel.pipeline=5", 5, ["checkpoint has 4 layers, too few for the 5 stages of parallel.pipeline"]),
         (f"{EVALUATE} parallel.tensor=3", 3, ["model.padded_vocab = 128 does not divide by parallel.tensor = 3"]),
         (
             f"{DISTILL} parallel.tensor=3",
@@ -111,7 +115,7 @@ def with_other(command, key, value):
         (
             f"{DISTILL} parallel.pipeline=2 parallel.virtual_pipeline=2",
             2,
-            ["student has 2 layers, which do not divide by parallel.pipeline x virtual_pipeline = 2 x 2"],
+            ["student has 2 layers", "4 stages of parallel.pipeline x virtual_pipeline = 2 x 2: lower one of the two"],
         ),
         (f"{SCORE} parallel.tensor=2", 3, ["2 x 1 x 1 = 2 ranks, but the world has 3"]),
         (f"{SCORE} parallel.tensor=2 parallel.sequence=true data.sequence_length=33", 1, ["data.sequence_length = 33"]),
@@ -120,7 +124,7 @@ def with_other(command, key, value):
         (f"{PRUNE} target.hidden=49", 1, ["target.hidden = 49 is larger than the source's 48"]),
         (f"{PRUNE} target.heads=3", 1, ["target.heads = 3 is not a multiple of the 2 query groups"]),
         (f"{PRUNE} target.ffn=31 parallel.tensor=2", 1, ["target.ffn = 31 does not divide by parallel.tensor = 2"]),
-        (f"{PRUNE} target.layers=3 parallel.pipeline=2", 1, ["target has 3 layers"]),
+        (f"{PRUNE} target.layers=3 parallel.pipeline=4", 1, ["target has 3 layers, too few for the 4 stages"]),
         (with_other(PRUNE, "scores", "@other-scores") + " target.ffn=30", 1, ["other-scores are of another network"]),
         (with_other(PRUNE, "scores", "@student") + " target.ffn=30", 1, ["student is not the finished output of"]),
         ("import source=@gpt2 output=out", 1, ["model_type = 'gpt2' is not supported; supported: ['llama'"]),

@@ -28,7 +28,7 @@ def inputs(tmp_path_factory):
     """A folder with a teacher, a student and a text."""
     folder = tmp_path_factory.mktemp("inputs")
     import_hf(folder / "teacher", hf_model(**LLAMA))
-    import_hf(folder / "student", hf_model(seed=1, **{**LLAMA, "num_hidden_layers": 2, "intermediate_size": 30}))
+    import_hf(folder / "student", hf_model(seed=1, **{**LLAMA, "num_hidden_layers": 3, "intermediate_size": 30}))
     generator = np.random.default_rng(0)
     documents = ("".join(generator.choice(list("abcdefgh"), 300)) for _ in range(20))
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
@@ -159,9 +159,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(inputs, unkilled, start, tm
     assert partial.exists() and saved_step(saving) == Checkpoint(saving).iteration == SAVE_EVERY
     assert len(lines(saving)) == 2 * SAVE_EVERY
     assert SAVE_EVERY <= saved_step(training) < STEPS
-    # A run may also go on in another layout. Then sums are taken in another order.
+    # A run may also go on in another layout, here one with two layers on the first stage and one on the last. Then
+    # sums are taken in another order.
     wider = Path(shutil.copytree(saving, tmp_path / "wider/run"))
-    on_two_ranks = start(inputs, wider, "parallel.tensor=2")
+    on_four_ranks = start(inputs, wider, "parallel.tensor=2", "parallel.pipeline=2")
 
     # A kill may also come between two files. This is what it leaves: a checkpoint that is whole and not yet
     # announced, lines of steps that will be made again, and half a line.
@@ -177,7 +178,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(inputs, unkilled, start, tm
 
     assert cli.main(arguments(inputs, saving)) == 0
     assert_same_run(saving, unkilled)
-    assert on_two_ranks.process.wait(timeout=240) == 0, on_two_ranks.log.read_text()
+    assert on_four_ranks.process.wait(timeout=240) == 0, on_four_ranks.log.read_text()
     assert exact(wider)[:SAVE_EVERY] == exact(unkilled)[:SAVE_EVERY]
     assert_same_run(wider, unkilled, tolerance=1e-3)
 

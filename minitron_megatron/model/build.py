@@ -20,7 +20,7 @@ from minitron_megatron.errors import UnsupportedModelError, raise_if_any
 from minitron_megatron.model.local import CausalAttention, GatedActivation, Norm
 from minitron_megatron.model.shape import Activation, ModelShape, NormKind, layout_problems
 from minitron_megatron.parallel.groups import Groups
-from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.layout import Layout, layers_per_stage
 
 TORCH_DTYPES = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
 
@@ -50,7 +50,7 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: DType, recomput
     """Megatron-Core's configuration of a network in a layout; see `build_model`.
 
     Raises:
-        ConfigError: the layout does not divide the network.
+        ConfigError: the layout cannot split the network.
         UnsupportedModelError: the pattern is not one that GPTModel realises.
     """
     if not shape.is_uniform:
@@ -59,6 +59,7 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: DType, recomput
         )
     raise_if_any(layout_problems(shape, layout))
     interleaved = layout.virtual_pipeline > 1
+    stages = "|".join("t" * count for count in layers_per_stage(shape.num_layers, layout.stages))
     on_cuda = torch.cuda.is_available()
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -79,6 +80,8 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: DType, recomput
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        # Megatron's notation of what each stage holds: embedding, transformer layers, loss.
+        pipeline_model_parallel_layout=f"E{stages}L",
         sequence_parallel=layout.sequence,
         pipeline_dtype=TORCH_DTYPES[dtype],
         params_dtype=TORCH_DTYPES[dtype],

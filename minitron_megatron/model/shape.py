@@ -151,18 +151,19 @@ def pad_vocab(vocab: int, multiple: int = 128) -> int:
 
 
 def layout_problems(shape: ModelShape, layout: Layout | ParallelConfig, where: str = "shape") -> list[str]:
-    """What of `shape` a layout cannot split evenly, one sentence each."""
+    """What of `shape` a layout cannot split, one sentence each."""
     found = []
     for name in ("num_query_groups", "ffn", "padded_vocab"):
         if getattr(shape, name) % layout.tensor:
             found.append(
-                f"{where}.{name} = {getattr(shape, name)} does not divide by parallel.tensor = {layout.tensor}"
+                f"{where}.{name} = {getattr(shape, name)} does not divide by parallel.tensor = {layout.tensor}: "
+                f"choose a tensor size that divides it"
             )
     virtual_pipeline = layout.virtual_pipeline or 1
     stages = layout.pipeline * virtual_pipeline
-    if shape.num_layers % stages:
+    if shape.num_layers < stages:
         found.append(
-            f"{where} has {shape.num_layers} layers, which do not divide by parallel.pipeline x virtual_pipeline = "
-            f"{layout.pipeline} x {virtual_pipeline}"
+            f"{where} has {shape.num_layers} layers, too few for the {stages} stages of parallel.pipeline x "
+            f"virtual_pipeline = {layout.pipeline} x {virtual_pipeline}: lower one of the two"
         )
     return found

@@ -24,7 +24,7 @@ from minitron_megatron.config.schema import (
 from minitron_megatron.data.samples import rank_batches
 from minitron_megatron.model.axes import axis_sizes
 from tests.ranks import run_on_ranks
-from tests.tiny import FAMILIES, Samples, hf_model, import_hf
+from tests.tiny import LLAMA, NEMOTRON, Samples, hf_model, import_hf
 
 LAYOUTS = {
     "1x1": ParallelConfig(),
@@ -36,8 +36,12 @@ LAYOUTS = {
     "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
 }
 LOSS = LossConfig(kd_logits_weight=0.7, lm_weight=0.4, chunk_tokens=7)
+# Seven and five layers divide by none of the pipelines.
+MODELS = {
+    "llama": (LLAMA, TargetConfig(hidden=40, ffn=36, heads=4)),
+    "nemotron": ({**NEMOTRON, "num_hidden_layers": 7}, TargetConfig(layers=5, hidden=40, ffn=36, heads=4)),
+}
 GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, CALIBRATION = 8, 2, 16, 13
-STUDENT = TargetConfig(hidden=40, ffn=36, heads=4)
 
 
 def work(folder, layout: ParallelConfig):
@@ -93,16 +97,17 @@ def layout_name(layout: ParallelConfig) -> str:
     return next(name for name, other in LAYOUTS.items() if other == layout)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MODELS)
 def models(request, tmp_path_factory):
     """Teacher and student checkpoints, both also as transformers models."""
     from minitron_megatron.checkpoint.convert import export
     from minitron_megatron.pruning.prune import prune
 
     folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = import_hf(folder / "teacher", hf_model(**FAMILIES[request.param]))
+    config, target = MODELS[request.param]
+    checkpoint = import_hf(folder / "teacher", hf_model(**config))
     _write_random_scores(checkpoint, folder / "scores")
-    prune(PruneConfig(str(checkpoint), str(folder / "scores"), str(folder / "student"), STUDENT))
+    prune(PruneConfig(str(checkpoint), str(folder / "scores"), str(folder / "student"), target))
     export(ExportConfig(str(folder / "student"), str(folder / "student_hf")))
     return folder
 

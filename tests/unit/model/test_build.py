@@ -32,14 +32,15 @@ def test_logits_are_those_of_transformers(config):
     torch.testing.assert_close(logits[..., : shape.vocab], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_layout_that_does_not_divide_the_network_lists_every_problem():
-    shape = shape_from_config({**LLAMA, "intermediate_size": 45, "num_hidden_layers": 5})
+def test_a_layout_that_does_not_fit_the_network_lists_every_problem():
+    shape = shape_from_config({**LLAMA, "intermediate_size": 45, "num_hidden_layers": 3})
     with pytest.raises(ConfigError) as raised:
         transformer_config(shape, Layout(tensor=3, pipeline=2, virtual_pipeline=2), DType.FP32, recompute=False)
     assert raised.value.problems == [
-        "shape.num_query_groups = 2 does not divide by parallel.tensor = 3",
-        "shape.padded_vocab = 128 does not divide by parallel.tensor = 3",
-        "shape has 5 layers, which do not divide by parallel.pipeline x virtual_pipeline = 2 x 2",
+        "shape.num_query_groups = 2 does not divide by parallel.tensor = 3: choose a tensor size that divides it",
+        "shape.padded_vocab = 128 does not divide by parallel.tensor = 3: choose a tensor size that divides it",
+        "shape has 3 layers, too few for the 4 stages of parallel.pipeline x virtual_pipeline = 2 x 2: "
+        "lower one of the two",
     ]
 
 
