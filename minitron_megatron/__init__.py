@@ -1,7 +1,8 @@
 """Prunes and distills large language models held as Megatron-Core checkpoints.
 
 Each verb of the command line is a function here too. It takes the verb's settings from
-`minitron_megatron.config.schema`, and is imported when it is first asked for.
+`minitron_megatron.config.schema`. For a model in somebody's own Megatron job there are `shape_of`, `current_groups`,
+`score_model` and `make_plan`, with `Scores` and `Plan` as what they give. All is imported when it is first asked for.
 """
 
 from importlib import import_module
@@ -12,6 +13,13 @@ _FUNCTIONS = {
     "import_checkpoint": "minitron_megatron.checkpoint.convert",
     "export": "minitron_megatron.checkpoint.convert",
     "score": "minitron_megatron.pruning.score",
+    "score_model": "minitron_megatron.pruning.calibration",
+    "Scores": "minitron_megatron.pruning.scores",
+    "make_plan": "minitron_megatron.pruning.plan",
+    "Plan": "minitron_megatron.pruning.plan",
+    "Pruned": "minitron_megatron.pruning.slicing",
+    "shape_of": "minitron_megatron.model.build",
+    "current_groups": "minitron_megatron.parallel.groups",
     "prune": "minitron_megatron.pruning.prune",
     "distill": "minitron_megatron.training.distill",
     "evaluate": "minitron_megatron.evaluation.evaluate",

@@ -28,6 +28,10 @@ _NOT_CONTENT = (
     "parallel",
     "micro_batch",
     "recompute",
+    "save_rounds",
+    "dry_run",
+    "workers",
+    "depth.choices",
     "tracking",
     "save_every",
     "validate_every",
@@ -94,20 +98,20 @@ class Manifest:
         except (ValueError, TypeError) as e:
             raise CheckpointError(f"{path} cannot be understood: {e}") from e
 
+    @property
+    def essence(self) -> tuple:
+        """What makes the result what it is. A parent counts by its content, so that moving a folder changes nothing."""
+        ignored = {*_NOT_CONTENT, *(parent.role for parent in self.parents)}
+        config = {
+            key: value
+            for key, value in _dotted(self.config)
+            if not any(key == name or key.startswith(f"{name}.") for name in ignored)
+        }
+        return self.kind, sorted((p.role, p.fingerprint) for p in self.parents), config
+
     def same_content(self, other: "Manifest") -> bool:
         """Whether both describe the result of the same settings on the same inputs."""
-
-        def essence(manifest: Manifest):
-            # A parent is known by its content, so that moving a folder changes nothing.
-            ignored = {*_NOT_CONTENT, *(parent.role for parent in manifest.parents)}
-            config = {
-                key: value
-                for key, value in _dotted(manifest.config)
-                if not any(key == name or key.startswith(f"{name}.") for name in ignored)
-            }
-            return manifest.kind, sorted((p.role, p.fingerprint) for p in manifest.parents), config
-
-        return essence(self) == essence(other)
+        return self.essence == other.essence
 
 
 def _dotted(values: dict, where: str = "") -> Iterator[tuple[str, object]]:

@@ -46,6 +46,8 @@ def _rows(schema: type, defaults: dict, where: str) -> list[tuple[str, str]]:
             default, meaning = "...", f"{meaning} By default: {', '.join(default)}."
         elif isinstance(kind, type) and issubclass(kind, Enum):
             meaning = f"{meaning} [{', '.join(member.value for member in kind)}]".strip()
+        elif members := [member.value for a in get_args(kind) if issubclass(a, Enum) for member in a]:
+            meaning = f"{meaning} [{', '.join(members)}]"
         rows.append((f"{where}{name}={_shown(default)}", meaning))
     return rows
 

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from enum import Enum
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -107,10 +107,11 @@ class Reader:
 
     def _converted(self, hint: Any, value: Any, typed: DictConfig, where: str, name: str) -> Any:
         """`value` as the type of its field, or `UNREAD` and a problem."""
-        optional = isinstance(hint, UnionType)
-        kind = get_args(hint)[0] if optional else hint
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else [hint]
+        optional, kind = hint not in kinds, kinds[-1]
         if optional and value is None:
             return None
+        [members] = [a for a in get_args(kind) if isinstance(a, type) and issubclass(a, Enum)] or [None]
         if dataclasses.is_dataclass(kind):
             expected = f"settings, given one by one as in {where}{name}.{keys(kind)[0]}=VALUE"
         elif isinstance(kind, type) and issubclass(kind, Enum):
@@ -118,6 +119,11 @@ class Reader:
             if value in choices:
                 return kind(value)
             expected = f"one of {', '.join(choices)}"
+        elif members:
+            choices = [member.value for member in members]
+            if isinstance(value, list) and set(value) <= set(choices):
+                return [members(item) for item in value]
+            expected = f"a list, as in [a,b], of {', '.join(choices)}"
         else:
             try:
                 if kind is dict and OmegaConf.is_dict(value):

@@ -25,6 +25,43 @@ class Aggregation(str, Enum):
     VARIANCE = "variance"
 
 
+class Criterion(str, Enum):
+    """What makes a channel, a neuron or a head important."""
+
+    ACTIVATION = "activation"
+    ACTIVATION_WEIGHT = "activation_weight"
+    WEIGHT = "weight"
+    RANDOM = "random"
+
+
+class Neurons(str, Enum):
+    """Where the neurons of an MLP are looked at."""
+
+    AFTER = "after"
+    BEFORE = "before"
+
+
+class DepthCriterion(str, Enum):
+    """What is measured when layers are left out; more is worse."""
+
+    BLOCK_INFLUENCE = "block_influence"  # 1 - cos(x_in, x_out) of what is left out
+    LOSS = "loss"  # increase of the loss on the text
+    KL = "kl"  # KL(whole || without) of the final predictions
+    LOGITS = "logits"  # squared change of the final logits, relative to their square
+    ACCURACY = "accuracy"  # decrease of the share of right answers
+
+
+class DepthSearch(str, Enum):
+    SINGLE = "single"
+    BLOCK = "block"
+    GREEDY = "greedy"
+
+
+class Unit(str, Enum):
+    LAYER = "layer"
+    SUBLAYER = "sublayer"
+
+
 class Tracker(str, Enum):
     NONE = "none"
     WANDB = "wandb"
@@ -130,6 +167,102 @@ class ImportConfig:
 
 
 @dataclass
+class TargetConfig:
+    """The shape to prune to. What is null stays as it is.
+
+    A size may be a whole number, or a fraction of the source's below 1, as in 0.75; fractions are rounded.
+
+    Attributes:
+        layers: transformer layers to keep.
+        keep_layers: exactly these layers, counted from 0, whatever their scores.
+        attention: attention sublayers to keep, where sublayers are scored by themselves.
+        mlp: MLP sublayers to keep, where sublayers are scored by themselves.
+        hidden: channels of the residual stream.
+        ffn: neurons per MLP.
+        groups: query groups, each with its key and value head and its query heads.
+        heads: query heads over all groups, the same number in every group.
+        round_to: hidden and ffn are rounded to a multiple of this. null: fractions are rounded to what tensor
+            cores and the layout want, and whole numbers are taken as they are.
+    """
+
+    layers: int | float | None = None
+    keep_layers: list[int] | None = None
+    attention: int | float | None = None
+    mlp: int | float | None = None
+    hidden: int | float | None = None
+    ffn: int | float | None = None
+    groups: int | float | None = None
+    heads: int | float | None = None
+    round_to: int | None = None
+
+    @property
+    def sizes(self) -> dict[str, int | float]:
+        """The sizes that are given, by name."""
+        names = ("layers", "attention", "mlp", "hidden", "ffn", "groups", "heads")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.sizes and self.keep_layers is None
+
+    def problems(self, where: str = "target.") -> list[str]:
+        found = at_least(where, "round_to", self.round_to, 1)
+        for name, size in self.sizes.items():
+            if size <= 0 or (size != int(size) and size > 1):
+                found.append(f"{where}{name} = {size}: must be a whole number of at least 1, or a fraction below 1")
+        if self.keep_layers is not None:
+            others = [name for name in ("layers", "attention", "mlp") if name in self.sizes]
+            if others:
+                found.append(f"{where}keep_layers and {where}{others[0]} are both set: set one of them")
+            if self.keep_layers != sorted(set(self.keep_layers)) or not self.keep_layers or self.keep_layers[0] < 0:
+                found.append(
+                    f"{where}keep_layers = {self.keep_layers}: must name at least one layer, ascending, from 0"
+                )
+        if "layers" in self.sizes and ("attention" in self.sizes or "mlp" in self.sizes):
+            found.append(f"{where}layers is set beside {where}attention or {where}mlp: set the one or the others")
+        return found
+
+
+@dataclass
+class DepthConfig:
+    """How the layers of a network are scored.
+
+    Attributes:
+        criteria: what is measured when a layer is left out; several cost little more than one. The first decides
+            a greedy search.
+        unit: whole layers, or attention and MLP sublayers by themselves.
+        search: every unit by itself; every contiguous block of as many layers as shall go; or one unit after
+            another, each time the one that is missed least.
+        protect_first: so many layers at the beginning never go.
+        protect_last: so many layers at the end never go.
+        choices: JSON-lines file of multiple-choice questions (context, choices, answer), for accuracy.
+    """
+
+    criteria: list[DepthCriterion] = field(default_factory=lambda: [DepthCriterion.BLOCK_INFLUENCE])
+    unit: Unit = Unit.LAYER
+    search: DepthSearch = DepthSearch.SINGLE
+    protect_first: int = 1
+    protect_last: int = 1
+    choices: str | None = None
+
+    def problems(self, where: str = "depth.") -> list[str]:
+        found = []
+        for name in ("protect_first", "protect_last"):
+            found += at_least(where, name, getattr(self, name), 0)
+        if len(set(self.criteria)) < len(self.criteria):
+            found.append(f"{where}criteria = {[c.value for c in self.criteria]}: names one twice")
+        if self.search is not DepthSearch.SINGLE and not self.criteria:
+            found.append(f"{where}search = {self.search.value} needs at least one of {where}criteria")
+        if (DepthCriterion.ACCURACY in self.criteria) != (self.choices is not None):
+            found.append(
+                f"{where}choices = {self.choices} and accuracy in {where}criteria belong together: set both or neither"
+            )
+        if self.search is DepthSearch.BLOCK and self.unit is Unit.SUBLAYER:
+            found.append(f"{where}search = block is of whole layers: set {where}unit=layer")
+        return found
+
+
+@dataclass
 class ScoreConfig:
     """`minitron score`: a checkpoint and text become importance scores.
 
@@ -138,52 +271,62 @@ class ScoreConfig:
         output: folder that gets `scores.safetensors`.
         num_samples: calibration sequences over all ranks.
         micro_batch: sequences per forward pass and rank.
+        criterion: of channels, neurons and heads: their activations; activations times the norm of the weights
+            that read them; the norm of all weights that go with them; or nothing but chance, as a baseline.
         sequence_aggregation: over the tokens of a sequence, first.
         batch_aggregation: over the calibration sequences, second.
+        neurons: score neurons after their activation and gate, or before (of a gated MLP, the gate's input).
+        rounds: prune a little and score again, so many times, on the way to the target.
+        save_rounds: also write the checkpoint between two rounds, to `round_N/` of the output.
+        save_every: micro-batches between two saves of the partial sums, from which an interrupted run goes on.
+        seed: of random scores.
+        target: the shape that several rounds, and searches for blocks or one layer after another, head for.
     """
 
     checkpoint: str = "???"
     output: str = "???"
     num_samples: int = 1024
     micro_batch: int = 4
+    criterion: Criterion = Criterion.ACTIVATION
     sequence_aggregation: Aggregation = Aggregation.MEAN
     batch_aggregation: Aggregation = Aggregation.L2
+    neurons: Neurons = Neurons.AFTER
+    rounds: int = 1
+    save_rounds: bool = False
+    save_every: int = 64
+    seed: int = 1234
     dtype: DType = DType.BF16
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    @property
+    def heads_for_target(self) -> bool:
+        """Whether the scores depend on the target."""
+        return self.rounds > 1 or self.depth.search is not DepthSearch.SINGLE
+
     def problems(self, where: str = "") -> list[str]:
-        return [
-            *at_least(where, "num_samples", self.num_samples, 1),
-            *at_least(where, "micro_batch", self.micro_batch, 1),
-            *self.data.problems(f"{where}data."),
-            *self.parallel.problems(f"{where}parallel."),
-            *_sequence_problems(where, self.data, self.parallel),
-        ]
-
-
-@dataclass
-class TargetConfig:
-    """The shape to prune to. What is null stays as it is.
-
-    Attributes:
-        layers: transformer layers to keep, those of highest score.
-        hidden: channels of the residual stream.
-        ffn: neurons per MLP.
-        heads: query heads, the same number in every query group.
-    """
-
-    layers: int | None = None
-    hidden: int | None = None
-    ffn: int | None = None
-    heads: int | None = None
-
-    def problems(self, where: str = "target.") -> list[str]:
         found = []
-        for name in ("layers", "hidden", "ffn", "heads"):
+        for name in ("num_samples", "micro_batch", "rounds", "save_every"):
             found += at_least(where, name, getattr(self, name), 1)
-        if all(getattr(self, name) is None for name in ("layers", "hidden", "ffn", "heads")):
-            found.append(f"{where[:-1]} changes nothing: set at least one of layers, hidden, ffn, heads")
+        found += at_least(where, "seed", self.seed, 0)
+        for part in ("depth", "target", "data", "parallel"):
+            found += getattr(self, part).problems(f"{where}{part}.")
+        found += _sequence_problems(where, self.data, self.parallel)
+        if self.rounds > 1 and self.target.is_empty:
+            found.append(f"{where}rounds = {self.rounds} need a shape to head for: set {where}target")
+        if self.rounds > 1 and self.depth.search is not DepthSearch.SINGLE:
+            found.append(
+                f"{where}rounds = {self.rounds} and {where}depth.search = {self.depth.search.value}: several rounds "
+                f"score every layer by itself; set {where}depth.search=single or {where}rounds=1"
+            )
+        going = ("layers",) if self.depth.unit is Unit.LAYER else ("attention", "mlp")
+        if self.depth.search is not DepthSearch.SINGLE and not any(name in self.target.sizes for name in going):
+            found.append(
+                f"{where}depth.search = {self.depth.search.value} needs to know how many go: set "
+                f"{' or '.join(f'{where}target.{name}' for name in going)}"
+            )
         return found
 
 
@@ -193,20 +336,39 @@ class PruneConfig:
 
     Attributes:
         checkpoint: folder of the checkpoint to prune; it is only read.
-        scores: folder of the scores.
         output: folder of the checkpoint to write.
+        scores: folder of the scores; with a target.
+        plan: instead of scores and target, a plan: `plan.json`, as written beside a pruned checkpoint or by a
+            dry run, and perhaps edited.
         target: the shape to reach.
+        depth_criterion: by which of the scored criteria layers are chosen; null for the first.
+        merge_heads: add to the last kept heads what they differ by from the first dropped ones (2407.14679, 2.3).
+        dry_run: show what would be done, and write the plan alone, to `OUTPUT.plan.json`.
         parallel: the layout the result will be trained in; the target must divide by it.
     """
 
     checkpoint: str = "???"
-    scores: str = "???"
     output: str = "???"
+    scores: str | None = None
+    plan: str | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
+    depth_criterion: DepthCriterion | None = None
+    merge_heads: bool = False
+    dry_run: bool = False
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def problems(self, where: str = "") -> list[str]:
-        return [*self.target.problems(f"{where}target."), *self.parallel.problems(f"{where}parallel.")]
+        found = [*self.target.problems(f"{where}target."), *self.parallel.problems(f"{where}parallel.")]
+        if self.plan is None:
+            if self.scores is None:
+                found.append(f"{where}scores is missing: give {where}scores=FOLDER and {where}target, or {where}plan")
+            if self.target.is_empty:
+                found.append(f"{where}target changes nothing: set at least one of its sizes")
+        elif self.scores is not None or not self.target.is_empty:
+            found.append(
+                f"{where}plan = {self.plan} says already what stays: leave out {where}scores and {where}target"
+            )
+        return found
 
 
 @dataclass

@@ -80,7 +80,7 @@ def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
         DiskSpaceError: the disk of the cache is full.
     """
     tokenizer_hash = tokenizer_fingerprint(tokenizer_dir)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False, local_files_only=True)
+    tokenizer = load_tokenizer(tokenizer_dir)
     if tokenizer.eos_token_id is None:
         raise DataError(f"the tokenizer in {tokenizer_dir} has no end-of-sequence token: set eos_token in its config")
     keys = [_split_key(text, config.seed) for text in documents(config.text)]
@@ -98,6 +98,11 @@ def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
         with told_when_full(folder):
             _write(folder, config, tokenizer, keys, settings)
     return _read(folder)
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer in a Hugging Face folder, without running any code that lies there."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def tokenizer_fingerprint(tokenizer_dir: Path) -> str:

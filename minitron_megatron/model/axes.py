@@ -50,6 +50,10 @@ class Dim:
         """
         raise NotImplementedError
 
+    def labels(self, axis: str, sizes: Mapping[str, int]) -> np.ndarray:
+        """Which element of `axis` each position belongs to, -1 where to none."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Axis(Dim):
@@ -63,6 +67,9 @@ class Axis(Dim):
             return np.arange(sizes[self.name])
         indices = np.asarray(kept[self.name], dtype=np.int64)
         return indices[row] if indices.ndim == 2 else indices
+
+    def labels(self, axis, sizes):
+        return np.arange(sizes[axis]) if self.name == axis else np.full(sizes[self.name], -1)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,11 @@ class _Product(Dim):
         ]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
+    def labels(self, axis, sizes):
+        outer = np.repeat(self.outer.labels(axis, sizes), self.inner.size(sizes))
+        inner = np.tile(self.inner.labels(axis, sizes), self.outer.size(sizes))
+        return np.maximum(outer, inner)
+
 
 @dataclass(frozen=True)
 class _Concat(Dim):
@@ -93,6 +105,9 @@ class _Concat(Dim):
     def index(self, kept, sizes, row=None):
         first = self.first.index(kept, sizes, row)
         return np.concatenate([first, self.first.size(sizes) + self.second.index(kept, sizes, row)])
+
+    def labels(self, axis, sizes):
+        return np.concatenate([self.first.labels(axis, sizes), self.second.labels(axis, sizes)])
 
 
 HIDDEN, FFN, VOCAB = Axis("hidden"), Axis("ffn"), Axis("vocab")
@@ -154,6 +169,16 @@ class Param:
     split: str | None
     parts: tuple[Part, ...]
     matmul: bool = False
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is the table that tokens are looked up in."""
+        return self.split == "vocab" and not self.matmul
+
+    @property
+    def has_queries(self) -> bool:
+        """Whether some of its rows make the queries of attention."""
+        return self.dims[0] == _QKV_ROWS
 
     @property
     def stacked_key(self) -> str:

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from minitron_megatron.config.schema import DType
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
 from minitron_megatron.model.local import CausalAttention, GatedActivation, Norm
-from minitron_megatron.model.shape import Activation, ModelShape, NormKind, layout_problems
+from minitron_megatron.model.shape import Activation, ModelShape, NormKind, layers_pattern, layout_problems
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.layout import Layout, layers_per_stage
 
@@ -46,6 +46,18 @@ class Backbone(GPTModel):
         return self.output_layer.weight
 
 
+def require_buildable(shape: ModelShape) -> None:
+    """See that some model class realises the pattern.
+
+    Raises:
+        UnsupportedModelError: none does.
+    """
+    if not shape.is_uniform:
+        raise UnsupportedModelError(
+            f"shape.pattern = {shape.pattern!r}: only '*-' repeated (attention, then MLP) can be built"
+        )
+
+
 def transformer_config(shape: ModelShape, layout: Layout, dtype: DType, recompute: bool) -> TransformerConfig:
     """Megatron-Core's configuration of a network in a layout; see `build_model`.
 
@@ -53,10 +65,7 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: DType, recomput
         ConfigError: the layout cannot split the network.
         UnsupportedModelError: the pattern is not one that GPTModel realises.
     """
-    if not shape.is_uniform:
-        raise UnsupportedModelError(
-            f"shape.pattern = {shape.pattern!r}: only '*-' repeated (attention, then MLP) can be built"
-        )
+    require_buildable(shape)
     raise_if_any(layout_problems(shape, layout))
     interleaved = layout.virtual_pipeline > 1
     stages = "|".join("t" * count for count in layers_per_stage(shape.num_layers, layout.stages))
@@ -177,3 +186,50 @@ def build_model(shape: ModelShape, groups: Groups, dtype: DType, recompute: bool
             )
         chunks.append(model.to(groups.device))
     return chunks
+
+
+def shape_of(model: GPTModel, vocab: int | None = None) -> ModelShape:
+    """The shape of somebody's own GPTModel.
+
+    Args:
+        model: the model, or one rank's part of it.
+        vocab: tokens of the tokenizer; None if the vocabulary is not padded.
+
+    Raises:
+        UnsupportedModelError: it has parts that the axis table does not describe.
+    """
+    config = model.config
+    norms = {name: kind for kind, name in _NORMS.items()}
+    activations = {function: kind for kind, function in _ACTIVATIONS.items()}
+    unsupported = {
+        "num_moe_experts": config.num_moe_experts,
+        "multi_latent_attention": config.multi_latent_attention or None,
+        "qk_layernorm": config.qk_layernorm or None,
+        "normalization": None if config.normalization in norms else config.normalization,
+        "activation_func": None if config.activation_func in activations else config.activation_func,
+        "position_embedding_type": None if model.position_embedding_type == "rope" else model.position_embedding_type,
+    }
+    if found := [f"config.{name} = {value}" for name, value in unsupported.items() if value is not None]:
+        raise UnsupportedModelError(f"{', '.join(found)}: not supported; supported are dense GPT models with rope")
+    padded_vocab = model.vocab_size
+    return ModelShape(
+        pattern=layers_pattern(config.num_layers),
+        hidden=config.hidden_size,
+        ffn=config.ffn_hidden_size,
+        num_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        head_dim=config.kv_channels,
+        vocab=vocab or padded_vocab,
+        padded_vocab=padded_vocab,
+        max_positions=model.max_sequence_length,
+        norm=norms[config.normalization],
+        norm_eps=config.layernorm_epsilon,
+        norm_zero_centered=config.layernorm_zero_centered_gamma,
+        activation=activations[config.activation_func],
+        gated=config.gated_linear_unit,
+        qkv_bias=config.add_qkv_bias,
+        linear_bias=config.add_bias_linear,
+        rotary_base=model.rotary_base,
+        rotary_fraction=model.rotary_percent,
+        tied=model.share_embeddings_and_output_weights,
+    )

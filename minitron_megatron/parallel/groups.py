@@ -57,6 +57,22 @@ class Groups:
         return dist.get_rank() == 0
 
 
+def current_groups(sequence: bool = False) -> Groups:
+    """The layout of a job that has initialised Megatron-Core's `parallel_state` by itself.
+
+    Args:
+        sequence: whether its models use sequence parallelism.
+    """
+    layout = Layout(
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        data=parallel_state.get_data_parallel_world_size(),
+        virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        sequence=sequence,
+    )
+    return Groups(layout, ProcessGroupCollection.use_mpu_process_groups())
+
+
 @contextmanager
 def process_groups(config: ParallelConfig, seed: int = 1234) -> Iterator[Groups]:
     """Join the world that the launcher made (or a world of one), lay it out, and leave it at the end.

@@ -1,4 +1,4 @@
-"""The verb `prune`: a checkpoint, its scores and a target shape become a smaller checkpoint."""
+"""The verb `prune`: a checkpoint and a plan, made from scores or given, become a smaller checkpoint."""
 
 import logging
 from pathlib import Path
@@ -8,11 +8,14 @@ from minitron_megatron.checkpoint.sharded import Checkpoint, write_checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import PruneConfig
 from minitron_megatron.errors import CheckpointError, raise_if_any
+from minitron_megatron.model.build import require_buildable
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.shape import layout_problems
-from minitron_megatron.pruning.plan import make_plan, target_shape
+from minitron_megatron.pruning.plan import Plan, plan_for
 from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.pruning.slicing import Pruned
+from minitron_megatron.pruning.summary import show_plan
+from minitron_megatron.pruning.target import resolve_target
 
 logger = logging.getLogger(__name__)
 
@@ -21,29 +24,48 @@ def prune(config: PruneConfig) -> Path:
     """Cut a checkpoint to a target shape, chunk by chunk on disk.
 
     Returns:
-        folder of the smaller checkpoint. It also holds the plan.
+        folder of the smaller checkpoint, which also holds the plan; of a dry run, the file with the plan.
 
     Raises:
-        CheckpointError: an input is not whole, or the scores are of another network.
-        ConfigError: the target is larger than the source, or does not divide by the layout it is meant for.
+        CheckpointError: an input is not whole, or scores or plan are of another checkpoint.
+        ConfigError: no plan can reach the target, or it does not divide by the layout it is meant for.
+        UnsupportedModelError: no model class realises what the plan leaves.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
-    scores = Scores.read(Path(config.scores))
-    if scores.shape != checkpoint.shape:
-        raise CheckpointError(
-            f"scores = {config.scores} are of another network than checkpoint = {config.checkpoint}: "
-            f"score that checkpoint first"
+    parents = [Parent.of("checkpoint", checkpoint.root)]
+    scores, rounded = None, []
+    if config.plan is not None:
+        path = Path(config.plan)
+        plan = Plan.read(path)
+        _require_same("plan", config.plan, plan.source, plan.checkpoint, checkpoint, parents[0], "make a plan for it")
+        parents.append(Parent.of("plan", path))
+    else:
+        scores = Scores.read(Path(config.scores))
+        _require_same(
+            "scores", config.scores, scores.shape, scores.checkpoint, checkpoint, parents[0], "score that checkpoint"
         )
-    target = target_shape(checkpoint.shape, config.target)
-    raise_if_any(layout_problems(target, config.parallel, "target"))
+        parents.append(Parent.of("scores", Path(config.scores)))
+        target = resolve_target(checkpoint.shape, config.target, config.parallel)
+        rounded = target.rounded
+        plan = plan_for(scores, target, config.depth_criterion, config.merge_heads)
+    shape = plan.target
+    require_buildable(shape)
+    raise_if_any(layout_problems(shape, config.parallel, "target"))
+    for sentence in rounded:
+        logger.info(sentence)
 
-    parents = [Parent.of("checkpoint", checkpoint.root), Parent.of("scores", Path(config.scores))]
+    if config.dry_run:
+        file = output.with_name(f"{output.name}.plan.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        plan.write_file(file)
+        show_plan(plan, scores)
+        logger.info("nothing was pruned; the plan is in %s, to be changed and given as plan=%s", file, file)
+        return file
     manifest = Manifest("checkpoint", parents=parents, config=to_plain(config))
     if is_done(output, manifest):
         return output
-    plan = make_plan(scores, target)
-    before, after = num_parameters(checkpoint.shape), num_parameters(target)
-    manifest.details = {"parameters": after, "parameters_before": before}
+    before, after = num_parameters(checkpoint.shape), num_parameters(shape)
+    manifest.details = {"parameters": after, "parameters_before": before, "rounded": rounded}
     companions = checkpoint.huggingface_folder
     write_checkpoint(
         output,
@@ -55,3 +77,14 @@ def prune(config: PruneConfig) -> Path:
     )
     logger.info("pruned %.1fM to %.1fM parameters", before / 1e6, after / 1e6)
     return output
+
+
+def _require_same(role: str, given: str, shape, fingerprint: str | None, checkpoint, parent: Parent, fix: str) -> None:
+    """See that scores or a plan are of the checkpoint that they shall be used on."""
+    if shape != checkpoint.shape:
+        why = "another network"
+    elif fingerprint not in (None, parent.fingerprint):
+        why = "other weights"
+    else:
+        return
+    raise CheckpointError(f"{role} = {given} is of {why} than checkpoint = {checkpoint.root}: {fix} first")

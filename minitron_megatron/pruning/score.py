@@ -1,24 +1,33 @@
 """The verb `score`: a checkpoint and text become importance scores."""
 
+import dataclasses
+import json
 import logging
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done, writing
-from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.checkpoint.sharded import Checkpoint, write_checkpoint
 from minitron_megatron.config.compose import to_plain
-from minitron_megatron.config.schema import Aggregation, ScoreConfig
-from minitron_megatron.data.samples import Samples, rank_batches, training_samples
-from minitron_megatron.data.tokens import prepare_corpus
+from minitron_megatron.config.schema import ScoreConfig, TargetConfig, Unit
+from minitron_megatron.data.choices import ChoiceSamples, read_questions
+from minitron_megatron.data.samples import training_samples
+from minitron_megatron.data.tokens import load_tokenizer, prepare_corpus
 from minitron_megatron.errors import raise_if_any
-from minitron_megatron.model.build import Backbone, build_model
-from minitron_megatron.model.shape import ModelShape, layout_problems
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.count import num_parameters
+from minitron_megatron.model.shape import ATTENTION, MLP, layout_problems
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
-from minitron_megatron.parallel.schedule import in_calls, run_forward
-from minitron_megatron.progress import progress
-from minitron_megatron.pruning.capture import Capture
-from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.pruning.calibration import score_model
+from minitron_megatron.pruning.partial import PartialSums
+from minitron_megatron.pruning.plan import Plan, plan_for
+from minitron_megatron.pruning.scores import WIDTH, Scores
+from minitron_megatron.pruning.slicing import Pruned
+from minitron_megatron.pruning.target import resolve_target
 
 logger = logging.getLogger(__name__)
 
@@ -26,84 +35,142 @@ logger = logging.getLogger(__name__)
 def score(config: ScoreConfig) -> Path:
     """Score every hidden channel, neuron, head and layer of a checkpoint on a calibration set.
 
+    An interrupted scoring goes on from its last partial sums when it is started again with the same settings.
+
     Returns:
         the folder with `scores.safetensors`.
 
     Raises:
         CheckpointError: the checkpoint is not whole.
-        DataError: the text is shorter than one sequence.
-        ConfigError: the layout does not fit the network or the world.
+        DataError: the text is shorter than one sequence, a question is none, or activations are not finite.
+        ConfigError: the layout does not fit the network or the world, or the target cannot be reached.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
     raise_if_any(layout_problems(checkpoint.shape, config.parallel, "checkpoint"))
-    manifest = Manifest(
-        "scores", checkpoint.shape.to_dict(), [Parent.of("checkpoint", checkpoint.root)], to_plain(config)
-    )
+    questions = read_questions(Path(config.depth.choices)) if config.depth.choices else None
+    if config.heads_for_target:
+        resolve_target(checkpoint.shape, config.target, config.parallel)
+    else:
+        # What does not depend on the target need not be scored again for another one.
+        config = dataclasses.replace(config, target=TargetConfig())
+    parents = [Parent.of("checkpoint", checkpoint.root)]
+    if config.depth.choices:
+        parents.append(Parent.of("choices", Path(config.depth.choices)))
+    manifest = Manifest("scores", checkpoint.shape.to_dict(), parents, to_plain(config))
     if is_done(output, manifest):
         return output
     with process_groups(config.parallel) as groups:
         corpus = main_first(lambda: prepare_corpus(config.data, checkpoint.huggingface_folder))
         samples = training_samples(corpus, config.data, config.num_samples)
-        chunks = build_model(checkpoint.shape, groups, config.dtype)
-        load_weights(chunks, checkpoint, groups)
-        scores = score_model(
-            chunks,
-            checkpoint.shape,
+        choices = None
+        if questions:
+            tokenizer = load_tokenizer(checkpoint.huggingface_folder)
+            multiple = config.parallel.tensor if config.parallel.sequence else 1
+            choices = ChoiceSamples(questions, tokenizer, multiple)
+        partial = PartialSums(
             groups,
-            samples,
-            config.num_samples,
             config.micro_batch,
-            config.sequence_aggregation,
-            config.batch_aggregation,
+            output.with_name(f".{output.name}.sums"),
+            json.dumps([parents[0].fingerprint, corpus.fingerprint, manifest.essence]),
+            config.save_every,
         )
+        scores = _score_in_rounds(config, checkpoint, groups, samples, choices, partial)
+        scores.checkpoint = parents[0].fingerprint
+        scores.settings = {
+            "criterion": config.criterion.value,
+            "sequence_aggregation": config.sequence_aggregation.value,
+            "batch_aggregation": config.batch_aggregation.value,
+            "neurons": config.neurons.value,
+            "rounds": config.rounds,
+            "num_samples": config.num_samples,
+            "sequence_length": config.data.sequence_length,
+            "corpus": corpus.fingerprint,
+        }
         if groups.is_main:
-            scores.settings = {
-                "sequence_aggregation": config.sequence_aggregation.value,
-                "batch_aggregation": config.batch_aggregation.value,
-                "num_samples": config.num_samples,
-                "sequence_length": config.data.sequence_length,
-                "corpus": corpus.fingerprint,
-            }
             with writing(output, manifest) as folder:
                 scores.write(folder)
+        partial.remove()
     return output
 
 
-def score_model(
-    chunks: list[Backbone],
-    shape: ModelShape,
-    groups: Groups,
-    samples: Samples,
-    num_samples: int,
-    micro_batch: int,
-    sequence_aggregation: Aggregation = Aggregation.MEAN,
-    batch_aggregation: Aggregation = Aggregation.L2,
-) -> Scores:
-    """Score a model that is there already, on this rank's share of `samples`.
+def _score_in_rounds(config: ScoreConfig, checkpoint: Checkpoint, groups: Groups, samples, choices, partial) -> Scores:
+    """Score, prune a little on the way to the target, score what is left, and so on.
 
-    Args:
-        chunks: this rank's model.
-        shape: of the whole network.
-        groups: this rank's place.
-        samples: the calibration set; every sequence is read once over all data-parallel ranks.
-        num_samples: how many of them.
-        micro_batch: sequences per forward pass.
-
-    Returns:
-        the same scores on every rank, for any layout.
+    Nothing is written between rounds: a smaller model is loaded through the plan so far.
     """
-    batches = rank_batches(samples, 0, num_samples, micro_batch, groups.data_rank, groups.layout.data)
-    total = -(-num_samples // (micro_batch * groups.layout.data))
-    with Capture(chunks, shape, groups, sequence_aggregation) as capture, progress("score", total) as advance:
-        for call in in_calls(batches, groups):
-            for batch in call:
-                capture.count(batch["loss_mask"])
-            run_forward(
-                chunks,
-                call,
-                groups,
-                on_output=lambda output, batch: None,
-                before=lambda batch: capture.set_mask(batch["loss_mask"]),
-            )
-            advance(len(call))
-        return capture.scores(batch_aggregation)
+    plan, scores = None, None
+    for number in range(1, config.rounds + 1):
+        source = Pruned(checkpoint, plan) if plan else checkpoint
+        if config.rounds > 1:
+            logger.info("round %d of %d: %.1fM parameters", number, config.rounds, num_parameters(source.shape) / 1e6)
+        chunks = build_model(source.shape, groups, config.dtype)
+        load_weights(chunks, source, groups)
+        found = score_model(chunks, source.shape, groups, samples, config, choices, partial, f"{number}.")
+        del chunks
+        scores = _as_of_source(scores, found, plan, number) if config.rounds > 1 else found
+        if number < config.rounds:
+            step = plan_for(found, _part_way(config, checkpoint, number))
+            plan = plan.then(step) if plan else step
+            if config.save_rounds and groups.is_main:
+                _save_round(config, checkpoint, plan, number)
+    return scores
+
+
+def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int):
+    """The target of one round among several: so far on the way from the source to the last target."""
+    source, part = checkpoint.shape, number / config.rounds
+    target = resolve_target(source, config.target, config.parallel)
+
+    def between(has: int, wanted: int, multiple: int = 1) -> int:
+        return max(wanted, round((has + (wanted - has) * part) / multiple) * multiple)
+
+    tensor = config.parallel.tensor
+    return dataclasses.replace(
+        target,
+        attention=between(len(source.sublayers(ATTENTION)), target.attention),
+        mlp=between(len(source.sublayers(MLP)), target.mlp),
+        keep_layers=None,
+        hidden=between(source.hidden, target.hidden),
+        ffn=between(source.ffn, target.ffn, tensor),
+        groups=between(source.num_query_groups, target.groups, tensor),
+        heads_per_group=between(source.heads_per_group, target.heads_per_group),
+    )
+
+
+def _as_of_source(before: Scores | None, found: Scores, plan: Plan | None, number: int) -> Scores:
+    """Scores of what a plan leaves of a network, laid over those of the rounds before, as scores of the whole."""
+    if before is None:
+        fields = {name: getattr(found, name) for name in WIDTH}
+        if found.depth:
+            fields["depth"] = next(iter(found.depth.values()))
+        rounds = {name: torch.full_like(values, number, dtype=torch.int64) for name, values in fields.items()}
+        return dataclasses.replace(found, rounds=rounds)
+
+    def lay(name: str, target: Tensor, where, values: Tensor) -> None:
+        target[where] = values
+        before.rounds[name][where] = number
+
+    lay("hidden", before.hidden, plan.hidden, found.hidden)
+    for layer, values in enumerate(found.ffn):
+        lay("ffn", before.ffn, (plan.source_layer(MLP, layer), plan.ffn[plan.position(MLP, layer)]), values)
+    for layer, groups in enumerate(found.head):
+        origin, position = plan.source_layer(ATTENTION, layer), plan.position(ATTENTION, layer)
+        for group, heads, values in zip(plan.group[position], plan.head[position], groups, strict=True):
+            lay("head", before.head, (origin, group, heads), values)
+    by_layer = found.depth_settings.unit is Unit.LAYER
+    units = [p // 2 for p in plan.sublayers[::2]] if by_layer else plan.sublayers
+    for criterion, values in found.depth.items():
+        lay("depth", before.depth[criterion], units, values)
+    return before
+
+
+def _save_round(config: ScoreConfig, checkpoint: Checkpoint, plan: Plan, number: int) -> None:
+    """Write the checkpoint between two rounds, beside the scores."""
+    output = Path(f"{config.output}.round_{number}")
+    manifest = Manifest("checkpoint", parents=[Parent.of("checkpoint", checkpoint.root)], config=to_plain(config))
+    if not is_done(output, manifest):
+        companions = checkpoint.huggingface_folder
+        source = Pruned(checkpoint, plan)
+        write_checkpoint(
+            output, source, checkpoint.dtype, manifest, companions if companions.is_dir() else None, files=plan.write
+        )

@@ -6,7 +6,7 @@ first, and over the sequences second.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,39 +15,79 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_megatron.checkpoint.manifest import MANIFEST
-from minitron_megatron.config.schema import Aggregation
+from minitron_megatron.config.schema import Aggregation, DepthSearch, Unit
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.shape import ModelShape
 
 FILE = "scores.safetensors"
-TENSORS = ("hidden", "ffn", "head", "layer")
+WIDTH = ("hidden", "ffn", "head")
+
+
+@dataclass
+class DepthSettings:
+    """What the numbers in `Scores.depth` are of.
+
+    Attributes:
+        unit: layers, or sublayers by their position in the pattern.
+        search: what was left out: one unit, a block of units, or one unit after another.
+        drop: how many units a block has, or how many were left out one after another.
+        protect_first, protect_last: layers at both ends that never go.
+    """
+
+    unit: Unit = Unit.LAYER
+    search: DepthSearch = DepthSearch.SINGLE
+    drop: int = 1
+    protect_first: int = 0
+    protect_last: int = 0
+
+    def protected(self, num_units: int) -> list[int]:
+        """Which of all units never go."""
+        per_layer = 1 if self.unit is Unit.LAYER else 2
+        first, last = per_layer * self.protect_first, num_units - per_layer * self.protect_last
+        return [number for number in range(num_units) if not first <= number < last]
 
 
 @dataclass
 class Scores:
-    """Importance of everything that can be pruned; larger is more important.
+    """Importance of everything that can be pruned; larger is more important. float64 throughout.
 
     Attributes:
         shape: the network that was scored.
         hidden: `[hidden]`, summed over all norms of the network.
         ffn: `[MLP sublayer, ffn]`.
-        head: `[attention sublayer, query group, head of the group]`.
-        layer: Block Influence `[layer]`, 1 - E[cos(x_in, x_out)] over the valid tokens.
-        settings: how they were made: aggregation, calibration data and its hash.
+        head: `[attention sublayer, query group, head of the group]`. A query group is as important as the sum of
+            its heads.
+        depth: by criterion, what leaving out a unit does, `[unit]`; with a search for blocks, what leaving out the
+            block that begins there does. NaN where nothing was left out.
+        depth_settings: what these numbers are of.
+        rounds: by field, in which round an element was scored last, in its order of size; an element of an earlier
+            round is less important. Empty if there was one round.
+        settings: how the scores were made: criteria, aggregation, calibration data and its hash.
+        checkpoint: fingerprint of the checkpoint that was scored, or None.
     """
 
     shape: ModelShape
     hidden: Tensor
     ffn: Tensor
     head: Tensor
-    layer: Tensor
+    depth: dict[str, Tensor] = field(default_factory=dict)
+    depth_settings: DepthSettings = field(default_factory=DepthSettings)
+    rounds: dict[str, Tensor] = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
+    checkpoint: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write `scores.safetensors` into `folder`."""
-        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
-        metadata = {"shape": json.dumps(self.shape.to_dict()), "settings": json.dumps(self.settings)}
-        save_file(tensors, folder / FILE, metadata=metadata)
+        tensors = {name: getattr(self, name).contiguous() for name in WIDTH}
+        tensors |= {f"depth.{name}": values.contiguous() for name, values in self.depth.items()}
+        tensors |= {f"rounds.{name}": values.contiguous() for name, values in self.rounds.items()}
+        metadata = {
+            "shape": self.shape.to_dict(),
+            "depth_settings": asdict(self.depth_settings),
+            "settings": self.settings,
+            "checkpoint": self.checkpoint,
+        }
+        save_file(tensors, folder / FILE, metadata={name: json.dumps(value) for name, value in metadata.items()})
 
     @classmethod
     def read(cls, folder: Path) -> "Scores":
@@ -60,10 +100,20 @@ class Scores:
             raise CheckpointError(f"scores = {folder} is not the finished output of `score`: it has no {MANIFEST}")
         try:
             with safe_open(folder / FILE, framework="pt") as f:
-                metadata = f.metadata()
-                shape = ModelShape.from_dict(json.loads(metadata["shape"]))
-                return cls(shape, **{n: f.get_tensor(n) for n in TENSORS}, settings=json.loads(metadata["settings"]))
-        except (OSError, SafetensorError) as e:
+                metadata = {name: json.loads(value) for name, value in f.metadata().items()}
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118, it is no dict
+            depth = metadata["depth_settings"]
+            depth |= {"unit": Unit(depth["unit"]), "search": DepthSearch(depth["search"])}
+            return cls(
+                ModelShape.from_dict(metadata["shape"]),
+                **{name: tensors.pop(name) for name in WIDTH},
+                depth={name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("depth.")},
+                depth_settings=DepthSettings(**depth),
+                rounds={name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("rounds.")},
+                settings=metadata["settings"],
+                checkpoint=metadata["checkpoint"],
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
             raise CheckpointError(f"{folder / FILE} is not whole: {e}") from e
 
 
@@ -100,26 +150,16 @@ def sequence_score(first: Tensor, second: Tensor, num_tokens: Tensor, how: Aggre
     return (second / n - (first / n).square()).clamp(min=0)
 
 
-@dataclass
-class Moments:
-    """Running sums over sequences, from which every aggregation over the batch follows."""
+def batch_score(first: Tensor, second: Tensor, num_sequences: float, how: Aggregation) -> Tensor:
+    """One score from those of all sequences.
 
-    first: Tensor
-    second: Tensor
-
-    @classmethod
-    def zeros(cls, *size: int) -> "Moments":
-        return cls(torch.zeros(*size, dtype=torch.float64), torch.zeros(*size, dtype=torch.float64))
-
-    def add(self, scores: Tensor) -> None:
-        """Add the scores of more sequences, `[batch, elements]`, none of them negative."""
-        self.first += scores.sum(0).cpu()
-        self.second += scores.square().sum(0).cpu()
-
-    def aggregate(self, num_sequences: int, how: Aggregation) -> Tensor:
-        """The scores of all sequences as one."""
-        if how is Aggregation.MEAN:
-            return self.first / num_sequences
-        if how is Aggregation.L2:
-            return self.second.sqrt()
-        return (self.second / num_sequences - (self.first / num_sequences).square()).clamp(min=0)
+    Args:
+        first, second: sums over the sequences of their scores, none of them negative, and of the squares.
+        num_sequences: at least 1.
+        how: the aggregation over the sequences; the variance is the population's.
+    """
+    if how is Aggregation.MEAN:
+        return first / num_sequences
+    if how is Aggregation.L2:
+        return second.sqrt()
+    return (second / num_sequences - (first / num_sequences).square()).clamp(min=0)

@@ -1,4 +1,10 @@
-"""Pruning is indexing: a plan turns any source of weights into a smaller one."""
+"""Pruning is indexing: a plan turns any source of weights into a smaller one.
+
+With merged heads (Minitron, 2407.14679, section 2.3) the last kept heads keep a trace of the first dropped ones:
+`head_i + (head_i - head_(2K-i+1))`. The paper does not say which matrices take part. We read it so that it is the
+rows of the query projection (and their biases): under grouped-query attention the paper merges query heads only, and
+keys and values are shared by kept and dropped heads anyway.
+"""
 
 import numpy as np
 import torch
@@ -21,7 +27,16 @@ class Pruned:
 
     def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`."""
-        kept = param.index(self.plan.kept(param.sublayer, layer), self._sizes)
-        if layer is not None:
-            layer = self.plan.source_layer(param.sublayer, layer)
-        return self.source.read(param, layer, [k[i] for k, i in zip(kept, index, strict=True)])
+        kept = self.plan.kept(param.sublayer, layer)
+        origin = None if layer is None else self.plan.source_layer(param.sublayer, layer)
+        positions = [k[i] for k, i in zip(param.index(kept, self._sizes), index, strict=True)]
+        tensor = self.source.read(param, origin, positions)
+        if not self.plan.merge or not param.has_queries:
+            return tensor
+        partners = np.array(self.plan.merge[self.plan.position(param.sublayer, layer)])
+        rows = param.index({**kept, "head": partners}, self._sizes)[0][index[0]]
+        # Partners do not ascend; a source wants ascending positions, each once.
+        wanted, back = np.unique(rows, return_inverse=True)
+        partner = self.source.read(param, origin, [wanted, *positions[1:]])[torch.from_numpy(back)]
+        merged = (2 * tensor.float() - partner.float()).to(tensor.dtype)
+        return torch.where(torch.from_numpy(rows != positions[0]).view(-1, *[1] * (tensor.dim() - 1)), merged, tensor)

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
+from minitron_megatron.pruning.kept import kept_ffn_share, kept_heads, kept_hidden_share, kept_layers, num_kept_ffn
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.scores import Scores
-from minitron_megatron.report.kept import kept_ffn_share, kept_heads, kept_hidden_share, kept_layers, num_kept_ffn
 from minitron_megatron.report.style import CUT, GRID, INK, KEPT, heading, label, new_figure, sequential, tidy
 
 _FAINT = 0.01  # of the layer's largest score: smaller ones have one colour

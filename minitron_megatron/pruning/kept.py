@@ -18,7 +18,7 @@ def kept_heads(plan: Plan) -> np.ndarray:
     positions = source.sublayers(ATTENTION)
     kept = np.zeros((len(positions), source.num_query_groups, source.heads_per_group), dtype=bool)
     for layer, position in enumerate(positions):
-        for group, heads in enumerate(plan.head.get(position, [])):
+        for group, heads in zip(plan.group.get(position, []), plan.head.get(position, []), strict=True):
             kept[layer, group, heads] = True
     return kept.reshape(len(positions), -1)
 
@@ -33,6 +33,12 @@ def kept_ffn_share(plan: Plan, scores: Scores) -> np.ndarray:
     kept = [plan.ffn.get(position, []) for position in plan.source.sublayers(MLP)]
     of_kept = np.array([row[indices].sum() for row, indices in zip(scores.ffn.numpy(), kept, strict=True)])
     return _ratio(of_kept, scores.ffn.numpy().sum(1))
+
+
+def kept_head_share(plan: Plan, scores: Scores) -> np.ndarray:
+    """Share of each attention's scores that its kept heads hold `[layer]`."""
+    of_heads = scores.head.flatten(1).numpy()
+    return _ratio((of_heads * kept_heads(plan)).sum(1), of_heads.sum(1))
 
 
 def kept_hidden_share(plan: Plan, scores: Scores) -> float:

@@ -1,0 +1,115 @@
+"""Multiple-choice questions: a JSON-lines file of `context`, `choices` and `answer`, as samples."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minitron_megatron.errors import DataError
+
+
+@dataclass
+class Question:
+    """One question.
+
+    Attributes:
+        context: the text before the choices.
+        choices: its possible continuations; a space between them and the context belongs to them.
+        answer: index of the right one.
+    """
+
+    context: str
+    choices: list[str]
+    answer: int
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Read a file of questions.
+
+    Raises:
+        DataError: the file is missing or empty, or a line of it is no question; the line is named.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"choices = {path} cannot be read: {e}") from e
+    questions = [_read_line(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line]
+    if not questions:
+        raise DataError(f"choices = {path} is empty: give a line of JSON with context, choices and answer per question")
+    return questions
+
+
+def _read_line(where: str, line: str) -> Question:
+    try:
+        values = json.loads(line)
+        question = Question(values["context"], values["choices"], values["answer"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{where} is not JSON with context, choices and answer: {e!r}") from e
+    if not isinstance(question.context, str) or not question.context:
+        raise DataError(f"{where}: context = {question.context!r} must be text that is not empty")
+    texts = question.choices if isinstance(question.choices, list) else []
+    if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
+        raise DataError(f"{where}: choices = {question.choices!r} must be a list of at least two texts, none empty")
+    if type(question.answer) is not int or not 0 <= question.answer < len(texts):
+        raise DataError(
+            f"{where}: answer = {question.answer!r} must be the index of one of the {len(texts)} choices, from 0"
+        )
+    return question
+
+
+class ChoiceSamples:
+    """A sample per choice: context and choice, with the tokens of the choice alone to be predicted.
+
+    Args:
+        questions: see `read_questions`.
+        tokenizer: of transformers.
+        multiple: sequences are padded to a multiple of so many tokens.
+
+    Attributes:
+        sequence_length: of every sample.
+
+    Raises:
+        DataError: a choice adds no token to its context.
+    """
+
+    def __init__(self, questions: list[Question], tokenizer, multiple: int):
+        self.questions = questions
+        self.rows: list[tuple[list[int], int]] = []
+        for number, question in enumerate(questions, start=1):
+            context = len(tokenizer(question.context, add_special_tokens=False)["input_ids"])
+            for choice in question.choices:
+                tokens = tokenizer(question.context + choice, add_special_tokens=False)["input_ids"]
+                if len(tokens) <= context:
+                    raise DataError(f"choices, question {number}: choice {choice!r} adds no token to its context")
+                self.rows.append((tokens, context))
+        longest = max(len(tokens) for tokens, _ in self.rows) - 1
+        self.sequence_length = -(-longest // multiple) * multiple
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens, context = self.rows[index]
+        padded = torch.zeros(self.sequence_length + 1, dtype=torch.int64)
+        padded[: len(tokens)] = torch.tensor(tokens)
+        positions = torch.arange(self.sequence_length)
+        return {
+            "tokens": padded[:-1],
+            "labels": padded[1:],
+            "loss_mask": ((positions >= context - 1) & (positions < len(tokens) - 1)).float(),
+            "position_ids": positions,
+            "row": torch.tensor(index),
+        }
+
+    def accuracy(self, losses: Tensor) -> float:
+        """Share of the questions whose right choice is the likeliest.
+
+        Args:
+            losses: of every sample, summed over the tokens of its choice, in nats `[sample]`.
+        """
+        right = 0
+        for question, own in zip(self.questions, losses.split([len(q.choices) for q in self.questions]), strict=True):
+            right += int(own.argmin()) == question.answer
+        return right / len(self.questions)

@@ -1,0 +1,209 @@
+"""Running a network with sublayers left out, computing once what several such networks share.
+
+A path is the set of sublayers that it leaves out, by their positions in the pattern. Up to the first position at
+which two paths part they have the same hidden states. So leaving out each layer of an L-layer network by itself
+costs about L/2 forward passes beside the whole network's, and not L; measuring where a layer is left out alone
+(Block Influence) costs none.
+
+Every stage of a pipeline runs all paths through its own layers and sends their states on.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+from minitron_megatron.model.build import Backbone
+from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
+from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.schedule import Batch
+from minitron_megatron.pruning.capture import own_tokens
+from minitron_megatron.pruning.outputs import compare_outputs
+
+Drops = frozenset[int]
+WHOLE: Drops = frozenset()
+
+
+class Ablation:
+    """Runs micro-batches through a network and through what is left of it when paths leave sublayers out.
+
+    Args:
+        shape: of the whole network.
+        groups: this rank's place.
+        base: what every path leaves out; Block Influence is relative to it.
+        paths: what to leave out, each a superset of `base`.
+        outputs: whether to run all paths to the end and compare their predictions.
+
+    Attributes:
+        cosine: sum over valid tokens, for each path, of the cosine between the hidden states of base and path just
+            behind the last sublayer that the path leaves out, `[path]` in float64. Each rank adds what no other adds.
+    """
+
+    def __init__(self, shape: ModelShape, groups: Groups, base: Drops, paths: Sequence[Drops], outputs: bool):
+        self.shape = shape
+        self.groups = groups
+        self.base = base
+        self.paths = list(paths)
+        self.outputs = outputs
+        self.cosine = torch.zeros(len(self.paths), dtype=torch.float64, device=groups.device)
+        self._ends = [max(path - base) for path in self.paths]
+
+    def run(self, chunks: Sequence[Backbone], batch: Batch, watching: AbstractContextManager) -> Tensor | None:
+        """Run one micro-batch through the whole network, and through every path.
+
+        Args:
+            chunks: this rank's model.
+            batch: `tokens`, `labels`, `position_ids`, `loss_mask`, each `[batch, seq]`.
+            watching: entered while the whole network runs, and only then.
+
+        Returns:
+            on the last stage and if outputs are asked for, the comparison of `compare_outputs`, of the whole
+            network, of base where it leaves something out, and of the paths; else None.
+        """
+        groups, last = self.groups, None
+        mask = own_tokens(batch["loss_mask"], groups)
+        num_stages = groups.layout.pipeline * groups.layout.virtual_pipeline
+        for number, chunk in enumerate(chunks):
+            stage = number * groups.layout.pipeline + groups.pipeline_rank
+            positions = [p for layer in chunk.decoder.layers for p in _positions(layer)]
+            states: dict[Drops, Tensor] = {}
+            if stage > 0:
+                states = self._receive(positions[0] - 1, batch, chunk.config.params_dtype)
+                chunk.set_input_tensor(states[WHOLE])
+            with _recording(chunk) as records, watching:
+                last = _forward_hidden(chunk, batch)
+            for layer, (inputs, output) in zip(chunk.decoder.layers, records, strict=True):
+                states[WHOLE] = inputs["hidden_states"]
+                states = self._advance(layer, inputs, output, states, mask)
+            if stage < num_stages - 1:
+                self._send(states, positions[-1])
+        if not self.outputs or not groups.is_last_stage:
+            return None
+        model = chunks[-1]
+        ends = [self.base] * bool(self.base) + self.paths
+        hiddens = [last] + [model.decoder.final_layernorm(states[path]) for path in ends]
+        return compare_outputs(
+            [self._whole_sequence(hidden) for hidden in hiddens],
+            model.shared_embedding_or_output_weight() if self.shape.tied else model.output_layer.weight,
+            batch["labels"].transpose(0, 1).flatten(),
+            groups.collection.tp,
+            self.shape.vocab,
+        )
+
+    def _parts(self, position: int) -> list[Drops]:
+        """What base and paths have left out up to `position`, where that is something. Each once, in a fixed order.
+
+        A path whose outputs are of no interest ends behind the last sublayer that it leaves out.
+        """
+        alive = [path for path, end in zip(self.paths, self._ends, strict=True) if self.outputs or position <= end]
+        return sorted({_up_to(path, position) for path in [self.base, *alive]} - {WHOLE}, key=sorted)
+
+    def _advance(self, layer, inputs: dict, output: Tensor, states: dict[Drops, Tensor], mask: Tensor) -> dict:
+        """The states behind a layer, by what has been left out, from those before it."""
+        positions = _positions(layer)
+        behind = {WHOLE: output}
+        for part in self._parts(positions[-1]):
+            without = [self.shape.pattern[p] for p in positions if p in part]
+            behind[part] = _run_layer(layer, inputs, states[part - set(positions)], without)
+        for number, (path, end) in enumerate(zip(self.paths, self._ends, strict=True)):
+            if end == positions[-1]:
+                base, other = behind[_up_to(self.base, end)], behind[_up_to(path, end)]
+            elif end in positions:  # inside of the layer: behind its attention
+                before = states[_up_to(self.base, end) - {end}]
+                base, other = _run_layer(layer, inputs, before, [MLP]), states[_up_to(path, end) - {end}]
+            else:
+                continue
+            cosine = torch.nn.functional.cosine_similarity(base.float(), other.float(), dim=-1)
+            if self.groups.layout.sequence or self.groups.tensor_rank == 0:
+                self.cosine[number] += (cosine * mask).sum(dtype=torch.float64)
+        return behind
+
+    def _receive(self, position: int, batch: Batch, dtype: torch.dtype) -> dict[Drops, Tensor]:
+        """The states behind `position`, from the stage before this one."""
+        parts, (size, sequence_length) = [WHOLE, *self._parts(position)], batch["tokens"].shape
+        if self.groups.layout.sequence:
+            sequence_length //= self.groups.layout.tensor
+        states = torch.empty(
+            len(parts), sequence_length, size, self.shape.hidden, dtype=dtype, device=self.groups.device
+        )
+        dist.recv(states, self._neighbour(-1), self.groups.collection.pp)
+        return dict(zip(parts, states, strict=True))
+
+    def _send(self, states: dict[Drops, Tensor], position: int) -> None:
+        """Send the states behind `position` to the next stage."""
+        together = torch.stack([states[part] for part in [WHOLE, *self._parts(position)]])
+        dist.send(together, self._neighbour(1), self.groups.collection.pp)
+
+    def _neighbour(self, step: int) -> int:
+        group = self.groups.collection.pp
+        return dist.get_global_rank(group, (group.rank() + step) % group.size())
+
+    def _whole_sequence(self, hidden: Tensor) -> Tensor:
+        """`[seq(/tp), batch, hidden]` to `[seq * batch, hidden]`."""
+        if self.groups.layout.sequence:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.groups.collection.tp)
+        return hidden.flatten(0, 1)
+
+
+def _up_to(path: Drops, position: int) -> Drops:
+    return frozenset(p for p in path if p <= position)
+
+
+def _positions(layer) -> list[int]:
+    """Positions in the pattern of a layer's sublayers: attention, then MLP."""
+    number = layer.layer_number - 1
+    return [2 * number, 2 * number + 1]
+
+
+class _Nothing(torch.nn.Module):
+    """A sublayer that adds nothing to the residual stream."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+        return torch.zeros_like(x), None
+
+
+_MODULES = {ATTENTION: "self_attention", MLP: "mlp"}
+
+
+def _run_layer(layer, inputs: dict, state: Tensor, without: list[str]) -> Tensor:
+    """A layer's output for another hidden state, without its sublayers of the given kinds."""
+    if len(without) == len(_MODULES):
+        return state
+    left_out = {_MODULES[kind]: getattr(layer, _MODULES[kind]) for kind in without}
+    for name in left_out:
+        setattr(layer, name, _Nothing())
+    try:
+        output = layer(**{**inputs, "hidden_states": state})
+    finally:
+        for name, module in left_out.items():
+            setattr(layer, name, module)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _recording(chunk: Backbone) -> Iterator[list[tuple[dict, Tensor]]]:
+    """Collects what each layer of a chunk is called with, and what it returns."""
+    records: list = []
+
+    def keep(module, args, kwargs, output):
+        assert not args, "Megatron-Core calls layers by keyword"
+        records.append((kwargs, output[0] if isinstance(output, tuple) else output))
+
+    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in chunk.decoder.layers]
+    try:
+        yield records
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _forward_hidden(chunk, batch: Batch) -> Tensor:
+    """A chunk's forward pass, which ends at the last hidden state for any GPTModel."""
+    post_process, chunk.post_process = chunk.post_process, False
+    try:
+        return chunk(batch["tokens"], batch["position_ids"], attention_mask=None)
+    finally:
+        chunk.post_process = post_process

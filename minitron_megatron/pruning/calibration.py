@@ -1,0 +1,302 @@
+"""Scoring a model that is there already: what to run, and how sums over a calibration set become scores."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from minitron_megatron.config.schema import Criterion, DepthCriterion, DepthSearch, ScoreConfig, Unit
+from minitron_megatron.data.choices import ChoiceSamples
+from minitron_megatron.data.samples import Samples
+from minitron_megatron.errors import ConfigError, DataError
+from minitron_megatron.model.build import Backbone
+from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
+from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.schedule import Batch
+from minitron_megatron.progress import progress
+from minitron_megatron.pruning.ablation import WHOLE, Ablation, Drops
+from minitron_megatron.pruning.capture import Capture
+from minitron_megatron.pruning.outputs import MEASURES
+from minitron_megatron.pruning.partial import PartialSums
+from minitron_megatron.pruning.scores import WIDTH, DepthSettings, Scores, batch_score
+from minitron_megatron.pruning.target import resolve_target
+from minitron_megatron.pruning.weights import squared_weights
+
+_NEED_OUTPUTS = {DepthCriterion.LOSS, DepthCriterion.KL, DepthCriterion.LOGITS}
+
+
+def score_model(
+    chunks: Sequence[Backbone],
+    shape: ModelShape,
+    groups: Groups,
+    samples: Samples,
+    config: ScoreConfig,
+    choices: ChoiceSamples | None = None,
+    partial: PartialSums | None = None,
+    name: str = "",
+) -> Scores:
+    """Score a model that is there already, on this rank's share of `samples`. Collective.
+
+    Args:
+        chunks: this rank's part of a GPTModel, one per virtual pipeline stage; see `shape_of` and `current_groups`
+            for somebody's own.
+        shape: of the whole network.
+        groups: this rank's place.
+        samples: the calibration set; every sequence is read once over all data-parallel ranks.
+        config: what to score and how; its checkpoint, output and rounds are for the verb.
+        choices: questions, if accuracy is asked for.
+        partial: keeps the sums on the way.
+        name: of this scoring among several in `partial`.
+
+    Returns:
+        the same scores on every rank, for any layout.
+
+    Raises:
+        DataError: activations are not finite.
+        ConfigError: no layer could be left out.
+    """
+    calibration = _Calibration(chunks, shape, groups, samples, config, choices, partial, name)
+    watch = config.criterion in (Criterion.ACTIVATION, Criterion.ACTIVATION_WEIGHT)
+    search = _Search(shape, config)
+    sums: dict[str, Tensor] = {}
+    with torch.no_grad(), progress("score", calibration.steps_per_sweep * search.num_sweeps(watch)) as advance:
+        calibration.advance = advance
+        for chunk in chunks:
+            chunk.eval()
+        if watch or search.paths:
+            sums = calibration.sweep(WHOLE, search.paths, watch)
+        if search.paths:
+            search.take(calibration.effects(sums))
+        while search.paths:
+            search.take(calibration.effects(calibration.sweep(search.base, search.paths, False)))
+        width = _width_scores(chunks, shape, groups, config, sums)
+    return Scores(shape, **width, depth=search.scores, depth_settings=search.settings, rounds=search.rounds)
+
+
+class _Search:
+    """What to leave out next, and what came of it so far.
+
+    Attributes:
+        base: units that are gone already.
+        paths: what to leave out next, each `base` and more; empty at the end.
+        scores: by criterion, `[unit]`, NaN where nothing was left out.
+        rounds: of the scores, for a greedy search.
+        settings: of the scores.
+    """
+
+    def __init__(self, shape: ModelShape, config: ScoreConfig):
+        depth = config.depth
+        self.shape = shape
+        self.by_layer = depth.unit is Unit.LAYER
+        self.units: list[Drops] = [
+            frozenset((2 * number, 2 * number + 1)) if self.by_layer else frozenset([number])
+            for number in range(shape.num_layers if self.by_layer else len(shape.pattern))
+        ]
+        self.left = {} if depth.search is DepthSearch.SINGLE else self._surplus(config)
+        drop = sum(self.left.values()) or 1
+        self.settings = DepthSettings(depth.unit, depth.search, drop, depth.protect_first, depth.protect_last)
+        # Every unit by itself is scored in any case; what is protected is for the plan to respect.
+        protected = [] if depth.search is DepthSearch.SINGLE else self.settings.protected(len(self.units))
+        self.free = [number for number in range(len(self.units)) if number not in protected]
+        self.deciding = depth.criteria[0].value if depth.criteria else ""
+        self.scores = {
+            criterion.value: torch.full((len(self.units),), torch.nan, dtype=torch.float64)
+            for criterion in depth.criteria
+        }
+        self.rounds: dict[str, Tensor] = {}
+        self.base: Drops = WHOLE
+        self.tried: list[int] = []
+        self.paths: list[Drops] = []
+        if not self.scores:
+            return
+        if self._is_greedy:
+            self.rounds["depth"] = torch.full((len(self.units),), drop + 1, dtype=torch.int64)
+        self._next()
+        if not self.paths or drop > len(self.free):
+            raise ConfigError(
+                [
+                    f"depth.protect_first = {depth.protect_first} and depth.protect_last = {depth.protect_last} leave "
+                    f"{len(self.free)} of {len(self.units)} {depth.unit.value}s, of which {drop} shall go: protect less"
+                ]
+            )
+
+    def num_sweeps(self, watch: bool) -> int:
+        """Passes over the samples that it takes, with the one that watches activations."""
+        return max(int(watch), self.settings.drop if self._is_greedy and self.paths else int(bool(self.paths)))
+
+    def take(self, effects: dict[str, Tensor]) -> None:
+        """Take what came of leaving out `paths`, and choose what is next.
+
+        Args:
+            effects: by criterion, `[path]`.
+        """
+        for name, values in effects.items():
+            self.scores[name][self.tried] = values
+        self.paths = []
+        if not self._is_greedy:
+            return
+        gone = self.tried[int(effects[self.deciding].argmin())]
+        self.free.remove(gone)
+        self.base |= self.units[gone]
+        self.left[self._kind(gone)] -= 1
+        remaining = sum(self.left.values())
+        self.rounds["depth"][gone] = self.settings.drop - remaining
+        if remaining:
+            self._next()
+
+    @property
+    def _is_greedy(self) -> bool:
+        return self.settings.search is DepthSearch.GREEDY
+
+    def _next(self) -> None:
+        length = self.settings.drop if self.settings.search is DepthSearch.BLOCK else 1
+        free = {number for number in self.free if self.left.get(self._kind(number), 1) > 0}
+        self.tried = [number for number in sorted(free) if free.issuperset(range(number, number + length))]
+        self.paths = [self.base.union(*self.units[number : number + length]) for number in self.tried]
+
+    def _kind(self, number: int) -> str:
+        return "layer" if self.by_layer else self.shape.pattern[number]
+
+    def _surplus(self, config: ScoreConfig) -> dict[str, int]:
+        """How many units of each kind the target has too few for."""
+        target = resolve_target(self.shape, config.target, config.parallel)
+        surplus = {
+            ATTENTION: len(self.shape.sublayers(ATTENTION)) - target.attention,
+            MLP: len(self.shape.sublayers(MLP)) - target.mlp,
+        }
+        surplus = {"layer": surplus[ATTENTION]} if self.by_layer else surplus
+        if not any(surplus.values()):
+            raise ConfigError(
+                [f"depth.search = {config.depth.search.value}, and target leaves no {config.depth.unit.value} out"]
+            )
+        return surplus
+
+
+class _Calibration:
+    """Runs a calibration set through a model, and through what is left of it without some sublayers."""
+
+    def __init__(self, chunks, shape, groups, samples, config, choices, partial, name):
+        self.chunks = chunks
+        self.shape = shape
+        self.groups = groups
+        self.samples = samples
+        self.config = config
+        self.choices = choices
+        self.partial = partial or PartialSums(groups, config.micro_batch)
+        self.name = name
+        self.advance: Callable[[int], None] = lambda steps: None
+        self.sweeps = 0
+
+    @property
+    def steps_per_sweep(self) -> int:
+        """Micro-batches of a pass over all samples and choices."""
+        per_step = self.config.micro_batch * self.groups.layout.data
+        return sum(-(-n // per_step) for n in (self.config.num_samples, len(self.choices or ())))
+
+    def sweep(self, base: Drops, paths: list[Drops], watch: bool) -> dict[str, Tensor]:
+        """One pass over the calibration set.
+
+        Args:
+            base: what all paths leave out.
+            paths: what to leave out.
+            watch: also capture activations of the whole network.
+
+        Returns:
+            sums over all samples, the same on every rank: `num_tokens`; `cosine` `[path]`; if wanted, `outputs`
+            `[whole, base if it is something, path][measure]`, `losses` `[the same][choice]`, and `hidden`, `ffn`,
+            `head` and `num_sequences` of `Capture`.
+        """
+        config, groups, device = self.config, self.groups, self.groups.device
+        name = f"{self.name}{self.sweeps}"
+        self.sweeps += 1
+        with_outputs = bool(_NEED_OUTPUTS & set(config.depth.criteria))
+        num_rows = 1 + bool(base) + len(paths)
+        counts_here = groups.tensor_rank == 0 and groups.is_last_stage
+        capture = Capture(self.chunks, self.shape, groups, config.sequence_aggregation, config.neurons)
+        ablation = Ablation(self.shape, groups, base, paths, with_outputs)
+        outputs = torch.zeros(num_rows, len(MEASURES), dtype=torch.float64, device=device)
+        num_tokens = torch.zeros((), dtype=torch.float64, device=device)
+        sums = {"cosine": ablation.cosine, "outputs": outputs, "num_tokens": num_tokens}
+        if watch:
+            sums |= {**capture.sums, "num_sequences": capture.num_sequences}
+
+        def add(batch: Batch, where: str) -> None:
+            if watch:
+                capture.set_mask(batch["loss_mask"])
+            found = ablation.run(self.chunks, batch, capture if watch else nullcontext())
+            if watch:
+                capture.check(where)
+            if counts_here:
+                mask = batch["loss_mask"].transpose(0, 1).flatten()
+                num_tokens.add_(mask.sum())
+                if found is not None:
+                    outputs.add_((found * mask).sum(-1, dtype=torch.float64))
+
+        total = self.partial.over(name, self.samples, config.num_samples, sums, add, self.advance)
+        if self.choices is None:
+            return total
+
+        ablation = Ablation(self.shape, groups, base, paths, outputs=True)
+        losses = torch.zeros(num_rows, len(self.choices), dtype=torch.float64, device=device)
+
+        def add_losses(batch: Batch, where: str) -> None:
+            found = ablation.run(self.chunks, batch, nullcontext())
+            if counts_here:
+                mask = batch["loss_mask"].transpose(0, 1)
+                of_samples = (found[:, 0].view(-1, *mask.shape) * mask).sum(1, dtype=torch.float64)
+                losses.index_add_(1, batch["row"], of_samples)
+
+        own = self.partial.over(
+            f"{name}.choices", self.choices, len(self.choices), {"losses": losses}, add_losses, self.advance
+        )
+        return total | own
+
+    def effects(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What leaving out each path does, by criterion `[path]`, in the order of the settings."""
+        num_paths, num_tokens = len(sums["cosine"]), sums["num_tokens"]
+        loss, kl, logits = sums["outputs"].unbind(-1)
+        found = {
+            DepthCriterion.BLOCK_INFLUENCE: lambda: 1 - sums["cosine"] / num_tokens,
+            DepthCriterion.LOSS: lambda: (loss - loss[0])[-num_paths:] / num_tokens,
+            DepthCriterion.KL: lambda: kl[-num_paths:] / num_tokens,
+            DepthCriterion.LOGITS: lambda: logits[-num_paths:] / logits[0],
+            DepthCriterion.ACCURACY: lambda: self._accuracy_lost(sums["losses"])[-num_paths:],
+        }
+        effects = {criterion.value: found[criterion]() for criterion in self.config.depth.criteria}
+        for name, values in effects.items():
+            if not values.isfinite().all():
+                raise DataError(f"leaving out layers makes the predictions overflow ({name}): score in another dtype")
+        return effects
+
+    def _accuracy_lost(self, losses: Tensor) -> Tensor:
+        accuracy = torch.tensor([self.choices.accuracy(row) for row in losses], dtype=torch.float64)
+        return accuracy[0] - accuracy
+
+
+def _width_scores(
+    chunks: Sequence[Backbone], shape: ModelShape, groups: Groups, config: ScoreConfig, sums: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Scores of channels, neurons and heads, by name as in `Scores`."""
+    if config.criterion is Criterion.RANDOM:
+        generator = torch.Generator().manual_seed(config.seed)
+        sizes = {
+            "hidden": (1, shape.hidden),
+            "ffn": (len(shape.sublayers(MLP)), shape.ffn),
+            "head": (len(shape.sublayers(ATTENTION)), shape.num_heads),
+        }
+        scores = {axis: torch.rand(size, generator=generator, dtype=torch.float64) for axis, size in sizes.items()}
+    elif config.criterion is Criterion.WEIGHT:
+        squares = squared_weights(chunks, shape, groups, outgoing=False)
+        squares["hidden"] = squares["hidden"].sum(0, keepdim=True)
+        scores = {axis: values.sqrt() for axis, values in squares.items()}
+    else:
+        scores = {axis: batch_score(*sums[axis], sums["num_sequences"], config.batch_aggregation) for axis in WIDTH}
+        if config.criterion is Criterion.ACTIVATION_WEIGHT:
+            squares = squared_weights(chunks, shape, groups, outgoing=True)
+            scores = {axis: values * squares[axis].sqrt() for axis, values in scores.items()}
+    return {
+        "hidden": scores["hidden"].sum(0),
+        "ffn": scores["ffn"],
+        "head": scores["head"].view(-1, shape.num_query_groups, shape.heads_per_group),
+    }

@@ -1,0 +1,115 @@
+"""Sums over many samples that survive an interruption."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minitron_megatron.data.samples import Samples, rank_batches
+from minitron_megatron.parallel.collectives import sum_over
+from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.schedule import Batch
+
+
+class PartialSums:
+    """Adds up over samples what ranks find, and keeps it in a file on the way.
+
+    The file holds the sums of all ranks, so that an interrupted run may go on in another layout.
+
+    Args:
+        groups: this rank's place.
+        micro_batch: sequences per forward pass and rank.
+        file: where sums are kept; None keeps them nowhere.
+        content: what the sums are of; a file of something else is ignored.
+        save_every: micro-batches between two saves.
+    """
+
+    def __init__(
+        self, groups: Groups, micro_batch: int, file: Path | None = None, content: str = "", save_every: int = 64
+    ):
+        self.groups = groups
+        self.micro_batch = micro_batch
+        self.file = file
+        self.content = content
+        self.save_every = save_every
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._done: dict[str, int] = {}
+        if file is not None and file.exists():
+            self._load()
+
+    def over(
+        self,
+        name: str,
+        samples: Samples,
+        num_samples: int,
+        sums: dict[str, Tensor],
+        add: Callable[[Batch, str], None],
+        advance: Callable[[int], None],
+    ) -> dict[str, Tensor]:
+        """The sums over all samples, on every rank. Collective.
+
+        Args:
+            name: of these sums, within the file.
+            samples: each is read once over all data-parallel ranks.
+            num_samples: how many of them.
+            sums: what this rank adds to, and no other rank does; zeros at first.
+            add: adds a micro-batch to `sums`; its second argument says which one it is.
+            advance: told how many micro-batches are done.
+
+        Returns:
+            float64 tensors on the CPU, by the names in `sums`.
+        """
+        layout = self.groups.layout
+        per_step = self.micro_batch * layout.data
+        first = self._done.get(name, 0)
+        total = self._sums.get(name, {key: torch.zeros_like(value, device="cpu") for key, value in sums.items()})
+        advance(first // per_step)
+        batches = rank_batches(
+            samples, first, num_samples - first, self.micro_batch, self.groups.data_rank, layout.data
+        )
+        for number, batch in enumerate(batches, start=1):
+            add(
+                {key: value.to(self.groups.device) for key, value in batch.items()},
+                f"samples {first} to {min(first + per_step, num_samples) - 1}",
+            )
+            advance(1)
+            first = min(first + per_step, num_samples)
+            if number % self.save_every == 0 or first == num_samples:
+                for key, value in sums.items():
+                    for group in (self.groups.collection.tp, self.groups.collection.pp, self.groups.collection.dp):
+                        sum_over(value, group)
+                    total[key] = total[key] + value.cpu()
+                    value.zero_()
+                self._sums[name], self._done[name] = total, first
+                self._save()
+        return total
+
+    def remove(self) -> None:
+        """Remove the file: the work is done."""
+        if self.file is not None and self.groups.is_main:
+            self.file.unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        if self.file is None or not self.groups.is_main:
+            return
+        tensors = {f"{name}.{key}": value for name, sums in self._sums.items() for key, value in sums.items()}
+        temporary = self.file.with_name(f"{self.file.name}.new")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata={"content": self.content, "done": json.dumps(self._done)})
+        temporary.replace(self.file)
+
+    def _load(self) -> None:
+        try:
+            with safe_open(self.file, framework="pt") as f:
+                if f.metadata()["content"] != self.content:
+                    return
+                self._done = json.loads(f.metadata()["done"])
+                for key in f.keys():  # noqa: SIM118, it is no dict
+                    name, _, what = key.rpartition(".")
+                    self._sums.setdefault(name, {})[what] = f.get_tensor(key)
+        except (OSError, SafetensorError, KeyError):
+            self._done, self._sums = {}, {}

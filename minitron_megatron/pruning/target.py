@@ -1,0 +1,100 @@
+"""The shape that somebody asks for, in whole numbers that the network and the layout allow."""
+
+import math
+from dataclasses import dataclass, field
+
+from minitron_megatron.config.schema import ParallelConfig, TargetConfig
+from minitron_megatron.errors import raise_if_any
+from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
+
+# What tensor cores want of bf16 matrices: 64 at best, 8 at least.
+_ALIGNMENTS = (64, 8, 1)
+
+
+@dataclass
+class Target:
+    """How many of everything shall stay.
+
+    Attributes:
+        attention, mlp: sublayers.
+        keep_layers: these layers, instead of those of highest score.
+        hidden, ffn: channels, and neurons per MLP.
+        groups: query groups of every attention.
+        heads_per_group: query heads in each of them.
+        rounded: what was asked for and what became of it, one sentence each.
+    """
+
+    attention: int
+    mlp: int
+    keep_layers: list[int] | None
+    hidden: int
+    ffn: int
+    groups: int
+    heads_per_group: int
+    rounded: list[str] = field(default_factory=list)
+
+    @property
+    def by_sublayer(self) -> bool:
+        """Whether layers do not stay or go as a whole."""
+        return self.attention != self.mlp
+
+
+def resolve_target(source: ModelShape, config: TargetConfig, parallel: ParallelConfig) -> Target:
+    """What `config` asks for, as numbers.
+
+    Args:
+        source: the network to prune.
+        config: sizes, or fractions of the source's.
+        parallel: the layout that the result is for; fractions are rounded to what it divides.
+
+    Raises:
+        ConfigError: something is larger than in the source, or no plan can reach it.
+    """
+    attention, mlp = len(source.sublayers(ATTENTION)), len(source.sublayers(MLP))
+    asked, problems, rounded = config.sizes, [], []
+
+    def size(name: str, has: int, multiple: int = 1, exact: bool = True) -> int:
+        """The number for one size: `has` if none is asked for, else rounded where it may be."""
+        wanted = asked.get(name, has)
+        if wanted > has:
+            problems.append(f"target.{name} = {wanted} is larger than the source's {has}: pruning only removes")
+        share = wanted != int(wanted)
+        found = has * wanted if share else int(wanted)
+        if wanted != has and (share or not exact):
+            nearest = max(1, round(found / multiple)) * multiple
+            nearest = min(nearest, has // multiple * multiple or has)
+            if nearest != found or share:
+                why = f", a multiple of {multiple}" if multiple > 1 else ""
+                rounded.append(f"target.{name} = {wanted} of {has} became {nearest}{why}")
+            found = nearest
+        return found
+
+    def multiple_of(has: int, shards: int) -> int:
+        if config.round_to:
+            return math.lcm(config.round_to, shards)
+        return next(a * shards for a in _ALIGNMENTS if a * shards <= has // 8 or a == 1)
+
+    exact = config.round_to is None
+    groups = size("groups", source.num_query_groups, parallel.tensor)
+    hidden = size("hidden", source.hidden, multiple_of(source.hidden, 1), exact)
+    ffn = size("ffn", source.ffn, multiple_of(source.ffn, parallel.tensor), exact)
+    has_heads = groups * source.heads_per_group
+    heads = size("heads", has_heads, groups)
+    if heads % groups:
+        problems.append(
+            f"target.heads = {heads} is not a multiple of the {groups} query groups: every group keeps the same "
+            f"number of heads"
+        )
+    if "layers" in asked:
+        attention = mlp = size("layers", attention)
+    else:
+        attention, mlp = size("attention", attention), size("mlp", mlp)
+    if config.keep_layers is not None:
+        if config.keep_layers[-1] >= attention:
+            problems.append(
+                f"target.keep_layers names layer {config.keep_layers[-1]}, and the source has {attention}: "
+                f"they count from 0"
+            )
+        attention = mlp = len(config.keep_layers)
+    raise_if_any(problems)
+    return Target(attention, mlp, config.keep_layers, hidden, ffn, groups, heads // groups, rounded)
