@@ -1,0 +1,272 @@
+"""Criteria: which score picks the best channels, neurons, heads and layers to keep, before any training?
+
+SmolLM2-135M is pruned to the demo's width by every aggregation of activations, by the size of weights and by chance,
+and to two thirds of its layers by every depth criterion and search. Held-out loss tells how much is left. Every
+calibration seed is another draw of sequences; held-out text is the same for all. What was measured already is kept and
+not measured again.
+"""
+
+import json
+from pathlib import Path
+
+from common import (
+    IMAGES,
+    console,
+    describe,
+    in_fresh_process,
+    machine,
+    markdown_table,
+    parser,
+    prepare_models,
+    print_table,
+    read_results,
+    show_spread,
+    spread,
+    write_docs,
+    write_results,
+)
+
+NAME = "pruning_criteria"
+WIDTH = {"hidden": 448, "ffn": 1152}
+LAYERS = 20
+# Zero-shot LM loss of 15B pruned to 8B, by aggregation over (sequence, batch): 2407.14679, Table 13, which writes the
+# pair as (batch, sequence).
+PAPER = {
+    ("mean", "l2"): 7.18,
+    ("mean", "mean"): 7.21,
+    ("variance", "mean"): 7.94,
+    ("variance", "l2"): 8.18,
+    ("mean", "variance"): 8.34,
+    ("l2", "mean"): 8.41,
+    ("l2", "l2"): 8.73,
+    ("l2", "variance"): 9.01,
+    ("variance", "variance"): 10.55,
+}
+SEARCHES = {"single": "one by one", "block": "contiguous block", "greedy": "one after another"}
+CRITERIA = {
+    "block_influence": "Block Influence",
+    "loss": "loss increase",
+    "kl": "KL of the predictions",
+    "logits": "change of the logits",
+}
+WIDTH_COLUMNS = ["criterion", "over tokens", "over sequences", "held-out loss", "paper, 15B to 8B"]
+DEPTH_COLUMNS = ["criterion", *SEARCHES.values()]
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--seeds", type=int, default=3, help="draws of calibration sequences, for width")
+    options.add_argument("--depth-seeds", type=int, default=3, help="the same for depth, where a greedy search is long")
+    options.add_argument("--samples", type=int, default=64, help="calibration sequences of 512 tokens, for width")
+    options.add_argument("--depth-samples", type=int, default=16, help="the same for depth")
+    options.add_argument("--greedy-samples", type=int, default=4, help="the same for a greedy search")
+    args = options.parse_args()
+    if args.docs:
+        write_docs(NAME, in_markdown(read_results(NAME)))
+        draw(read_results(NAME), IMAGES / f"{NAME}.png")
+        return
+    facts = machine()
+    models = prepare_models(args.work)
+    known = Known(args.work / f"{NAME}.jsonl")
+    in_fresh_process(measure, models.teacher, models.recipe["scores"].data, known, args)
+    settings = {name: value for name, value in vars(args).items() if isinstance(value, int)}
+    results = {"machine": facts, "settings": settings, "losses": known.by_kind()}
+    write_results(NAME, results)
+    print_table("width: held-out loss, median (least-largest)", WIDTH_COLUMNS, width_rows(results))
+    print_table("depth: held-out loss, median (least-largest)", DEPTH_COLUMNS, depth_rows(results))
+    console.print(describe(facts))
+    draw(results, IMAGES / f"{NAME}.png")
+
+
+class Known:
+    """Losses that were measured already: a line of JSON each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def get(self, kind: str, seed: int, of) -> float:
+        """The loss under a name and seed, measured by `of` if it is not known."""
+        found = self.losses().get((kind, seed))
+        if found is None:
+            found = of()
+            with open(self.path, "a") as f:
+                f.write(json.dumps([kind, seed, found]) + "\n")
+            print(f"{kind}, draw {seed}: {found:.4f}", flush=True)
+        return found
+
+    def by_kind(self) -> dict[str, list[float]]:
+        """All losses that are known, in the order of their seeds."""
+        found: dict[str, list[float]] = {}
+        for (kind, _), loss in sorted(self.losses().items()):
+            found.setdefault(kind, []).append(loss)
+        return found
+
+    def losses(self) -> dict:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return {(kind, seed): loss for kind, seed, loss in map(json.loads, lines)}
+
+
+def measure(teacher: Path, data, known: Known, args) -> None:
+    """Score, cut and judge, all in memory."""
+    import torch
+
+    from minitron_megatron.checkpoint.load import load_weights
+    from minitron_megatron.checkpoint.sharded import Checkpoint
+    from minitron_megatron.config.schema import (
+        Aggregation,
+        Criterion,
+        DepthConfig,
+        DepthCriterion,
+        DepthSearch,
+        DType,
+        LossConfig,
+        ParallelConfig,
+        ScoreConfig,
+        TargetConfig,
+    )
+    from minitron_megatron.data.samples import heldout_samples, rank_batches, training_samples
+    from minitron_megatron.data.tokens import prepare_corpus
+    from minitron_megatron.distillation.step import TeacherStudent, mean_of
+    from minitron_megatron.model.build import build_model
+    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.pruning.calibration import score_model
+    from minitron_megatron.pruning.plan import make_plan
+    from minitron_megatron.pruning.slicing import Pruned
+
+    torch.set_num_threads(args.threads)
+    checkpoint = Checkpoint(teacher)
+    corpus = prepare_corpus(data, checkpoint.huggingface_folder)
+    with process_groups(ParallelConfig()) as groups:
+        whole = build_model(checkpoint.shape, groups, DType.BF16)
+        load_weights(whole, checkpoint, groups)
+        heldout = heldout_samples(corpus, data.sequence_length)
+
+        def judge(source) -> float:
+            chunks = whole
+            if source is not checkpoint:
+                chunks = build_model(source.shape, groups, DType.BF16)
+                load_weights(chunks, source, groups)
+            model = TeacherStudent(chunks, None, groups, LossConfig(0.0, 1.0), source.shape.vocab)
+            return mean_of([model.evaluate([b]) for b in rank_batches(heldout, 0, len(heldout), 4, 0, 1)]).lm
+
+        per_draw = max(args.samples, args.depth_samples, args.greedy_samples)
+        pool = training_samples(corpus, data, per_draw * max(args.seeds, args.depth_seeds))
+
+        def score(seed: int, num_samples: int, **settings):
+            own = [pool[seed * per_draw + i] for i in range(num_samples)]
+            config = ScoreConfig(num_samples=num_samples, **settings)
+            return score_model(whole, checkpoint.shape, groups, own, config)
+
+        def loss_of(scores, criterion=None, **target) -> float:
+            return judge(Pruned(checkpoint, make_plan(scores, TargetConfig(**target), depth_criterion=criterion)))
+
+        known.get("teacher", 0, lambda: judge(checkpoint))
+        no_depth = DepthConfig(criteria=[])
+        for seed in range(args.seeds):
+            for tokens, sequences in PAPER:
+                how = {"sequence_aggregation": Aggregation(tokens), "batch_aggregation": Aggregation(sequences)}
+                known.get(
+                    f"activation {tokens} {sequences}",
+                    seed,
+                    lambda seed=seed, how=how: loss_of(score(seed, args.samples, depth=no_depth, **how), **WIDTH),
+                )
+            # Weights know nothing of the draw, and chance of nothing but its seed.
+            for criterion in (Criterion.WEIGHT, Criterion.RANDOM):
+                settings = {"criterion": criterion, "seed": seed, "depth": no_depth}
+                known.get(
+                    criterion.value,
+                    seed,
+                    lambda settings=settings: loss_of(score(0, args.samples, **settings), **WIDTH),
+                )
+        criteria = [DepthCriterion(name) for name in CRITERIA]
+        shape = {"criterion": Criterion.WEIGHT, "target": TargetConfig(layers=LAYERS)}
+        for seed in range(args.depth_seeds):
+            for search in ("single", "block"):
+                depth = DepthConfig(criteria=criteria, search=DepthSearch(search))
+                scores = None
+                for criterion in criteria:
+                    if (f"{criterion.value} {search}", seed) not in known.losses():
+                        scores = scores or score(seed, args.depth_samples, depth=depth, **shape)
+                    known.get(
+                        f"{criterion.value} {search}",
+                        seed,
+                        lambda scores=scores, criterion=criterion: loss_of(scores, criterion, layers=LAYERS),
+                    )
+            for criterion in criteria:
+                depth = DepthConfig(criteria=[criterion], search=DepthSearch.GREEDY)
+                known.get(
+                    f"{criterion.value} greedy",
+                    seed,
+                    lambda seed=seed, depth=depth: loss_of(
+                        score(seed, args.greedy_samples, depth=depth, **shape), layers=LAYERS
+                    ),
+                )
+
+
+def width_rows(results: dict) -> list[list[str]]:
+    losses = results["losses"]
+    rows = []
+    for (tokens, sequences), paper in PAPER.items():
+        found = show_spread(spread(losses[f"activation {tokens} {sequences}"]), 3)
+        rows.append(["activation", tokens, sequences, found, f"{paper:.2f}"])
+    rows += [[name, "–", "–", show_spread(spread(losses[name]), 3), "–"] for name in ("weight", "random")]
+    return rows
+
+
+def depth_rows(results: dict) -> list[list[str]]:
+    losses = results["losses"]
+    return [
+        [title, *(show_spread(spread(losses[f"{name} {search}"]), 3) for search in SEARCHES)]
+        for name, title in CRITERIA.items()
+    ]
+
+
+def in_markdown(results: dict) -> str:
+    asked, [teacher] = results["settings"], results["losses"]["teacher"]
+    return "\n\n".join(
+        [
+            f"To hidden {WIDTH['hidden']} and ffn {WIDTH['ffn']}, all layers; the whole model has {teacher:.3f}:",
+            markdown_table(WIDTH_COLUMNS, width_rows(results)),
+            f"To {LAYERS} of 30 layers, the first and the last one protected:",
+            markdown_table(DEPTH_COLUMNS, depth_rows(results)),
+            f"Held-out loss in nats per token, right after the cut: median (least-largest) over {asked['seeds']} draws "
+            f"of {asked['samples']} calibration sequences of 512 tokens; for depth over {asked['depth_seeds']} of "
+            f"{asked['depth_samples']}, and one after another of {asked['greedy_samples']}. "
+            f"{describe(results['machine'])}",
+        ]
+    )
+
+
+def draw(results: dict, path: Path) -> None:
+    """Losses by criterion, a dot per draw: width beside the paper's order, and depth."""
+    from minitron_megatron.report.style import CUT, INK, KEPT, MUTED, heading, label, new_figure, png, tidy
+
+    losses, [teacher] = results["losses"], results["losses"]["teacher"]
+    figure = new_figure("Held-out loss right after pruning, by criterion", 4.4)
+    left, right = figure.subplots(1, 2)
+    names = [f"activation {t} {s}" for t, s in PAPER] + ["weight", "random"]
+    for row, name in enumerate(names):
+        colour = KEPT if name.startswith("activation") else MUTED
+        left.scatter(losses[name], [row] * len(losses[name]), s=30, color=colour, edgecolors="white", linewidths=0.6)
+    left.set_yticks(range(len(names)), labels=[n.removeprefix("activation ").replace(" ", ", ") for n in names])
+    left.set_ylim(len(names) - 0.5, -0.5)
+    tidy(left, "nats", grid="x")
+    heading(left, "width: over tokens, over sequences; in the paper's order")
+    colours = dict(zip(SEARCHES, (KEPT, CUT, INK), strict=True))
+    for row, name in enumerate(CRITERIA):
+        for shift, (search, colour) in zip((-0.2, 0, 0.2), colours.items(), strict=True):
+            values = losses[f"{name} {search}"]
+            right.scatter(values, [row + shift] * len(values), s=30, color=colour, edgecolors="white", linewidths=0.6)
+    right.set_yticks(range(len(CRITERIA)), labels=list(CRITERIA.values()))
+    right.set_ylim(len(CRITERIA) - 0.5, -0.5)
+    tidy(right, "nats", grid="x")
+    heading(right, f"depth: {LAYERS} of 30 layers")
+    for i, (search, colour) in enumerate(colours.items()):
+        label(right, SEARCHES[search], (1, 1), (0, 28 - 12 * i), ha="right", color=colour, xycoords="axes fraction")
+    label(left, f"the whole model: {teacher:.2f}", (1, 0), (0, -34), ha="right", color=MUTED, xycoords="axes fraction")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(figure))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Scoring: what does it cost beside the forward pass that it needs anyway?
+
+The same sequences go through SmolLM2-135M without being watched, with everything scored that one pass can give
+(channels, neurons, heads, Block Influence), and with every layer left out once and the predictions compared, for which
+what comes before a layer is computed once.
+"""
+
+import time
+
+from common import (
+    console,
+    describe,
+    in_fresh_process,
+    machine,
+    markdown_table,
+    parser,
+    prepare_models,
+    print_table,
+    read_results,
+    show_spread,
+    spread,
+    write_docs,
+    write_results,
+)
+
+NAME = "score_overhead"
+CASES = ["forward pass", "forward pass, scored", "every layer left out once"]
+COLUMNS = ["", "seconds", "forward passes"]
+
+
+def main() -> None:
+    options = parser(__doc__, repeats=7)
+    options.add_argument("--samples", type=int, default=16, help="sequences of 512 tokens")
+    args = options.parse_args()
+    if args.docs:
+        write_docs(NAME, in_markdown(read_results(NAME)))
+        return
+    facts = machine()
+    models = prepare_models(args.work)
+    seconds = in_fresh_process(measure, models.teacher, models.recipe["scores"].data, args)
+    bare = spread(seconds[CASES[0]])["median"]
+    cases = {
+        name: {"seconds": spread(found), "passes": spread([s / bare for s in found])} for name, found in seconds.items()
+    }
+    results = {"machine": facts, "settings": {"samples": args.samples, "repeats": args.repeats}, "cases": cases}
+    write_results(NAME, results)
+    print_table(f"{args.samples} sequences of 512 tokens: median (least-largest)", COLUMNS, rows(results))
+    console.print(describe(facts))
+
+
+def measure(teacher, data, args) -> dict[str, list[float]]:
+    """Seconds of every case, each repeat running them in turn."""
+    import torch
+
+    from minitron_megatron.checkpoint.load import load_weights
+    from minitron_megatron.checkpoint.sharded import Checkpoint
+    from minitron_megatron.config.schema import (
+        Criterion,
+        DepthConfig,
+        DepthCriterion,
+        DType,
+        ParallelConfig,
+        ScoreConfig,
+    )
+    from minitron_megatron.data.samples import rank_batches, training_samples
+    from minitron_megatron.data.tokens import prepare_corpus
+    from minitron_megatron.model.build import build_model
+    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.schedule import run_forward
+    from minitron_megatron.pruning.calibration import score_model
+
+    torch.set_num_threads(args.threads)
+    checkpoint = Checkpoint(teacher)
+    corpus = prepare_corpus(data, checkpoint.huggingface_folder)
+    with process_groups(ParallelConfig()) as groups:
+        chunks = build_model(checkpoint.shape, groups, DType.BF16)
+        load_weights(chunks, checkpoint, groups)
+        samples = training_samples(corpus, data, args.samples)
+        every_layer = DepthConfig(criteria=[DepthCriterion.KL])
+
+        def bare():
+            for batch in rank_batches(samples, 0, args.samples, 4, 0, 1):
+                run_forward(chunks, [batch], groups, on_output=lambda output, batch: None)
+
+        def scored(**settings):
+            config = ScoreConfig(num_samples=args.samples, micro_batch=4, **settings)
+            score_model(chunks, checkpoint.shape, groups, samples, config)
+
+        ways = [bare, scored, lambda: scored(criterion=Criterion.RANDOM, depth=every_layer)]
+        seconds: dict[str, list[float]] = {name: [] for name in CASES}
+        bare()
+        for _ in range(args.repeats):
+            for name, way in zip(CASES, ways, strict=True):
+                started = time.perf_counter()
+                way()
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def rows(results: dict) -> list[list[str]]:
+    return [
+        [name, show_spread(found["seconds"], 2), show_spread(found["passes"], 2)]
+        for name, found in results["cases"].items()
+    ]
+
+
+def in_markdown(results: dict) -> str:
+    asked = results["settings"]
+    return (
+        f"{markdown_table(COLUMNS, rows(results))}\n\n{asked['samples']} sequences of 512 tokens, {asked['repeats']} "
+        f"repeats: median (least-largest). {describe(results['machine'])}"
+    )
+
+
+if __name__ == "__main__":
+    main()
