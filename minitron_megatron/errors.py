@@ -43,6 +43,10 @@ class DiskSpaceError(UserError):
     """The target disk cannot hold what is about to be written."""
 
 
+class WorkerError(UserError):
+    """Another of the processes that share one piece of work failed, or was ended from outside."""
+
+
 @contextmanager
 def told_when_full(folder: Path) -> Iterator[None]:
     """Turn what fails in the block because the disk of `folder` is full into a `DiskSpaceError`.

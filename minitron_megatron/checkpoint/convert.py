@@ -18,8 +18,9 @@ from minitron_megatron.checkpoint.huggingface import (
     write_huggingface,
 )
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done, writing
-from minitron_megatron.checkpoint.sharded import Checkpoint, write_checkpoint
+from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import ExportConfig, ImportConfig
 from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError

@@ -29,7 +29,6 @@ def local_parameters(
     """
     table = {param.stacked_key: param for param in parameters(shape)}
     sizes = axis_sizes(shape)
-    tensor, rank = groups.layout.tensor, groups.tensor_rank
     # Megatron's own sharded state dict knows the checkpoint key of each parameter, whatever the layer spec.
     keys = {
         entry.data.data_ptr(): entry.key
@@ -40,11 +39,7 @@ def local_parameters(
         param = table[keys[parameter.data_ptr()]]
         match = _LAYER.match(name)
         layer = model.decoder.layers[int(match[1])].layer_number - 1 if match else None
-        kept = {}
-        if param.split:
-            share = sizes[param.split] // tensor
-            kept[param.split] = np.arange(rank * share, (rank + 1) * share)
-        yield parameter, param, layer, param.index(kept, sizes)
+        yield parameter, param, layer, param.shard(groups.tensor_rank, groups.layout.tensor, sizes)
 
 
 def load_weights(chunks: list[Backbone], source: TensorSource, groups: Groups) -> None:

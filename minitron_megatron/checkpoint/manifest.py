@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,6 +18,7 @@ from pathlib import Path
 from minitron_megatron import __version__
 from minitron_megatron.disk import require_space, told_when_full
 from minitron_megatron.errors import CheckpointError, ConfigError
+from minitron_megatron.parallel.workers import ALONE, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,7 @@ _NOT_CONTENT = (
     "output",
     "data.cache_dir",
     "parallel",
+    "workers",
     "micro_batch",
     "recompute",
     "save_rounds",
@@ -170,31 +174,57 @@ def is_done(output: Path, manifest: Manifest) -> bool:
 
 
 @contextmanager
-def writing(output: Path, manifest: Manifest, num_bytes: int = 0) -> Iterator[Path]:
+def writing(output: Path, manifest: Manifest, num_bytes: int = 0, workers: Workers = ALONE) -> Iterator[Path]:
     """Write a result folder so that it appears whole or not at all.
 
     Yields a temporary folder beside `output`. When the block ends, the manifest is added and the folder
-    renamed to `output`; when it fails, the folder is removed.
+    renamed to `output`; when it fails, or the process is told to end (SIGTERM), the folder is removed.
 
     Args:
         output: the folder to make; it must not exist, or be empty.
         manifest: of the result.
         num_bytes: what will be written, to be refused before any work if the disk is too small.
+        workers: who write it together. What fails in the block must fail on all of them.
 
     Raises:
         DiskSpaceError: the disk is or gets full.
     """
     temporary = output.with_name(f".{output.name}.partial")
-    require_space(output.parent, num_bytes)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        with told_when_full(output):
-            yield temporary
-            manifest.write(temporary)
-            if output.exists():
-                output.rmdir()
-            os.replace(temporary, output)
-    finally:
+
+    def begin() -> None:
+        require_space(output.parent, num_bytes)
+        output.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    def finish() -> None:
+        manifest.write(temporary)
+        if output.exists():
+            output.rmdir()
+        os.replace(temporary, output)
+
+    workers.run_on_main(begin)
+    try:
+        with told_when_full(output), _ended_by_an_exception():
+            yield temporary
+            workers.run_on_main(finish)
+    finally:
+        # By whoever is left: the first worker may be the one that was ended.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _ended_by_an_exception() -> Iterator[None]:
+    """Let SIGTERM, which launchers send to the ranks that are left, end the block so that it can clean up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,56 +1,35 @@
-"""Reading and writing Megatron's `torch_dist` checkpoints tensor by tensor, without building a model.
+"""Reading Megatron's `torch_dist` checkpoints tensor by tensor, without building a model.
 
-On disk every parameter is one global tensor in chunks, whatever layout wrote it. Reading takes any
-positions of it and touches only the chunks they lie in, one at a time; writing asks a source for one
-chunk after another. So memory is bounded by a chunk and not by the model.
+On disk every parameter is one global tensor in chunks, whatever layout wrote it. Reading takes any positions of it
+and touches only the chunks they lie in, block by block. So memory is bounded by what is asked for.
 """
 
+import argparse
 import dataclasses
-import io
 import json
-import logging
 import math
 import pickle
-import shutil
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, writing
-from minitron_megatron.checkpoint.source import TensorSource, instances, take
+from minitron_megatron.checkpoint.chunks import Chunk
+from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest
+from minitron_megatron.checkpoint.rows import bits
+from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import Param, axis_sizes, parameters
 from minitron_megatron.model.shape import ModelShape
 
-logger = logging.getLogger(__name__)
-
 TRACKER = "latest_checkpointed_iteration.txt"
 HUGGINGFACE = "huggingface"
 SHAPE = "shape.json"
-CHUNK_BYTES = 256 * 2**20
 # Tensors of a training run that are not weights.
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
-_FUSED_LINEARS = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
 
 
 def iteration_folder(iteration: int) -> str:
@@ -73,21 +52,12 @@ def checkpoint_root(path: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    position: int
-    length: int
-
-
-@dataclass(frozen=True)
 class StoredTensor:
     """A global tensor on disk."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunks: list[_Chunk]
+    chunks: list[Chunk]
 
 
 class Checkpoint:
@@ -127,6 +97,10 @@ class Checkpoint:
         """Tokenizer and Hugging Face config that travel with the checkpoint."""
         return self.root / HUGGINGFACE
 
+    def megatron_args(self) -> argparse.Namespace | None:
+        """The `args` that Megatron-LM saved beside the weights, see `read_args`."""
+        return read_args(self.folder / "common.pt")
+
     def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`."""
         stored = self._stored(param, layer)
@@ -149,18 +123,8 @@ class Checkpoint:
             ]
             if all(s.start < s.stop for s in inside):
                 wanted = [p[s] - start for p, s, start in zip(index, inside, chunk.offsets, strict=True)]
-                out[tuple(inside)] = take(self._load(chunk), wanted)
+                chunk.read(wanted, bits(out)[tuple(inside)])
         return out
-
-    def _load(self, chunk: _Chunk) -> torch.Tensor:
-        path = self.folder / chunk.file
-        with open(path, "rb") as f:
-            f.seek(chunk.position)
-            content = io.BytesIO(f.read(chunk.length))
-        try:
-            return torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as e:  # as many kinds as there are ways to be damaged
-            raise CheckpointError(f"{path} is damaged at byte {chunk.position}: no tensor can be read there") from e
 
     def _check_tensors(self) -> None:
         sizes, count = axis_sizes(self.shape), {s: len(self.shape.sublayers(s)) for s in set(self.shape.pattern)}
@@ -232,11 +196,10 @@ def _read_index(folder: Path) -> dict[str, StoredTensor]:
     path = folder / ".metadata"
     try:
         with open(path, "rb") as f:
-            tensors, needed = _tensors_and_files(_IndexUnpickler(f).load())
+            tensors, needed = _tensors_and_files(_IndexUnpickler(f).load(), folder)
     except Exception as e:  # as many kinds as there are ways to be damaged
         raise CheckpointError(f"{path} cannot be read as a checkpoint's index: {e!r}") from e
-    for file, size in needed.items():
-        path = folder / file
+    for path, size in needed.items():
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the checkpoint is not whole")
         if path.stat().st_size < size:
@@ -244,12 +207,13 @@ def _read_index(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _tensors_and_files(metadata: Metadata) -> tuple[dict[str, StoredTensor], dict[str, int]]:
+def _tensors_and_files(metadata: Metadata, folder: Path) -> tuple[dict[str, StoredTensor], dict[Path, int]]:
     """What an index says: every tensor, and every file with the bytes that it must have at least."""
-    needed: dict[str, int] = {}
+    needed: dict[Path, int] = {}
     places = {}
     for index, info in metadata.storage_data.items():
-        needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+        path = folder / info.relative_path
+        needed[path] = max(needed.get(path, 0), info.offset + info.length)
         places[index.fqn, tuple(index.offset) if index.offset is not None else None] = info
     tensors = {}
     for key, stored in metadata.state_dict_metadata.items():
@@ -258,131 +222,8 @@ def _tensors_and_files(metadata: Metadata) -> tuple[dict[str, StoredTensor], dic
         chunks = []
         for chunk in stored.chunks:
             info = places[key, tuple(chunk.offsets)]
-            chunks.append(
-                _Chunk(tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length)
-            )
+            path = folder / info.relative_path
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            chunks.append(Chunk(key, offsets, sizes, stored.properties.dtype, path, info.offset, info.length))
         tensors[key] = StoredTensor(tuple(stored.size), stored.properties.dtype, chunks)
     return tensors, needed
-
-
-def write_checkpoint(
-    output: Path,
-    source: TensorSource,
-    dtype: torch.dtype,
-    manifest: Manifest,
-    huggingface: Path | None,
-    files: Callable[[Path], None] = lambda folder: None,
-) -> None:
-    """Write the network of `source` as a `torch_dist` checkpoint that Megatron-Core loads.
-
-    The folder appears whole or not at all. Optimiser state is not part of it.
-
-    Args:
-        output: the folder to make; `iter_0000000/` below it holds the tensors.
-        source: where the weights come from, read a chunk at a time.
-        dtype: of the written weights.
-        manifest: of the result; its shape is set here.
-        huggingface: tokenizer and Hugging Face config that shall travel with the checkpoint.
-        files: writes what else belongs into the folder.
-    """
-    manifest.shape = source.shape.to_dict()
-    manifest.details.setdefault("optimizer_state", "left out")
-    sizes = axis_sizes(source.shape)
-    num_bytes = dtype.itemsize * sum(
-        math.prod(p.size(sizes)) * len(instances(p, source.shape)) for p in parameters(source.shape)
-    )
-    with writing(output, manifest, num_bytes) as temporary:
-        folder = temporary / iteration_folder(0)
-        folder.mkdir()
-        _save(folder, _LazyPlanner(source, dtype))
-        torch.save({"iteration": 0, "checkpoint_version": 3.0}, folder / "common.pt")
-        backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
-        (folder / "metadata.json").write_text(
-            json.dumps({**backends, "sharded_backend_version": 1, "common_backend_version": 1})
-        )
-        if huggingface is not None:
-            shutil.copytree(huggingface, temporary / HUGGINGFACE)
-        files(temporary)
-        (temporary / TRACKER).write_text("0")
-
-
-def _save(folder: Path, planner: SavePlanner) -> None:
-    """Write what `planner` produces. What fails on the way is raised as it is, and not as torch wraps it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is asked to be
-            dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=True)
-        return
-    except dcp.api.CheckpointException as e:
-        [(error, _)] = e.failures.values()
-    raise error
-
-
-class _LazyPlanner(SavePlanner):
-    """Plans a checkpoint from the axis table and produces each chunk at the moment it is written."""
-
-    def __init__(self, source: TensorSource, dtype: torch.dtype):
-        self.source = source
-        self.dtype = dtype
-        self.work: dict[MetadataIndex, tuple[Param, int | None, slice]] = {}
-
-    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False):
-        pass
-
-    def create_local_plan(self) -> SavePlan:
-        shape = self.source.shape
-        sizes = axis_sizes(shape)
-        items = []
-        for param in parameters(shape):
-            size = param.size(sizes)
-            row_bytes = self.dtype.itemsize * math.prod(size[1:])
-            rows = max(1, min(size[0], CHUNK_BYTES // row_bytes))
-            layers = instances(param, shape)
-            for layer in layers:
-                for start in range(0, size[0], rows):
-                    stop = min(start + rows, size[0])
-                    offsets, lengths = (start,) + (0,) * (len(size) - 1), (stop - start, *size[1:])
-                    total = size
-                    if layer is not None:
-                        offsets, lengths, total = (layer, *offsets), (1, *lengths), (len(layers), *size)
-                    item = self._item(param.stacked_key, offsets, lengths, total)
-                    self.work[item.index] = (param, layer, slice(start, stop))
-                    items.append(item)
-        num_layers = len(shape.pattern) // 2
-        # Megatron's linear layers save a state of Transformer Engine's beside their weights and expect one.
-        items += [
-            WriteItem(
-                MetadataIndex(f"decoder.layers.{linear}._extra_state/shard_{layer}_{num_layers}"),
-                WriteItemType.BYTE_IO,
-            )
-            for linear in _FUSED_LINEARS
-            for layer in range(num_layers)
-        ]
-        return SavePlan(items)
-
-    def _item(self, key, offsets, lengths, total) -> WriteItem:
-        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(lengths))
-        properties = TensorProperties(dtype=self.dtype)
-        return WriteItem(
-            MetadataIndex(key, torch.Size(offsets)),
-            WriteItemType.SHARD,
-            tensor_data=TensorWriteData(chunk, properties, torch.Size(total)),
-        )
-
-    def create_global_plan(self, all_plans):
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if write_item.type is WriteItemType.BYTE_IO:
-            empty = io.BytesIO()
-            torch.save([None], empty)  # Megatron-Core keeps a list of objects under each key
-            return empty
-        key = MetadataIndex(write_item.index.fqn, write_item.index.offset)
-        param, layer, rows = self.work[key]
-        size = param.size(axis_sizes(self.source.shape))
-        index = [np.arange(rows.start, rows.stop), *(np.arange(n) for n in size[1:])]
-        tensor = self.source.read(param, layer, index).to(self.dtype)
-        return tensor if layer is None else tensor.unsqueeze(0)

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from minitron_megatron.checkpoint.rows import bits, take_bits
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.shape import ModelShape
 
@@ -40,8 +41,4 @@ def instances(param: Param, shape: ModelShape) -> list[int | None]:
 
 def take(tensor: torch.Tensor, index: list[np.ndarray]) -> torch.Tensor:
     """`tensor` at `index[0] x index[1] x ...`, copying once per dimension that is really cut."""
-    for dim, positions in enumerate(index):
-        if len(positions) == tensor.size(dim) and (positions == np.arange(len(positions))).all():
-            continue
-        tensor = tensor.index_select(dim, torch.from_numpy(np.ascontiguousarray(positions)))
-    return tensor
+    return torch.from_numpy(take_bits(bits(tensor), index)).view(tensor.dtype)

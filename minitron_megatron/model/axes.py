@@ -197,6 +197,13 @@ class Param:
         """For each dimension, the positions that stay when only `kept` stays."""
         return [dim.index(kept, sizes) for dim in self.dims]
 
+    def shard(self, rank: int, num_ranks: int, sizes: Mapping[str, int]) -> list[np.ndarray]:
+        """For each dimension, the positions that one of `num_ranks` tensor-parallel ranks holds."""
+        if self.split is None:
+            return self.index({}, sizes)
+        share = sizes[self.split] // num_ranks
+        return self.index({self.split: np.arange(rank * share, (rank + 1) * share)}, sizes)
+
 
 def parameters(shape: ModelShape) -> list[Param]:
     """The axis table of one network: all of its parameters, in the order of the forward pass."""

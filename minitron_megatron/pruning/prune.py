@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done
-from minitron_megatron.checkpoint.sharded import Checkpoint, write_checkpoint
+from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import PruneConfig
 from minitron_megatron.errors import CheckpointError, raise_if_any
@@ -74,6 +75,8 @@ def prune(config: PruneConfig) -> Path:
         manifest,
         companions if companions.is_dir() else None,
         files=plan.write,
+        tensor_ranks=config.parallel.tensor,
+        args=checkpoint.megatron_args(),
     )
     logger.info("pruned %.1fM to %.1fM parameters", before / 1e6, after / 1e6)
     return output

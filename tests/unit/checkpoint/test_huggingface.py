@@ -13,8 +13,9 @@ from minitron_megatron.checkpoint.convert import as_transformers_model, export, 
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder, StateDict, copy_companions
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import Checkpoint, write_checkpoint
+from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import instances
+from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.schema import DType, ExportConfig, ImportConfig, ParallelConfig
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import axis_sizes, parameters

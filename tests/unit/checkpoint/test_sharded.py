@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.checkpoint import sharded
+from minitron_megatron.checkpoint import sharded, writer
+from minitron_megatron.checkpoint.chunks import Chunk
 from minitron_megatron.checkpoint.huggingface import StateDict
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import Checkpoint, write_checkpoint
+from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import instances
+from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.families import shape_from_config
@@ -49,7 +51,7 @@ def some(generator, size):
 
 @pytest.mark.parametrize("chunk_bytes", [400, 1000, 2**28], ids=["two rows", "five rows", "all rows"])
 def test_any_positions_are_read_from_any_chunks(chunk_bytes, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharded, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(writer, "CHUNK_BYTES", chunk_bytes)
     write_checkpoint(tmp_path / "c", source, torch.float32, Manifest("checkpoint"), None)
     checkpoint, generator = Checkpoint(tmp_path / "c"), np.random.default_rng(0)
     embedding = checkpoint.tensors["embedding.word_embeddings.weight"]
@@ -65,8 +67,8 @@ def test_any_positions_are_read_from_any_chunks(chunk_bytes, source, tmp_path, m
 
 def test_memory_and_disk_traffic_are_bounded_by_the_chunks_that_are_asked_for(original, monkeypatch):
     checkpoint, loaded = Checkpoint(original), []
-    load = checkpoint._load
-    monkeypatch.setattr(checkpoint, "_load", lambda chunk: loaded.append(chunk.offsets[0]) or load(chunk))
+    read = Chunk.read
+    monkeypatch.setattr(Chunk, "read", lambda chunk, *args: loaded.append(chunk.offsets[0]) or read(chunk, *args))
     param = next(p for p in parameters(checkpoint.shape) if p.name == "mlp.linear_fc2.weight")
     checkpoint.read(param, 2, [np.arange(3), np.arange(3)])
     assert loaded == [2]  # of one layer, the third

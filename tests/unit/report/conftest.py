@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, writing
-from minitron_megatron.checkpoint.sharded import write_checkpoint
+from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.model.axes import axis_sizes
 from minitron_megatron.model.shape import ModelShape, layers_pattern
 from minitron_megatron.pruning.plan import make_plan

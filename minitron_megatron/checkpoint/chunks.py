@@ -1,0 +1,183 @@
+"""One chunk of a `torch_dist` checkpoint: a tensor as `torch.save` writes it, among others in one file.
+
+Such a chunk is a zip archive whose records are stored as they are. So the elements of a plain tensor lie row by row at
+some byte of the file, and beside them a CRC32, which `torch.load` does not look at.
+"""
+
+import math
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from io import SEEK_CUR, SEEK_END, SEEK_SET, FileIO, RawIOBase
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from minitron_megatron.checkpoint.rows import BLOCK_BYTES, bits, copy_rows, take_bits
+from minitron_megatron.errors import CheckpointError
+
+
+@dataclass(eq=False)
+class Chunk:
+    """One chunk of a global tensor on disk.
+
+    Attributes:
+        key: of the tensor.
+        offsets, sizes: which part of it the chunk is.
+        dtype: of the tensor.
+        path, position, length: the bytes that it is stored in.
+    """
+
+    key: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    path: Path
+    position: int
+    length: int
+    # Byte of the file at which its elements begin, once they have been read and found undamaged.
+    _start: int | None = None
+
+    def read(self, index: list[np.ndarray], out: np.ndarray) -> None:
+        """Copy some positions of the chunk into `out`.
+
+        The first time all of it is read, so that its checksum can be compared; after that, rows that are wanted.
+
+        Args:
+            index: for each dimension, the positions wanted, ascending, counted from the chunk's first.
+            out: integers as of `rows.bits`, of the lengths of `index`.
+
+        Raises:
+            CheckpointError: the chunk is damaged, or another tensor than the checkpoint's index says.
+        """
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                if self._start is None:
+                    self._read_first(file, index, out)
+                else:
+                    copy_rows(file, self._start, self.sizes, index, out)
+        except Exception as e:  # as many kinds as there are ways to be damaged
+            raise CheckpointError(
+                f"{self.path} is damaged at byte {self.position}, where {self.key} {list(self.sizes)} is kept: {e}"
+            ) from e
+
+    def _read_first(self, file: FileIO, index: list[np.ndarray], out: np.ndarray) -> None:
+        window = _Window(file, self.position, self.length)
+        with zipfile.ZipFile(window) as archive:
+            records = {info.filename.split("/", 1)[1]: info for info in archive.infolist()}
+            for info in records.values():
+                info.CRC = info.CRC or None  # 0 where `torch.serialization.set_crc32_options` switched it off
+            if _is_plain(archive, records, self):
+                start = self.position + _content_offset(window, records["data/0"])
+                crc = copy_rows(file, start, self.sizes, index, out, whole=True)
+                if records["data/0"].CRC not in (None, crc):
+                    raise ValueError(f"its checksum is {crc:08x} and should be {records['data/0'].CRC:08x}")
+                self._start = start
+                return
+            for info in records.values():
+                with archive.open(info) as content:  # which raises for a wrong checksum when it comes to the end
+                    while content.read(BLOCK_BYTES):
+                        pass
+        window.seek(0)
+        tensor = torch.load(window, map_location="cpu", weights_only=True)
+        if (tensor.dtype, tuple(tensor.shape)) != (self.dtype, self.sizes):
+            raise ValueError(f"it holds {tensor.dtype} {list(tensor.shape)}, and the index says {self.dtype}")
+        out[...] = take_bits(bits(tensor.detach()), index)
+
+
+class _Window(RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: FileIO, start: int, length: int):
+        self._file, self._start, self._length = file, start, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        self._position = offset + {SEEK_SET: 0, SEEK_CUR: self._position, SEEK_END: self._length}[whence]
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        left = max(0, self._length - self._position)
+        self._file.seek(self._start + self._position)
+        count = self._file.readinto(memoryview(buffer)[:left])
+        self._position += count
+        return count
+
+
+class _Storage(NamedTuple):
+    kind: str
+    dtype: torch.dtype
+    record: str
+    device: str
+    num_elements: int
+
+
+class _Tensor(NamedTuple):
+    """The arguments with which `torch.load` would rebuild a tensor."""
+
+    storage: _Storage
+    storage_offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    requires_grad: bool
+    backward_hooks: dict
+    metadata: dict | None = None
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads what a chunk says of its tensor, without making one. Nothing else can be in it, so that nothing can run."""
+
+    _FOUND = {
+        ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch", "BFloat16Storage"): torch.bfloat16,
+        ("torch", "HalfStorage"): torch.float16,
+        ("torch", "FloatStorage"): torch.float32,
+        ("torch", "DoubleStorage"): torch.float64,
+    }
+
+    def find_class(self, module, name):
+        return self._FOUND[module, name]
+
+    def persistent_load(self, pid):
+        return _Storage(*pid)
+
+
+def _is_plain(archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], chunk: Chunk) -> bool:
+    """Whether the chunk's elements, and no others, lie row by row as they are in memory.
+
+    If not, it may still hold a tensor that torch can load.
+    """
+    if "byteorder" not in records or archive.read(records["byteorder"]) != sys.byteorder.encode():
+        return False
+    try:
+        with archive.open(records["data.pkl"]) as file:
+            found = _TensorUnpickler(file).load()
+        content = records[f"data/{found.storage.record}"]
+        contiguous = torch.empty_strided(found.size, found.stride, device="meta").is_contiguous()
+    except (KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError):
+        return False
+    return (
+        (found.storage.dtype, tuple(found.size), found.storage_offset) == (chunk.dtype, chunk.sizes, 0)
+        and contiguous
+        and content.filename.endswith("data/0")
+        and content.compress_type == zipfile.ZIP_STORED
+        and content.file_size == math.prod(chunk.sizes) * chunk.dtype.itemsize
+    )
+
+
+def _content_offset(window: _Window, record: zipfile.ZipInfo) -> int:
+    """Where the content of a record begins: after its header, a name, and what torch aligns it with."""
+    window.seek(record.header_offset + 26)
+    lengths = window.read(4)
+    return record.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")

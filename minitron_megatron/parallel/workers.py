@@ -1,0 +1,87 @@
+"""Processes that share one piece of work, whatever its layout: the ranks that there are, or this process alone."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from minitron_megatron.errors import UserError, WorkerError
+from minitron_megatron.parallel.collectives import gather_objects
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among those that share the work.
+
+    Attributes:
+        rank, size: which of how many.
+        group: all of them, where they are several.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def run(self, work: Callable[[], T]) -> list[T]:
+        """Run `work` on all workers and wait for each other.
+
+        Returns:
+            what it returned on each of them, by rank.
+
+        Raises:
+            WorkerError: it failed on another worker, or that worker is gone. What fails on this one is raised as it is.
+        """
+        if self.size == 1:
+            return [work()]
+        result, error, told = None, None, None
+        try:
+            result = work()
+        except Exception as e:
+            error, told = e, str(e) if isinstance(e, UserError) else f"rank {self.rank} failed: {e!r}"
+        try:
+            outcomes = gather_objects((result, told), self.group)
+        except RuntimeError as e:
+            raise error or WorkerError(
+                f"one of the {self.size} processes that share this work was ended from outside: see whether the memory "
+                f"was enough, and run it again"
+            ) from e
+        if error:
+            raise error
+        for _, message in outcomes:
+            if message:
+                raise WorkerError(message)
+        return [result for result, _ in outcomes]
+
+    def run_on_main(self, work: Callable[[], object]) -> None:
+        """Run `work` on the first worker alone, while the others wait."""
+        self.run(lambda: work() if self.is_main else None)
+
+
+ALONE = Workers()
+"""This process, when nobody shares its work."""
+
+
+@contextmanager
+def join_workers() -> Iterator[Workers]:
+    """Join the ranks that torchrun or srun started, and leave them at the end. Without any, work alone."""
+    owns_world = not dist.is_initialized()
+    if owns_world and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield ALONE
+        return
+    if owns_world:
+        dist.init_process_group("gloo")
+    try:
+        # Of its own, since the group of a training run may be of a kind that has no objects to send.
+        yield Workers(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    finally:
+        if owns_world:
+            dist.destroy_process_group()

@@ -1,0 +1,120 @@
+"""What is written: where its chunks end, who writes what, and what stands beside the weights."""
+
+import io
+import math
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from minitron_megatron.checkpoint import writer
+from minitron_megatron.checkpoint.huggingface import StateDict
+from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.checkpoint.source import instances
+from minitron_megatron.checkpoint.writer import write_checkpoint
+from minitron_megatron.model.axes import axis_sizes, parameters
+from minitron_megatron.model.families import shape_from_config
+from tests.tiny import LLAMA, hf_model
+
+FC1, FC2 = "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc2.weight"
+QKV, PROJ = "decoder.layers.self_attention.linear_qkv.weight", "decoder.layers.self_attention.linear_proj.weight"
+NORM, EMBEDDING = "decoder.layers.mlp.linear_fc1.layer_norm_weight", "embedding.word_embeddings.weight"
+
+
+@pytest.fixture(scope="module")
+def source():
+    model = hf_model(**LLAMA)
+    return StateDict(shape_from_config(model.config.to_dict()), model.state_dict())
+
+
+def write(folder, source, **options):
+    write_checkpoint(folder, source, torch.float32, Manifest("checkpoint"), None, **options)
+    return Checkpoint(folder)
+
+
+def assert_equal(found, expected):
+    assert found.shape == expected.shape
+    for param in parameters(found.shape):
+        index = [np.arange(n) for n in param.size(axis_sizes(found.shape))]
+        for layer in instances(param, found.shape):
+            assert torch.equal(found.read(param, layer, index), expected.read(param, layer, index)), (param, layer)
+
+
+def chunks_of(checkpoint, key):
+    """Offset and size, without the layer, of the chunks of layer 1 or of what has no layers, in order."""
+    chunks = [chunk for chunk in checkpoint.tensors[key].chunks if len(chunk.sizes) < 3 or chunk.offsets[0] == 1]
+    return sorted((c.offsets[-2:], c.sizes[-2:]) for c in chunks)
+
+
+def test_chunks_end_where_the_shares_of_tensor_parallel_ranks_do(source, tmp_path):
+    checkpoint = write(tmp_path / "c", source, tensor_ranks=2)
+    gate_and_up = [((rows, 0), (22, 48)) for rows in (0, 22, 44, 66)]
+    assert chunks_of(checkpoint, FC1) == gate_and_up
+    assert chunks_of(checkpoint, FC2) == [((0, 0), (48, 22)), ((0, 22), (48, 22))]
+    assert chunks_of(checkpoint, QKV) == [((0, 0), (60, 48)), ((60, 0), (60, 48))]
+    assert chunks_of(checkpoint, PROJ) == [((0, 0), (48, 36)), ((0, 36), (48, 36))]
+    assert chunks_of(checkpoint, EMBEDDING) == [((0, 0), (64, 48)), ((64, 0), (64, 48))]
+    assert [c.sizes for c in checkpoint.tensors[NORM].chunks] == [(1, 48)] * 4
+    assert_equal(checkpoint, source)
+
+
+@pytest.mark.parametrize("tensor_ranks", [1, 2])
+def test_no_chunk_is_larger_than_the_maximum(tensor_ranks, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 2000)
+    checkpoint = write(tmp_path / "c", source, tensor_ranks=tensor_ranks)
+    sizes = [math.prod(chunk.sizes) for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]
+    assert 4 * max(sizes) <= 2000
+    if tensor_ranks == 2:  # 22 rows of 192 bytes in three chunks, as even as can be
+        assert [size for _, size in chunks_of(checkpoint, FC1)] == [(7, 48), (7, 48), (8, 48)] * 4
+    assert_equal(checkpoint, source)
+
+
+def test_a_rank_reads_only_the_chunks_written_for_it(source, tmp_path):
+    checkpoint = write(tmp_path / "c", source, tensor_ranks=2)
+    for param in parameters(source.shape):
+        for rank in range(2):
+            index = param.shard(rank, 2, axis_sizes(source.shape))
+            for chunk in checkpoint.tensors[param.stacked_key].chunks:
+                own = zip(chunk.offsets[-len(index) :], chunk.sizes[-len(index) :], index, strict=True)
+                parts = [np.isin(np.arange(start, start + size), i) for start, size, i in own]
+                assert all(part.all() for part in parts) or any(not part.any() for part in parts), param
+
+
+class Failing:
+    """A source in which a layer cannot be read."""
+
+    def __init__(self, source, error):
+        self.source, self.error, self.shape, self.dtype = source, error, source.shape, source.dtype
+        self.reads = 0
+
+    def read(self, param, layer, index):
+        self.reads += 1
+        if layer == 0 and param.stacked_key == QKV:
+            raise self.error
+        time.sleep(0.01)
+        return self.source.read(param, layer, index)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("defect"), KeyboardInterrupt()], ids=repr)
+def test_what_fails_in_one_thread_stops_all_and_is_raised_as_it_is(error, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_num_threads", lambda: 3)
+    before, failing = threading.active_count(), Failing(source, error)
+    with pytest.raises(type(error)):
+        write(tmp_path / "c", failing)
+    assert list(tmp_path.iterdir()) == [] and threading.active_count() == before
+    assert failing.reads < 20  # of 27 parameters
+
+
+def test_written_checksums_are_right(source, tmp_path):
+    checkpoint = write(tmp_path / "c", source)
+    for tensor in checkpoint.tensors.values():
+        for chunk in tensor.chunks:
+            with open(chunk.path, "rb") as file:
+                file.seek(chunk.position)
+                content = file.read(chunk.length)
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                assert archive.testzip() is None and all(info.CRC for info in archive.infolist())
