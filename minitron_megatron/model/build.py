@@ -1,5 +1,7 @@
 """From a shape to a Megatron-Core model on this rank."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
@@ -119,6 +121,11 @@ def _uses_te() -> bool:
     return torch.cuda.is_available() and HAVE_TE
 
 
+def submodules_of(spec: ModuleSpec | partial):
+    """The parts of a module's spec, which newer releases of Megatron-Core write as a partial function."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
+
+
 def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The modules of the layers on this stage.
 
@@ -137,7 +144,7 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
         layer.submodules.pre_mlp_layernorm = norm
         layer.submodules.self_attention.submodules.core_attention = CausalAttention
         if config.use_te_activation_func:
-            layer.submodules.mlp.submodules.activation_func = GatedActivation
+            submodules_of(layer.submodules.mlp).activation_func = GatedActivation
     layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 

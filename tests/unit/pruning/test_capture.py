@@ -139,7 +139,7 @@ def fuse_norms(spec):
     layer = copy.deepcopy(layer)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
     layer.submodules.self_attention.submodules.linear_qkv = FusedLinear
-    layer.submodules.mlp.submodules.linear_fc1 = FusedLinear
+    build.submodules_of(layer.submodules.mlp).linear_fc1 = FusedLinear
     layer.submodules.sharded_state_dict_keys_map = {}
     spec.layer_specs = [layer] * len(spec.layer_specs)
     return spec

@@ -136,10 +136,10 @@ def test_neurons_and_heads_that_go_are_as_if_silenced(source, tmp_path):
         (dict(heads=3), None, ["target.heads = 3 is not a multiple of the 2 query groups: every group keeps the same"]),
         (
             dict(ffn=31, layers=3),
-            ParallelConfig(tensor=2, pipeline=2),
+            ParallelConfig(tensor=2, pipeline=4),
             [
                 "target.ffn = 31 does not divide by parallel.tensor = 2",
-                "target has 3 layers, which do not divide by parallel.pipeline x virtual_pipeline = 2 x 1",
+                "target has 3 layers, too few for the 4 stages of parallel.pipeline x virtual_pipeline = 4 x 1",
             ],
         ),
         (
