@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# On the CPU, softmax work is done on blocks of rows that stay in the processor's cache; 2^19 float32 are 2 MiB.
+# On the CPU, softmax work is done on blocks of rows that stay in the processor's cache; 2^18 float32 are 1 MiB.
 _CACHE_ELEMENTS = 2**18
 
 
@@ -63,18 +63,21 @@ def linear_distillation_loss(
         the same on every rank of `group`.
     """
     assert teacher is not None or kd_weight == 0
+    # Inside an autograd function gradients are off always, and its own flags know nothing of `no_grad` around it.
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearDistillationLoss.apply(
-        hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens
+        hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens, needs_grad
     )
 
 
 class _LinearDistillationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens):
+    def forward(
+        ctx, hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens, needs_grad
+    ):
         first_row = group.rank() * weight.size(0)
         num_rows = min(max(vocab - first_row, 0), weight.size(0))
         local_labels = labels - first_row
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         terms = torch.zeros(2, dtype=torch.float64, device=hidden.device)
@@ -83,6 +86,8 @@ class _LinearDistillationLoss(torch.autograd.Function):
         logits_buffer = hidden.new_empty(size)
         teacher_buffer = hidden.new_empty(size) if teacher else None
         share = torch.empty_like(weight[:num_rows]) if needs_grad else None
+        # The ranks sum over their rows block by block, so that the block must not depend on how many of them are true.
+        block = _block(chunk_tokens, weight.size(0), weight.is_cuda)
 
         for start in range(0, hidden.size(0), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -91,7 +96,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
             if teacher:
                 teacher_logits = _project(teacher.hidden[rows], teacher.weight[:num_rows], teacher_buffer)
             kl, ce, grad = _chunk(
-                logits, teacher_logits, local_labels[rows], mask[rows], group, kd_weight, lm_weight, needs_grad
+                logits, teacher_logits, local_labels[rows], mask[rows], group, kd_weight, lm_weight, needs_grad, block
             )
             terms += torch.stack([kl, ce])
             if needs_grad:
@@ -118,7 +123,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
                 grad_weight = torch.empty_like(weight)
         else:
             grad_weight = grad_weight.mul_(grad_loss).to(weight.dtype)
-        return ctx.grad_hidden.mul_(grad_loss), grad_weight, *[None] * 8
+        return ctx.grad_hidden.mul_(grad_loss), grad_weight, *[None] * 9
 
 
 def _project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
@@ -127,22 +132,26 @@ def _project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
 
 def _add_(total: Tensor, share: Tensor) -> None:
     """`total += share` for two number formats; the converted copy that this takes on a CPU stays in its cache."""
-    block = total.size(0) if total.is_cuda else max(1, _CACHE_ELEMENTS // total.size(1))
+    block = _block(*total.shape, total.is_cuda)
     for start in range(0, total.size(0), block):
         total[start : start + block] += share[start : start + block]
 
 
-def _chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad):
+def _block(num_rows: int, num_columns: int, is_cuda: bool) -> int:
+    """Rows of a matrix to work on at a time: on the CPU what its cache holds, on CUDA all; at least one."""
+    return max(1, num_rows if is_cuda else _CACHE_ELEMENTS // num_columns)
+
+
+def _chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, block):
     """KL and cross-entropy summed over a chunk, and the gradient by the logits in their number format.
 
-    All of `logits` and `teacher_logits` `[tokens, rows of this rank]` is overwritten.
+    All of `logits` and `teacher_logits` `[tokens, rows of this rank]` is overwritten, `block` tokens at a time.
     """
     num_tokens, num_rows = logits.shape
     labelled = (labels >= 0) & (labels < num_rows)
     label_columns = labels.clamp(0, max(num_rows - 1, 0))
     label_logits = _zero_unless(labelled, logits, label_columns)
     mask = mask.float()
-    block = num_tokens if logits.is_cuda else max(1, _CACHE_ELEMENTS // max(num_rows, 1))
     # Reused by every block: results that are allocated each time leave the cache.
     work = torch.empty(3, min(block, num_tokens), num_rows, device=logits.device)
     log_sums = torch.empty(num_tokens, device=logits.device)

@@ -97,11 +97,7 @@ class TeacherStudent:
             return self._run(batches, forward_only=True)
 
     def _run(self, batches: Sequence[Batch], forward_only: bool) -> StepResult:
-        started = time.perf_counter()
-        states: list = []
-        if self.teacher and self.loss.kd_logits_weight:
-            states = run_forward(self.teacher, batches, self.groups, on_output=lambda output, batch: output)
-        teacher_s = time.perf_counter() - started
+        states, teacher_s = self._teacher_states(batches)
         # On all but the last stage there are no states, and nobody asks for them.
         pairs = list(zip(batches, states or [None] * len(batches), strict=True))
 
@@ -121,6 +117,16 @@ class TeacherStudent:
         kd_logits, lm, num_tokens = sums.tolist()
         num_tokens = max(num_tokens, 1)
         return StepResult(kd_logits / num_tokens, lm / num_tokens, int(num_tokens), teacher_s)
+
+    def _teacher_states(self, batches: Sequence[Batch]) -> tuple[list[Tensor], float]:
+        """The teacher's last hidden states per micro-batch, on the last stage, and the seconds that it took."""
+        if not self.teacher or not self.loss.kd_logits_weight:
+            return [], 0.0
+        torch.cuda.synchronize()  # kernels run on after the call that starts them has returned
+        started = time.perf_counter()
+        states = run_forward(self.teacher, batches, self.groups, on_output=lambda output, batch: output)
+        torch.cuda.synchronize()
+        return states, time.perf_counter() - started
 
     def _loss(self, output: Tensor, state: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor, dict]:
         """Loss of one micro-batch, as Megatron's schedules want it: sum, number of tokens, what to report."""

@@ -29,7 +29,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        grad, normed = grad.float(), x.float().mul_(scale)
+        grad, normed = grad.float(), x.float() * scale
         grad_weight = (grad * normed).flatten(0, -2).sum(0)
         grad = grad * weight
         along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.size(-1)
@@ -49,7 +49,8 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: Transforme
         weight = weight + 1
     if config.normalization == "RMSNorm":
         return _RMSNorm.apply(x, weight, config.layernorm_epsilon)
-    return F.layer_norm(x, weight.shape, weight, bias.float(), config.layernorm_epsilon)
+    # CUDA's layer_norm takes one number format for input and weight.
+    return F.layer_norm(x.float(), weight.shape, weight, bias.float(), config.layernorm_epsilon).to(x.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -1,30 +1,47 @@
 """The few collectives that verbs need beside those inside Megatron-Core."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from minitron_megatron.errors import UserError
+
 T = TypeVar("T")
 
 
-def main_first(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and then on the others, which find what rank 0 left on disk.
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """A block that every rank enters, and that fails on all of them if it fails on one, so that none waits for it.
 
-    An error on rank 0 reaches every rank, so that none waits for ever.
+    Raises:
+        UserError: of the first rank that has one.
+        RuntimeError: another rank found a defect; that rank raises the defect itself.
     """
-    error: list = [None]
-    result = None
-    if dist.get_rank() == 0:
-        try:
-            result = work()
-        except Exception as e:  # handed to every rank below
-            error = [e]
-    dist.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        raise error[0]
-    return result if dist.get_rank() == 0 else work()
+    own = None
+    try:
+        yield
+    except Exception as error:  # raised below, when all ranks know of it
+        own = error
+    # Any other error may not survive the way to another process.
+    told = own if own is None or isinstance(own, UserError) else f"rank {dist.get_rank()} failed: {own!r}"
+    found = [error for error in gather_objects(told, dist.group.WORLD) if error is not None]
+    if own is not None:
+        raise own
+    if found:
+        raise found[0] if isinstance(found[0], UserError) else RuntimeError(found[0])
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 alone. Its result, which must be small, reaches every rank, and so does its error."""
+    result: list = [None]
+    with failing_together():
+        if dist.get_rank() == 0:
+            result = [work()]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]
 
 
 def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.parallel.cpu import install_cpu_backend
 from minitron_megatron.parallel.layout import Layout
+
+# Ranks wait in the world's group while the first one tokenises a corpus, which can take longer than NCCL's 10 minutes.
+# Megatron-Core's own groups, in which models run, keep its 30 minutes.
+_WORLD_TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def current_groups(sequence: bool = False) -> Groups:
 
 
 @contextmanager
-def process_groups(config: ParallelConfig, seed: int = 1234) -> Iterator[Groups]:
+def process_groups(config: ParallelConfig) -> Iterator[Groups]:
     """Join the world that the launcher made (or a world of one), lay it out, and leave it at the end.
 
     The backend is NCCL where CUDA exists, else gloo.
@@ -87,22 +92,28 @@ def process_groups(config: ParallelConfig, seed: int = 1234) -> Iterator[Groups]
     layout = Layout.from_config(config, world_size)
     owns_world = not dist.is_initialized()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(_local_device())
     if owns_world:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=_WORLD_TIMEOUT)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         )
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        # Nothing here draws from it: there is no dropout, and weights are loaded. Megatron-Core wants it all the same.
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)
         yield Groups(layout, ProcessGroupCollection.use_mpu_process_groups())
     finally:
         parallel_state.destroy_model_parallel()
         if owns_world:
             dist.destroy_process_group()
+
+
+def _local_device() -> int:
+    """This rank's GPU: by its number on the machine, or the only one where the launcher shows each rank one."""
+    return int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()

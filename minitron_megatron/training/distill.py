@@ -1,12 +1,13 @@
 """The verb `distill`: a student learns to predict what its teacher predicts."""
 
 import logging
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 from minitron_megatron.checkpoint.huggingface import copy_companions
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, Parent, write_atomically, writing
+from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.checkpoint.sharded import HUGGINGFACE, Checkpoint
 from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.schema import DistillConfig
@@ -18,7 +19,7 @@ from minitron_megatron.errors import ConfigError, raise_if_any
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.count import forward_flops_per_token, num_parameters
 from minitron_megatron.model.shape import layout_problems
-from minitron_megatron.parallel.collectives import main_first
+from minitron_megatron.parallel.collectives import failing_together, main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
 from minitron_megatron.training.loop import train
 from minitron_megatron.training.metrics import Metrics
@@ -52,7 +53,7 @@ def distill(config: DistillConfig) -> Path:
     output = Path(config.output)
     parents = [Parent.of(role, checkpoint.root) for role, checkpoint in networks.items()]
     manifest = Manifest("run", student.shape.to_dict(), parents, to_plain(config))
-    with process_groups(config.parallel, config.seed) as groups:
+    with process_groups(config.parallel) as groups:
         raise_if_any(_batch_problems(config, groups))
         if main_first(lambda: _is_finished(output, manifest)):
             return output
@@ -61,7 +62,8 @@ def distill(config: DistillConfig) -> Path:
         heldout = heldout_samples(corpus, config.data.sequence_length)
         main_first(lambda: _prepare(output, config, student, manifest))
         with told_when_full(output):
-            _run(config, output, teacher, student, samples, heldout, groups)
+            # A teacher whose predictions count nothing is not loaded.
+            _run(config, output, teacher if config.loss.kd_logits_weight else None, student, samples, heldout, groups)
             if groups.is_main:
                 manifest.write(output)
                 (output / "DONE").touch()
@@ -78,8 +80,7 @@ def _run(
     groups: Groups,
 ) -> None:
     chunks = build_model(student.shape, groups, config.dtype, config.recompute)
-    if not config.random_init:
-        load_weights(chunks, student, groups)
+    load_weights(chunks, RandomWeights(student.shape, config.seed) if config.random_init else student, groups)
     teacher_chunks = None
     flops = 3 * forward_flops_per_token(student.shape, config.data.sequence_length)
     if teacher:
@@ -95,7 +96,11 @@ def _run(
     if step:
         logger.info("going on after step %d", step)
     pair = TeacherStudent(training.chunks, teacher_chunks, groups, config.loss, student.shape.vocab)
-    with Metrics(output, step, config.tracking, to_plain(config)) if groups.is_main else nullcontext() as metrics:
+    with ExitStack() as stack:
+        metrics = None
+        with failing_together():
+            if groups.is_main:
+                metrics = stack.enter_context(Metrics(output, step, config.tracking, to_plain(config)))
         train(config, pair, training, samples, heldout, groups, step, checkpoints, metrics, flops)
 
 

@@ -98,8 +98,14 @@ def _losses(where: str, result: StepResult, config: DistillConfig) -> dict[str, 
     return found
 
 
-# Dense bf16 peak in TFLOP/s, from NVIDIA's data sheets of the SXM parts.
-_PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}
+# Dense bf16 peak in TFLOP/s by CUDA's name of the device, from NVIDIA's data sheets. PCIe and NVL parts of the same
+# family have other peaks.
+_PEAK_TFLOPS = {
+    "NVIDIA H200": 989.4,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+}
 
 
 def _throughput(tokens_per_s: float, flops_per_token: float, groups: Groups) -> dict[str, float]:
@@ -111,8 +117,7 @@ def _throughput(tokens_per_s: float, flops_per_token: float, groups: Groups) -> 
         "throughput/tflops_per_rank": tflops,
     }
     if groups.device.type == "cuda":
-        name = torch.cuda.get_device_name()
-        for part, peak in _PEAK_TFLOPS.items():
-            if part in name:
-                found["throughput/mfu_pct"] = 100 * tflops / peak
+        peak = _PEAK_TFLOPS.get(torch.cuda.get_device_name())
+        if peak:
+            found["throughput/mfu_pct"] = 100 * tflops / peak
     return found

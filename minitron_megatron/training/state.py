@@ -11,6 +11,7 @@ from megatron.core.utils import unwrap_model
 from minitron_megatron.checkpoint.manifest import write_atomically
 from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder
 from minitron_megatron.disk import told_when_full
+from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.training.optimizer import Optimization
 
 
@@ -25,11 +26,7 @@ def save_state(root: Path, step: int, training: Optimization) -> None:
     """
     folder = root / iteration_folder(step)
     temporary = root / f".{folder.name}.partial"
-    if dist.get_rank() == 0:
-        for old in root.glob(".*.partial"):
-            shutil.rmtree(old)
-        temporary.mkdir(parents=True)
-    dist.barrier()
+    main_first(lambda: _make_empty(temporary))
     state = _sharded_state(training, is_loading=False)
     state |= {
         "iteration": step,
@@ -43,15 +40,24 @@ def save_state(root: Path, step: int, training: Optimization) -> None:
         shutil.rmtree(temporary, ignore_errors=True)  # what is left of it may be what fills the disk
         raise
     dist.barrier()
-    if dist.get_rank() == 0:
-        if folder.exists():
-            shutil.rmtree(folder)  # not announced, so left by a run that ended between these lines
-        os.replace(temporary, folder)
-        write_atomically(root / TRACKER, str(step))
-        for old in root.glob("iter_*"):
-            if old != folder:
-                shutil.rmtree(old)
-    dist.barrier()
+    main_first(lambda: _announce(temporary, folder, step))
+
+
+def _make_empty(temporary: Path) -> None:
+    for old in temporary.parent.glob(".*.partial"):
+        shutil.rmtree(old)
+    temporary.mkdir(parents=True)
+
+
+def _announce(temporary: Path, folder: Path, step: int) -> None:
+    """Make a whole checkpoint the latest one, and the only one."""
+    if folder.exists():
+        shutil.rmtree(folder)  # not announced, so left by a run that ended between these lines
+    os.replace(temporary, folder)
+    write_atomically(folder.parent / TRACKER, str(step))
+    for old in folder.parent.glob("iter_*"):
+        if old != folder:
+            shutil.rmtree(old)
 
 
 def load_state(root: Path, training: Optimization) -> int:

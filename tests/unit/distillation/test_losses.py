@@ -98,10 +98,27 @@ def test_a_vocabulary_without_padding(group):
 
 def test_blocks_of_rows_within_a_chunk_change_nothing(group, monkeypatch):
     whole = Case().linear(group, 0.7, 0.4, 23)
-    monkeypatch.setattr(linear_losses, "_CACHE_ELEMENTS", 3 * VOCAB)
+    monkeypatch.setattr(linear_losses, "_CACHE_ELEMENTS", 3 * PADDED)
     blocks = Case().linear(group, 0.7, 0.4, 23)
     assert blocks[0] == pytest.approx(whole[0], rel=1e-6)
     assert_close(blocks[1], whole[1].double())
+
+
+def test_a_rank_without_true_rows_still_has_blocks():
+    """On CUDA a block is the whole matrix, of which such a rank has nothing."""
+    assert linear_losses._block(0, 10, is_cuda=True) == 1
+    assert linear_losses._block(40, 10, is_cuda=True) == 40
+
+
+def test_nothing_is_computed_for_gradients_that_nobody_wants(group, monkeypatch):
+    case = Case()
+    arguments = case.labels, case.mask, group, case.vocab, case.teacher, 0.7, 0.4
+    weight = case.weight.requires_grad_()
+    expected, _ = linear_distillation_loss(case.hidden, weight, *arguments)
+    monkeypatch.setattr(linear_losses, "_add_", lambda total, share: pytest.fail("a gradient was computed"))
+    with torch.no_grad():
+        loss, _ = linear_distillation_loss(case.hidden, weight, *arguments)
+    assert loss == expected and not loss.requires_grad
 
 
 def test_logits_as_large_as_exponentials_allow(group):
@@ -190,8 +207,9 @@ def test_logits_of_more_than_a_chunk_never_exist(group):
 
 def of_two_ranks(folder):
     """Everything that is compared, by one of two tensor-parallel ranks. The second one's rows are all padding
-    where the vocabulary is 29, and partly so where it is 37."""
+    where the vocabulary is 29, and partly so where it is 37. Work goes in blocks of three tokens."""
     found = {}
+    linear_losses._CACHE_ELEMENTS = 3 * PADDED // 2
     with process_groups(ParallelConfig(tensor=2)) as groups:
         for vocab, (name, weights) in itertools.product((29, 37, 64), WEIGHTS.items()):
             found[vocab, name] = Case(vocab).linear(groups.collection.tp, *weights, 5)

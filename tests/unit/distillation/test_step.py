@@ -1,0 +1,19 @@
+import torch
+
+from minitron_megatron.config.schema import LossConfig, ParallelConfig
+from minitron_megatron.distillation import step
+from minitron_megatron.distillation.step import TeacherStudent
+from minitron_megatron.parallel.groups import process_groups
+
+
+def test_the_teachers_time_is_that_of_its_kernels(monkeypatch):
+    """They run on after the calls that start them have returned."""
+    model = torch.nn.Identity()
+    with process_groups(ParallelConfig()) as groups:
+        happened = []
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("waited"))
+        monkeypatch.setattr(step, "run_forward", lambda *arguments, **options: happened.append("ran") or ["states"])
+        pair = TeacherStudent([model], [model], groups, LossConfig(), 10)
+        assert pair._teacher_states([])[0] == ["states"]
+        assert happened == ["waited", "ran", "waited"]
+        assert TeacherStudent([model], None, groups, LossConfig(0.0, 1.0), 10)._teacher_states([]) == ([], 0.0)

@@ -1,0 +1,26 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.training.loop import _throughput
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("NVIDIA H100 80GB HBM3", 100 * 2 / 989.4),
+        ("NVIDIA A100-SXM4-80GB", 100 * 2 / 312),
+        # The peaks of these are not those of the SXM parts.
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200 NVL", None),
+    ],
+)
+def test_utilisation_is_of_the_part_whose_peak_is_known(name, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    groups = SimpleNamespace(layout=Layout(tensor=2), device=torch.device("cuda"))
+    found = _throughput(1e3, 4e9, groups)
+    assert found["throughput/tflops_per_rank"] == pytest.approx(2)
+    assert found.get("throughput/mfu_pct") == (expected and pytest.approx(expected))
