@@ -58,11 +58,13 @@ class Reader:
     Attributes:
         missing: one sentence per mandatory value that is not given.
         wrong: one sentence per unknown key, value of a wrong type or broken interpolation.
+        waits: whether a value depends on one that is not given, and kept its default meanwhile.
     """
 
     def __init__(self):
         self.missing: list[str] = []
         self.wrong: list[str] = []
+        self.waits = False
 
     def settings(self, schema: type, node: DictConfig, where: str = "", ignored: tuple[str, ...] = ()) -> Any:
         """An object of `schema`. What cannot be read keeps its default.
@@ -100,7 +102,8 @@ class Reader:
         except MissingMandatoryValue:
             return MISSING
         except InterpolationToMissingValueError:
-            return UNREAD  # the missing value is reported where it stands
+            self.waits = True  # for a missing value, which is reported where it stands
+            return UNREAD
         except OmegaConfBaseException as error:
             self.wrong.append(f"{where}{name} = {node._get_node(name)}: {str(error).splitlines()[0]}")
             return UNREAD

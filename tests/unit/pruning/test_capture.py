@@ -7,18 +7,15 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 
-from minitron_megatron.checkpoint.huggingface import StateDict
-from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.config.schema import Aggregation, DType, ParallelConfig
+from minitron_megatron.config.schema import Aggregation, Criterion, Neurons, ParallelConfig
 from minitron_megatron.model import build
-from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.pruning.calibration import score_model
 from minitron_megatron.pruning.capture import Capture
-from minitron_megatron.pruning.score import score_model
-from minitron_megatron.pruning.scores import TENSORS
-from tests.tiny import FAMILIES, Samples, hf_model
+from minitron_megatron.pruning.scores import WIDTH
+from tests.tiny import FAMILIES, hf_model
+from tests.unit.pruning.direct import build_ours, samples_for, score_config
 
-NUM_SAMPLES, SEQUENCE, MICRO_BATCH = 7, 16, 2  # the last micro-batch is filled up
 OVER_LIST = {
     Aggregation.MEAN: lambda x: x.abs().mean(0),
     Aggregation.L2: lambda x: x.square().sum(0).sqrt(),
@@ -37,20 +34,9 @@ def groups():
         yield groups
 
 
-def build_ours(theirs, groups):
-    shape = shape_from_config(theirs.config.to_dict())
-    chunks = build.build_model(shape, groups, DType.FP32)
-    load_weights(chunks, StateDict(shape, theirs.state_dict()), groups)
-    return chunks, shape
-
-
-def samples_for(theirs):
-    return Samples(NUM_SAMPLES, SEQUENCE, theirs.config.vocab_size)
-
-
 def activations_of(theirs, samples):
     """Everything that is scored, `[sequence, token, element]`, by axis and then by place in the network."""
-    seen = {"hidden": {}, "ffn": {}, "head": {}, "in": {}, "out": {}}
+    seen = {"hidden": {}, "ffn": {}, "before": {}, "head": {}}
     hooks = []
 
     def keep_input(module, axis, name, change=lambda x: x):
@@ -67,8 +53,7 @@ def activations_of(theirs, samples):
         keep_output(layer.post_attention_layernorm, "hidden", (number, 1))
         keep_input(layer.mlp.down_proj, "ffn", number)
         keep_input(layer.self_attn.o_proj, "head", number, lambda x: x.unflatten(-1, (6, 12)).square().sum(-1).sqrt())
-        keep_input(layer, "in", number)
-        keep_output(layer, "out", number)
+        keep_output(layer.mlp.gate_proj if hasattr(layer.mlp, "gate_proj") else layer.mlp.up_proj, "before", number)
     keep_output(theirs.model.norm, "hidden", "final")
     with torch.no_grad():
         theirs(samples.tokens[:, :-1])
@@ -77,7 +62,7 @@ def activations_of(theirs, samples):
     return {axis: {name: x.double() for name, x in places.items()} for axis, places in seen.items()}
 
 
-def direct_scores(theirs, samples, over_tokens, over_sequences):
+def direct_scores(theirs, samples, over_tokens, over_sequences, neurons="ffn"):
     seen = activations_of(theirs, samples)
     valid = [mask > 0 for mask in samples.mask]
 
@@ -85,21 +70,15 @@ def direct_scores(theirs, samples, over_tokens, over_sequences):
         of_sequences = [OVER_LIST[over_tokens](row[v]) for row, v in zip(x, valid, strict=True) if v.any()]
         return OVER_LIST[over_sequences](torch.stack(of_sequences))
 
-    token = samples.mask > 0
-    cosine = [
-        torch.nn.functional.cosine_similarity(seen["in"][n][token], seen["out"][n][token], dim=-1)
-        for n in range(len(seen["in"]))
-    ]
     return {
         "hidden": sum(map(score, seen["hidden"].values())),
-        "ffn": torch.stack([score(seen["ffn"][n]) for n in range(4)]),
+        "ffn": torch.stack([score(seen[neurons][n]) for n in range(4)]),
         "head": torch.stack([score(seen["head"][n]) for n in range(4)]).view(4, 2, 3),
-        "layer": torch.stack([1 - c.mean() for c in cosine]),
     }
 
 
 def assert_same(scores, expected):
-    for name in TENSORS:
+    for name in WIDTH:
         found = getattr(scores, name)
         assert found.shape == expected[name].shape
         assert (found - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
@@ -110,7 +89,8 @@ def assert_same(scores, expected):
 def test_scores_are_those_of_a_direct_version(theirs, groups, over_tokens, over_sequences):
     chunks, shape = build_ours(theirs, groups)
     samples = samples_for(theirs)
-    scores = score_model(chunks, shape, groups, samples, NUM_SAMPLES, MICRO_BATCH, over_tokens, over_sequences)
+    how = score_config(sequence_aggregation=over_tokens, batch_aggregation=over_sequences, criteria=[])
+    scores = score_model(chunks, shape, groups, samples, how)
     assert_same(scores, direct_scores(theirs, samples, over_tokens, over_sequences))
 
 
@@ -151,7 +131,7 @@ def test_norms_inside_projections_are_scored_too(theirs, groups, monkeypatch):
     chunks, shape = build_ours(theirs, groups)
     assert isinstance(chunks[0].decoder.layers[0].input_layernorm, IdentityOp)
     samples = samples_for(theirs)
-    scores = score_model(chunks, shape, groups, samples, NUM_SAMPLES, MICRO_BATCH)
+    scores = score_model(chunks, shape, groups, samples, score_config())
     assert_same(scores, direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.L2))
 
 
@@ -163,14 +143,19 @@ def test_the_hooks_are_gone_afterwards_whatever_happens(theirs, groups):
     [model], shape = build_ours(theirs, groups)
     before = hooks_in(model)
     with pytest.raises(ZeroDivisionError), Capture([model], shape, groups, Aggregation.MEAN):
-        # Two norms, two projections and the layer itself of each of 4 layers, and the final norm.
-        assert hooks_in(model) == before + 4 * 5 + 1
+        # Two norms and two projections of each of 4 layers, and the final norm.
+        assert hooks_in(model) == before + 4 * 4 + 1
         _ = 1 / 0
     assert hooks_in(model) == before
 
 
 def test_scoring_twice_gives_the_same(theirs, groups):
     chunks, shape = build_ours(theirs, groups)
-    first, second = (score_model(chunks, shape, groups, samples_for(theirs), NUM_SAMPLES, 3) for _ in range(2))
-    for name in TENSORS:
-        assert torch.equal(getattr(first, name), getattr(second, name))
+    samples, config = samples_for(theirs), score_config(micro_batch=3)
+    first, second = (score_model(chunks, shape, groups, samples, config) for _ in range(2))
+    assert first.depth.keys() == second.depth.keys() == {"block_influence"}
+    for found, again in [(getattr(first, name), getattr(second, name)) for name in WIDTH] + [
+        (first.depth[name], second.depth[name]) for name in first.depth
+    ]:
+        assert torch.equal(found, again)
+    assert hooks_in(chunks[0]) == 0
