@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done, writing
-from minitron_megatron.checkpoint.sharded import Checkpoint, write_checkpoint
+from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import ScoreConfig, TargetConfig, Unit
 from minitron_megatron.data.choices import ChoiceSamples, read_questions

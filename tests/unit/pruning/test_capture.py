@@ -7,7 +7,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 
-from minitron_megatron.config.schema import Aggregation, Criterion, Neurons, ParallelConfig
+from minitron_megatron.config.schema import Aggregation, ParallelConfig
 from minitron_megatron.model import build
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.calibration import score_model
