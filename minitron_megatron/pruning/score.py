@@ -112,7 +112,7 @@ def _score_in_rounds(config: ScoreConfig, checkpoint: Checkpoint, groups: Groups
         if number < config.rounds:
             step = plan_for(found, _part_way(config, checkpoint, number))
             plan = plan.then(step) if plan else step
-            if config.save_rounds and groups.is_main:
+            if config.save_rounds:
                 _save_round(config, checkpoint, plan, number)
     return scores
 
@@ -166,7 +166,7 @@ def _as_of_source(before: Scores | None, found: Scores, plan: Plan | None, numbe
 
 
 def _save_round(config: ScoreConfig, checkpoint: Checkpoint, plan: Plan, number: int) -> None:
-    """Write the checkpoint between two rounds, beside the scores."""
+    """Write the checkpoint between two rounds, beside the scores. Collective."""
     output = Path(f"{config.output}.round_{number}")
     manifest = Manifest("checkpoint", parents=[Parent.of("checkpoint", checkpoint.root)], config=to_plain(config))
     if not is_done(output, manifest):
