@@ -22,6 +22,7 @@ from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch
 from minitron_megatron.pruning.capture import own_tokens
 from minitron_megatron.pruning.outputs import compare_outputs
+from minitron_megatron.pruning.scores import in_blocks
 
 Drops = frozenset[int]
 WHOLE: Drops = frozenset()
@@ -116,9 +117,8 @@ class Ablation:
                 base, other = _run_layer(layer, inputs, before, [MLP]), states[_up_to(path, end) - {end}]
             else:
                 continue
-            cosine = torch.nn.functional.cosine_similarity(base.float(), other.float(), dim=-1)
             if self.groups.layout.sequence or self.groups.tensor_rank == 0:
-                self.cosine[number] += (cosine * mask).sum(dtype=torch.float64)
+                self.cosine[number] += (_cosine(base, other) * mask).sum(dtype=torch.float64)
         return behind
 
     def _receive(self, position: int, batch: Batch, dtype: torch.dtype) -> dict[Drops, Tensor]:
@@ -146,6 +146,15 @@ class Ablation:
         if self.groups.layout.sequence:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.groups.collection.tp)
         return hidden.flatten(0, 1)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine over the last dimension, in float32."""
+    found, dot = [], torch.linalg.vecdot
+    for one, other in in_blocks(a, b):
+        one, other = one.float(), other.float()
+        found.append(dot(one, other) * (dot(one, one) * dot(other, other)).clamp(min=1e-30).rsqrt())
+    return torch.cat(found)
 
 
 def _up_to(path: Drops, position: int) -> Drops:

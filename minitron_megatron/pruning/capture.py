@@ -73,6 +73,7 @@ class Capture:
         self._mask: Tensor | None = None  # of the whole sequence, [seq, batch]
         self._own_mask: Tensor | None = None  # of this rank's part of it under sequence parallelism
         self._num_tokens: Tensor | None = None
+        self._all_valid = False
         self._hooks: list = []
 
     def __enter__(self) -> "Capture":
@@ -100,6 +101,7 @@ class Capture:
         """Say which tokens, `[batch, seq]`, count in the forward passes to come. Once per micro-batch."""
         self._mask, self._own_mask = loss_mask.transpose(0, 1), own_tokens(loss_mask, self.groups)
         self._num_tokens = self._mask.sum(0, dtype=torch.float64)
+        self._all_valid = bool((self._num_tokens == len(self._mask)).all())
         if self.groups.tensor_rank == self.groups.pipeline_rank == 0:
             self.num_sequences += (self._num_tokens > 0).sum()
 
@@ -126,7 +128,9 @@ class Capture:
 
     def _score(self, x: Tensor, mask: Tensor, split_sequence: bool) -> Tensor:
         """Scores of the sequences that have valid tokens, `[batch, elements]`."""
-        first, second = aggregate_sequence(x, mask, self.how)
+        if not self._all_valid:
+            x = x * mask.unsqueeze(-1).to(x.dtype)
+        first, second = aggregate_sequence(x, self.how)
         if split_sequence:
             first, second = sum_over(torch.stack([first, second]), self.groups.collection.tp)
         valid = self._num_tokens > 0

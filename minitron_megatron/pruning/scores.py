@@ -6,6 +6,8 @@ first, and over the sequences second.
 """
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.shape import ModelShape
 
 FILE = "scores.safetensors"
+_CACHE_ELEMENTS = 2**18
 WIDTH = ("hidden", "ffn", "head")
 
 
@@ -117,21 +120,31 @@ class Scores:
             raise CheckpointError(f"{folder / FILE} is not whole: {e}") from e
 
 
-def aggregate_sequence(x: Tensor, mask: Tensor, how: Aggregation) -> tuple[Tensor, Tensor]:
+def aggregate_sequence(x: Tensor, how: Aggregation) -> tuple[Tensor, Tensor]:
     """The sums over tokens from which a per-sequence score follows; parts of a sequence add up.
 
     Args:
-        x: `[seq, batch, elements]`.
-        mask: `[seq, batch]`, 1 for tokens that count.
+        x: `[seq, batch, elements]`, zero for tokens that do not count.
         how: the aggregation over the tokens.
 
     Returns:
         first and second sums `[batch, elements]` in float64, see `sequence_score`.
     """
-    x = x.float() * mask.unsqueeze(-1)
-    first = x.sum(0, dtype=torch.float64) if how is Aggregation.VARIANCE else x.abs().sum(0, dtype=torch.float64)
-    second = first if how is Aggregation.MEAN else x.square().sum(0, dtype=torch.float64)
+    first, second = torch.zeros(2, *x.shape[1:], dtype=torch.float64, device=x.device)
+    for (block,) in in_blocks(x):
+        # Short sums may be of float32; long ones are of float64.
+        first += (block if how is Aggregation.VARIANCE else block.abs()).sum(0, dtype=torch.float32)
+        if how is not Aggregation.MEAN:
+            second += block.float().square_().sum(0)
     return first, second
+
+
+def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one size, a part of their first dimension at a time: on the CPU what fits into a core's cache."""
+    step = len(tensors[0])
+    if tensors[0].device.type == "cpu":
+        step = max(1, _CACHE_ELEMENTS // max(1, math.prod(tensors[0].shape[1:])))
+    return zip(*(tensor.split(step) for tensor in tensors), strict=True)
 
 
 def sequence_score(first: Tensor, second: Tensor, num_tokens: Tensor, how: Aggregation) -> Tensor:
