@@ -30,19 +30,20 @@ PACKAGES = ["torch", "megatron-core", "transformers", "nvidia-modelopt", "minitr
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
-def parser(description: str, repeats: int | None = None) -> ArgumentParser:
+def parser(description: str, repeats: int | None = None, threads: int | None = None) -> ArgumentParser:
     """The options that every measurement has.
 
     Args:
         description: the first line of it is shown by `--help`.
-        repeats: the default of `--repeats`; None leaves that option out.
+        repeats, threads: the defaults of `--repeats` and `--threads`; None leaves that option out.
     """
     found = ArgumentParser(description=description.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
     found.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="models and runs are kept here")
-    found.add_argument("--threads", type=int, default=2, help="of torch, in every case")
     found.add_argument("--docs", action="store_true", help="measure nothing; write the last results into the docs")
     if repeats:
         found.add_argument("--repeats", type=int, default=repeats, help="of every case, each in a fresh process")
+    if threads:
+        found.add_argument("--threads", type=int, default=threads, help="of torch, in every case")
     return found
 
 

@@ -60,7 +60,7 @@ class Run:
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = parser(__doc__, threads=2)
     options.add_argument("--steps", type=int, default=None, help="of every run; the demo's own number if not given")
     options.add_argument("--seeds", type=int, nargs="+", default=[1234, 1235], help="of the data order")
     options.add_argument("--windows", type=int, default=None, help="at most so many windows of each text are judged")

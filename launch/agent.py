@@ -6,6 +6,7 @@ and exits with status 2. All ranks usually find the same error; one is shown.
 
 import importlib
 import logging
+import signal
 import sys
 
 USER_ERROR = 2
@@ -22,7 +23,12 @@ def main(arguments: list[str]) -> int:
     try:
         launcher.main(arguments)
     except errors.ChildFailedError as error:
-        # Other ranks may have failed since, for want of the one that left.
+        # Other ranks may have failed since, for want of the one that left, or were ended by the launcher's SIGTERM.
+        for rank, failure in error.failures.items():
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+                name = signal.Signals(-failure.exitcode).name
+                print(f"minitron: rank {rank} was ended by {name}: see whether the memory was enough", file=sys.stderr)
+                return 1
         for failure in error.failures.values():
             if failure.exitcode == USER_ERROR and isinstance(failure.message, dict):
                 print(failure.message["message"], file=sys.stderr)

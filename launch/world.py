@@ -2,13 +2,22 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.config.verbs import DISTRIBUTED, SHARED
 
 
 def required_ranks(parallel: ParallelConfig) -> int:
     """Ranks that a layout needs when nobody has started any: one replica unless it says more."""
     return parallel.tensor * parallel.pipeline * (parallel.data or 1)
+
+
+def ranks_to_start(verb: str, settings: Any) -> int:
+    """Ranks that a verb with these settings is run by when nobody has started any."""
+    if verb in DISTRIBUTED:
+        return required_ranks(settings.parallel)
+    return settings.workers if verb in SHARED else 1
 
 
 def slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -16,10 +16,10 @@ from minitron_megatron import __version__
 from minitron_megatron.config.compose import compose, experiments, to_yaml
 from minitron_megatron.config.describe import describe, summary
 from minitron_megatron.config.reader import near
-from minitron_megatron.config.verbs import DISTRIBUTED, VERBS, verb_function
+from minitron_megatron.config.verbs import DISTRIBUTED, SHARED, VERBS, verb_function
 from minitron_megatron.errors import ConfigError, UserError
 from minitron_megatron.launch.local import ROLE, run_ranks
-from minitron_megatron.launch.world import required_ranks, slurm_environment
+from minitron_megatron.launch.world import ranks_to_start, slurm_environment
 from minitron_megatron.parallel.layout import Layout
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -68,11 +68,11 @@ def _start(verb: str, overrides: list[str], settings: Any) -> int:
     """Run a verb in the world that there is, or in one made for it."""
     os.environ.update(slurm_environment(os.environ))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" not in os.environ and ranks_to_start(verb, settings) > 1:
+        return run_ranks(ranks_to_start(verb, settings), [verb, *overrides])
     if verb in DISTRIBUTED:
-        if "RANK" not in os.environ and required_ranks(settings.parallel) > 1:
-            return run_ranks(required_ranks(settings.parallel), [verb, *overrides])
         Layout.from_config(settings.parallel, world_size)
-    elif world_size > 1:
+    elif world_size > 1 and verb not in SHARED:
         raise ConfigError([f"{verb} runs in one process, and here are {world_size}: start it without a launcher"])
     _set_up_logging()
     verb_function(verb)(settings)

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from minitron_megatron.config.compose import resolve_stages, to_overrides, to_yaml
 from minitron_megatron.config.schema import CompressConfig
-from minitron_megatron.config.verbs import DISTRIBUTED, verb_function
+from minitron_megatron.config.verbs import verb_function
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.launch.local import run_ranks
-from minitron_megatron.launch.world import required_ranks
+from minitron_megatron.launch.world import ranks_to_start
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ def compress(config: CompressConfig) -> Path:
 
 
 def _run(verb: str, settings) -> None:
-    if verb in DISTRIBUTED and required_ranks(settings.parallel) > 1:
-        if run_ranks(required_ranks(settings.parallel), [verb, *to_overrides(settings)]):
+    if ranks_to_start(verb, settings) > 1:
+        if run_ranks(ranks_to_start(verb, settings), [verb, *to_overrides(settings)]):
             raise ConfigError([f"the stage of verb {verb} failed: see its messages above"])
         return
     verb_function(verb)(settings)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from minitron_megatron.checkpoint.rows import bits, copy_rows
 from minitron_megatron.checkpoint.source import TensorSource, instances, take
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import Param, Part, axis_sizes, parameters
@@ -35,6 +37,32 @@ COMPANIONS = (
 )
 
 
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor in a safetensors file, of which `start` is its first byte and `kind` the file's word for its dtype.
+
+    It is read in place. safetensors would map the file into memory, and what is mapped counts as used.
+    """
+
+    path: Path
+    start: int
+    size: tuple[int, ...]
+    kind: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.kind]
+
+    def read(self, index: list[np.ndarray]) -> torch.Tensor:
+        out = torch.empty([len(i) for i in index], dtype=self.dtype)
+        with open(self.path, "rb", buffering=0) as file:
+            copy_rows(file, self.start, self.size, index, bits(out))
+        return out
+
+
 class HuggingFaceFolder:
     """A Hugging Face folder (one or many safetensors files) as a source of weights, read row by row.
 
@@ -53,12 +81,10 @@ class HuggingFaceFolder:
         except (json.JSONDecodeError, KeyError) as e:
             raise CheckpointError(f"{config} is not the whole config of a model: {e!r}") from e
         names = _weight_files(folder)
-        files = {file: _open(folder / file) for file in set(names.values())}
-        there = {file: set(opened.keys()) for file, opened in files.items()}
-        self._files = {name: files[file] for name, file in names.items() if name in there[file]}
+        there = {file: _tensors_in(folder / file) for file in set(names.values())}
+        self._tensors = {name: there[file][name] for name, file in names.items() if name in there[file]}
         self._check()
-        first = self._files["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight")
-        self.dtype = _SAFETENSORS_DTYPES[first.get_dtype()]
+        self.dtype = self._tensors["model.embed_tokens.weight"].dtype
 
     def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`. Rows that pad the vocabulary are zero."""
@@ -70,22 +96,22 @@ class HuggingFaceFolder:
             _, where, own = np.intersect1d(rows, fused, assume_unique=True, return_indices=True)
             if not len(own):
                 continue
-            name = part.name.format(layer=layer)
-            low, high = int(own.min()), int(own.max()) + 1
-            piece = self._files[name].get_slice(name)[low:high]
-            out[torch.from_numpy(where)] = take(piece, [own - low, *columns]).to(self.dtype)
+            piece = self._tensors[part.name.format(layer=layer)].read([own, *columns])
+            out[torch.from_numpy(where)] = piece.to(self.dtype)
         return out
 
     def _check(self) -> None:
         expected = {name: size for name, size, *_ in hf_tensors(self.shape)}
         problems = []
         for name, size in expected.items():
-            if name not in self._files:
+            if name not in self._tensors:
                 problems.append(f"missing: {name} {size}")
-            elif (found := self._files[name].get_slice(name).get_shape()) != size:
+            elif (found := list(self._tensors[name].size)) != size:
                 problems.append(f"wrong size: {name} is {found}, config.json says {size}")
-        ignored = {"lm_head.weight"} if self.shape.tied else set()
-        unknown = [n for n in self._files if n not in expected and n not in ignored and "rotary_emb.inv_freq" not in n]
+            elif (kind := self._tensors[name].kind) not in _DTYPES:
+                problems.append(f"unknown number format: {name} is {kind}; supported: {', '.join(_DTYPES)}")
+        ignored = {*expected, "lm_head.weight"} if self.shape.tied else set(expected)
+        unknown = [name for name in self._tensors if name not in ignored and "rotary_emb.inv_freq" not in name]
         problems += [f"unknown: {name}" for name in unknown]
         if problems:
             raise CheckpointError(f"{self.folder} does not hold the network of its config:\n  " + "\n  ".join(problems))
@@ -181,13 +207,21 @@ def _true_rows(param: Param, part: Part, shape: ModelShape) -> np.ndarray:
     return param.dims[0].index(kept, sizes)
 
 
-def _open(path: Path):
+def _tensors_in(path: Path) -> dict[str, _StoredTensor]:
+    """The tensors of a safetensors file by name. Opening it checks that it is whole."""
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt"), open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
     except FileNotFoundError as e:
         raise CheckpointError(f"{path} is missing: the folder is not whole") from e
     except SafetensorError as e:
         raise CheckpointError(f"{path} is not a whole safetensors file: {e}") from e
+    entries.pop("__metadata__", None)
+    return {
+        name: _StoredTensor(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        for name, entry in entries.items()
+    }
 
 
 def _weight_files(folder: Path) -> dict[str, str]:
@@ -198,7 +232,4 @@ def _weight_files(folder: Path) -> dict[str, str]:
             raise CheckpointError(f"{folder / INDEX} is not a whole index of weights: {e!r}") from e
     if not (folder / SINGLE).is_file():
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors weights are read")
-    return dict.fromkeys(_open(folder / SINGLE).keys(), SINGLE)
-
-
-_SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    return dict.fromkeys(_tensors_in(folder / SINGLE), SINGLE)

@@ -203,28 +203,28 @@ def writing(output: Path, manifest: Manifest, num_bytes: int = 0, workers: Worke
             output.rmdir()
         os.replace(temporary, output)
 
-    workers.run_on_main(begin)
-    try:
-        with told_when_full(output), _ended_by_an_exception():
-            yield temporary
-            workers.run_on_main(finish)
-    finally:
-        # By whoever is left: the first worker may be the one that was ended.
-        shutil.rmtree(temporary, ignore_errors=True)
+    # By whoever is left, for the first worker may be the one that was ended.
+    with _removed_at_the_end(temporary), told_when_full(output):
+        workers.run_on_main(begin)
+        yield temporary
+        workers.run_on_main(finish)
 
 
 @contextmanager
-def _ended_by_an_exception() -> Iterator[None]:
-    """Let SIGTERM, which launchers send to the ranks that are left, end the block so that it can clean up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _removed_at_the_end(folder: Path) -> Iterator[None]:
+    """Remove `folder` when the block ends. SIGTERM, which launchers send to the ranks that are left, ends it, too."""
+    is_ending = False
 
     def end(number: int, frame) -> None:
-        raise SystemExit(128 + number)
+        if not is_ending:
+            raise SystemExit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, end)
+    handles_signals = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, end) if handles_signals else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        is_ending = True
+        shutil.rmtree(folder, ignore_errors=True)
+        if handles_signals:
+            signal.signal(signal.SIGTERM, previous)

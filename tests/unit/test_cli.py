@@ -120,14 +120,24 @@ def test_ranks_are_started_when_the_layout_needs_them(ran, monkeypatch):
     arguments = [*SCORE, "parallel.tensor=2", "parallel.data=3"]
     assert cli.main(arguments) == 2  # the status of the ranks
     assert started == [(6, arguments)] and not ran
-    # A cut for that layout runs in one process all the same.
-    assert cli.main(["prune", "checkpoint=c", "scores=s", "output=o", "target.ffn=8", "parallel.tensor=2"]) == 0
+    # A cut for that layout runs in as many processes as are asked for.
+    prune = ["prune", "checkpoint=c", "scores=s", "output=o", "target.ffn=8", "parallel.tensor=2"]
+    assert cli.main(prune) == 0
     assert len(started) == len(ran) == 1
+    assert cli.main([*prune, "workers=3"]) == 2
+    assert started[1:] == [(3, [*prune, "workers=3"])] and len(ran) == 1
 
 
 def test_ranks_that_exist_are_joined(ran):
     os.environ.update(RANK="1", WORLD_SIZE="4")
     assert cli.main([*SCORE, "parallel.tensor=2"]) == 0
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize("verb", ["import source=c", "prune checkpoint=c scores=s target.ffn=8"])
+def test_any_number_of_ranks_shares_the_work_of_some_verbs(verb, ran):
+    os.environ.update(RANK="1", WORLD_SIZE="3")
+    assert cli.main([*verb.split(), "output=o", "workers=2"]) == 0
     assert len(ran) == 1
 
 
@@ -145,7 +155,6 @@ def test_tasks_of_srun_are_joined(ran):
         ("score", ["parallel.tensor=2"], "2 x 1 x 1 = 2 ranks, but the world has 3"),
         ("score", ["parallel.tensor=2", "parallel.data=2"], "2 x 1 x 2 = 4 ranks, but the world has 3"),
         ("export", [], "export runs in one process, and here are 3"),
-        ("prune", ["scores=s", "target.ffn=8", "parallel.tensor=3"], "prune runs in one process, and here are 3"),
     ],
 )
 def test_a_world_of_the_wrong_size_is_refused(verb, layout, numbers, ran, capsys):

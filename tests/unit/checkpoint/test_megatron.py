@@ -17,12 +17,13 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from minitron_megatron.checkpoint.convert import import_checkpoint
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import SHAPE, TRACKER, Checkpoint
 from minitron_megatron.checkpoint.source import instances
-from minitron_megatron.config.schema import DType, ParallelConfig, PruneConfig, TargetConfig
+from minitron_megatron.config.schema import DType, ImportConfig, ParallelConfig, PruneConfig, TargetConfig
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import shape_from_config
@@ -123,6 +124,9 @@ def work(folder, tensor: int) -> None:
     with process_groups(ParallelConfig(tensor=tensor)):
         weights = train_and_save(folder / f"tp{tensor}", tensor)
         logits = load_and_run(folder / "checkpoint", tensor)
+        # Written by the ranks of a world that is there already, together.
+        shared = import_checkpoint(ImportConfig(str(folder / "hf"), str(folder / f"shared{tensor}")))
+        assert torch.equal(load_and_run(shared, tensor), logits)
         torch.save((weights, logits), folder / f"tp{tensor}_rank{dist.get_rank()}.pt")
 
 

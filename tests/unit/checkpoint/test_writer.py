@@ -66,8 +66,9 @@ def test_chunks_end_where_the_shares_of_tensor_parallel_ranks_do(source, tmp_pat
 def test_no_chunk_is_larger_than_the_maximum(tensor_ranks, source, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "CHUNK_BYTES", 2000)
     checkpoint = write(tmp_path / "c", source, tensor_ranks=tensor_ranks)
-    sizes = [math.prod(chunk.sizes) for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]
-    assert 4 * max(sizes) <= 2000
+    for chunk in (chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks):
+        num_bytes = 4 * math.prod(chunk.sizes)
+        assert num_bytes <= 2000 and num_bytes < chunk.length < num_bytes + 2000  # what torch puts around it
     if tensor_ranks == 2:  # 22 rows of 192 bytes in three chunks, as even as can be
         assert [size for _, size in chunks_of(checkpoint, FC1)] == [(7, 48), (7, 48), (8, 48)] * 4
     assert_equal(checkpoint, source)

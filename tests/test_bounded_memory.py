@@ -1,0 +1,91 @@
+"""The memory that pruning takes depends on the size of a chunk and not on that of the model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.checkpoint.writer import write_checkpoint
+from minitron_megatron.model.shape import ModelShape, layers_pattern
+from minitron_megatron.pruning.scores import Scores
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark is Linux's")
+
+CHUNK, BLOCK, THREADS = 4 * 2**20, 2**20, 2
+# Of each thread: a chunk as it is read, and once more where it is converted or cut; and a block with what is cut of it.
+BOUND = THREADS * (2 * CHUNK + 3 * BLOCK) + 4 * 2**20
+LAYERS = {"small": 4, "large": 8}
+
+_PRUNE = f"""
+import json, sys
+from pathlib import Path
+
+from minitron_megatron.checkpoint import rows, sharded, writer
+from minitron_megatron.config.schema import PruneConfig, TargetConfig
+from minitron_megatron.pruning.prune import prune
+
+folder, name, hoards = sys.argv[1:]
+rows.BLOCK_BYTES, writer.CHUNK_BYTES, num_threads = {BLOCK}, {CHUNK}, {THREADS}
+writer._num_threads = lambda: num_threads
+if hoards == "True":
+    read, hoard = sharded.Checkpoint.read, []
+    sharded.Checkpoint.read = lambda *args: hoard.append(read(*args)) or hoard[-1]
+
+def memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {{line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}}
+
+def run(name):
+    paths = [f"{{folder}}/{{part}}" for part in (name, f"{{name}}-scores", f"{{name}}-pruned")]
+    prune(PruneConfig(*paths, TargetConfig(hidden=768, ffn=3072)))
+
+run("tiny")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = memory()["VmRSS"]
+run(name)
+print(json.dumps(memory()["VmHWM"] - before))
+"""
+
+
+class RandomWeights:
+    dtype = torch.bfloat16
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def read(self, param, layer, index):
+        return torch.randint(-(2**15), 2**15, [len(i) for i in index], dtype=torch.int16).view(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Checkpoints of 140 and 270 MB, one of which has the layers of the other twice; and a tiny one."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, num_layers in {"tiny": 1, **LAYERS}.items():
+        shape = ModelShape(layers_pattern(num_layers), 1024, 4096, 8, 4, 128, vocab=1024, padded_vocab=1024)
+        write_checkpoint(folder / name, RandomWeights(shape), torch.bfloat16, Manifest("checkpoint"), None)
+        (folder / f"{name}-scores").mkdir()
+        sizes = [(1024,), (num_layers, 4096), (num_layers, 4, 2), (num_layers,)]
+        Scores(shape, *(torch.rand(size) for size in sizes)).write(folder / f"{name}-scores")
+        Manifest("scores").write(folder / f"{name}-scores")
+    return folder
+
+
+def peak(models, tmp_path, name, hoards=False) -> int:
+    """Bytes that a process needs at most while it prunes, beyond those that it needs anyway."""
+    for each in models.iterdir():
+        (tmp_path / each.name).symlink_to(each)
+    command = [sys.executable, "-c", _PRUNE, str(tmp_path), name, str(hoards)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_peak_is_bounded_by_the_chunks_and_not_by_the_model(name, models, tmp_path):
+    assert CHUNK < peak(models, tmp_path, name) < BOUND
+
+
+def test_who_reads_the_whole_model_would_be_noticed(models, tmp_path):
+    assert peak(models, tmp_path, "large", hoards=True) > 4 * BOUND

@@ -1,0 +1,135 @@
+"""Several processes write one checkpoint together: the same tensors, all or nothing, one error."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from minitron_megatron.checkpoint.convert import import_checkpoint
+from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.config.schema import ImportConfig, PruneConfig, TargetConfig
+from minitron_megatron.pruning.prune import prune
+from minitron_megatron.pruning.scores import Scores
+from tests.ranks import run_on_ranks
+from tests.tiny import LLAMA, hf_model, import_hf
+from tests.unit.checkpoint.test_writer import assert_equal
+
+MINITRON = [sys.executable, "-m", "minitron_megatron.cli"]
+TARGET = ["target.layers=3", "target.hidden=40", "target.ffn=30", "target.heads=4", "parallel.tensor=2"]
+
+# In rank 1 alone: what each way of failing makes of the last step of writing a file.
+_STAND_IN = """
+import os, signal, time
+
+def stop(file):
+    way = os.environ["WAY"]
+    if way == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if way == "full":
+        raise OSError(28, "No space left on device")
+    folder = os.environ["FOLDER"]
+    open(f"{folder}/asleep", "w").close()
+    while not os.path.exists(f"{folder}/awake"):
+        time.sleep(0.1)
+
+if os.environ.get("RANK") == "1" and os.environ["WAY"] != "well":
+    os.fsync = stop
+"""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Hugging Face folder, a checkpoint, and scores of it."""
+    folder = tmp_path_factory.mktemp("llama")
+    checkpoint = Checkpoint(import_hf(folder, hf_model(**LLAMA)))
+    generator = torch.Generator().manual_seed(1)
+    scores = [torch.rand(*size, generator=generator) for size in [(48,), (4, 44), (4, 2, 3), (4,)]]
+    (folder / "scores").mkdir()
+    Scores(checkpoint.shape, *scores).write(folder / "scores")
+    Manifest("scores").write(folder / "scores")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processes(llama, tmp_path_factory):
+    """`minitron prune` in several processes that end in different ways, and their folders; all at once, for speed."""
+    found = {}
+    for way in ("well", "killed", "full", "asleep"):
+        folder = tmp_path_factory.mktemp(way)
+        (folder / "stand-in").mkdir()
+        (folder / "stand-in/sitecustomize.py").write_text(_STAND_IN)
+        paths = os.pathsep.join([str(folder / "stand-in"), *sys.path])
+        inputs = [f"checkpoint={llama / 'checkpoint'}", f"scores={llama / 'scores'}"]
+        process = subprocess.Popen(
+            [*MINITRON, "prune", *inputs, f"output={folder / 'pruned'}", *TARGET, "workers=2"],
+            env={**os.environ, "PYTHONPATH": paths, "WAY": way, "FOLDER": str(folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        found[way] = process, folder
+    yield found
+    for process, folder in found.values():
+        (folder / "awake").touch()
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def import_there(source, output):
+    import_checkpoint(ImportConfig(str(source), str(output)))
+
+
+def prune_there(folder, output):
+    target = TargetConfig(layers=3, hidden=40, ffn=30, heads=4)
+    prune(PruneConfig(str(folder / "checkpoint"), str(folder / "scores"), str(output), target))
+
+
+def test_workers_write_the_same_tensors_as_one_process(llama, processes, tmp_path):
+    prune_there(llama, tmp_path / "one")
+    process, folder = processes["well"]
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    run_on_ranks(3, import_there, llama / "hf", tmp_path / "imported")
+    for made, number, expected in (
+        (folder / "pruned", 2, tmp_path / "one"),
+        (tmp_path / "imported", 3, llama / "checkpoint"),
+    ):
+        found = Checkpoint(made)
+        assert_equal(found, Checkpoint(expected))
+        assert {path.name[2] for path in found.folder.glob("__[0-9]*.distcp")} == set("012"[:number])
+        assert found.manifest.shape == Checkpoint(expected).manifest.shape
+        assert found.manifest.details == Checkpoint(expected).manifest.details
+
+
+@pytest.mark.parametrize(
+    "way, error, status",
+    [
+        ("killed", "minitron: rank 1 was ended by SIGKILL: see whether the memory was enough", 1),
+        ("full", "minitron prune: the disk of {} is full: free some space and run it again", 2),
+    ],
+)
+def test_a_worker_that_fails_takes_all_down_with_one_error_and_leaves_nothing(way, error, status, processes):
+    process, folder = processes[way]
+    output, _ = process.communicate(timeout=120)
+    assert output.splitlines() == [error.format(folder / "pruned")] and process.returncode == status
+    assert [path.name for path in folder.iterdir()] == ["stand-in"]
+
+
+def test_workers_that_are_told_to_end_leave_nothing(processes):
+    process, folder = processes["asleep"]
+    while not (folder / "asleep").exists():
+        time.sleep(0.1)
+        assert process.poll() is None, process.communicate()
+    assert (folder / ".pruned.partial").exists()
+    process.send_signal(signal.SIGTERM)
+    while (folder / ".pruned.partial").exists():  # removed by the other one, which does not wait any longer
+        time.sleep(0.1)
+    assert process.poll() is None
+    (folder / "awake").touch()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in folder.iterdir()) == ["asleep", "awake", "stand-in"]
