@@ -30,7 +30,7 @@ test: $(STAMP)  ## lint, import contracts, tests
 	$(BIN)/python -m pytest
 
 demo: $(STAMP)  ## prune and distill SmolLM2-135M on this machine's CPU, with a report
-	$(BIN)/minitron compress +experiment=smollm2_135m
+	CUDA_VISIBLE_DEVICES= $(BIN)/minitron compress +experiment=smollm2_135m
 
 bench: $(STAMP)  ## the measurements in benchmarks/
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done

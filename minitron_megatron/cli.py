@@ -13,7 +13,7 @@ import warnings
 from typing import Any
 
 from minitron_megatron import __version__
-from minitron_megatron.config.compose import compose, experiments, to_yaml
+from minitron_megatron.config.compose import compose, experiments, to_yaml, with_resolved_stages
 from minitron_megatron.config.describe import describe, summary
 from minitron_megatron.config.reader import near
 from minitron_megatron.config.verbs import DISTRIBUTED, SHARED, VERBS, verb_function
@@ -59,7 +59,7 @@ def _run(verb: str | None, overrides: list[str], options: set[str]) -> int:
         return 0
     settings = compose(verb, overrides)
     if "--cfg" in options:
-        print(to_yaml(settings), end="")
+        print(to_yaml(with_resolved_stages(settings) if verb == "compress" else settings), end="")
         return 0
     return _start(verb, overrides, settings)
 

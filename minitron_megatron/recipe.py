@@ -47,7 +47,7 @@ def compress(config: CompressConfig) -> Path:
         logger.info("stage %d of %d: %s (%s)", number, len(stages), name, verb)
         before = _newest(Path(settings.output))
         started = time.perf_counter()
-        _run(verb, settings)
+        _run(name, verb, settings)
         if _newest(Path(settings.output)) != before:
             seconds[name] = time.perf_counter() - started
             path.write_text(json.dumps(seconds, indent=2) + "\n")
@@ -60,10 +60,10 @@ def compress(config: CompressConfig) -> Path:
     return run_dir
 
 
-def _run(verb: str, settings) -> None:
+def _run(name: str, verb: str, settings) -> None:
     if ranks_to_start(verb, settings) > 1:
         if run_ranks(ranks_to_start(verb, settings), [verb, *to_overrides(settings)]):
-            raise ConfigError([f"the stage of verb {verb} failed: see its messages above"])
+            raise ConfigError([f"stages.{name} ({verb}) failed: mend what its messages above name, and run this again"])
         return
     verb_function(verb)(settings)
 

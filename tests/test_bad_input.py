@@ -127,7 +127,11 @@ def with_other(command, key, value):
         (f"{PRUNE} target.layers=3 parallel.pipeline=4", 1, ["target has 3 layers, too few for the 4 stages"]),
         (with_other(PRUNE, "scores", "@other-scores") + " target.ffn=30", 1, ["other-scores are of another network"]),
         (with_other(PRUNE, "scores", "@student") + " target.ffn=30", 1, ["student is not the finished output of"]),
-        ("import source=@gpt2 output=out", 1, ["model_type = 'gpt2' is not supported; supported: ['llama'"]),
+        (
+            "import source=@gpt2 output=out",
+            1,
+            ["model_type = 'gpt2' is not supported: choose a model of one of llama,"],
+        ),
         ("import source=@nowhere output=out", 1, ["nowhere does not exist: name a Hugging Face folder or a .gguf"]),
         ("import source=@scores output=out", 1, ["scores is not a Hugging Face folder: it has no config.json"]),
     ],

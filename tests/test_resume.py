@@ -187,7 +187,7 @@ def test_a_finished_run_is_left_alone(inputs, unkilled, capsys):
     before = {path: path.stat().st_mtime_ns for path in unkilled.rglob("*")}
     assert cli.main(arguments(inputs, unkilled)) == 0
     assert cli.main(arguments(inputs, unkilled, "optimizer.lr=2e-2")) == 2
-    assert "holds a run of other settings or inputs" in capsys.readouterr().err
+    assert "other settings or inputs (optimizer.lr was 0.01 and is 0.02): go back" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in unkilled.rglob("*")} == before
 
 

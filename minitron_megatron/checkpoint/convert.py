@@ -133,13 +133,16 @@ def _open_source(path: Path) -> Iterator[tuple[TensorSource, Path]]:
 
 def _read_gguf(path: Path, companions: Path) -> StateDict:
     """De-quantise a GGUF file through transformers, which also finds config and tokenizer inside."""
+    if any(importlib.util.find_spec(package) is None for package in ("gguf", "accelerate")):
+        raise ConfigError([f"source = {path} is a GGUF file, which the demo extra reads: pip install -e '.[demo]'"])
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name, trust_remote_code=False)
     config = AutoConfig.from_pretrained(**where)
     if config.model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"{path}: model_type = {config.model_type!r} is not supported; supported: {sorted(FAMILIES)}"
+            f"{path}: model_type = {config.model_type!r} is not supported: choose a model of one of "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     config.save_pretrained(companions)

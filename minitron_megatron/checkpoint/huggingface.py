@@ -22,6 +22,7 @@ from minitron_megatron.model.shape import ModelShape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SHOWN_PROBLEMS = 10
 # What travels beside the weights, where it is there. Weights and code never do.
 COMPANIONS = (
     "config.json",
@@ -114,7 +115,10 @@ class HuggingFaceFolder:
         unknown = [name for name in self._tensors if name not in ignored and "rotary_emb.inv_freq" not in name]
         problems += [f"unknown: {name}" for name in unknown]
         if problems:
-            raise CheckpointError(f"{self.folder} does not hold the network of its config:\n  " + "\n  ".join(problems))
+            shown = problems[:_SHOWN_PROBLEMS]
+            if len(problems) > len(shown):
+                shown.append(f"and {len(problems) - len(shown)} more")
+            raise CheckpointError(f"{self.folder} does not hold the network of its config:\n  " + "\n  ".join(shown))
 
 
 class StateDict:

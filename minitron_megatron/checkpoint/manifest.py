@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from minitron_megatron import __version__
+from minitron_megatron.config.reader import show
 from minitron_megatron.disk import require_space, told_when_full
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.parallel.workers import ALONE, Workers
@@ -103,19 +104,31 @@ class Manifest:
             raise CheckpointError(f"{path} cannot be understood: {e}") from e
 
     @property
-    def essence(self) -> tuple:
-        """What makes the result what it is. A parent counts by its content, so that moving a folder changes nothing."""
-        ignored = {*_NOT_CONTENT, *(parent.role for parent in self.parents)}
-        config = {
+    def essence(self) -> tuple[str, dict[str, str], dict[str, object]]:
+        """What makes the result what it is: kind, fingerprints of the parents by role, and settings."""
+        parents = {parent.role: parent.fingerprint for parent in self.parents}
+        # A parent is known by its content, so that moving a folder changes nothing.
+        ignored = {*_NOT_CONTENT, *parents}
+        settings = {
             key: value
             for key, value in _dotted(self.config)
             if not any(key == name or key.startswith(f"{name}.") for name in ignored)
         }
-        return self.kind, sorted((p.role, p.fingerprint) for p in self.parents), config
+        return self.kind, parents, settings
 
-    def same_content(self, other: "Manifest") -> bool:
-        """Whether both describe the result of the same settings on the same inputs."""
-        return self.essence == other.essence
+    def changes(self, later: "Manifest") -> list[str]:
+        """What a later stage does otherwise than this one did, a phrase for each: none if its result is the same."""
+        (kind, parents, settings), (new_kind, new_parents, new_settings) = self.essence, later.essence
+        kinds = [] if kind == new_kind else [f"it was a {kind} and is to be a {new_kind}"]
+        inputs = [f"{role} is another one" for role, _, _ in _different(parents, new_parents)]
+        values = _different(settings, new_settings)
+        return [*kinds, *inputs, *(f"{key} was {show(old)} and is {show(new)}" for key, old, new in values)]
+
+
+def _different(before: dict, after: dict) -> list[tuple[str, object, object]]:
+    """Key, old and new value of every entry that is not the same in both; None where there was none."""
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [(key, before.get(key), after.get(key)) for key in keys]
 
 
 def _dotted(values: dict, where: str = "") -> Iterator[tuple[str, object]]:
@@ -155,6 +168,14 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def made_otherwise(output: Path, changes: list[str]) -> str:
+    """The problem of an output that holds a result which differs in `changes` from the one that is asked for."""
+    return (
+        f"output = {output} holds a result of other settings or inputs ({'; '.join(changes)}): go back to those, "
+        f"choose another output or remove this one"
+    )
+
+
 def is_done(output: Path, manifest: Manifest) -> bool:
     """Whether `output` already holds what `manifest` describes.
 
@@ -165,10 +186,8 @@ def is_done(output: Path, manifest: Manifest) -> bool:
         return False
     if not (output / MANIFEST).exists():
         raise ConfigError([f"output = {output} exists and is not a finished result: choose another or remove it"])
-    if not Manifest.read(output).same_content(manifest):
-        raise ConfigError(
-            [f"output = {output} holds a result of other settings or inputs: choose another or remove it"]
-        )
+    if changes := Manifest.read(output).changes(manifest):
+        raise ConfigError([made_otherwise(output, changes)])
     logger.info("%s is there already with the same inputs: skipped", output)
     return True
 

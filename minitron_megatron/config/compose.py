@@ -91,6 +91,12 @@ def resolve_stages(settings: CompressConfig) -> Stages:
     return stages
 
 
+def with_resolved_stages(settings: CompressConfig) -> CompressConfig:
+    """The recipe with every setting of every stage written out as it will be used."""
+    stages = resolve_stages(settings).items()
+    return dataclasses.replace(settings, stages={name: {"verb": verb, **to_plain(s)} for name, (verb, s) in stages})
+
+
 def to_plain(settings: Any) -> dict:
     """The settings as JSON values."""
 

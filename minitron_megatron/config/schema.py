@@ -74,6 +74,12 @@ def at_least(where: str, name: str, value: float | None, least: float) -> list[s
     return [f"{where}{name} = {value}: must be at least {least}"]
 
 
+def nearest_multiples(value: int, of: int) -> str:
+    """The multiples of a number below and above a value, for messages."""
+    below = value // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
 @dataclass
 class ParallelConfig:
     """How ranks are laid out.
@@ -384,6 +390,10 @@ class OptimizerConfig:
         lr: peak learning rate.
         min_lr: learning rate at the last step.
         warmup_steps: steps of linear warm-up.
+        weight_decay: decoupled, of matrices; norms and biases have none.
+        beta1: decay of the gradient's running mean.
+        beta2: decay of the squared gradient's running mean.
+        eps: added to the square root of the latter.
         clip_grad: largest L2 norm of the whole gradient; 0 switches clipping off.
     """
 
@@ -424,18 +434,25 @@ class LossConfig:
         for name in ("kd_logits_weight", "lm_weight"):
             found += at_least(where, name, getattr(self, name), 0)
         if self.kd_logits_weight == 0 and self.lm_weight == 0:
-            found.append(f"{where}kd_logits_weight and {where}lm_weight are both 0: nothing would be learned")
+            found.append(f"{where}kd_logits_weight and {where}lm_weight are both 0: raise one, or nothing is learned")
         return found
 
 
 @dataclass
 class TrackingConfig:
-    """Where metrics go beside `metrics.jsonl`, which is always written."""
+    """Where metrics go beside `metrics.jsonl`, which is always written.
+
+    Attributes:
+        tracker: wandb for Weights & Biases.
+        project: of the tracker.
+        name: of the run in the tracker; null takes the output folder's.
+        mode: online sends metrics as they come, offline keeps them for `wandb sync`, disabled does neither.
+    """
 
     tracker: Tracker = Tracker.NONE
     project: str = "minitron_megatron"
     name: str | None = None
-    mode: str = "offline"
+    mode: str = "online"
 
     def problems(self, where: str = "tracking.") -> list[str]:
         if self.mode in ("online", "offline", "disabled"):
@@ -499,12 +516,12 @@ class DistillConfig:
         if self.micro_batch >= 1 and self.global_batch % self.micro_batch:
             found.append(
                 f"{where}global_batch = {self.global_batch} is not a multiple of {where}micro_batch = "
-                f"{self.micro_batch}"
+                f"{self.micro_batch}: set it to {nearest_multiples(self.global_batch, self.micro_batch)}"
             )
         if self.optimizer.warmup_steps >= self.steps:
             found.append(
                 f"{where}optimizer.warmup_steps = {self.optimizer.warmup_steps} must be below {where}steps = "
-                f"{self.steps}"
+                f"{self.steps}: set it to {self.steps // 10}"
             )
         return found
 
@@ -517,7 +534,9 @@ class EvaluateConfig:
         model: a checkpoint or a Hugging Face folder.
         output: folder that gets `evaluation.json`.
         num_samples: held-out sequences; null for all.
+        micro_batch: sequences per forward pass and rank.
         generate_tokens: tokens to generate greedily for the speed figure; 0 for none.
+        dtype: number format of weights and computation.
     """
 
     model: str = "???"
@@ -562,7 +581,11 @@ class ExportConfig:
 
 @dataclass
 class InspectConfig:
-    """`minitron inspect`: shape, counts and lineage of anything this project wrote."""
+    """`minitron inspect`: shape, counts and lineage of anything this project wrote.
+
+    Attributes:
+        path: the folder to look at.
+    """
 
     path: str = "???"
 

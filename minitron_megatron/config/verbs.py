@@ -1,8 +1,13 @@
 """The verbs: where the function of each one lives, and which of them run in several ranks."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+
+from minitron_megatron.config.reader import MISSING
+from minitron_megatron.errors import raise_if_any
 
 VERBS = {
     "import": "minitron_megatron.checkpoint.convert:import_checkpoint",
@@ -24,6 +29,22 @@ SHARED = ("import", "prune")
 
 
 def verb_function(verb: str) -> Callable[[Any], Any]:
-    """The function of a verb, imported when it is needed."""
-    module, function = VERBS[verb].split(":")
-    return getattr(import_module(module), function)
+    """The function of a verb, imported when it is needed, behind a check of the settings that it is given.
+
+    The function raises:
+        ConfigError: a setting is missing or wrong. What is found without reading a file is found before any work.
+    """
+    module, name = VERBS[verb].split(":")
+    function = getattr(import_module(module), name)
+
+    @functools.wraps(function)
+    def checked(config: Any) -> Any:
+        raise_if_any([*_missing(config), *config.problems()])
+        return function(config)
+
+    return checked
+
+
+def _missing(config: Any) -> list[str]:
+    fields = [field.name for field in dataclasses.fields(config) if field.default == MISSING]
+    return [f"{name} is missing: give {name}=VALUE" for name in fields if getattr(config, name) in (MISSING, "")]

@@ -52,7 +52,10 @@ def _text_file(file: Path) -> Iterator[str]:
     try:
         yield file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text ({error}): convert it, or leave it out of data.text") from error
+        raise DataError(
+            f"{file} is not UTF-8 text ({error}): data.text reads text files, .jsonl files and folders of these, so "
+            f"convert it or leave it out"
+        ) from error
 
 
 def _json_lines(file: Path) -> Iterator[str]:

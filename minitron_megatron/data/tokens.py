@@ -82,7 +82,9 @@ def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
     tokenizer_hash = tokenizer_fingerprint(tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
     if tokenizer.eos_token_id is None:
-        raise DataError(f"the tokenizer in {tokenizer_dir} has no end-of-sequence token: set eos_token in its config")
+        raise DataError(
+            f"the tokenizer in {tokenizer_dir} has no end-of-sequence token: set eos_token in tokenizer_config.json"
+        )
     keys = [_split_key(text, config.seed) for text in documents(config.text)]
     settings = {
         "format": _FORMAT,
@@ -113,7 +115,10 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
     """
     file = Path(tokenizer_dir) / "tokenizer.json"
     if not file.is_file():
-        raise DataError(f"{file} does not exist: name a folder that a fast tokenizer's `save_pretrained` wrote")
+        raise DataError(
+            f"{file} does not exist: put the tokenizer there, as the files tokenizer.json and tokenizer_config.json "
+            f"that a fast tokenizer's `save_pretrained` writes"
+        )
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 

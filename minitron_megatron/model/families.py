@@ -82,18 +82,25 @@ def shape_from_config(config: dict) -> ModelShape:
     family = FAMILIES.get(config.get("model_type"))
     if family is None:
         raise UnsupportedModelError(
-            f"config.json: model_type = {config.get('model_type')!r} is not supported; supported: {sorted(FAMILIES)}"
+            f"config.json: model_type = {config.get('model_type')!r} is not supported: choose a model of one of "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     config = {**family.defaults, **config}
     if (activation := config.get("hidden_act", family.activation)) != family.activation:
         raise UnsupportedModelError(
-            f"config.json: hidden_act = {activation!r} is not supported for this family; supported: {family.activation}"
+            f"config.json: hidden_act = {activation!r} is not supported for this family: choose a model with "
+            f"{family.activation!r}"
         )
     if biases := [name for name in ("attention_bias", "mlp_bias") if config.get(name)]:
-        raise UnsupportedModelError(f"config.json: {' and '.join(biases)} = true is not supported for this family")
+        raise UnsupportedModelError(
+            f"config.json: {' and '.join(biases)} = true is not supported for this family: choose a model without"
+        )
     window = config.get("sliding_window")
     if window and window < config["max_position_embeddings"]:
-        raise UnsupportedModelError(f"config.json: sliding_window = {window} is not supported; supported: null")
+        raise UnsupportedModelError(
+            f"config.json: sliding_window = {window} is not supported, being shorter than max_position_embeddings = "
+            f"{config['max_position_embeddings']}: lower that to {window} if longer sequences are not needed"
+        )
     # The one is transformers 5's name, the other that of earlier versions, which kept these two fields outside.
     rope = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
     rope |= {name: config[name] for name in rope if config.get(name)}
@@ -164,7 +171,9 @@ def _rotary_scaling(scaling: dict) -> Llama3RopeScaling | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise UnsupportedModelError(f"config.json: rotary scaling {kind!r} is not supported; supported: llama3")
+        raise UnsupportedModelError(
+            f"config.json: rotary scaling {kind!r} is not supported: choose a model with 'llama3' or none"
+        )
     return Llama3RopeScaling(
         factor=scaling["factor"],
         low_freq_factor=scaling["low_freq_factor"],

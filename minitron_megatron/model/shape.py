@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from minitron_megatron.config.schema import ParallelConfig
-from minitron_megatron.errors import ConfigError
+from minitron_megatron.errors import ConfigError, raise_if_any
 from minitron_megatron.parallel.layout import Layout
 
 ATTENTION = "*"
@@ -130,14 +130,36 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelShape":
-        values = dict(values)
-        if unknown := set(values) - {f.name for f in dataclasses.fields(cls)}:
-            raise ConfigError([f"shape has unknown fields {sorted(unknown)}"])
-        values["norm"] = NormKind(values.get("norm", NormKind.RMSNORM))
-        values["activation"] = Activation(values.get("activation", Activation.SILU))
-        if values.get("rotary_scaling"):
-            values["rotary_scaling"] = Llama3RopeScaling(**values["rotary_scaling"])
+        """The shape that plain JSON values describe.
+
+        Raises:
+            ConfigError: a field is unknown, missing or of no value that it may have.
+        """
+        values, problems = dict(values), _field_problems(cls, values, "shape")
+        for name, kind in (("norm", NormKind), ("activation", Activation)):
+            choices = [member.value for member in kind]
+            if name in values and values[name] not in choices:
+                problems.append(f"shape.{name} = {values[name]!r}: must be one of {', '.join(choices)}")
+            elif name in values:
+                values[name] = kind(values[name])
+        if scaling := values.get("rotary_scaling"):
+            problems += _field_problems(Llama3RopeScaling, scaling, "shape.rotary_scaling")
+        raise_if_any(problems)
+        if scaling:
+            values["rotary_scaling"] = Llama3RopeScaling(**scaling)
         return cls(**values)
+
+
+def _field_problems(kind: type, values: dict, where: str) -> list[str]:
+    """What of plain values a dataclass cannot be made from."""
+    fields = dataclasses.fields(kind)
+    names = [field.name for field in fields]
+    unknown = [name for name in values if name not in names]
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
+    return [
+        *(f"{where}.{name} is no field: the fields are {', '.join(names)}" for name in unknown),
+        *(f"{where}.{name} is missing: give it a value" for name in missing),
+    ]
 
 
 def layers_pattern(num_layers: int) -> str:

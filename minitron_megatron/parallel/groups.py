@@ -1,5 +1,6 @@
 """Process groups: the one file that reads Megatron-Core's `parallel_state`."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.parallel.cpu import install_cpu_backend
 from minitron_megatron.parallel.layout import Layout
+
+logger = logging.getLogger(__name__)
 
 # Ranks wait in the world's group while the first one tokenises a corpus, which can take longer than NCCL's 10 minutes.
 # Megatron-Core's own groups, in which models run, keep its 30 minutes.
@@ -99,6 +102,9 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=_WORLD_TIMEOUT)
+    replicas = torch.cuda.device_count() // (layout.tensor * layout.pipeline)
+    if replicas > layout.data:
+        logger.info("parallel.data=%d would use all GPUs of this machine; %d of them are used", replicas, world_size)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,

@@ -1,16 +1,24 @@
 """The verb `distill`: a student learns to predict what its teacher predicts."""
 
+import dataclasses
 import logging
 from contextlib import ExitStack
 from pathlib import Path
 
 from minitron_megatron.checkpoint.huggingface import copy_companions
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, Parent, write_atomically, writing
+from minitron_megatron.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    Parent,
+    made_otherwise,
+    write_atomically,
+    writing,
+)
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.checkpoint.sharded import HUGGINGFACE, Checkpoint
 from minitron_megatron.config.compose import to_plain, to_yaml
-from minitron_megatron.config.schema import DistillConfig
+from minitron_megatron.config.schema import DistillConfig, nearest_multiples
 from minitron_megatron.data.samples import Samples, heldout_samples, training_samples
 from minitron_megatron.data.tokens import prepare_corpus, tokenizer_fingerprint
 from minitron_megatron.disk import told_when_full
@@ -131,12 +139,13 @@ def _batch_problems(config: DistillConfig, groups: Groups) -> list[str]:
     if config.global_batch % per_round:
         return [
             f"global_batch = {config.global_batch} is not a multiple of micro_batch x parallel.data = "
-            f"{config.micro_batch} x {layout.data}"
+            f"{config.micro_batch} x {layout.data}: set it to {nearest_multiples(config.global_batch, per_round)}"
         ]
     if layout.virtual_pipeline > 1 and config.global_batch // per_round % layout.pipeline:
         return [
             f"global_batch = {config.global_batch} makes {config.global_batch // per_round} micro-batches per rank; "
-            f"with parallel.virtual_pipeline they must be a multiple of parallel.pipeline = {layout.pipeline}"
+            f"with parallel.virtual_pipeline they must be a multiple of parallel.pipeline = {layout.pipeline}: "
+            f"set it to {nearest_multiples(config.global_batch, per_round * layout.pipeline)}"
         ]
     return []
 
@@ -146,10 +155,8 @@ def _is_finished(output: Path, manifest: Manifest) -> bool:
     checkpoints = output / "checkpoints"
     known = output if (output / MANIFEST).exists() else checkpoints
     if (known / MANIFEST).exists():
-        if not _same_run(Manifest.read(known), manifest):
-            raise ConfigError(
-                [f"output = {output} holds a run of other settings or inputs: choose another or remove it"]
-            )
+        if changes := _of_run(Manifest.read(known)).changes(manifest):
+            raise ConfigError([made_otherwise(output, changes)])
         if known is output:
             logger.info("%s is there already with the same inputs: skipped", output)
             return True
@@ -158,9 +165,9 @@ def _is_finished(output: Path, manifest: Manifest) -> bool:
     return False
 
 
-def _same_run(one: Manifest, other: Manifest) -> bool:
-    one = Manifest(**{**vars(one), "kind": other.kind})
-    return one.same_content(other)
+def _of_run(manifest: Manifest) -> Manifest:
+    """The manifest of the run that a manifest of its checkpoints is like."""
+    return dataclasses.replace(manifest, kind="run")
 
 
 def _prepare(output: Path, config: DistillConfig, student: Checkpoint, manifest: Manifest) -> None:
@@ -169,6 +176,6 @@ def _prepare(output: Path, config: DistillConfig, student: Checkpoint, manifest:
     if not (checkpoints / MANIFEST).exists():
         # The last good checkpoint stays until the next one is whole.
         num_bytes = 2 * _BYTES_PER_PARAMETER * num_parameters(student.shape)
-        with writing(checkpoints, Manifest(**{**vars(manifest), "kind": "checkpoint"}), num_bytes) as folder:
+        with writing(checkpoints, dataclasses.replace(manifest, kind="checkpoint"), num_bytes) as folder:
             copy_companions(student.huggingface_folder, folder / HUGGINGFACE)
     write_atomically(output / "config.yaml", to_yaml(config))

@@ -1,10 +1,10 @@
 """Metrics of a run: always to `metrics.jsonl`, and to a tracker where one is asked for."""
 
 import json
-import os
 import uuid
 from pathlib import Path
 
+import psutil
 import torch
 
 from minitron_megatron.checkpoint.manifest import write_atomically
@@ -59,9 +59,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 def memory_gib(device: torch.device) -> dict[str, float]:
     """Memory of this process now, by the names of the metrics."""
-    with open("/proc/self/statm") as f:
-        rss = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    found = {"memory/rss_gib": rss / 2**30}
+    found = {"memory/rss_gib": psutil.Process().memory_info().rss / 2**30}
     if device.type == "cuda":
         found["memory/allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         found["memory/reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30

@@ -81,6 +81,11 @@ def optimization(
         wrapped,
         use_gloo_process_groups=not torch.cuda.is_available(),
     )
+    for group in optimizer.param_groups:
+        # torch's AdamW, which Megatron-Core takes where neither Transformer Engine nor Apex imports, walks over the
+        # parameters one operation at a time on the CPU unless it is told to fuse them. The others have no such switch.
+        if "fused" in group and groups.device.type == "cpu":
+            group["fused"] = True
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

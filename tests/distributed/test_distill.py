@@ -11,7 +11,14 @@ from megatron.core.utils import unwrap_model
 from minitron_megatron.checkpoint.load import local_parameters
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.config.schema import DataConfig, DistillConfig, LossConfig, OptimizerConfig, ParallelConfig
+from minitron_megatron.config.schema import (
+    DataConfig,
+    DistillConfig,
+    DType,
+    LossConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.count import forward_flops_per_token
@@ -35,7 +42,7 @@ def settings(inputs, output, **changes):
         str(inputs / "checkpoint"),
         str(output),
         steps=1,
-        dtype="fp32",
+        dtype=DType.FP32,
         optimizer=OptimizerConfig(warmup_steps=0),
         data=DataConfig([str(inputs / f"{n}.txt") for n in range(20)], str(inputs / "corpora"), 16, seed=1),
         **changes,

@@ -12,7 +12,7 @@ import minitron_megatron
 from minitron_megatron import cli
 from minitron_megatron.config.schema import SCHEMAS
 from minitron_megatron.config.verbs import VERBS
-from minitron_megatron.errors import CheckpointError
+from minitron_megatron.errors import CheckpointError, ConfigError
 
 SCORE = ["score", "checkpoint=c", "output=o"]
 
@@ -35,16 +35,30 @@ def ran(monkeypatch):
 
 def test_every_verb_has_settings_and_a_function():
     assert list(VERBS) == list(SCHEMAS)
-    functions = dict(reversed(place.split(":")) for verb, place in VERBS.items() if verb != "inspect")
-    assert functions == minitron_megatron._FUNCTIONS
+    names = [place.split(":")[1] for place in VERBS.values()]
+    assert minitron_megatron.__all__ == ["__version__", *names]
+    assert len(set(names)) == len(VERBS)
 
 
-def test_the_functions_are_found_in_the_package_when_asked_for(ran, monkeypatch):
-    monkeypatch.delitem(vars(minitron_megatron), "score", raising=False)
-    minitron_megatron.score("settings")
-    assert ran == ["settings"]
+def test_the_functions_are_found_in_the_package_when_asked_for(ran):
+    settings = [SCHEMAS["score"]("c", "o"), SCHEMAS["inspect"]("p"), SCHEMAS["import"]("s", "o")]
+    minitron_megatron.score(settings[0])
+    minitron_megatron.inspect(settings[1])
+    minitron_megatron.import_checkpoint(settings[2])
+    assert ran == settings
     with pytest.raises(AttributeError, match="no attribute 'scores'"):
         _ = minitron_megatron.scores
+
+
+def test_the_functions_check_their_settings_as_the_command_line_does(ran):
+    with pytest.raises(ConfigError) as raised:
+        minitron_megatron.score(SCHEMAS["score"](output="", num_samples=0))
+    assert raised.value.problems == [
+        "checkpoint is missing: give checkpoint=VALUE",
+        "output is missing: give output=VALUE",
+        "num_samples = 0: must be at least 1",
+    ]
+    assert not ran
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -66,6 +80,18 @@ def test_cfg_prints_the_settings_and_runs_nothing(capsys, ran):
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["checkpoint"], shown["dtype"], shown["parallel"]["tensor"]) == ("c", "bf16", 2)
     assert not ran
+
+
+def test_cfg_of_a_recipe_prints_its_stages_as_they_would_be_used(capsys, ran):
+    recipe = ["compress", "run_dir=r", "source=s", "target.ffn=8", "data.seed=7", "stages.exported=null"]
+    assert cli.main([*recipe, "--cfg"]) == 0
+    stages = yaml.safe_load(capsys.readouterr().out)["stages"]
+    assert (stages["distilled"]["verb"], stages["distilled"]["steps"], stages["distilled"]["data"]["seed"]) == (
+        "distill",
+        400,
+        7,
+    )
+    assert "exported" not in stages and not ran
 
 
 def test_version(capsys):

@@ -47,6 +47,13 @@ def test_a_builtin_model_that_is_not_installed_says_how_to_get_it(tmp_path, monk
         import_checkpoint(ImportConfig(NAME, str(tmp_path / "c")))
 
 
+def test_without_what_reads_gguf_the_extra_is_named(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"x")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"model.gguf is a GGUF file, .* pip install -e '\.\[demo\]'"):
+        import_checkpoint(ImportConfig(str(tmp_path / "model.gguf"), str(tmp_path / "c")))
+
+
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"model.bin is neither a folder nor a .gguf file"):

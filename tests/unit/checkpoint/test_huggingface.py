@@ -195,7 +195,7 @@ def reconfigure(folder, **changes):
         (lambda f: reindex(f, **{"model.norm.weight": None}), "missing: model.norm.weight [48]"),
         (lambda f: forget(f / "part-0.safetensors", "lm_head.weight"), "missing: lm_head.weight [101, 48]"),
         (lambda f: reindex(f, **{"lm_head.weight": None, "head": "part-0.safetensors"}), "missing: lm_head.weight"),
-        (lambda f: reconfigure(f, hidden_size=54), "model.norm.weight is [48], config.json says [54]"),
+        (lambda f: reconfigure(f, hidden_size=54), "embed_tokens.weight is [101, 48], config.json says [101, 54]"),
         (lambda f: reconfigure(f, tie_word_embeddings=True, num_hidden_layers=3), "unknown: model.layers.3.mlp.up"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -207,6 +207,16 @@ def test_a_folder_that_is_not_whole_is_named(damage, named, folder_of, tmp_path)
         import_checkpoint(ImportConfig(str(folder), str(tmp_path / "output")))
     assert named in str(raised.value)
     assert not (tmp_path / "output").exists()
+
+
+def test_of_many_problems_ten_are_shown_and_the_rest_counted(folder_of, tmp_path):
+    folder = folder_of(tmp_path)
+    reconfigure(folder, num_hidden_layers=40)
+    with pytest.raises(CheckpointError) as raised:
+        import_checkpoint(ImportConfig(str(folder), str(tmp_path / "output")))
+    first, *lines = str(raised.value).splitlines()
+    assert first.endswith("does not hold the network of its config:")
+    assert len(lines) == 11 and lines[10] == f"  and {36 * 9 - 10} more"
 
 
 def test_an_undamaged_folder_imports(folder_of, tmp_path):

@@ -82,8 +82,11 @@ def test_a_result_of_other_settings_or_inputs_is_refused_and_untouched(source, t
     tensors = huggingface.safe_open(other / "model.safetensors", framework="pt")
     changed = {name: tensors.get_tensor(name) + 1 for name in tensors.keys()}  # noqa: SIM118, it is no dict
     huggingface.save_file(changed, other / "model.safetensors")
-    for config in (ImportConfig(str(source), str(output), DType.BF16), ImportConfig(str(other), str(output))):
-        with pytest.raises(ConfigError, match=r"output = .*/c holds a result of other settings or inputs"):
+    for config, changed in (
+        (ImportConfig(str(source), str(output), DType.BF16), r"\(dtype was null and is 'bf16'\)"),
+        (ImportConfig(str(other), str(output)), r"\(source is another one\)"),
+    ):
+        with pytest.raises(ConfigError, match=f"output = .*/c holds a result of other settings or inputs {changed}: "):
             import_checkpoint(config)
     assert times(output) == before
 

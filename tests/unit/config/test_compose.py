@@ -85,6 +85,18 @@ def test_each_kind_of_bad_override_gives_one_sentence(override, expected):
     assert problems("score", *SCORE, override) == [expected]
 
 
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["global_batch=10"], "global_batch = 10 is not a multiple of micro_batch = 4: set it to 8 or 12"),
+        (["global_batch=3"], "global_batch = 3 is not a multiple of micro_batch = 4: set it to 4"),
+        (["steps=40"], "optimizer.warmup_steps = 40 must be below steps = 40: set it to 4"),
+    ],
+)
+def test_settings_that_do_not_go_together_come_with_values_that_do(overrides, expected):
+    assert problems("distill", "teacher=t", "student=s", "output=o", *overrides) == [expected]
+
+
 def test_an_unknown_experiment_is_the_only_problem_reported():
     [found] = problems("compress", "experiment=smollm")
     assert found.startswith("experiment = smollm: not in ") and found.endswith("; did you mean smollm2_135m?")

@@ -43,7 +43,9 @@ def test_a_missing_source_is_named_before_anything_is_read(tmp_path):
 
 def test_a_binary_file_is_named(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    with pytest.raises(DataError, match="picture.png is not UTF-8"):
+    with pytest.raises(
+        DataError, match=r"picture.png is not UTF-8 .*: data.text reads text files, \.jsonl files and folders"
+    ):
         list(documents([str(tmp_path)]))
 
 

@@ -131,7 +131,7 @@ def test_a_damaged_folder_is_named(config, tokenizer_dir):
 
 
 def test_tokenizer_problems(config, make_tokenizer, tmp_path):
-    with pytest.raises(DataError, match=r"missing/tokenizer\.json does not exist"):
+    with pytest.raises(DataError, match=r"missing/tokenizer\.json does not exist: put the tokenizer there"):
         prepare_corpus(config, tmp_path / "missing")
     with pytest.raises(DataError, match="no end-of-sequence token"):
         prepare_corpus(config, make_tokenizer(eos_token=None))

@@ -72,11 +72,17 @@ def test_a_llama_whose_width_is_no_multiple_of_the_heads_is_written_as_mistral()
 @pytest.mark.parametrize(
     "changes, named",
     [
-        (dict(model_type="gpt2"), "model_type = 'gpt2' is not supported; supported: ['llama', 'mistral', 'nemotron']"),
+        (dict(model_type="gpt2"), "'gpt2' is not supported: choose a model of one of llama, mistral, nemotron"),
         (dict(model_type=None), "model_type = None"),
-        (dict(attention_bias=True, mlp_bias=True), "attention_bias and mlp_bias = true"),
-        (dict(model_type="mistral", sliding_window=32), "sliding_window = 32"),
-        (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
+        (
+            dict(attention_bias=True, mlp_bias=True),
+            "attention_bias and mlp_bias = true is not supported for this family: ",
+        ),
+        (
+            dict(model_type="mistral", sliding_window=32),
+            "sliding_window = 32 is not supported, being shorter than max_position_embeddings = 64: ",
+        ),
+        (dict(hidden_act="gelu"), "hidden_act = 'gelu' is not supported for this family: choose a model with 'silu'"),
         (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rotary scaling 'yarn'"),
         (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rotary scaling 'linear'"),
         (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1.0, "factor": 2.0}), "rotary scaling 'dynamic'"),
@@ -102,5 +108,23 @@ def test_a_shape_that_cannot_be_lists_every_problem():
     assert all(name in problem for name, problem in zip(named, raised.value.problems, strict=True))
     with pytest.raises(ConfigError, match="num_heads = 6 is not a multiple of shape.num_query_groups = 4"):
         ModelShape.from_dict({**values, "num_query_groups": 4})
-    with pytest.raises(ConfigError, match=r"unknown fields \['widht'\]"):
-        ModelShape.from_dict({**values, "widht": 3})
+
+
+def test_what_is_no_shape_names_the_field_and_what_it_may_be():
+    values = shape_from_config(LLAMA).to_dict()
+    del values["ffn"]
+    wrong = {"widht": 3, "norm": "batchnorm", "activation": "relu", "rotary_scaling": {"factor": 8.0, "kind": "yarn"}}
+    with pytest.raises(ConfigError) as raised:
+        ModelShape.from_dict({**values, **wrong})
+    found = raised.value.problems
+    assert found[0].startswith("shape.widht is no field: the fields are pattern, hidden, ffn, num_heads, ")
+    assert found[1:5] == [
+        "shape.ffn is missing: give it a value",
+        "shape.norm = 'batchnorm': must be one of rmsnorm, layernorm",
+        "shape.activation = 'relu': must be one of silu, gelu, squared_relu",
+        "shape.rotary_scaling.kind is no field: the fields are factor, low_freq_factor, high_freq_factor, "
+        "original_max_positions",
+    ]
+    assert [problem.split(" ")[0] for problem in found[5:]] == [
+        f"shape.rotary_scaling.{name}" for name in ("low_freq_factor", "high_freq_factor", "original_max_positions")
+    ]

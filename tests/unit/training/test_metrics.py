@@ -28,7 +28,7 @@ def test_going_on_drops_what_came_after_the_checkpoint(tmp_path):
 
 def test_one_wandb_run_over_all_restarts(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    tracking = TrackingConfig(tracker=Tracker.WANDB, project="test")
+    tracking = TrackingConfig(tracker=Tracker.WANDB, project="test", mode="offline")
     log_steps(tmp_path, 1, 2, tracking)
     first_id = (tmp_path / WANDB_ID).read_text()
     log_steps(tmp_path, 3, 4, tracking, step=2)

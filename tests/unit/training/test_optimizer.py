@@ -1,0 +1,34 @@
+import pytest
+import torch
+from torch.optim import adam
+
+from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.training.optimizer import optimization
+from tests.tiny import LLAMA
+
+
+@pytest.mark.parametrize("dtype", [DType.FP32, DType.BF16])
+def test_a_step_is_that_of_adamw_in_its_fused_form(dtype, monkeypatch):
+    monkeypatch.setattr(adam, "_single_tensor_adam", lambda *a, **o: pytest.fail("not fused"))
+    config = OptimizerConfig(lr=1e-2, min_lr=1e-2, warmup_steps=0, clip_grad=0.0)
+    with process_groups(ParallelConfig()) as groups:
+        chunks = build_model(shape_from_config(LLAMA), groups, dtype)
+        weights = {name: weight.detach().float().clone() for name, weight in chunks[0].named_parameters()}
+        training = optimization(chunks, config, 2, dtype, groups)
+        torch.manual_seed(0)
+        gradients = {name: torch.randn(weight.shape) for name, weight in weights.items()}
+        for name, parameter in chunks[0].named_parameters():
+            parameter.main_grad.copy_(gradients[name])
+        training.step()
+        found = {name: parameter.detach().float() for name, parameter in chunks[0].named_parameters()}
+    for name, weight in weights.items():
+        # The first step of Adam is one of the learning rate, whatever the gradient.
+        decay = 0.0 if weight.dim() == 1 else config.weight_decay
+        gradient = gradients[name]
+        expected = weight * (1 - config.lr * decay) - config.lr * gradient / (gradient.abs() + config.eps)
+        if dtype is DType.BF16:
+            expected = expected.bfloat16().float()
+        torch.testing.assert_close(found[name], expected, rtol=1e-2 if dtype is DType.BF16 else 1e-5, atol=1e-6)
