@@ -2,7 +2,8 @@
 
 Each verb of the command line is a function here too. It takes the verb's settings from
 `minitron_megatron.config.schema`. For a model in somebody's own Megatron job there are `shape_of`, `current_groups`,
-`score_model` and `make_plan`, with `Scores` and `Plan` as what they give. All is imported when it is first asked for.
+`score_model`, `make_plan` and `draw`, with `Scores` and `Plan` as what the first two give. All is
+imported when it is first asked for.
 """
 
 from importlib import import_module
@@ -21,6 +22,7 @@ _FUNCTIONS = {
     "shape_of": "minitron_megatron.model.build",
     "current_groups": "minitron_megatron.parallel.groups",
     "prune": "minitron_megatron.pruning.prune",
+    "draw": "minitron_megatron.report.gallery",
     "distill": "minitron_megatron.training.distill",
     "evaluate": "minitron_megatron.evaluation.evaluate",
     "compress": "minitron_megatron.recipe",
