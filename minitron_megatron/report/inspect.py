@@ -65,7 +65,7 @@ def inspect(config: InspectConfig) -> None:
     if config.figures and not pictures:
         raise ConfigError(
             [
-                f"figures = {config.figures}: a {found.kind} has none; scores, plans, pruned checkpoints and training "
+                f"figures = {config.figures}: {found.kind} has none; scores, plans, pruned checkpoints and training "
                 f"runs have"
             ]
         )
@@ -257,15 +257,20 @@ def _shape_table(shapes: dict[str, ModelShape], sequence_length: int | None) -> 
     table.add_column()
     for name in shapes:
         table.add_column(name, justify="right")
-    columns = [_describe(shape, sequence_length or shape.max_positions) for shape in shapes.values()]
+    whole = all(shape.is_uniform for shape in shapes.values())
+    columns = [_describe(shape, sequence_length or shape.max_positions, whole) for shape in shapes.values()]
     for name in columns[0]:
         table.add_row(Text(name, style="dim"), *(Text(column[name]) for column in columns))
     return table
 
 
-def _describe(shape: ModelShape, sequence_length: int) -> dict[str, str]:
+def _describe(shape: ModelShape, sequence_length: int, whole_layers: bool) -> dict[str, str]:
     values = {name: value for name, value in shape.to_dict().items() if name != "pattern"}
-    layers = {"layers": str(shape.num_layers)} if shape.is_uniform else {"pattern": shape.pattern}
+    if whole_layers:
+        layers = {"layers": str(shape.num_layers)}
+    else:
+        layers = {f"{name} sublayers": str(len(shape.sublayers(kind))) for kind, name in _KINDS.items()}
+        layers["pattern"] = shape.pattern
     return {
         "parameters": f"{num_parameters(shape):,}",
         "without embeddings": f"{num_parameters(shape, embeddings=False):,}",

@@ -59,6 +59,12 @@ def plan(scores):
     return make_plan(scores, SIZES)
 
 
+@pytest.fixture
+def kept_numbers(plan):
+    """The layers that the plan keeps."""
+    return [position // 2 for position in plan.sublayers[::2]]
+
+
 @pytest.fixture(scope="session")
 def metric_lines():
     """Lines of a run that minimises the divergence alone: total and kd_logits are equal."""
