@@ -131,7 +131,7 @@ def _scale(axes: Axes) -> None:
     elif drawn.min() > 0:
         log_scale(axes)
     else:
-        least = 10 ** np.ceil(np.log10(max(np.median(sizes), sizes.max() / 1000)))
+        least = 10 ** np.floor(np.log10(max(np.median(sizes), sizes.max() / 1000)))
         axes.set_yscale("symlog", linthresh=least)
         axes.set_ylim(2 * min(drawn.min(), -least / 4), 2 * max(drawn.max(), least / 4))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

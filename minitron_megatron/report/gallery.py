@@ -147,7 +147,7 @@ _LAYERS = {
         "grey ground is protected and never goes."
     ),
     DepthSearch.BLOCK: (
-        "A dot is the block that begins there, and the lowest one is missed least. What is on red ground goes; what is "
+        "A dot is the block that begins there, and the lowest one is missed least. What is on orange ground goes; what is "
         "on grey ground is protected and never does."
     ),
     DepthSearch.GREEDY: (

@@ -36,7 +36,7 @@ def ran(monkeypatch):
 def test_every_verb_has_settings_and_a_function():
     assert list(VERBS) == list(SCHEMAS)
     functions = dict(reversed(place.split(":")) for verb, place in VERBS.items() if verb != "inspect")
-    assert functions == minitron_megatron._FUNCTIONS
+    assert functions.items() <= minitron_megatron._FUNCTIONS.items()  # which also has what is no verb
 
 
 def test_the_functions_are_found_in_the_package_when_asked_for(ran, monkeypatch):
