@@ -4,7 +4,8 @@ Each verb of the command line is a function here too (`import` is `import_checkp
 from `minitron_megatron.config.schema`, checks them, and is imported when it is first asked for.
 
 For a model in somebody's own Megatron job there are `shape_of`, `current_groups`, `score_model` and `make_plan`, with
-`Scores` and `Plan` as what they give, and `Pruned`, which is what a plan leaves of any source of weights.
+`Scores` and `Plan` as what they give; `Pruned` is what a plan leaves of any source of weights, and `draw` makes the
+figures.
 """
 
 from importlib import import_module
@@ -22,6 +23,7 @@ _PARTS = {
     "make_plan": "minitron_megatron.pruning.plan",
     "Plan": "minitron_megatron.pruning.plan",
     "Pruned": "minitron_megatron.pruning.slicing",
+    "draw": "minitron_megatron.report.gallery",
 }
 
 __all__ = ["__version__", *_VERBS, *_PARTS]

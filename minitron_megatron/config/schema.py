@@ -584,10 +584,12 @@ class InspectConfig:
     """`minitron inspect`: shape, counts and lineage of anything this project wrote.
 
     Attributes:
-        path: the folder to look at.
+        path: folder of a result, or the file of a plan.
+        figures: folder that gets the figures of scores, a plan, a pruned checkpoint or a training run as PNG files.
     """
 
     path: str = "???"
+    figures: str | None = None
 
     def problems(self, where: str = "") -> list[str]:
         return []

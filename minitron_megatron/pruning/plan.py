@@ -20,7 +20,7 @@ from minitron_megatron.config.schema import (
 from minitron_megatron.errors import CheckpointError, ConfigError, raise_if_any
 from minitron_megatron.model.axes import Kept
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
-from minitron_megatron.pruning.scores import DepthSettings, Scores
+from minitron_megatron.pruning.scores import DepthSettings, Scores, descending, group_scores
 from minitron_megatron.pruning.target import Target, resolve_target
 
 FILE = "plan.json"
@@ -251,8 +251,8 @@ def plan_for(
         if position not in sublayers:
             continue
         heads, rounds = scores.head[number], _row(scores.rounds.get("head"), number)
-        plan.group[position] = _top(*_group_scores(heads, rounds), target.groups)
-        orders = [_descending(heads[group], _row(rounds, group)) for group in plan.group[position]]
+        plan.group[position] = _top(*group_scores(heads, rounds), target.groups)
+        orders = [descending(heads[group], _row(rounds, group)).tolist() for group in plan.group[position]]
         plan.head[position] = [sorted(order[: target.heads_per_group]) for order in orders]
         if merge_heads:
             plan.merge[position] = [_partners(order, target.heads_per_group) for order in orders]
@@ -324,14 +324,6 @@ def _top_units(
     return sorted(kept + [others[i] for i in _top(values[others], _row(rounds, others), count - len(kept))])
 
 
-def _group_scores(heads: Tensor, rounds: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Scores and rounds of whole query groups, from `[group, head]`: the sum of the heads scored last."""
-    if rounds is None:
-        return heads.sum(-1), None
-    last = rounds.amax(-1, keepdim=True)
-    return (heads * (rounds == last)).sum(-1), last[..., 0]
-
-
 def _partners(order: list[int], kept: int) -> list[int]:
     """For each kept head, ascending, the dropped head that it takes a share of, or itself.
 
@@ -342,16 +334,9 @@ def _partners(order: list[int], kept: int) -> list[int]:
     return [partner.get(head, head) for head in sorted(order[:kept])]
 
 
-def _descending(values: Tensor, rounds: Tensor | None) -> list[int]:
-    """Indices by falling importance. What was scored in a later round is more important."""
-    values = values.numpy()
-    rounds = np.zeros_like(values) if rounds is None else rounds.numpy()
-    return np.lexsort((-values, -rounds)).tolist()
-
-
 def _top(values: Tensor, rounds: Tensor | None, count: int) -> list[int]:
     """The `count` indices of highest score, ascending."""
-    return sorted(_descending(values, rounds)[:count])
+    return sorted(descending(values, rounds)[:count].tolist())
 
 
 def _row(rounds: Tensor | None, index) -> Tensor | None:

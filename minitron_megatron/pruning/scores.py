@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -118,6 +119,25 @@ class Scores:
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
             raise CheckpointError(f"{folder / FILE} is not whole: {e}") from e
+
+
+def descending(values: Tensor, rounds: Tensor | None) -> np.ndarray:
+    """Indices along the last axis by falling importance. What was scored in a later round is more important."""
+    values = values.numpy()
+    rounds = np.zeros_like(values) if rounds is None else rounds.numpy()
+    return np.lexsort((-values, -rounds))
+
+
+def group_scores(heads: Tensor, rounds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scores and rounds of whole query groups: the sum of the heads scored last.
+
+    Args:
+        heads, rounds: `[..., group, head of the group]`.
+    """
+    if rounds is None:
+        return heads.sum(-1), None
+    last = rounds.amax(-1, keepdim=True)
+    return (heads * (rounds == last)).sum(-1), last[..., 0]
 
 
 def aggregate_sequence(x: Tensor, how: Aggregation) -> tuple[Tensor, Tensor]:

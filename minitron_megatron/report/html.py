@@ -11,7 +11,7 @@ from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, write_atom
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.pruning import plan as plans
 from minitron_megatron.pruning.plan import Plan
-from minitron_megatron.report.gallery import gallery
+from minitron_megatron.report.gallery import gallery, write_pictures
 from minitron_megatron.report.results import (
     Evaluation,
     Stage,
@@ -22,7 +22,7 @@ from minitron_megatron.report.results import (
     recoveries,
     stage_of,
 )
-from minitron_megatron.report.style import png, short
+from minitron_megatron.report.style import short
 from minitron_megatron.report.table import COLUMNS, cells
 
 FILE = "report.html"
@@ -42,14 +42,12 @@ def write_report(run_dir: Path, title: str, stages: list[Stage]) -> Path:
         path of the HTML file.
     """
     evaluations = read_evaluations(stages)
-    figures = run_dir / FIGURES
-    figures.mkdir(exist_ok=True)
-    pictures = []
-    for picture in gallery(stages, evaluations):
-        image = png(picture.figure)
-        (figures / f"{picture.name}.png").write_bytes(image)
-        pictures.append((picture.figure.get_suptitle(), picture.caption, base64.b64encode(image).decode()))
-
+    found = gallery(stages, evaluations)
+    files = write_pictures(found, run_dir / FIGURES)
+    pictures = [
+        (picture.figure.get_suptitle(), picture.caption, base64.b64encode(file.read_bytes()).decode())
+        for picture, file in zip(found, files, strict=True)
+    ]
     manifests = {s.name: Manifest.read(s.output) for s in stages if (s.output / MANIFEST).is_file()}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -5,25 +5,34 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import yaml
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
+from torch import Tensor
 
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
 from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, Parent, fingerprint
 from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint
-from minitron_megatron.config.schema import InspectConfig
-from minitron_megatron.errors import CheckpointError
+from minitron_megatron.config.schema import DepthSearch, InspectConfig, Unit
+from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model.count import forward_flops_per_token, num_parameters
-from minitron_megatron.model.shape import ModelShape
-from minitron_megatron.pruning import plan as plans
-from minitron_megatron.pruning import scores
+from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
+from minitron_megatron.pruning.kept import kept_sublayers
+from minitron_megatron.pruning.plan import FILE as PLAN
+from minitron_megatron.pruning.plan import Plan, to_ranges
+from minitron_megatron.pruning.scores import FILE as SCORES
+from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.report.gallery import Picture, loss_pictures, pruning_pictures, scores_of, write_pictures
 from minitron_megatron.report.results import EVALUATION, read_evaluation
 from minitron_megatron.report.style import short
 from minitron_megatron.training import metrics
+
+_KINDS = {ATTENTION: "attention", MLP: "MLP"}
+_SHOWN = 8  # units that are missed least
 
 
 @dataclass
@@ -34,27 +43,39 @@ class Found:
         kind: what it is, in words.
         shapes: the networks it speaks of, by what they are to it.
         facts: what else there is to say, in order.
+        pictures: makes its figures, if it has any.
     """
 
     kind: str
     shapes: dict[str, ModelShape] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+    pictures: Callable[[], list[Picture]] | None = None
 
 
 def inspect(config: InspectConfig) -> None:
-    """Print what lies at a path: kind, shape, counts, origin and settings.
+    """Print what lies at a path: kind, shape, counts, origin and settings; if asked for, write its figures.
 
     Raises:
         CheckpointError: it is nothing that this project writes, or not whole.
+        ConfigError: figures are asked for, and it has none.
     """
     path = Path(config.path)
     found = look_at(path)
+    pictures = found.pictures() if config.figures and found.pictures else []
+    if config.figures and not pictures:
+        raise ConfigError(
+            [
+                f"figures = {config.figures}: {found.kind} has none; scores, plans, pruned checkpoints and training "
+                f"runs have"
+            ]
+        )
     manifest = _manifest(path if path.is_dir() else path.parent)
     # Output that goes into a file has no width, and broken lines cannot be searched.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(Text(f"{path}: {found.kind}", style="bold"))
     facts = {**found.facts, "on disk": f"{_size(path):,} bytes"}
     if manifest:
+        facts |= {"rounded": "\n".join(rounded)} if (rounded := manifest.details.get("rounded")) else {}
         facts["version"] = manifest.version
     _print_section(console, "", _fact_table(facts))
     if found.shapes:
@@ -63,6 +84,9 @@ def inspect(config: InspectConfig) -> None:
         _print_section(console, "made from", _lineage(Text(str(path)), manifest, set()))
         settings = yaml.safe_dump(manifest.config, sort_keys=False, width=120)
         _print_section(console, "settings", Text(settings.rstrip()))
+    if config.figures:
+        files = write_pictures(pictures, Path(config.figures))
+        _print_section(console, "figures", Text("\n".join(map(str, files))))
 
 
 def look_at(path: Path) -> Found:
@@ -78,6 +102,8 @@ def look_at(path: Path) -> Found:
             return reader(path)
         if path.is_file() and path.name == marker:
             return reader(path.parent)
+    if path.suffix == ".json":
+        return _plan(path)
     raise CheckpointError(
         f"path = {path} is nothing that is known here: looked for {', '.join(_READERS)}; name a folder that has one"
     )
@@ -87,9 +113,9 @@ def _checkpoint(folder: Path) -> Found:
     checkpoint = Checkpoint(folder)
     facts = {"iteration": str(checkpoint.iteration), "dtype": str(checkpoint.dtype).removeprefix("torch.")}
     found = Found("checkpoint", {"": checkpoint.shape}, facts)
-    if (folder / plans.FILE).is_file():
-        found.kind = "pruned checkpoint"
-        found.shapes = _plan(folder).shapes
+    if (folder / PLAN).is_file():
+        plan = _plan(folder)
+        found = Found("pruned checkpoint", plan.shapes, facts | plan.facts, plan.pictures)
     return found
 
 
@@ -100,12 +126,52 @@ def _run(folder: Path) -> Found:
     if lines:
         found.facts["last step"] = f"{lines[-1]['progress/step']} ({short(lines[-1]['progress/tokens'])} tokens)"
         found.facts |= {key: f"{value:.4f}" for key, value in lines[-1].items() if key.startswith(("loss/", "val/"))}
+        found.pictures = lambda: loss_pictures({folder.name: folder})
     return found
 
 
 def _scores(folder: Path) -> Found:
-    found = scores.Scores.read(folder)
-    return Found("scores", {"": found.shape}, {name: str(value) for name, value in found.settings.items()})
+    found = Scores.read(folder)
+    facts = {name: str(value) for name, value in found.settings.items()}
+    facts |= _depth_facts(found) if found.depth else {"depth criteria": "none"}
+    if "ffn" in found.rounds:  # that of depth alone is the order of a greedy search
+        for name, rounds in found.rounds.items():
+            counts = zip(*rounds.unique(return_counts=True), strict=True)
+            facts[f"{name}: scored last"] = ", ".join(f"{count:,} in round {number}" for number, count in counts)
+    return Found("scores", {"": found.shape}, facts, lambda: pruning_pictures(found))
+
+
+def _depth_facts(found: Scores) -> dict[str, str]:
+    """What was left out, how, and the units that are missed least."""
+    depth = found.depth_settings
+    search = {
+        DepthSearch.SINGLE: f"each {depth.unit.value} by itself",
+        DepthSearch.BLOCK: f"each block of {depth.drop} layers",
+        DepthSearch.GREEDY: f"one {depth.unit.value} after another, {depth.drop} in all",
+    }
+    facts = {
+        "depth criteria": ", ".join(found.depth),
+        "depth search": f"{depth.search.value}: {search[depth.search]}",
+        "protected": f"the first {depth.protect_first} and the last {depth.protect_last} layers",
+    }
+    if depth.search is DepthSearch.GREEDY:
+        order = found.rounds["depth"].argsort()[: depth.drop]
+        return facts | {"left out, in this order": _unit_names(found, order)}
+    least = "blocks missed least begin at" if depth.search is DepthSearch.BLOCK else "missed least"
+    for name, values in found.depth.items():
+        order = values.argsort()[: min(_SHOWN, values.isfinite().sum())]  # NaN comes last
+        facts[f"{least} ({name})"] = _unit_names(found, order)
+    return facts
+
+
+def _unit_names(found: Scores, units: Tensor) -> str:
+    """Layers by their numbers, sublayers with their kinds."""
+    if found.depth_settings.unit is Unit.LAYER:
+        return ", ".join(map(str, units.tolist()))
+    pattern = found.shape.pattern
+    return ", ".join(
+        f"{_KINDS[pattern[position]]} {pattern[:position].count(pattern[position])}" for position in units.tolist()
+    )
 
 
 def _evaluation(folder: Path) -> Found:
@@ -123,9 +189,20 @@ def _evaluation(folder: Path) -> Found:
     return Found("evaluation", facts=facts)
 
 
-def _plan(folder: Path) -> Found:
-    plan = plans.Plan.read(folder)
-    return Found("plan", {"before": plan.source, "after": plan.target})
+def _plan(path: Path) -> Found:
+    plan = Plan.read(path)
+    gone = {
+        kind: to_ranges(np.flatnonzero(~kept_sublayers(plan, kind)).tolist()) or "none" for kind in (ATTENTION, MLP)
+    }
+    if gone[ATTENTION] == gone[MLP]:
+        facts = {"dropped layers": gone[MLP]}
+    else:
+        facts = {f"dropped {_KINDS[kind]} sublayers": numbers for kind, numbers in gone.items()}
+    facts["merges heads"] = "yes" if plan.merge else "no"
+    facts["for checkpoint"] = plan.checkpoint[:12] if plan.checkpoint else "any of that shape"
+    shapes = {"before": plan.source, "after": plan.target}
+    folder = path if path.is_dir() else path.parent
+    return Found("plan", shapes, facts, lambda: pruning_pictures(scores_of(folder), plan))
 
 
 def _huggingface(folder: Path) -> Found:
@@ -137,10 +214,10 @@ def _huggingface(folder: Path) -> Found:
 _READERS: dict[str, Callable[[Path], Found]] = {
     TRACKER: _checkpoint,
     f"checkpoints/{TRACKER}": _run,
-    scores.FILE: _scores,
+    SCORES: _scores,
     EVALUATION: _evaluation,
     "config.json": _huggingface,
-    plans.FILE: _plan,
+    PLAN: _plan,
 }
 
 
@@ -180,15 +257,20 @@ def _shape_table(shapes: dict[str, ModelShape], sequence_length: int | None) -> 
     table.add_column()
     for name in shapes:
         table.add_column(name, justify="right")
-    columns = [_describe(shape, sequence_length or shape.max_positions) for shape in shapes.values()]
+    whole = all(shape.is_uniform for shape in shapes.values())
+    columns = [_describe(shape, sequence_length or shape.max_positions, whole) for shape in shapes.values()]
     for name in columns[0]:
         table.add_row(Text(name, style="dim"), *(Text(column[name]) for column in columns))
     return table
 
 
-def _describe(shape: ModelShape, sequence_length: int) -> dict[str, str]:
+def _describe(shape: ModelShape, sequence_length: int, whole_layers: bool) -> dict[str, str]:
     values = {name: value for name, value in shape.to_dict().items() if name != "pattern"}
-    layers = {"layers": str(shape.num_layers)} if shape.is_uniform else {"pattern": shape.pattern}
+    if whole_layers:
+        layers = {"layers": str(shape.num_layers)}
+    else:
+        layers = {f"{name} sublayers": str(len(shape.sublayers(kind))) for kind, name in _KINDS.items()}
+        layers["pattern"] = shape.pattern
     return {
         "parameters": f"{num_parameters(shape):,}",
         "without embeddings": f"{num_parameters(shape, embeddings=False):,}",

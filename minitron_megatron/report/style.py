@@ -8,9 +8,12 @@ import io
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 KEPT = "#0072B2"
 CUT = "#D55E00"
@@ -59,6 +62,31 @@ def label(axes: Axes, text: str, xy: tuple, offset: tuple[float, float] = (0, 0)
     """Write `text` at `xy` of the data, moved by `offset` in points. It may reach beyond the axes."""
     settings = {"fontsize": _LABEL, "color": INK, "xycoords": "data", "annotation_clip": False, **changes}
     axes.annotate(text, xy, xytext=offset, textcoords="offset points", **settings)
+
+
+def whole_numbers(axis: Axis) -> None:
+    """Ticks at whole numbers alone."""
+    axis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers on it."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def group_edges(groups: int, per_group: int) -> np.ndarray:
+    """Where one query group ends and the next begins; nowhere if each has one head."""
+    return np.arange(1, groups if per_group > 1 else 1) * per_group - 0.5
+
+
+def group_ticks(axis: Axis, groups: int, per_group: int) -> None:
+    """One tick in the middle of each query group, or of every so many where there are a lot."""
+    shown = np.arange(0, groups, -(-groups // 16))
+    axis.set_ticks((shown + 0.5) * per_group - 0.5, labels=[str(group) for group in shown])
+    axis.set_tick_params(length=0)
 
 
 def sequential() -> Colormap:

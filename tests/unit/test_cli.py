@@ -36,8 +36,8 @@ def ran(monkeypatch):
 def test_every_verb_has_settings_and_a_function():
     assert list(VERBS) == list(SCHEMAS)
     names = [place.split(":")[1] for place in VERBS.values()]
-    assert minitron_megatron.__all__ == ["__version__", *names]
     assert len(set(names)) == len(VERBS)
+    assert set(names) <= set(minitron_megatron.__all__)
 
 
 def test_the_functions_are_found_in_the_package_when_asked_for(ran):

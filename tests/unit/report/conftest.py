@@ -7,15 +7,17 @@ import torch
 
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, writing
 from minitron_megatron.checkpoint.writer import write_checkpoint
+from minitron_megatron.config.schema import TargetConfig
 from minitron_megatron.model.axes import axis_sizes
 from minitron_megatron.model.shape import ModelShape, layers_pattern
 from minitron_megatron.pruning.plan import make_plan
-from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.pruning.scores import DepthSettings, Scores
 from minitron_megatron.report.html import Stage
 
 SHAPE = ModelShape(
     layers_pattern(5), hidden=12, ffn=10, num_heads=6, num_query_groups=2, head_dim=2, vocab=7, padded_vocab=8
 )
+SIZES = TargetConfig(layers=3, hidden=8, ffn=6, heads=4)
 TARGET = SHAPE.replace(pattern=layers_pattern(3), hidden=8, ffn=6, num_heads=4)
 
 # Losses between which two thirds of the gap are closed, and numbers that no other number contains.
@@ -47,12 +49,20 @@ def scores():
     def some(*size):
         return torch.from_numpy(random.permutation(math.prod(size)).reshape(size) + 1.0)
 
-    return Scores(SHAPE, some(12), some(5, 10), some(5, 2, 3), some(5) / 10, {"corpus": "c0ffee"})
+    depth = {"block_influence": some(5) / 10, "kl": some(5) / 10}
+    settings = DepthSettings(protect_first=1)
+    return Scores(SHAPE, some(12), some(5, 10), some(5, 2, 3), depth, settings, settings={"corpus": "c0ffee"})
 
 
 @pytest.fixture(scope="session")
 def plan(scores):
-    return make_plan(scores, TARGET)
+    return make_plan(scores, SIZES)
+
+
+@pytest.fixture
+def kept_numbers(plan):
+    """The layers that the plan keeps."""
+    return [position // 2 for position in plan.sublayers[::2]]
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +110,8 @@ def make_run(folder, scores, plan, lines):
     with finish("scores", "scores", {"checkpoint": run / "teacher"}, {"num_samples": 9}, SHAPE) as folder:
         scores.write(folder)
     parents = [Parent.of("checkpoint", run / "teacher"), Parent.of("scores", run / "scores")]
-    manifest = Manifest("checkpoint", parents=parents, config={"target": {"hidden": 8}})
+    rounded = {"rounded": ["target.ffn = 0.55 of 10 became 6", "target.heads = 0.7 of 6 became 4"]}
+    manifest = Manifest("checkpoint", parents=parents, config={"target": {"hidden": 8}}, details=rounded)
     write_checkpoint(run / "pruned", RandomSource(TARGET), torch.bfloat16, manifest, None, plan.write)
     parents = {"student": run / "pruned", "teacher": run / "teacher"}
     with finish("distilled", "run", parents, {"steps": 6}, TARGET) as folder:

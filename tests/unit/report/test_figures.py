@@ -1,23 +1,14 @@
+from dataclasses import replace
+
 import matplotlib
 import numpy as np
-import pytest
-from matplotlib.colors import same_color, to_rgba
+import torch
 
-from minitron_megatron.model.shape import layers_pattern
+from minitron_megatron.config.schema import TargetConfig
 from minitron_megatron.pruning.plan import make_plan
-from minitron_megatron.report.figures import (
-    ffn_importance,
-    head_importance,
-    hidden_importance,
-    kept_map,
-    layer_importance,
-)
-from minitron_megatron.report.style import CUT, KEPT, png
-
-
-@pytest.fixture
-def kept_numbers(plan):
-    return [position // 2 for position in plan.sublayers[::2]]
+from minitron_megatron.report.figures import ffn_importance, group_importance, head_importance, hidden_importance
+from minitron_megatron.report.kept import kept_map
+from minitron_megatron.report.style import png
 
 
 def test_neurons_are_sorted_and_relative_to_their_layer(scores):
@@ -45,28 +36,58 @@ def test_a_layer_without_any_score_is_drawn_as_zero(scores):
     """A division by its largest score would make it NaN."""
     dead = scores.ffn.clone()
     dead[1] = 0
-    shown = ffn_importance(type(scores)(scores.shape, scores.hidden, dead, scores.head, scores.layer)).axes[0].images[0]
+    shown = ffn_importance(replace(scores, ffn=dead)).axes[0].images[0]
     assert shown.get_array()[1].tolist() == [0] * 10
 
 
-def test_dots_mark_the_kept_heads(scores, plan):
-    axes = head_importance(scores, plan).axes[0]
-    shown = axes.images[0].get_array()
-    np.testing.assert_allclose(shown, [row.flatten() / row.max() for row in scores.head.numpy()])
-    dots = {tuple(xy) for xy in axes.collections[-1].get_offsets().astype(int).tolist()}
-    expected = {
-        (group * 3 + head, position // 2)
-        for position, groups in plan.head.items()
-        for group, heads in enumerate(groups)
-        for head in heads
+def dots_of(axes):
+    return {tuple(xy) for xy in axes.collections[0].get_offsets().astype(int).tolist()}
+
+
+def test_dots_mark_the_heads_that_go(scores, plan, kept_numbers):
+    places, ranks, _ = head_importance(scores, plan).axes
+    heads = scores.head.flatten(1).numpy()
+    np.testing.assert_allclose(places.images[0].get_array(), [row / row.max() for row in heads])
+    np.testing.assert_allclose(ranks.images[0].get_array(), [sorted(row / row.max(), reverse=True) for row in heads])
+    # Of every group of three the lowest goes; of dropped layers nothing is marked, they are veiled.
+    gone = {
+        (int(row[part].argmin()) + part.start, n) for n, row in enumerate(heads) for part in (slice(0, 3), slice(3, 6))
     }
-    assert dots == expected and len(dots) == 3 * 4
+    assert dots_of(places) == {(head, layer) for head, layer in gone if layer in kept_numbers}
+    assert dots_of(ranks) == {
+        (1 + int((heads[layer] > heads[layer, head]).sum()), layer) for head, layer in gone if layer in kept_numbers
+    }
+    for axes in (places, ranks):
+        assert {round(bar.get_y() + 0.5) for bar in axes.patches} == {0, 1, 2, 3, 4} - set(kept_numbers)
+    assert ranks.texts[0].get_text() == "dots: the 2 of 6 that go"
 
 
 def test_no_dots_where_every_head_stays(scores):
-    narrow = make_plan(scores, scores.shape.replace(hidden=8))
-    assert not head_importance(scores, narrow).axes[0].texts
-    assert len(head_importance(scores, narrow).axes[0].collections) == 1  # the lines between groups
+    places, ranks, _ = head_importance(scores, make_plan(scores, TargetConfig(hidden=8))).axes
+    assert not ranks.texts and not dots_of(places) and not dots_of(ranks)
+
+
+def test_whole_query_groups_have_the_sum_of_their_heads(scores):
+    plan = make_plan(scores, TargetConfig(groups=1))
+    places, ranks, _ = group_importance(scores, plan).axes
+    sums = scores.head.numpy().sum(-1)
+    np.testing.assert_allclose(places.images[0].get_array(), sums / sums.max(1, keepdims=True))
+    assert dots_of(places) == {(int(row.argmin()), layer) for layer, row in enumerate(sums)}
+    assert dots_of(ranks) == {(2, layer) for layer in range(5)}
+    # All that goes with a group goes in the map of heads, however strong.
+    heads = dots_of(head_importance(scores, plan).axes[0])
+    assert heads == {(3 * int(row.argmin()) + head, layer) for layer, row in enumerate(sums) for head in range(3)}
+
+
+def test_what_an_earlier_round_cut_ranks_behind_the_rest(scores):
+    """The strongest of all were cut in the first round: sorted by their scores alone they would lead."""
+    hidden, ffn = torch.full((12,), 2), torch.full((5, 10), 2)
+    hidden[scores.hidden.argmax()] = 1
+    ffn[torch.arange(5), scores.ffn.argmax(1)] = 1
+    later = replace(scores, rounds={"hidden": hidden, "ffn": ffn})
+    curve = hidden_importance(later).axes[0].lines[0].get_ydata().tolist()
+    assert curve == [*range(11, 0, -1), 12]
+    assert ffn_importance(later).axes[0].images[0].get_array()[:, -1].tolist() == [1] * 5
 
 
 def test_hidden_scores_fall_and_the_cut_stands_at_the_number_kept(scores, plan):
@@ -79,46 +100,9 @@ def test_hidden_scores_fall_and_the_cut_stands_at_the_number_kept(scores, plan):
     assert axes.texts[0].get_text() == f"8 of 12 stay, with {68 / 78:.1%} of all scores"
 
 
-def test_dropped_layers_have_the_colour_of_the_cut(scores, plan, kept_numbers):
-    axes = layer_importance(scores, plan).axes[0]
-    assert [bar.get_height() for bar in axes.patches] == scores.layer.tolist()
-    colours = [bar.get_facecolor() for bar in axes.patches]
-    assert all(same_color(c, KEPT if i in kept_numbers else CUT) for i, c in enumerate(colours))
-    assert axes.texts[0].get_text() == "2 of 5 layers are dropped"
-
-
-def test_without_a_plan_every_layer_is_kept(scores):
-    axes = layer_importance(scores).axes[0]
-    assert {bar.get_facecolor() for bar in axes.patches} == {to_rgba(KEPT)} and not axes.texts
-
-
-def test_the_map_of_what_stays(scores, plan, kept_numbers):
-    hidden, layers, neurons, heads = kept_map(plan, scores).axes
-    assert np.flatnonzero(hidden.images[0].get_array()).tolist() == plan.hidden
-    assert np.flatnonzero(layers.images[0].get_array()).tolist() == kept_numbers
-    for layer, bar in enumerate(neurons.patches[5:]):
-        if layer in kept_numbers:
-            row = sorted(scores.ffn[layer].tolist())
-            assert bar.get_height() == pytest.approx(sum(row[-6:]) / sum(row))
-        else:
-            assert bar.get_height() == 0
-    kept = heads.images[0].get_array()
-    assert kept.shape == (6, 5)
-    assert kept.sum(0).tolist() == [4 if layer in kept_numbers else 0 for layer in range(5)]
-    assert np.flatnonzero(kept[:3, kept_numbers[0]]).tolist() == plan.head[2 * kept_numbers[0]][0]
-    titles = [axes.get_title("left") for axes in (hidden, layers, neurons, heads)]
-    assert [title.split(",")[0].split(": ")[1] for title in titles] == ["8 of 12", "3 of 5", "6 of 10", "4 of 6"]
-
-
-def test_without_scores_the_map_shows_the_number_of_neurons(plan, kept_numbers):
-    neurons = kept_map(plan).axes[2]
-    assert [b.get_height() for b in neurons.patches[5:]] == [0.6 if i in kept_numbers else 0 for i in range(5)]
-
-
 def test_one_head_in_each_group(scores):
     """Multi-head attention: lines between groups would cover the cells."""
-    shape = scores.shape.replace(num_query_groups=6, pattern=layers_pattern(5))
-    many = type(scores)(shape, scores.hidden, scores.ffn, scores.head.reshape(5, 6, 1), scores.layer)
+    many = replace(scores, shape=scores.shape.replace(num_query_groups=6), head=scores.head.reshape(5, 6, 1))
     axes = head_importance(many).axes[0]
     assert not axes.collections[0].get_segments()
     assert [text.get_text() for text in axes.get_xticklabels()] == list("012345")

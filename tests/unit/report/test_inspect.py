@@ -1,10 +1,15 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 
-from minitron_megatron.config.schema import InspectConfig
-from minitron_megatron.errors import CheckpointError
+from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.config.schema import DepthSearch, InspectConfig, Unit
+from minitron_megatron.errors import CheckpointError, ConfigError
+from minitron_megatron.pruning.plan import to_ranges
+from minitron_megatron.pruning.scores import DepthSettings
 from minitron_megatron.report.inspect import inspect
 
 
@@ -35,11 +40,15 @@ def test_a_checkpoint(shared_run, show):
     assert f"source: {run.parent / 'model.gguf'}" in lines[-1]
 
 
-def test_a_pruned_checkpoint_shows_both_networks(shared_run, show):
+def test_a_pruned_checkpoint_shows_both_networks(shared_run, show, kept_numbers):
     run, _ = shared_run
     lines = show(run / "pruned")
     assert lines[0].endswith(": pruned checkpoint")
     assert "before after" in lines and "hidden 12 8" in lines and "layers 5 3" in lines
+    gone = sorted({0, 1, 2, 3, 4} - set(kept_numbers))
+    assert f"dropped layers {to_ranges(gone)}" in lines and "merges heads no" in lines
+    number = lines.index("rounded target.ffn = 0.55 of 10 became 6")
+    assert lines[number + 1] == "target.heads = 0.7 of 6 became 4"
 
 
 def test_a_plan_alone(shared_run, show):
@@ -53,6 +62,82 @@ def test_scores(shared_run, show):
     lines = show(run / "scores")
     assert lines[0].endswith(": scores") and "corpus c0ffee" in lines and "hidden 12" in lines
     assert "num_samples: 9" in lines
+
+
+def test_scores_say_what_was_left_out_and_what_is_missed_least(shared_run, show, scores):
+    lines = show(shared_run[0] / "scores")
+    assert "depth criteria block_influence, kl" in lines and "depth search single: each layer by itself" in lines
+    assert "protected the first 1 and the last 0 layers" in lines
+    for name, values in scores.depth.items():
+        order = sorted(range(5), key=values.tolist().__getitem__)
+        assert f"missed least ({name}) {', '.join(map(str, order))}" in lines
+    assert not any("scored last" in line for line in lines)
+
+
+def written(folder, scores):
+    folder.mkdir()
+    scores.write(folder)
+    Manifest("scores").write(folder)
+    return folder
+
+
+def test_scores_of_a_greedy_search_say_the_order(scores, show, tmp_path):
+    settings = DepthSettings(Unit.SUBLAYER, DepthSearch.GREEDY, 3, 0, 0)
+    rounds = {"depth": torch.tensor([4, 4, 4, 1, 3, 4, 2, 4, 4, 4])}
+    found = replace(scores, depth={"kl": torch.rand(10)}, depth_settings=settings, rounds=rounds)
+    lines = show(written(tmp_path / "greedy", found))
+    assert "depth search greedy: one sublayer after another, 3 in all" in lines
+    assert "left out, in this order MLP 1, attention 3, attention 2" in lines
+
+
+def test_scores_of_a_search_for_blocks_say_where_they_begin(scores, show, tmp_path):
+    settings = DepthSettings(search=DepthSearch.BLOCK, drop=2, protect_first=1)
+    nan = float("nan")
+    found = replace(scores, depth={"loss": torch.tensor([nan, 3, 1, 2, nan])}, depth_settings=settings)
+    lines = show(written(tmp_path / "blocks", found))
+    assert "blocks missed least begin at (loss) 2, 3, 1" in lines  # not where nothing was measured
+
+
+def test_scores_of_several_rounds_say_how_much_each_decided(scores, show, tmp_path):
+    hidden = torch.tensor([2] * 8 + [1] * 4)
+    rounds = {"hidden": hidden, "ffn": torch.full((5, 10), 2), "head": torch.full((5, 2, 3), 2)}
+    lines = show(written(tmp_path / "rounds", replace(scores, rounds=rounds)))
+    assert "hidden: scored last 4 in round 1, 8 in round 2" in lines and "ffn: scored last 50 in round 2" in lines
+
+
+def test_a_plan_that_drops_sublayers_names_them_apart(plan, show, tmp_path):
+    """In a file of any name, as a dry run writes it."""
+    gone = plan.sublayers[2]
+    edited = replace(plan, sublayers=[p for p in plan.sublayers if p != gone])
+    edited.write_file(tmp_path / "mine.json")
+    lines = show(tmp_path / "mine.json")
+    attention = sorted({0, 1, 2, 3, 4} - {p // 2 for p in edited.sublayers if p % 2 == 0})
+    mlp = sorted({0, 1, 2, 3, 4} - {p // 2 for p in edited.sublayers if p % 2})
+    assert f"dropped attention sublayers {to_ranges(attention)}" in lines
+    assert f"dropped MLP sublayers {to_ranges(mlp)}" in lines and len(attention) == len(mlp) + 1
+    assert "attention sublayers 5 2" in lines and "MLP sublayers 5 3" in lines and "pattern *-*-*-*-*- *--*-" in lines
+
+
+@pytest.mark.parametrize(
+    "path, names",
+    [
+        ("scores", ["ffn", "heads", "hidden", "layers"]),
+        ("pruned", ["ffn", "heads", "hidden", "kept", "layers"]),
+        ("pruned/plan.json", ["ffn", "heads", "hidden", "kept", "layers"]),
+        ("distilled", ["loss"]),
+    ],
+)
+def test_figures_of_one_result(shared_run, tmp_path, capsys, path, names):
+    inspect(InspectConfig(str(shared_run[0] / path), figures=str(tmp_path / "figures")))
+    assert sorted(file.stem for file in (tmp_path / "figures").iterdir()) == names
+    assert str(tmp_path / "figures" / f"{names[0]}.png") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path, kind", [("teacher", "checkpoint"), ("evaluate/teacher", "evaluation")])
+def test_what_has_no_figures_says_so(shared_run, tmp_path, path, kind):
+    with pytest.raises(ConfigError, match=rf"figures = .*figures: {kind} has none"):
+        inspect(InspectConfig(str(shared_run[0] / path), figures=str(tmp_path / "figures")))
+    assert not (tmp_path / "figures").exists()
 
 
 def test_an_evaluation(shared_run, show):
@@ -79,7 +164,6 @@ def test_a_run_that_is_not_finished(finished_run, show):
 
 
 def test_a_hugging_face_folder(tmp_path, show):
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, vocab_size=32)

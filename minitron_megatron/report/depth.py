@@ -1,0 +1,145 @@
+"""Figure of what leaving out layers does, with a panel for each criterion."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+
+from minitron_megatron.config.schema import DepthCriterion, DepthSearch, Unit
+from minitron_megatron.model.shape import ATTENTION, MLP
+from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.scores import DepthSettings, Scores
+from minitron_megatron.report.kept import columns
+from minitron_megatron.report.style import (
+    CUT,
+    GRID,
+    KEPT,
+    MUTED,
+    heading,
+    label,
+    log_scale,
+    new_figure,
+    tidy,
+    whole_numbers,
+)
+
+_PANELS = {
+    DepthCriterion.BLOCK_INFLUENCE: "Block Influence: 1 − cosine between input and output",
+    DepthCriterion.LOSS: "increase of the loss, in nats per token",
+    DepthCriterion.KL: "divergence from the whole network's predictions, in nats per token",
+    DepthCriterion.LOGITS: "squared change of the logits, relative to their square",
+    DepthCriterion.ACCURACY: "decrease of the share of right answers",
+}
+_LAYER = "layer"
+_WIDE = 10  # times the smallest value: what ranges further is drawn on a logarithmic scale
+_DISC = dict(marker="o", markersize=5.5, linestyle="-", linewidth=0.9)
+_DIAMOND = dict(marker="D", markersize=5, linestyle=(0, (3, 2)), linewidth=0.9, markerfacecolor="white")
+_STYLES = {_LAYER: _DISC, ATTENTION: _DISC, MLP: _DIAMOND}
+_NAMES = {ATTENTION: "attention", MLP: "MLP"}
+
+
+def depth_importance(scores: Scores, plan: Plan | None = None) -> Figure:
+    """What leaving out each unit does, or each block, or one unit after another; what the plan drops is marked.
+
+    Args:
+        scores: with at least one depth criterion.
+        plan: what stays; if it is not given, nothing is dropped.
+    """
+    units = _Units(scores, plan)
+    figure = new_figure(_title(scores.depth_settings), 0.75 + 1.75 * len(scores.depth))
+    panels = figure.subplots(len(scores.depth), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, values) in zip(panels, scores.depth.items(), strict=True):
+        tidy(axes, grid="y")
+        criterion = DepthCriterion(name)
+        heading(axes, _PANELS[criterion])
+        units.draw(axes, values.numpy())
+        if criterion is not DepthCriterion.ACCURACY:
+            _scale(axes)
+    panels[-1].set_xlabel(units.xlabel)
+    if units.dropped.any():
+        text = f"{units.dropped.sum()} of {len(units.dropped)} {scores.depth_settings.unit.value}s are dropped"
+        label(panels[0], text, (1, 1), (0, 5), ha="right", color=CUT, xycoords="axes fraction")
+    if scores.depth_settings.unit is Unit.SUBLAYER:
+        for kind, name in _NAMES.items():
+            panels[0].plot([], [], color=MUTED, label=name, **_STYLES[kind])
+        corner = "upper left" if scores.depth_settings.search is DepthSearch.GREEDY else "upper center"
+        panels[0].legend(loc=corner, ncols=2, frameon=False, labelcolor=MUTED, fontsize=8.5)
+    return figure
+
+
+class _Units:
+    """Everything that is left out, as arrays over the units: where it stands, of which kind it is, and whether it goes.
+
+    Attributes:
+        dropped: whether the plan drops it.
+        xlabel: what the horizontal axis counts.
+    """
+
+    def __init__(self, scores: Scores, plan: Plan | None):
+        shape, settings = scores.shape, scores.depth_settings
+        by_layer = settings.unit is Unit.LAYER
+        positions = np.arange(len(shape.pattern))[:: 2 if by_layer else 1]
+        self.settings = settings
+        self.kinds = np.array([_LAYER] * len(positions) if by_layer else list(shape.pattern))
+        places, self.xlabel = columns(shape)
+        self.numbers = places[positions]
+        self.dropped = ~np.isin(positions, plan.sublayers) if plan else np.zeros(len(positions), dtype=bool)
+        self.x, self.shown = self.numbers, np.ones(len(positions), dtype=bool)
+        if settings.search is DepthSearch.GREEDY:
+            self.x = scores.rounds["depth"].numpy()
+            self.shown = self.x <= settings.drop
+            self.xlabel += ", in the order in which they go"
+        elif settings.search is DepthSearch.BLOCK:
+            self.xlabel = f"first layer of the block of {settings.drop}"
+
+    def draw(self, axes: Axes, values: np.ndarray) -> None:
+        """Draw values of one criterion `[unit]`; what was not measured leaves a gap."""
+        greedy, block = (self.settings.search is search for search in (DepthSearch.GREEDY, DepthSearch.BLOCK))
+        kinds = dict.fromkeys(self.kinds)
+        if greedy:
+            order = np.argsort(self.x)[: self.settings.drop]
+            axes.plot(self.x[order], values[order], color=MUTED, linewidth=0.9)
+        else:
+            for kind in kinds:
+                line = self.kinds == kind
+                axes.plot(self.x[line], values[line], color=MUTED, **{**_STYLES[kind], "marker": ""})
+        marked = self.dropped
+        if block:  # a value is of the block that begins there
+            marked = np.array([self.dropped[i : i + self.settings.drop].all() for i in range(len(self.dropped))])
+            for number in self.numbers[self.dropped]:
+                axes.axvspan(number - 0.5, number + 0.5, color=CUT, alpha=0.12, linewidth=0)
+        for kind in kinds:
+            for which, colour in ((~marked, KEPT), (marked, CUT)):
+                where = which & self.shown & (self.kinds == kind)
+                axes.plot(self.x[where], values[where], color=colour, **{**_STYLES[kind], "linestyle": ""})
+        if greedy:
+            axes.set_xticks(self.x[order], labels=[str(number) for number in self.numbers[order]])
+            return
+        for number in self.numbers[self.settings.protected(len(self.numbers))]:
+            axes.axvspan(number - 0.5, number + 0.5, color=GRID, alpha=0.6, linewidth=0)
+        axes.set_xlim(-0.6, self.numbers[-1] + 0.6)
+        whole_numbers(axes.xaxis)
+
+
+def _scale(axes: Axes) -> None:
+    """Logarithmic where values are of different sizes, and linear around zero where some are not positive."""
+    drawn = np.concatenate([line.get_ydata() for line in axes.lines])
+    drawn = drawn[np.isfinite(drawn)]
+    sizes = np.abs(drawn)
+    if sizes.max() <= _WIDE * sizes.min():
+        axes.set_ylim(1.15 * min(0, drawn.min()), 1.15 * max(0, drawn.max()) or 1)
+    elif drawn.min() > 0:
+        log_scale(axes)
+    else:
+        least = 10 ** np.floor(np.log10(max(np.median(sizes), sizes.max() / 1000)))
+        axes.set_yscale("symlog", linthresh=least)
+        axes.set_ylim(2 * min(drawn.min(), -least / 4), 2 * max(drawn.max(), least / 4))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _title(settings: DepthSettings) -> str:
+    return {
+        DepthSearch.SINGLE: f"What leaving out each {settings.unit.value} by itself does",
+        DepthSearch.BLOCK: f"What leaving out each block of {settings.drop} layers does",
+        DepthSearch.GREEDY: f"What leaving out one {settings.unit.value} after another does",
+    }[settings.search]
