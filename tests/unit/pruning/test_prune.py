@@ -23,11 +23,12 @@ LAYERS, HIDDEN, FFN, GROUPS, HEADS, HEAD_DIM = 4, 48, 44, 2, 3, 12
 TOKENS = torch.randint(0, 101, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def write_scores(folder, shape):
+def write_scores(folder, shape, checkpoint=None):
     generator = torch.Generator().manual_seed(1)
     sizes = [(HIDDEN,), (LAYERS, FFN), (LAYERS, GROUPS, HEADS), (LAYERS,)]
+    *width, depth = (torch.rand(*size, generator=generator, dtype=torch.float64) for size in sizes)
     folder.mkdir()
-    Scores(shape, *(torch.rand(*size, generator=generator) for size in sizes)).write(folder)
+    Scores(shape, *width, {"loss": depth}, checkpoint=checkpoint).write(folder)
     Manifest("scores").write(folder)
 
 
@@ -41,9 +42,12 @@ class Source:
         write_scores(self.scores, Checkpoint(self.checkpoint).shape)
 
     def prune(self, output, parallel=None, **target):
-        parallel = parallel or ParallelConfig()
-        config = PruneConfig(str(self.checkpoint), str(self.scores), str(output), TargetConfig(**target), parallel)
+        config = self.config(output, target=TargetConfig(**target), parallel=parallel or ParallelConfig())
         return Checkpoint(prune(config)), Plan.read(output)
+
+    def config(self, output, **settings):
+        scores = None if "plan" in settings else str(self.scores)
+        return PruneConfig(str(self.checkpoint), str(output), **{"scores": scores, **settings})
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -136,10 +140,10 @@ def test_neurons_and_heads_that_go_are_as_if_silenced(source, tmp_path):
         (dict(heads=3), None, ["target.heads = 3 is not a multiple of the 2 query groups: every group keeps the same"]),
         (
             dict(ffn=31, layers=3),
-            ParallelConfig(tensor=2, pipeline=2),
+            ParallelConfig(tensor=2, pipeline=4),
             [
                 "target.ffn = 31 does not divide by parallel.tensor = 2",
-                "target has 3 layers, which do not divide by parallel.pipeline x virtual_pipeline = 2 x 1",
+                "target has 3 layers, too few for the 4 stages of parallel.pipeline x virtual_pipeline = 4 x 1",
             ],
         ),
         (
@@ -163,7 +167,9 @@ def test_targets_that_do_not_fit_name_field_and_value(target, parallel, problems
 
 def test_scores_of_another_network_are_refused(llama, tmp_path):
     write_scores(tmp_path / "scores", Checkpoint(llama.checkpoint).shape.replace(vocab=100))
-    config = PruneConfig(str(llama.checkpoint), str(tmp_path / "scores"), str(tmp_path / "p"), TargetConfig(ffn=30))
-    with pytest.raises(CheckpointError, match=r"scores = .*/scores are of another .* than checkpoint = .*: score that"):
+    config = llama.config(tmp_path / "p", scores=str(tmp_path / "scores"), target=TargetConfig(ffn=30))
+    with pytest.raises(
+        CheckpointError, match=r"scores = .*/scores is of another network than checkpoint = .*: score that"
+    ):
         prune(config)
     assert not (tmp_path / "p").exists()
