@@ -70,10 +70,8 @@ def plan_or_nothing(scores, parallel, target):
     try:
         return make_plan(scores, target, parallel)
     except ConfigError as error:
-        # The only thing that can be wrong with sizes within those of the source.
-        heads = scores.shape.num_heads
-        assert all("target.heads" in problem for problem in error.problems), error
-        assert isinstance(target.heads, int) and (target.groups is not None or target.heads % heads)
+        # A whole number is the only thing that can be wrong with sizes within those of the source.
+        assert isinstance(target.heads, int) and all("target.heads" in problem for problem in error.problems), error
         assume(False)
 
 
@@ -165,7 +163,7 @@ class Nothing:
 
     def read(self, param, layer, index):
         for positions, size in zip(index, param.size(axis_sizes(self.shape)), strict=True):
-            assert (np.diff(positions) > 0).all() and 0 <= positions[0] and positions[-1] < size
+            assert (np.diff(positions) > 0).all() and positions[0] >= 0 and positions[-1] < size
         assert layer in instances(param, self.shape)
         return torch.empty([len(positions) for positions in index], device="meta")
 
