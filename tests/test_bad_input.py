@@ -50,7 +50,8 @@ def inputs(tmp_path_factory):
     for name, scored in (("scores", shape), ("other-scores", shape.replace(hidden=40))):
         (folder / name).mkdir()
         sizes = [(scored.hidden,), (4, 44), (4, 2, 3), (4,)]
-        Scores(scored, *(torch.rand(*size) for size in sizes)).write(folder / name)
+        *width, depth = (torch.rand(*size, dtype=torch.float64) for size in sizes)
+        Scores(scored, *width, {"loss": depth}).write(folder / name)
         Manifest("scores").write(folder / name)
 
     gpt2 = folder / "gpt2"
@@ -125,7 +126,7 @@ def with_other(command, key, value):
         (f"{PRUNE} target.heads=3", 1, ["target.heads = 3 is not a multiple of the 2 query groups"]),
         (f"{PRUNE} target.ffn=31 parallel.tensor=2", 1, ["target.ffn = 31 does not divide by parallel.tensor = 2"]),
         (f"{PRUNE} target.layers=3 parallel.pipeline=4", 1, ["target has 3 layers, too few for the 4 stages"]),
-        (with_other(PRUNE, "scores", "@other-scores") + " target.ffn=30", 1, ["other-scores are of another network"]),
+        (with_other(PRUNE, "scores", "@other-scores") + " target.ffn=30", 1, ["other-scores is of another network"]),
         (with_other(PRUNE, "scores", "@student") + " target.ffn=30", 1, ["student is not the finished output of"]),
         (
             "import source=@gpt2 output=out",

@@ -181,8 +181,8 @@ def _read_stages(recipe: CompressConfig, node: Any) -> tuple[Stages, list[str]]:
         else:
             _inherit(recipe, stage, SCHEMAS[verb])
             settings = reader.settings(SCHEMAS[verb], stage, where, ignored=("verb",))
-            unread = reader.wrong or reader.waits
-            problems += reader.missing + reader.wrong + ([] if unread else settings.problems(where))
+            half_read = reader.wrong or reader.waits
+            problems += reader.missing + reader.wrong + ([] if half_read else settings.problems(where))
             stages[str(name)] = (verb, settings)
     return stages, problems
 

@@ -285,7 +285,7 @@ class ScoreConfig:
         batch_aggregation: over the calibration sequences, second.
         neurons: score neurons after their activation and gate, or before (of a gated MLP, the gate's input).
         rounds: prune a little and score again, so many times, on the way to the target.
-        save_rounds: also write the checkpoint between two rounds, to `OUTPUT.round_N`.
+        save_rounds: also write the checkpoint between two rounds, to `OUTPUT.round_N/`.
         save_every: micro-batches between two saves of the partial sums, from which an interrupted run goes on.
         seed: of random scores.
         target: the shape that several rounds, and searches for blocks or one layer after another, head for.

@@ -23,6 +23,7 @@ from minitron_megatron.pruning.scores import WIDTH, DepthSettings, Scores, batch
 from minitron_megatron.pruning.target import resolve_target
 from minitron_megatron.pruning.weights import squared_weights
 
+_NAMES = {"layer": "layers", ATTENTION: "attention sublayers", MLP: "MLP sublayers"}
 _NEED_OUTPUTS = {DepthCriterion.LOSS, DepthCriterion.KL, DepthCriterion.LOGITS}
 
 
@@ -110,16 +111,19 @@ class _Search:
         self.paths: list[Drops] = []
         if not self.scores:
             return
+        for kind, count in self.left.items():
+            own = [number for number in range(len(self.units)) if self._kind(number) == kind]
+            free = len(set(own) & set(self.free))
+            if count > free:
+                raise ConfigError(
+                    [
+                        f"depth.protect_first = {depth.protect_first} and depth.protect_last = {depth.protect_last} "
+                        f"leave {free} of {len(own)} {_NAMES[kind]}, of which {count} shall go: protect less"
+                    ]
+                )
         if self._is_greedy:
             self.rounds["depth"] = torch.full((len(self.units),), drop + 1, dtype=torch.int64)
         self._next()
-        if not self.paths or drop > len(self.free):
-            raise ConfigError(
-                [
-                    f"depth.protect_first = {depth.protect_first} and depth.protect_last = {depth.protect_last} leave "
-                    f"{len(self.free)} of {len(self.units)} {depth.unit.value}s, of which {drop} shall go: protect less"
-                ]
-            )
 
     def num_sweeps(self, watch: bool) -> int:
         """Passes over the samples that it takes, with the one that watches activations."""
@@ -181,6 +185,7 @@ class _Calibration:
         self.shape = shape
         self.groups = groups
         self.samples = samples
+        self.num_samples = min(config.num_samples, len(samples))
         self.config = config
         self.choices = choices
         self.partial = partial or PartialSums(groups, config.micro_batch)
@@ -192,7 +197,7 @@ class _Calibration:
     def steps_per_sweep(self) -> int:
         """Micro-batches of a pass over all samples and choices."""
         per_step = self.config.micro_batch * self.groups.layout.data
-        return sum(-(-n // per_step) for n in (self.config.num_samples, len(self.choices or ())))
+        return sum(-(-n // per_step) for n in (self.num_samples, len(self.choices or ())))
 
     def sweep(self, base: Drops, paths: list[Drops], watch: bool) -> dict[str, Tensor]:
         """One pass over the calibration set.
@@ -233,7 +238,7 @@ class _Calibration:
                 if found is not None:
                     outputs.add_((found * mask).sum(-1, dtype=torch.float64))
 
-        total = self.partial.over(name, self.samples, config.num_samples, sums, add, self.advance)
+        total = self.partial.over(name, self.samples, self.num_samples, sums, add, self.advance)
         if self.choices is None:
             return total
 

@@ -1,6 +1,7 @@
 """The plan: which elements of a network stay. Plain data, made from scores or by hand, applied by `slicing`."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -137,6 +138,12 @@ class Plan:
                 found.append(f"{where}: heads has {len(heads)} lists for {len(groups)} kept groups: give one for each")
             for group, kept in zip(groups, heads, strict=False):
                 found += _index_problems(f"{where}: heads of group {group}", kept, source.heads_per_group)
+            partners = self.merge.get(position, [])
+            if self.merge and (
+                [len(own) for own in partners] != [len(kept) for kept in heads]
+                or not {head for own in partners for head in own} <= set(range(source.heads_per_group))
+            ):
+                found.append(f"{where}: merge must name one of {source.heads_per_group} heads for each head that stays")
         return found
 
     def write(self, folder: Path) -> None:
@@ -177,21 +184,35 @@ class Plan:
         path = path / FILE if path.is_dir() else path
         try:
             values = json.loads(path.read_text())
-            rows = {row["position"]: row for row in values["sublayers"]}
-            plan = cls(
-                ModelShape.from_dict(values["source"]),
-                [row["position"] for row in values["sublayers"]],
-                from_ranges(values["hidden"]),
-                {position: from_ranges(row["ffn"]) for position, row in rows.items() if "ffn" in row},
-                {position: from_ranges(row["groups"]) for position, row in rows.items() if "groups" in row},
-                {position: [from_ranges(h) for h in row["heads"]] for position, row in rows.items() if "heads" in row},
-                {position: row["merge"] for position, row in rows.items() if "merge" in row},
-                values["checkpoint"],
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise CheckpointError(f"{path} is not a plan: {e!r}") from e
+            hidden = from_ranges(values["hidden"], "hidden")
+            plan = cls(ModelShape.from_dict(values["source"]), [], hidden, {}, {}, {}, {}, values["checkpoint"])
+            for row in values["sublayers"]:
+                plan._add_row(row)
+        except KeyError as e:
+            raise CheckpointError(f"{path} is not a plan: it has no {e}") from e
+        except (OSError, ValueError, TypeError) as e:
+            raise CheckpointError(f"{path} is not a plan: {e}") from e
         raise_if_any([f"{path}: {problem}" for problem in plan.problems()])
         return plan
+
+    def _add_row(self, row: dict) -> None:
+        """Take over a line of the file; what says the same in two ways has to agree."""
+        position = row["position"]
+        where = f"sublayer {position}"
+        if type(position) is not int or not 0 <= position < len(self.source.pattern):
+            raise ValueError(f"position = {position!r} must be 0 to {len(self.source.pattern) - 1}")
+        kind = self.source.pattern[position]
+        layer = self.source.sublayers(kind).index(position)
+        if (row.get("kind", kind), row.get("layer", layer)) != (kind, layer):
+            raise ValueError(f"{where}: kind and layer must be {kind!r} and {layer}, which stand at that position")
+        self.sublayers.append(position)
+        if kind == MLP:
+            self.ffn[position] = from_ranges(row["ffn"], f"{where}: ffn")
+            return
+        self.group[position] = from_ranges(row["groups"], f"{where}: groups")
+        self.head[position] = [from_ranges(heads, f"{where}: heads") for heads in row["heads"]]
+        if "merge" in row:
+            self.merge[position] = [list(partners) for partners in row["merge"]]
 
 
 def make_plan(
@@ -284,6 +305,8 @@ def _kept_sublayers(scores: Scores, target: Target, criterion: DepthCriterion | 
         )
     values, rounds = scores.depth[name], scores.rounds.get("depth")
     protected = set(depth.protected(len(values)))
+    if depth.search is not DepthSearch.SINGLE:
+        _require_searched(scores, {"layers": target.attention, "attention": target.attention, "mlp": target.mlp})
     if depth.unit is Unit.SUBLAYER:
         return sorted(
             unit
@@ -291,20 +314,32 @@ def _kept_sublayers(scores: Scores, target: Target, criterion: DepthCriterion | 
             for unit in _top_units(values, rounds, source.sublayers(kind), protected, count, depth)
         )
     drop = source.num_layers - target.attention
-    if depth.search is not DepthSearch.SINGLE and drop != depth.drop:
-        raise ConfigError(
-            [
-                f"target.layers = {target.attention} leaves out {drop} layers, and the scores are of leaving out "
-                f"{depth.drop} ({depth.search.value}): score again with that target, or set "
-                f"target.layers={source.num_layers - depth.drop}"
-            ]
-        )
     if depth.search is DepthSearch.BLOCK:
         start = int(np.nanargmin(values.numpy()))
         layers = [layer for layer in range(source.num_layers) if not start <= layer < start + drop]
     else:
         layers = _top_units(values, rounds, list(range(len(values))), protected, target.attention, depth)
     return [position for layer in layers for position in (2 * layer, 2 * layer + 1)]
+
+
+def _require_searched(scores: Scores, wanted: dict[str, int]) -> None:
+    """See that the scores are of a search for as many units as the target keeps."""
+    source, depth = scores.shape, scores.depth_settings
+    if depth.unit is Unit.LAYER:
+        units = {"layers": list(range(source.num_layers))}
+    else:
+        units = {"attention": source.sublayers(ATTENTION), "mlp": source.sublayers(MLP)}
+    problems = []
+    for name, own in units.items():
+        is_greedy = depth.search is DepthSearch.GREEDY
+        searched = int((scores.rounds["depth"][own] <= depth.drop).sum()) if is_greedy else depth.drop
+        if len(own) - wanted[name] != searched:
+            problems.append(
+                f"target.{name} = {wanted[name]} leaves out {len(own) - wanted[name]} of {len(own)}, and the scores "
+                f"are of leaving out {searched} ({depth.search.value}): score again with that target, or set "
+                f"target.{name}={len(own) - searched}"
+            )
+    raise_if_any(problems)
 
 
 def _top_units(
@@ -369,7 +404,16 @@ def to_ranges(indices: list[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def from_ranges(text: str) -> list[int]:
-    """What `to_ranges` wrote, or somebody in that form."""
-    runs = [part.split("-") for part in text.replace(" ", "").split(",") if part]
-    return [i for run in runs for i in range(int(run[0]), int(run[-1]) + 1)]
+def from_ranges(text: str, what: str = "indices") -> list[int]:
+    """What `to_ranges` wrote, or somebody in that form.
+
+    Args:
+        text: numbers and ranges of numbers.
+        what: it is of, for the error.
+    """
+    parts = re.sub(r"\s", "", text).split(",") if isinstance(text, str) else []
+    runs = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in parts if part]
+    bounds = [(int(run[1]), int(run[2] or run[1])) for run in runs if run]
+    if parts and all(runs) and all(first <= last for first, last in bounds):
+        return [i for first, last in bounds for i in range(first, last + 1)]
+    raise ValueError(f"{what} = {text!r} must be text of numbers and ascending ranges, as in '0-5,8,10-12'")

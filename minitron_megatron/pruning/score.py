@@ -118,7 +118,10 @@ def _score_in_rounds(config: ScoreConfig, checkpoint: Checkpoint, groups: Groups
 
 
 def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int):
-    """The target of one round among several: so far on the way from the source to the last target."""
+    """The target of one round among several: so far on the way from the source to the last target.
+
+    Layers that are named rather than counted go in the first round.
+    """
     source, part = checkpoint.shape, number / config.rounds
     target = resolve_target(source, config.target, config.parallel)
 
@@ -126,11 +129,14 @@ def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int):
         return max(wanted, round((has + (wanted - has) * part) / multiple) * multiple)
 
     tensor = config.parallel.tensor
+    attention, mlp = len(source.sublayers(ATTENTION)), len(source.sublayers(MLP))
+    if target.keep_layers is not None:
+        attention, mlp = target.attention, target.mlp
     return dataclasses.replace(
         target,
-        attention=between(len(source.sublayers(ATTENTION)), target.attention),
-        mlp=between(len(source.sublayers(MLP)), target.mlp),
-        keep_layers=None,
+        attention=between(attention, target.attention),
+        mlp=between(mlp, target.mlp),
+        keep_layers=target.keep_layers if number == 1 else None,
         hidden=between(source.hidden, target.hidden),
         ffn=between(source.ffn, target.ffn, tensor),
         groups=between(source.num_query_groups, target.groups, tensor),

@@ -53,19 +53,20 @@ def resolve_target(source: ModelShape, config: TargetConfig, parallel: ParallelC
     attention, mlp = len(source.sublayers(ATTENTION)), len(source.sublayers(MLP))
     asked, problems, rounded = config.sizes, [], []
 
-    def size(name: str, has: int, multiple: int = 1, exact: bool = True) -> int:
-        """The number for one size: `has` if none is asked for, else rounded where it may be."""
-        wanted = asked.get(name, has)
+    def size(name: str, has: int, multiple: int = 1, exact: bool = True, whole: int | None = None) -> int:
+        """The number for one size: `has` if none is asked for, else rounded where it may be; a share is of `whole`."""
+        wanted, whole = asked.get(name, has), whole or has
         if wanted > has:
-            problems.append(f"target.{name} = {wanted} is larger than the source's {has}: pruning only removes")
+            owner = "the source's" if has == whole else "the kept groups'"
+            problems.append(f"target.{name} = {wanted} is larger than {owner} {has}: pruning only removes")
         share = wanted != int(wanted)
-        found = has * wanted if share else int(wanted)
+        found = whole * wanted if share else int(wanted)
         if wanted != has and (share or not exact):
             nearest = max(1, round(found / multiple)) * multiple
             nearest = min(nearest, has // multiple * multiple or has)
             if nearest != found or share:
                 why = f", a multiple of {multiple}" if multiple > 1 else ""
-                rounded.append(f"target.{name} = {wanted} of {has} became {nearest}{why}")
+                rounded.append(f"target.{name} = {wanted} of {whole} became {nearest}{why}")
             found = nearest
         return found
 
@@ -79,7 +80,7 @@ def resolve_target(source: ModelShape, config: TargetConfig, parallel: ParallelC
     hidden = size("hidden", source.hidden, multiple_of(source.hidden, 1), exact)
     ffn = size("ffn", source.ffn, multiple_of(source.ffn, parallel.tensor), exact)
     has_heads = groups * source.heads_per_group
-    heads = size("heads", has_heads, groups)
+    heads = size("heads", has_heads, groups, whole=source.num_heads)
     if heads % groups:
         problems.append(
             f"target.heads = {heads} is not a multiple of the {groups} query groups: every group keeps the same "

@@ -14,9 +14,7 @@ from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.groups import Groups
 
 
-def squared_weights(
-    chunks: Sequence[Backbone], shape: ModelShape, groups: Groups, outgoing: bool
-) -> dict[str, Tensor]:
+def squared_weights(chunks: Sequence[Backbone], shape: ModelShape, groups: Groups, outgoing: bool) -> dict[str, Tensor]:
     """Sum of the squares of the weights that go with every element. Collective; the same on every rank.
 
     Args:

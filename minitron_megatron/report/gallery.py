@@ -147,8 +147,8 @@ _LAYERS = {
         "grey ground is protected and never goes."
     ),
     DepthSearch.BLOCK: (
-        "A dot is the block that begins there, and the lowest one is missed least. What is on orange ground goes; what is "
-        "on grey ground is protected and never does."
+        "A dot is the block that begins there, and the lowest one is missed least. What is on orange ground goes; what "
+        "is on grey ground is protected and never does."
     ),
     DepthSearch.GREEDY: (
         "From left to right, each time that one goes which is missed least beside those that are gone already. A "

@@ -13,14 +13,22 @@ from minitron_megatron.checkpoint.load import local_parameters
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import (
     Aggregation,
+    Criterion,
+    DepthConfig,
+    DepthCriterion,
+    DepthSearch,
     DType,
     ExportConfig,
     LossConfig,
+    Neurons,
     OptimizerConfig,
     ParallelConfig,
     PruneConfig,
+    ScoreConfig,
     TargetConfig,
+    Unit,
 )
+from minitron_megatron.data.choices import ChoiceSamples, Question
 from minitron_megatron.data.samples import rank_batches
 from minitron_megatron.model.axes import axis_sizes
 from tests.ranks import run_on_ranks
@@ -42,6 +50,63 @@ MODELS = {
     "nemotron": ({**NEMOTRON, "num_hidden_layers": 7}, TargetConfig(layers=5, hidden=40, ffn=36, heads=4)),
 }
 GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, CALIBRATION = 8, 2, 16, 13
+# Scores do not depend on the number of sequences per forward pass either.
+SCORING_MICRO_BATCH = {"1x1": 2, "tp2": 3, "tp2_sequence": 5, "tp2_pp2_dp2": 1}
+ON_TEXT = [DepthCriterion.LOSS, DepthCriterion.KL, DepthCriterion.LOGITS, DepthCriterion.BLOCK_INFLUENCE]
+WIDTH_TARGET = dict(hidden=41, ffn=37, heads=4)
+QUESTIONS = [Question("abc", ["d", "efgh", "ij"], 1), Question("x", ["yz", "ab"], 0), Question("hello", ["w", "o"], 1)]
+# Settings of a scoring, those of depth, and the target that searches and plans head for.
+SCORINGS = {
+    "mean": (dict(), dict(criteria=ON_TEXT), dict(layers=3, **WIDTH_TARGET)),
+    "l2, before": (
+        dict(sequence_aggregation=Aggregation.L2, neurons=Neurons.BEFORE),
+        dict(criteria=ON_TEXT, unit=Unit.SUBLAYER),
+        dict(attention=3, mlp=2, **WIDTH_TARGET),
+    ),
+    "variance, times weight": (
+        dict(sequence_aggregation=Aggregation.VARIANCE, criterion=Criterion.ACTIVATION_WEIGHT),
+        dict(criteria=ON_TEXT[::-1], search=DepthSearch.BLOCK),
+        dict(layers=2, **WIDTH_TARGET),
+    ),
+    "weight, greedy": (
+        dict(criterion=Criterion.WEIGHT),
+        dict(criteria=[*ON_TEXT, DepthCriterion.ACCURACY], search=DepthSearch.GREEDY, choices="questions"),
+        dict(layers=2, **WIDTH_TARGET),
+    ),
+    "random, greedy over sublayers": (
+        dict(criterion=Criterion.RANDOM),
+        dict(criteria=ON_TEXT[::-1], search=DepthSearch.GREEDY, unit=Unit.SUBLAYER, protect_first=0),
+        dict(attention=3, mlp=2, groups=1, hidden=41),
+    ),
+}
+
+
+def letters(text, add_special_tokens):
+    """A tokenizer."""
+    return {"input_ids": [ord(letter) - 33 for letter in text]}
+
+
+def score_and_plan(chunks, shape, groups, name: str, layout_name: str) -> dict:
+    """Scores as tensors by name, and the plan that is made from them."""
+    from minitron_megatron.pruning.calibration import score_model
+    from minitron_megatron.pruning.plan import make_plan
+
+    settings, depth, target = SCORINGS[name]
+    config = ScoreConfig(
+        num_samples=CALIBRATION,
+        micro_batch=SCORING_MICRO_BATCH.get(layout_name, MICRO_BATCH),
+        depth=DepthConfig(**depth),
+        target=TargetConfig(**target),
+        **settings,
+    )
+    samples = Samples(CALIBRATION, SEQUENCE, shape.vocab)
+    # Under sequence parallelism these are padded, to a multiple of the tensor ranks.
+    choices = ChoiceSamples(QUESTIONS, letters, 2 if groups.layout.sequence else 1) if config.depth.choices else None
+    scores = score_model(chunks, shape, groups, samples, config, choices)
+    found = {name: getattr(scores, name) for name in ("hidden", "ffn", "head")}
+    found |= {f"depth.{name}": values for name, values in scores.depth.items()}
+    found |= {f"rounds.{name}": values for name, values in scores.rounds.items()}
+    return {"scores": found, "plan": asdict(make_plan(scores, config.target))}
 
 
 def work(folder, layout: ParallelConfig):
@@ -50,23 +115,15 @@ def work(folder, layout: ParallelConfig):
     from minitron_megatron.distillation.step import TeacherStudent
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
-    from minitron_megatron.pruning.plan import make_plan, target_shape
-    from minitron_megatron.pruning.score import score_model
     from minitron_megatron.training.optimizer import optimization
 
     teacher, student = Checkpoint(folder / "teacher/checkpoint"), Checkpoint(folder / "student")
     with process_groups(layout) as groups:
         teacher_chunks = build_model(teacher.shape, groups, DType.FP32)
         load_weights(teacher_chunks, teacher, groups)
-        calibration = Samples(CALIBRATION, SEQUENCE, teacher.shape.vocab)
-        found = {}
-        for how in Aggregation:
-            scores = score_model(
-                teacher_chunks, teacher.shape, groups, calibration, CALIBRATION, MICRO_BATCH, how, Aggregation.L2
-            )
-            found[f"scores_{how.value}"] = {n: getattr(scores, n) for n in ("hidden", "ffn", "head", "layer")}
-            target = target_shape(teacher.shape, TargetConfig(layers=3, hidden=41, ffn=37, heads=4))
-            found[f"plan_{how.value}"] = asdict(make_plan(scores, target))
+        found = {
+            name: score_and_plan(teacher_chunks, teacher.shape, groups, name, layout_name(layout)) for name in SCORINGS
+        }
 
         # One layout recomputes activations, which must not change anything either.
         chunks = build_model(student.shape, groups, DType.FP32, recompute=layout.sequence)
@@ -107,7 +164,7 @@ def models(request, tmp_path_factory):
     config, target = MODELS[request.param]
     checkpoint = import_hf(folder / "teacher", hf_model(**config))
     _write_random_scores(checkpoint, folder / "scores")
-    prune(PruneConfig(str(checkpoint), str(folder / "scores"), str(folder / "student"), target))
+    prune(PruneConfig(str(checkpoint), str(folder / "student"), str(folder / "scores"), target=target))
     export(ExportConfig(str(folder / "student"), str(folder / "student_hf")))
     return folder
 
@@ -129,7 +186,7 @@ def _write_random_scores(checkpoint, folder):
         random(shape.hidden),
         random(layers, shape.ffn),
         random(layers, shape.num_query_groups, shape.heads_per_group),
-        random(layers),
+        {"loss": random(layers)},
     ).write(folder)
     Manifest("scores").write(folder)
 
@@ -180,12 +237,16 @@ def close(a, b, tolerance=1e-5):
     return (a - b).abs().max().item() <= tolerance * scale
 
 
-@pytest.mark.parametrize("how", [how.value for how in Aggregation])
-def test_scores_and_plans_do_not_depend_on_the_layout(single, many, how):
+@pytest.mark.parametrize("name", SCORINGS)
+def test_scores_and_plans_do_not_depend_on_the_layout(single, many, name):
+    expected = single.ranks[0][name]
     for rank in many.ranks:
-        for name, expected in single.ranks[0][f"scores_{how}"].items():
-            assert close(rank[f"scores_{how}"][name], expected), name
-        assert rank[f"plan_{how}"] == single.ranks[0][f"plan_{how}"]
+        assert rank[name]["scores"].keys() == expected["scores"].keys()
+        for what, values in expected["scores"].items():
+            found = rank[name]["scores"][what]
+            assert torch.equal(found.isnan(), values.isnan()), what
+            assert close(found.nan_to_num(0), values.nan_to_num(0)), what
+        assert rank[name]["plan"] == expected["plan"]
 
 
 def test_losses_and_gradient_norms_do_not_depend_on_the_layout(single, many):

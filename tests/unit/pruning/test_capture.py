@@ -7,7 +7,8 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 
-from minitron_megatron.config.schema import Aggregation, ParallelConfig
+from minitron_megatron.config.schema import Aggregation, Criterion, DepthCriterion, Neurons, ParallelConfig
+from minitron_megatron.errors import DataError
 from minitron_megatron.model import build
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.calibration import score_model
@@ -70,8 +71,11 @@ def direct_scores(theirs, samples, over_tokens, over_sequences, neurons="ffn"):
         of_sequences = [OVER_LIST[over_tokens](row[v]) for row, v in zip(x, valid, strict=True) if v.any()]
         return OVER_LIST[over_sequences](torch.stack(of_sequences))
 
+    norms = [(number, which) for number in range(4) for which in range(2)] + ["final"]
+    of_norms = torch.stack([score(seen["hidden"][place]) for place in norms])
     return {
-        "hidden": sum(map(score, seen["hidden"].values())),
+        "of_norms": of_norms,
+        "hidden": of_norms.sum(0),
         "ffn": torch.stack([score(seen[neurons][n]) for n in range(4)]),
         "head": torch.stack([score(seen["head"][n]) for n in range(4)]).view(4, 2, 3),
     }
@@ -159,3 +163,137 @@ def test_scoring_twice_gives_the_same(theirs, groups):
     ]:
         assert torch.equal(found, again)
     assert hooks_in(chunks[0]) == 0
+
+
+@pytest.mark.parametrize("over_tokens", [Aggregation.MEAN, Aggregation.VARIANCE], ids=lambda how: how.value)
+def test_neurons_may_be_scored_before_their_activation(theirs, groups, over_tokens):
+    chunks, shape = build_ours(theirs, groups)
+    samples = samples_for(theirs)
+    how = score_config(neurons=Neurons.BEFORE, sequence_aggregation=over_tokens)
+    found = score_model(chunks, shape, groups, samples, how)
+    assert_same(found, direct_scores(theirs, samples, over_tokens, Aggregation.L2, "before"))
+    after = direct_scores(theirs, samples, over_tokens, Aggregation.L2)["ffn"]
+    assert (found.ffn - after).abs().max() > 0.1 * after.abs().max()
+
+
+def norm(*tensors):
+    """Over all dimensions but the first, and over the tensors."""
+    return sum(t.detach().double().square().flatten(1).sum(1) for t in tensors).sqrt()
+
+
+def columns(tensor):
+    return tensor.detach().unsqueeze(0) if tensor.dim() == 1 else tensor.detach().T.contiguous()
+
+
+def direct_weights(model, outgoing):
+    """Norms of what goes with every channel, neuron and head; of hidden channels per norm of the network."""
+    network = model.model
+    found = {"hidden": [], "ffn": [], "head": []}
+    for layer in network.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        reads = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        firsts = [mlp.gate_proj.weight, mlp.up_proj.weight] if hasattr(mlp, "gate_proj") else [mlp.up_proj.weight]
+        writes = [] if outgoing else [attention.o_proj.weight]
+        norms = [] if outgoing else [layer.input_layernorm]
+        found["hidden"].append(
+            norm(*map(columns, reads), *writes, *(p[:, None] for n in norms for p in n.parameters()))
+        )
+        writes = [] if outgoing else [mlp.down_proj.weight]
+        norms = [] if outgoing else [layer.post_attention_layernorm]
+        found["hidden"].append(
+            norm(*map(columns, firsts), *writes, *(p[:, None] for n in norms for p in n.parameters()))
+        )
+        found["ffn"].append(norm(mlp.down_proj.weight.T, *([] if outgoing else firsts)))
+        by_head = attention.o_proj.weight.T.reshape(6, 12 * 48)
+        found["head"].append(norm(by_head, *([] if outgoing else [attention.q_proj.weight.view(6, 12 * 48)])))
+    last = [columns(model.lm_head.weight)]
+    if not outgoing:
+        last += [p[:, None] for p in network.norm.parameters()]
+        if model.lm_head.weight is not network.embed_tokens.weight:
+            last.append(columns(network.embed_tokens.weight))
+    found["hidden"].append(norm(*last))
+    return {axis: torch.stack(values) for axis, values in found.items()}
+
+
+def test_weight_magnitudes_are_norms_of_the_tensors(theirs, groups):
+    chunks, shape = build_ours(theirs, groups)
+    found = score_model(
+        chunks, shape, groups, samples_for(theirs), score_config(criterion=Criterion.WEIGHT, criteria=[])
+    )
+    expected = direct_weights(theirs, outgoing=False)
+    torch.testing.assert_close(found.hidden, expected["hidden"].square().sum(0).sqrt())
+    torch.testing.assert_close(found.ffn, expected["ffn"])
+    torch.testing.assert_close(found.head, expected["head"].view(4, 2, 3))
+
+
+def test_activations_times_weights_are_products_of_both(theirs, groups):
+    chunks, shape = build_ours(theirs, groups)
+    samples = samples_for(theirs)
+    found = score_model(chunks, shape, groups, samples, score_config(criterion=Criterion.ACTIVATION_WEIGHT))
+    weights = direct_weights(theirs, outgoing=True)
+    activations = direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.L2)
+    hidden = (activations["of_norms"] * weights["hidden"]).sum(0)
+    torch.testing.assert_close(found.hidden, hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.ffn, activations["ffn"] * weights["ffn"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.head, activations["head"] * weights["head"].view(4, 2, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_random_scores_follow_from_the_seed_alone(theirs, groups):
+    chunks, shape = build_ours(theirs, groups)
+    first, same, other = (
+        score_model(chunks, shape, groups, samples_for(theirs), score_config(criterion=Criterion.RANDOM, **settings))
+        for settings in ({"seed": 1}, {"seed": 1, "micro_batch": 5}, {"seed": 2})
+    )
+    for name in WIDTH:
+        found = getattr(first, name)
+        assert torch.equal(found, getattr(same, name)) and not torch.equal(found, getattr(other, name))
+        assert 0 <= found.min() < 0.2 and 0.8 < found.max() <= 1
+    assert first.head.shape == (4, 2, 3) and first.depth.keys() == {"block_influence"}
+
+
+def test_a_calibration_set_may_be_smaller_than_it_was_asked_to_be(theirs, groups):
+    chunks, shape = build_ours(theirs, groups)
+    samples = samples_for(theirs)
+    found, expected = (
+        score_model(chunks, shape, groups, samples, score_config(num_samples=count)) for count in (1024, len(samples))
+    )
+    for name in WIDTH:
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert torch.equal(found.depth["block_influence"], expected.depth["block_influence"])
+
+
+@pytest.mark.parametrize(
+    "place, named",
+    [
+        (lambda network: network.layers[2].mlp.down_proj, "activations of layer 3 (hidden) are not finite"),
+        (lambda network: network.layers[1].mlp.up_proj, "activations of layer 1 (ffn) are not finite"),
+        (lambda network: network.layers[2].self_attn.v_proj, "activations of layer 2 (head) are not finite"),
+        (lambda network: network.layers[3].mlp.down_proj, "activations of the final norm (hidden) are not finite"),
+    ],
+)
+def test_activations_that_are_not_finite_name_layer_and_batch(theirs, groups, place, named):
+    broken = copy.deepcopy(theirs)
+    samples = samples_for(theirs)
+    with torch.no_grad():
+        place(broken.model).weight[3, 5] = torch.inf
+    chunks, shape = build_ours(broken, groups)
+    with pytest.raises(DataError) as raised:
+        score_model(chunks, shape, groups, samples, score_config())
+    assert named in str(raised.value) and "in samples 0 to 1: score in another dtype" in str(raised.value)
+
+
+def test_a_sample_whose_activations_are_not_finite_is_named(theirs, groups):
+    broken = copy.deepcopy(theirs)
+    samples = samples_for(theirs)
+    samples.tokens[samples.tokens == 5] = 6
+    samples.tokens[4, 3] = 5
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[5] = torch.nan
+    chunks, shape = build_ours(broken, groups)
+    with pytest.raises(DataError, match=r"activations of layer 0 \(hidden\) are not finite in samples 4 to 5: score"):
+        score_model(chunks, shape, groups, samples, score_config())
+    with pytest.raises(DataError, match=r"are not finite in samples 3 to 5: score"):
+        score_model(chunks, shape, groups, samples, score_config(micro_batch=3))
+    with pytest.raises(DataError, match=r"leaving out layers makes the predictions overflow \(loss\)"):
+        how = score_config(criterion=Criterion.WEIGHT, criteria=[DepthCriterion.LOSS])
+        score_model(chunks, shape, groups, samples, how)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.config.schema import TargetConfig
+from minitron_megatron.config.schema import DepthCriterion, DepthSearch, TargetConfig, Unit
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model.families import shape_from_config
-from minitron_megatron.pruning.plan import Plan, make_plan, target_shape
-from minitron_megatron.pruning.scores import TENSORS, Scores
+from minitron_megatron.pruning.plan import Plan, make_plan
+from minitron_megatron.pruning.scores import WIDTH, DepthSettings, Scores
 from tests.tiny import LLAMA
 
 SHAPE = shape_from_config(LLAMA)  # 4 layers, hidden 48, ffn 44, 2 groups of 3 heads
@@ -19,17 +19,18 @@ SHAPE = shape_from_config(LLAMA)  # 4 layers, hidden 48, ffn 44, 2 groups of 3 h
 def random_scores(seed=0):
     generator = torch.Generator().manual_seed(seed)
     sizes = [(48,), (4, 44), (4, 2, 3), (4,)]
-    return Scores(SHAPE, *(torch.rand(*size, generator=generator, dtype=torch.float64) for size in sizes))
+    *width, depth = (torch.rand(*size, generator=generator, dtype=torch.float64) for size in sizes)
+    return Scores(SHAPE, *width, {"loss": depth})
 
 
 def plan_for(scores, **target):
-    return make_plan(scores, target_shape(SHAPE, TargetConfig(**target)))
+    return make_plan(scores, TargetConfig(**target))
 
 
 def test_the_top_elements_stay_in_ascending_order():
     scores = random_scores()
     plan = plan_for(scores, layers=3, hidden=40, ffn=30, heads=4)
-    dropped = int(scores.layer.argmin())
+    dropped = int(scores.depth["loss"].argmin())
     layers = [layer for layer in range(4) if layer != dropped]
     assert plan.sublayers == [position for layer in layers for position in (2 * layer, 2 * layer + 1)]
     assert plan.hidden == sorted(scores.hidden.topk(40).indices.tolist())
@@ -50,8 +51,8 @@ def test_heads_compete_within_their_group_alone():
 
 def test_of_equal_scores_the_lower_index_stays():
     scores = random_scores()
-    for name in TENSORS:
-        getattr(scores, name).fill_(0.5)
+    for values in (scores.hidden, scores.ffn, scores.head, scores.depth["loss"]):
+        values.fill_(0.5)
     scores.hidden[47] = 0.6
     plan = plan_for(scores, layers=2, hidden=3, ffn=2, heads=2)
     assert plan.sublayers == [0, 1, 2, 3] and plan.hidden == [0, 1, 47]
@@ -67,7 +68,7 @@ def test_what_is_not_asked_for_stays_whole():
 
 def test_a_plan_says_where_the_layers_of_the_target_come_from():
     scores = random_scores()
-    scores.layer[:] = torch.tensor([3.0, 1.0, 2.0, 4.0])
+    scores.depth["loss"][:] = torch.tensor([3.0, 1.0, 2.0, 4.0])
     plan = plan_for(scores, layers=3)
     assert [plan.source_layer(symbol, layer) for symbol in "*-" for layer in range(3)] == [0, 2, 3] * 2
     assert plan.kept("-", 1)["ffn"].tolist() == plan.ffn[5]
@@ -81,22 +82,247 @@ def test_a_plan_survives_its_file(tmp_path):
     assert Plan.read(tmp_path) == plan
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", "{}", json.dumps({"source": SHAPE.to_dict(), "kept": 3})])
-def test_a_file_that_is_no_plan_is_named(text, tmp_path):
-    if text is not None:
-        (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"plan\.json is not a plan"):
-        Plan.read(tmp_path)
+@pytest.mark.parametrize("merge_heads", [False, True])
+def test_a_plan_of_every_part_survives_its_file(tmp_path, merge_heads):
+    scores = random_scores()
+    scores.checkpoint = "fingerprint"
+    target = TargetConfig(keep_layers=[0, 3], hidden=40, ffn=30, groups=1, heads=2)
+    plan = make_plan(scores, target, merge_heads=merge_heads)
+    assert bool(plan.merge) == merge_heads
+    plan.write_file(tmp_path / "other.json")
+    assert Plan.read(tmp_path / "other.json") == plan
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A plan's file, to be edited."""
+    make_plan(random_scores(), TargetConfig(hidden=40, ffn=30, heads=4), merge_heads=True).write(tmp_path)
+    return tmp_path / "plan.json"
+
+
+def test_a_plan_can_be_edited_line_by_line(file):
+    """As somebody would do it: the lines of the last layer but one go, and a range is written anew."""
+    plan, lines = Plan.read(file), file.read_text().splitlines()
+    rows = [line for line in lines if '"position"' in line]
+    assert len(rows) == 8 and rows[3].startswith('  {"position": 3, "kind": "-", "layer": 1, "ffn": ')
+    hidden = next(line for line in lines if line.startswith('"hidden"'))
+    lines[lines.index(hidden)] = '"hidden": "0-9, 12,14-20",'
+    file.write_text("\n".join(line for line in lines if '"layer": 2' not in line))
+    edited = Plan.read(file)
+    assert edited.sublayers == [0, 1, 2, 3, 6, 7] and edited.hidden == [*range(10), 12, *range(14, 21)]
+    assert edited.target == plan.target.replace(pattern="*-*-*-", hidden=18)
+    for name in ("ffn", "group", "head", "merge"):
+        expected = {position: kept for position, kept in getattr(plan, name).items() if position not in (4, 5)}
+        assert getattr(edited, name) == expected, name
+
+
+def edited(change):
+    """An edit of a plan's values, by name so that a failing test is found."""
+
+    def edit(file):
+        values = json.loads(file.read_text())
+        change(values, values["sublayers"])
+        file.write_text(json.dumps(values))
+
+    return edit
+
+
+BROKEN = {
+    "no JSON": (lambda file: file.write_text("{"), "is not a plan: Expecting property name"),
+    "cut short": (lambda file: file.write_text(file.read_text()[:-20]), "is not a plan: "),
+    "gone": (lambda file: file.unlink(), "is not a plan: .*No such file"),
+    "a list": (lambda file: file.write_text("[]"), "is not a plan: "),
+    "nothing": (lambda file: file.write_text("{}"), "is not a plan: it has no 'hidden'"),
+    "no source": (edited(lambda v, rows: v.pop("source")), "it has no 'source'"),
+    "no checkpoint": (edited(lambda v, rows: v.pop("checkpoint")), "it has no 'checkpoint'"),
+    "no sublayers": (edited(lambda v, rows: v.pop("sublayers")), "it has no 'sublayers'"),
+    "empty": (edited(lambda v, rows: rows.clear()), "sublayers keeps nothing: keep at least one"),
+    "strange source": (edited(lambda v, rows: v["source"].update(width=3)), r"shape has unknown fields \['width'\]"),
+    "no position": (edited(lambda v, rows: rows[2].pop("position")), "it has no 'position'"),
+    "position as text": (edited(lambda v, rows: rows[2].update(position="2")), "position = '2' must be 0 to 7"),
+    "position too large": (edited(lambda v, rows: rows[7].update(position=8)), "position = 8 must be 0 to 7"),
+    "twice": (edited(lambda v, rows: rows.insert(3, rows[2])), "sublayers does not ascend, or names something twice"),
+    "order": (edited(lambda v, rows: rows.reverse()), "sublayers does not ascend, or names something twice"),
+    "kind": (edited(lambda v, rows: rows[2].update(kind="-")), r"sublayer 2: kind and layer must be '\*' and 1"),
+    "layer": (edited(lambda v, rows: rows[2].update(layer=2)), r"sublayer 2: kind and layer must be '\*' and 1"),
+    "no neurons": (
+        edited(lambda v, rows: rows[1].update(ffn="")),
+        "sublayer 1: ffn keeps nothing: keep at least one",
+    ),
+    "lost neurons": (edited(lambda v, rows: rows[1].pop("ffn")), "it has no 'ffn'"),
+    "too many neurons": (
+        edited(lambda v, rows: rows[1].update(ffn="0-44")),
+        "sublayer 1: ffn names 0 to 44, and there are 0 to 43",
+    ),
+    "no numbers": (
+        edited(lambda v, rows: rows[1].update(ffn="0-x")),
+        "sublayer 1: ffn = '0-x' must be text of numbers",
+    ),
+    "three numbers": (edited(lambda v, rows: v.update(hidden="0-4-8")), "hidden = '0-4-8' must be text of numbers"),
+    "backwards": (edited(lambda v, rows: v.update(hidden="0-5,9-7")), "hidden = '0-5,9-7' must be .* ascending ranges"),
+    "open end": (edited(lambda v, rows: v.update(hidden="5-")), "hidden = '5-' must be text of numbers"),
+    "below 0": (edited(lambda v, rows: v.update(hidden="-3")), "hidden = '-3' must be text of numbers"),
+    "a list for a range": (edited(lambda v, rows: v.update(hidden=[0, 1])), r"hidden = \[0, 1\] must be text"),
+    "overlap": (edited(lambda v, rows: v.update(hidden="0-5,3-9")), "hidden does not ascend, or names something twice"),
+    "groups": (
+        edited(lambda v, rows: rows[0].update(groups="0-2")),
+        "sublayer 0: groups names 0 to 2, and there are 0 to 1",
+    ),
+    "lists": (edited(lambda v, rows: rows[0]["heads"].pop()), "sublayer 0: heads has 1 lists for 2 kept groups"),
+    "heads": (edited(lambda v, rows: rows[0].update(heads=["0-1", "3"])), "sublayer 0: heads of group 1 names 3 to 3"),
+    "merged": (edited(lambda v, rows: rows[0]["merge"][0].pop()), "sublayer 0: merge must name one of 3 heads"),
+    "merged with": (edited(lambda v, rows: rows[0].update(merge=[[0, 3], [1, 2]])), "sublayer 0: merge must name one"),
+    "merged here alone": (edited(lambda v, rows: rows[0].pop("merge")), "sublayer 0: merge must name one of 3 heads"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_every_kind_of_broken_plan_gives_an_error_that_names_the_field(file, name):
+    edit, message = BROKEN[name]
+    edit(file)
+    with pytest.raises((CheckpointError, ConfigError), match=message) as raised:
+        Plan.read(file)
+    assert str(raised.value).startswith(f"{file}")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda plan: plan.ffn[1].pop(), "the plan keeps 29 or 30 neurons, depending on the layer: every layer must"),
+        (lambda plan: plan.head[2][0].pop(), "the plan keeps 1 or 2 heads per query group, depending on the layer"),
+        (lambda plan: plan.group[2].pop(), "the plan keeps 1 or 2 query groups, depending on the layer"),
+    ],
+)
+def test_layers_that_would_differ_are_refused(change, message):
+    plan = plan_for(random_scores(), ffn=30, heads=4)
+    change(plan)
+    with pytest.raises(ConfigError, match=message):
+        _ = plan.target
+
+
+def searched(search, unit=Unit.LAYER, drop=2, protect=(1, 1), rounds=None):
+    """Scores of a search for layers."""
+    scores = random_scores()
+    values = torch.rand(8 if unit is Unit.SUBLAYER else 4, generator=torch.Generator().manual_seed(1)).double()
+    scores.depth = {"loss": values, "kl": values.flip(0)}
+    scores.depth_settings = DepthSettings(unit, search, drop, *protect)
+    scores.rounds = {} if rounds is None else {"depth": torch.tensor(rounds)}
+    return scores
+
+
+@pytest.mark.parametrize(
+    "scores, target, criterion, message",
+    [
+        (
+            searched(DepthSearch.SINGLE, protect=(2, 1)),
+            dict(layers=2),
+            None,
+            r"target keeps 2 layers, and 3 are protected \(depth.protect_first = 2, depth.protect_last = 1\): keep",
+        ),
+        (
+            searched(DepthSearch.SINGLE, Unit.SUBLAYER, protect=(1, 1)),
+            dict(attention=1, mlp=4),
+            None,
+            "target keeps 1 sublayers, and 2 are protected",
+        ),
+        (
+            searched(DepthSearch.BLOCK),
+            dict(layers=3),
+            None,
+            r"target.layers = 3 leaves out 1 of 4, and the scores are of leaving out 2 \(block\): score again with "
+            "that target, or set target.layers=2",
+        ),
+        (
+            searched(DepthSearch.GREEDY, rounds=[3, 1, 2, 3]),
+            dict(layers=1),
+            None,
+            r"target.layers = 1 leaves out 3 of 4, and the scores are of leaving out 2 \(greedy\): score again",
+        ),
+        (
+            searched(DepthSearch.GREEDY, Unit.SUBLAYER, protect=(0, 0), rounds=[3, 1, 2, 3, 3, 3, 3, 3]),
+            dict(attention=3, mlp=2),
+            None,
+            r"target.mlp = 2 leaves out 2 of 4, and the scores are of leaving out 1 \(greedy\): .* target.mlp=3",
+        ),
+        (
+            searched(DepthSearch.SINGLE),
+            dict(attention=3, mlp=2),
+            None,
+            "target.attention = 3 and target.mlp = 2 differ, and the scores are of whole layers: score with depth.unit",
+        ),
+        (
+            searched(DepthSearch.SINGLE),
+            dict(layers=3),
+            DepthCriterion.LOGITS,
+            r"depth_criterion = logits was not scored: there are loss, kl; score with depth.criteria=\[logits\]",
+        ),
+    ],
+    ids=["protected", "protected sublayers", "block", "greedy", "greedy sublayers", "whole layers", "criterion"],
+)
+def test_shapes_that_no_plan_reaches_are_named(scores, target, criterion, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(scores, TargetConfig(**target), depth_criterion=criterion)
+
+
+def test_layers_that_were_never_scored_can_still_be_named():
+    scores = random_scores()
+    scores.depth = {}
+    with pytest.raises(ConfigError, match="was not scored: there are none; .* or set target.keep_layers"):
+        plan_for(scores, layers=3)
+    assert plan_for(scores, keep_layers=[0, 3]).sublayers == [0, 1, 6, 7]
+    with pytest.raises(ConfigError, match="target.keep_layers names layer 4, and the source has 4: they count from 0"):
+        plan_for(scores, keep_layers=[0, 4])
+    assert plan_for(scores, ffn=30).sublayers == list(range(8))
+
+
+def test_protected_layers_stay_whatever_their_scores():
+    scores = searched(DepthSearch.SINGLE, protect=(1, 1))
+    scores.depth["loss"][:] = torch.tensor([0.0, 3.0, 2.0, 1.0])
+    assert plan_for(scores, layers=3).sublayers == [0, 1, 2, 3, 6, 7]
+    scores = searched(DepthSearch.SINGLE, Unit.SUBLAYER, protect=(1, 0))
+    scores.depth["loss"][:] = torch.tensor([0.0, 0.0, 3.0, 1.0, 2.0, 2.0, 1.0, 3.0])
+    plan = plan_for(scores, attention=3, mlp=2)
+    assert plan.sublayers == [0, 1, 2, 4, 7]
+
+
+def test_layers_are_chosen_by_the_criterion_that_is_asked_for():
+    scores = random_scores()
+    scores.depth = {"loss": torch.tensor([4.0, 1.0, 2.0, 3.0]), "kl": torch.tensor([4.0, 3.0, 2.0, 1.0])}
+    for criterion, gone in ((None, 1), (DepthCriterion.LOSS, 1), (DepthCriterion.KL, 3)):
+        plan = make_plan(scores, TargetConfig(layers=3), depth_criterion=criterion)
+        assert plan.sublayers == [p for p in range(8) if p // 2 != gone]
+
+
+def test_the_order_of_a_greedy_search_counts_and_not_its_numbers():
+    scores = searched(DepthSearch.GREEDY, protect=(0, 0), rounds=[1, 3, 2, 3])
+    scores.depth["loss"][:] = torch.tensor([9.0, 1.0, 8.0, 2.0])
+    assert plan_for(scores, layers=2).sublayers == [2, 3, 6, 7]
+
+
+def test_a_group_is_as_important_as_its_heads_together():
+    scores = random_scores()
+    scores.head[:] = torch.tensor([[9.0, 0.0, 0.0], [4.0, 4.0, 4.0]])
+    plan = plan_for(scores, groups=1, heads=2)
+    assert plan.group == {0: [1], 2: [1], 4: [1], 6: [1]} and plan.head[0] == [[0, 1]]
+    scores.head[:] = torch.tensor([[9.0, 2.0, 2.0], [4.0, 4.0, 4.0]])
+    assert plan_for(scores, groups=1, heads=2).group[0] == [0]
 
 
 def test_scores_survive_their_file(tmp_path):
     scores = random_scores()
-    scores.settings = {"num_samples": 7}
+    scores.settings, scores.checkpoint = {"num_samples": 7}, "fingerprint"
+    scores.depth["kl"] = torch.tensor([torch.nan, 1.0, 2.0, torch.nan], dtype=torch.float64)
+    scores.depth_settings = DepthSettings(Unit.LAYER, DepthSearch.GREEDY, 2, 1, 1)
+    scores.rounds = {"depth": torch.tensor([3, 1, 2, 3])}
     scores.write(tmp_path)
     Manifest("scores").write(tmp_path)
     found = Scores.read(tmp_path)
-    assert (found.shape, found.settings) == (SHAPE, {"num_samples": 7})
-    assert all(torch.equal(getattr(found, name), getattr(scores, name)) for name in TENSORS)
+    assert (found.shape, found.settings, found.checkpoint) == (SHAPE, {"num_samples": 7}, "fingerprint")
+    assert found.depth_settings == scores.depth_settings
+    assert all(torch.equal(getattr(found, name), getattr(scores, name)) for name in WIDTH)
+    assert found.depth.keys() == scores.depth.keys() and found.rounds.keys() == scores.rounds.keys()
+    for name, values in {**scores.depth, **scores.rounds}.items():
+        torch.testing.assert_close(({**found.depth, **found.rounds})[name], values, rtol=0, atol=0, equal_nan=True)
 
 
 def test_scores_that_are_not_whole_are_named(tmp_path):
@@ -114,12 +340,12 @@ def test_scores_that_are_not_whole_are_named(tmp_path):
 
 def test_targets_that_cannot_be_are_all_listed():
     with pytest.raises(ConfigError) as raised:
-        target_shape(SHAPE, TargetConfig(layers=5, hidden=49, ffn=45, heads=7))
+        plan_for(random_scores(), layers=5, hidden=49, ffn=45, heads=7)
     larger = "is larger than the source's"
     assert raised.value.problems == [
-        f"target.layers = 5 {larger} 4: pruning only removes",
         f"target.hidden = 49 {larger} 48: pruning only removes",
         f"target.ffn = 45 {larger} 44: pruning only removes",
         f"target.heads = 7 {larger} 6: pruning only removes",
         "target.heads = 7 is not a multiple of the 2 query groups: every group keeps the same number of heads",
+        f"target.layers = 5 {larger} 4: pruning only removes",
     ]

@@ -1,5 +1,7 @@
 """Pruning against slicing written out by hand, and against the whole network with the removed parts silenced."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from minitron_megatron.checkpoint.convert import as_transformers_model, export
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.checkpoint.manifest import Manifest, fingerprint
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import DType, ExportConfig, ParallelConfig, PruneConfig, TargetConfig
-from minitron_megatron.errors import CheckpointError, ConfigError
+from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.parallel.groups import process_groups
@@ -23,11 +25,12 @@ LAYERS, HIDDEN, FFN, GROUPS, HEADS, HEAD_DIM = 4, 48, 44, 2, 3, 12
 TOKENS = torch.randint(0, 101, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def write_scores(folder, shape):
+def write_scores(folder, shape, checkpoint=None):
     generator = torch.Generator().manual_seed(1)
     sizes = [(HIDDEN,), (LAYERS, FFN), (LAYERS, GROUPS, HEADS), (LAYERS,)]
+    *width, depth = (torch.rand(*size, generator=generator, dtype=torch.float64) for size in sizes)
     folder.mkdir()
-    Scores(shape, *(torch.rand(*size, generator=generator) for size in sizes)).write(folder)
+    Scores(shape, *width, {"loss": depth}, checkpoint=checkpoint).write(folder)
     Manifest("scores").write(folder)
 
 
@@ -41,9 +44,12 @@ class Source:
         write_scores(self.scores, Checkpoint(self.checkpoint).shape)
 
     def prune(self, output, parallel=None, **target):
-        parallel = parallel or ParallelConfig()
-        config = PruneConfig(str(self.checkpoint), str(self.scores), str(output), TargetConfig(**target), parallel)
+        config = self.config(output, target=TargetConfig(**target), parallel=parallel or ParallelConfig())
         return Checkpoint(prune(config)), Plan.read(output)
+
+    def config(self, output, **settings):
+        scores = None if "plan" in settings else str(self.scores)
+        return PruneConfig(str(self.checkpoint), str(output), **{"scores": scores, **settings})
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -63,8 +69,9 @@ def sliced_by_hand(tensors, plan):
     left["model.norm.weight"] = tensors["model.norm.weight"][hidden]
     for number, position in enumerate(plan.sublayers[::2]):
         before, after = f"model.layers.{position // 2}.", f"model.layers.{number}."
-        rows = []
-        for group, heads in enumerate(plan.head[position]):
+        rows, of_groups = [], []
+        for group, heads in zip(plan.group[position], plan.head[position], strict=True):
+            of_groups += range(group * HEAD_DIM, (group + 1) * HEAD_DIM)
             for head in heads:
                 first = (group * HEADS + head) * HEAD_DIM
                 rows += range(first, first + HEAD_DIM)
@@ -73,7 +80,7 @@ def sliced_by_hand(tensors, plan):
             left[f"{after}{norm}.weight"] = tensors[f"{before}{norm}.weight"][hidden]
         left[f"{after}self_attn.q_proj.weight"] = tensors[f"{before}self_attn.q_proj.weight"][rows][:, hidden]
         for name in ("k_proj", "v_proj"):
-            left[f"{after}self_attn.{name}.weight"] = tensors[f"{before}self_attn.{name}.weight"][:, hidden]
+            left[f"{after}self_attn.{name}.weight"] = tensors[f"{before}self_attn.{name}.weight"][of_groups][:, hidden]
         left[f"{after}self_attn.o_proj.weight"] = tensors[f"{before}self_attn.o_proj.weight"][hidden][:, rows]
         for name in ("gate_proj", "up_proj"):
             left[f"{after}mlp.{name}.weight"] = tensors[f"{before}mlp.{name}.weight"][neurons][:, hidden]
@@ -81,8 +88,9 @@ def sliced_by_hand(tensors, plan):
     return left
 
 
-def test_pruning_is_slicing(llama, tmp_path):
-    pruned, plan = llama.prune(tmp_path / "pruned", layers=3, hidden=40, ffn=30, heads=4)
+@pytest.mark.parametrize("attention", [dict(heads=4), dict(groups=1), dict(groups=1, heads=2)], ids=str)
+def test_pruning_is_slicing(llama, tmp_path, attention):
+    pruned, plan = llama.prune(tmp_path / "pruned", layers=3, hidden=40, ffn=30, **attention)
     assert len(plan.sublayers) == 6 and plan.sublayers != list(range(6))  # a layer in the middle went
     expected = sliced_by_hand(llama.model.state_dict(), plan)
     found = as_transformers_model(pruned).state_dict()
@@ -113,16 +121,18 @@ def test_a_pruned_model_is_the_same_here_and_exported(source, tmp_path):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_neurons_and_heads_that_go_are_as_if_silenced(source, tmp_path):
-    pruned, plan = source.prune(tmp_path / "pruned", ffn=30, heads=4)
+@pytest.mark.parametrize("target", [dict(ffn=30, heads=4), dict(groups=1), dict(layers=2, groups=1, heads=2)], ids=str)
+def test_what_goes_is_as_if_silenced(source, tmp_path, target):
+    pruned, plan = source.prune(tmp_path / "pruned", **target)
     masked = hf_model(**source.model.config.to_dict())
     masked.load_state_dict(source.model.state_dict())
     with torch.no_grad():
         for number, layer in enumerate(masked.model.layers):
-            layer.mlp.down_proj.weight[:, np.setdiff1d(np.arange(FFN), plan.ffn[2 * number + 1])] = 0
+            layer.mlp.down_proj.weight[:, np.setdiff1d(np.arange(FFN), plan.ffn.get(2 * number + 1, []))] = 0
             heads = layer.self_attn.o_proj.weight.view(HIDDEN, GROUPS, HEADS, HEAD_DIM)
-            for group, kept in enumerate(plan.head[2 * number]):
-                heads[:, group, np.setdiff1d(np.arange(HEADS), kept)] = 0
+            kept = dict(zip(plan.group.get(2 * number, []), plan.head.get(2 * number, []), strict=True))
+            for group in range(GROUPS):
+                heads[:, group, np.setdiff1d(np.arange(HEADS), kept.get(group, []))] = 0
         expected, whole = masked(TOKENS).logits, source.model(TOKENS).logits
         found = as_transformers_model(pruned)(TOKENS).logits
     assert (whole - expected).abs().max() > 0.1
@@ -163,7 +173,117 @@ def test_targets_that_do_not_fit_name_field_and_value(target, parallel, problems
 
 def test_scores_of_another_network_are_refused(llama, tmp_path):
     write_scores(tmp_path / "scores", Checkpoint(llama.checkpoint).shape.replace(vocab=100))
-    config = PruneConfig(str(llama.checkpoint), str(tmp_path / "scores"), str(tmp_path / "p"), TargetConfig(ffn=30))
-    with pytest.raises(CheckpointError, match=r"scores = .*/scores are of another .* than checkpoint = .*: score that"):
+    config = llama.config(tmp_path / "p", scores=str(tmp_path / "scores"), target=TargetConfig(ffn=30))
+    with pytest.raises(
+        CheckpointError, match=r"scores = .*/scores is of another network than checkpoint = .*: score that"
+    ):
         prune(config)
     assert not (tmp_path / "p").exists()
+
+
+def same_tensors(one, other):
+    first, second = as_transformers_model(one).state_dict(), as_transformers_model(other).state_dict()
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_dry_run_shows_what_would_be_done_and_writes_the_plan_alone(llama, tmp_path, capsys):
+    target = TargetConfig(layers=3, hidden=0.85, ffn=30, groups=1)
+    file = prune(llama.config(tmp_path / "folder/pruned", target=target, dry_run=True))
+    assert file == tmp_path / "folder/pruned.plan.json"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in (
+        ["attention", "sublayers", "4", "3", "75.0%"],
+        ["hidden", "48", "41", "85.4%"],
+        ["ffn", "44", "30", "68.2%"],
+        ["query", "groups", "2", "1", "50.0%"],
+        ["heads", "6", "3", "50.0%"],
+    ):
+        assert row in lines
+    dropped = (set(range(0, 8, 2)) - set(Plan.read(file).sublayers)).pop() // 2
+    assert ["dropped", "MLP", "sublayers:", str(dropped)] in lines
+    [shares] = [line for line in lines if line and line[0] == str(dropped)]
+    assert shares[1:] == ["dropped", "dropped"]
+    # Afterwards the same words prune.
+    assert Checkpoint(prune(llama.config(tmp_path / "folder/pruned", target=target))).shape.hidden == 41
+
+
+def test_a_plan_gives_what_its_scores_gave(source, tmp_path):
+    target = TargetConfig(layers=3, hidden=40, ffn=30, heads=4)
+    expected = Checkpoint(prune(source.config(tmp_path / "scores", target=target, merge_heads=True)))
+    dry = prune(source.config(tmp_path / "dry", target=target, merge_heads=True, dry_run=True))
+    for number, plan in enumerate((dry, expected.root, expected.root / "plan.json")):
+        found = Checkpoint(prune(source.config(tmp_path / f"{number}", plan=str(plan))))
+        assert found.shape == expected.shape and same_tensors(found, expected)
+        assert Plan.read(found.root) == Plan.read(expected.root)
+    parents = {parent.role: parent.path for parent in found.manifest.parents}
+    assert parents == {"checkpoint": str(source.checkpoint), "plan": str(plan)}
+
+
+def test_an_edited_plan_is_carried_out(llama, tmp_path):
+    file = prune(llama.config(tmp_path / "dry", target=TargetConfig(ffn=30), dry_run=True))
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(line for line in lines if '"layer": 1' not in line))
+    found = Checkpoint(prune(llama.config(tmp_path / "pruned", plan=str(file))))
+    assert found.shape.num_layers == 3 and found.shape.ffn == 30
+    expected = sliced_by_hand(llama.model.state_dict(), Plan.read(file))
+    tensors = as_transformers_model(found).state_dict()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    # Half of a layer gone is a pattern that is not built yet.
+    file.write_text("\n".join(line for line in lines if '"position": 3' not in line))
+    with pytest.raises(UnsupportedModelError, match=r"shape.pattern = '\*-\*\*-\*-': only '\*-' repeated"):
+        prune(llama.config(tmp_path / "half", plan=str(file)))
+    assert not (tmp_path / "half").exists()
+
+
+def test_merged_heads_are_written(llama, tmp_path):
+    """With two of three heads the second one takes a share of the third: `head_2 += head_2 - head_3`."""
+    target = TargetConfig(heads=4)
+    found = Checkpoint(prune(llama.config(tmp_path / "merged", target=target, merge_heads=True)))
+    plain = Checkpoint(prune(llama.config(tmp_path / "plain", target=target)))
+    scores, before = Scores.read(llama.scores), llama.model.state_dict()
+    after, without = (as_transformers_model(one).state_dict() for one in (found, plain))
+    for name, tensor in after.items():
+        if "q_proj" not in name:
+            assert torch.equal(tensor, without[name]), name
+            continue
+        heads = before[name].view(GROUPS, HEADS, HEAD_DIM, HIDDEN)
+        for group, own in enumerate(tensor.view(GROUPS, 2, HEAD_DIM, HIDDEN)):
+            first, second, third = scores.head[int(name.split(".")[2]), group].argsort(descending=True).tolist()
+            merged = {first: heads[group, first], second: 2 * heads[group, second] - heads[group, third]}
+            torch.testing.assert_close(own, torch.stack([merged[head] for head in sorted(merged)]))
+
+
+def test_what_was_rounded_is_kept(llama, tmp_path):
+    pruned, _ = llama.prune(tmp_path / "pruned", ffn=0.7, heads=0.5)
+    assert (pruned.shape.ffn, pruned.shape.num_heads) == (31, 4)
+    assert pruned.manifest.details["rounded"] == [
+        "target.ffn = 0.7 of 44 became 31",
+        "target.heads = 0.5 of 6 became 4, a multiple of 2",
+    ]
+
+
+@pytest.mark.parametrize("what", ["scores", "plan"])
+def test_scores_and_plans_of_other_weights_are_refused(llama, tmp_path, what):
+    """Of the same shape."""
+    target, own = TargetConfig(ffn=30), fingerprint(llama.checkpoint)
+    shape = Checkpoint(llama.checkpoint).shape
+    other = import_hf(tmp_path / "other", hf_model(seed=1, **LLAMA))
+    assert Checkpoint(other).shape == shape
+    write_scores(tmp_path / "scores", shape, own)
+    given = llama.config(tmp_path / "pruned", scores=str(tmp_path / "scores"), target=target)
+    if what == "plan":
+        given = llama.config(tmp_path / "pruned", plan=str(prune(replace(given, dry_run=True))))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=rf"{what} = .* is of other weights than checkpoint = {other}: .* first"):
+        prune(replace(given, checkpoint=str(other)))
+    assert sorted(tmp_path.iterdir()) == before
+    assert Checkpoint(prune(given)).shape.ffn == 30
+
+
+def test_a_plan_of_another_network_is_refused(llama, tmp_path):
+    other = import_hf(tmp_path / "other", hf_model(**{**LLAMA, "intermediate_size": 40}))
+    file = prune(llama.config(tmp_path / "dry", target=TargetConfig(ffn=30), dry_run=True))
+    with pytest.raises(CheckpointError, match=r"plan = .* is of another network than checkpoint = .*: make a plan for"):
+        prune(replace(llama.config(tmp_path / "pruned", plan=str(file)), checkpoint=str(other)))

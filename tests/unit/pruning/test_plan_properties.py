@@ -1,0 +1,234 @@
+"""Plans for any shape, layout and target."""
+
+from dataclasses import fields
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+
+from minitron_megatron.checkpoint.source import instances
+from minitron_megatron.config.schema import ParallelConfig, TargetConfig
+from minitron_megatron.errors import ConfigError
+from minitron_megatron.model.axes import axis_sizes, parameters
+from minitron_megatron.model.count import num_parameters
+from minitron_megatron.model.shape import ModelShape, NormKind, layers_pattern, layout_problems, pad_vocab
+from minitron_megatron.pruning.plan import Plan, from_ranges, make_plan, to_ranges
+from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.pruning.slicing import Pruned
+from minitron_megatron.pruning.target import resolve_target
+
+PROPERTIES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@st.composite
+def shapes(draw, tensor):
+    groups, per_group = draw(st.integers(1, 4)) * tensor, draw(st.integers(1, 4))
+    gated = draw(st.booleans())
+    return ModelShape(
+        pattern=layers_pattern(draw(st.integers(1, 5))),
+        hidden=draw(st.integers(4, 80)),
+        ffn=draw(st.integers(2, 40)) * tensor,
+        num_heads=groups * per_group,
+        num_query_groups=groups,
+        head_dim=draw(st.sampled_from([2, 4])),
+        vocab=100,
+        padded_vocab=pad_vocab(100, 4),
+        norm=draw(st.sampled_from(NormKind)),
+        gated=gated,
+        qkv_bias=draw(st.booleans()),
+        linear_bias=draw(st.booleans()),
+        tied=draw(st.booleans()),
+    )
+
+
+def size_of(has):
+    return st.none() | st.integers(1, has) | st.floats(0.01, 0.99)
+
+
+@st.composite
+def problems(draw):
+    """A shape, a layout that can split it, a target and scores; few different ones, so that many are equal."""
+    tensor = draw(st.sampled_from([1, 2, 4]))
+    shape = draw(shapes(tensor))
+    names = {"layers": shape.num_layers, "hidden": shape.hidden, "ffn": shape.ffn, "groups": shape.num_query_groups}
+    target = TargetConfig(
+        **{name: draw(size_of(has)) for name, has in names.items()},
+        heads=draw(size_of(shape.num_heads)),
+        round_to=draw(st.none() | st.sampled_from([2, 8, 16])),
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    layers = shape.num_layers
+    sizes = [(shape.hidden,), (layers, shape.ffn), (layers, shape.num_query_groups, shape.heads_per_group), (layers,)]
+    *width, depth = (torch.randint(0, 9, size, generator=generator).double() for size in sizes)
+    return Scores(shape, *width, {"loss": depth}), ParallelConfig(tensor=tensor), target
+
+
+def plan_or_nothing(scores, parallel, target):
+    try:
+        return make_plan(scores, target, parallel)
+    except ConfigError as error:
+        # A whole number is the only thing that can be wrong with sizes within those of the source.
+        assert isinstance(target.heads, int) and all("target.heads" in problem for problem in error.problems), error
+        assume(False)
+
+
+def ascends_within(indices, size):
+    return indices and all(0 <= i < size for i in indices) and all(a < b for a, b in pairwise(indices))
+
+
+@PROPERTIES
+@given(problems())
+def test_a_plan_is_whole_and_survives_its_file(tmp_path, problem):
+    scores, parallel, target = problem
+    plan = plan_or_nothing(scores, parallel, target)
+    source, cut = scores.shape, plan.target
+    assert plan.problems() == []
+    assert ascends_within(plan.sublayers, len(source.pattern)) and ascends_within(plan.hidden, source.hidden)
+    attention, mlp = plan.sublayers[::2], plan.sublayers[1::2]
+    assert [p + 1 for p in attention] == mlp == sorted(plan.ffn) and attention == sorted(plan.group) == sorted(
+        plan.head
+    )
+    for kept in plan.ffn.values():
+        assert ascends_within(kept, source.ffn) and len(kept) == cut.ffn
+    for position, groups in plan.group.items():
+        assert ascends_within(groups, source.num_query_groups) and len(groups) == cut.num_query_groups
+        assert len(plan.head[position]) == len(groups)
+        for heads in plan.head[position]:
+            assert ascends_within(heads, source.heads_per_group) and len(heads) == cut.heads_per_group
+    # What stays has no lower score than what goes.
+    for number, position in enumerate(mlp):
+        own = scores.ffn[position // 2]
+        gone = [i for i in range(source.ffn) if i not in plan.ffn[position]]
+        assert not gone or own[plan.ffn[position]].min() >= own[gone].max(), number
+    plan.write(tmp_path)
+    assert Plan.read(tmp_path) == plan
+
+
+@PROPERTIES
+@given(problems())
+def test_sizes_are_what_was_asked_for(problem):
+    scores, parallel, target = problem
+    plan = plan_or_nothing(scores, parallel, target)
+    source, cut = scores.shape, plan.target
+    found = {
+        "layers": (source.num_layers, cut.num_layers),
+        "hidden": (source.hidden, cut.hidden),
+        "ffn": (source.ffn, cut.ffn),
+        "groups": (source.num_query_groups, cut.num_query_groups),
+        "heads": (source.num_heads, cut.num_heads),
+    }
+    rounded = {"hidden", "ffn"} if target.round_to else set()
+    for name, (has, size) in found.items():
+        asked = getattr(target, name)
+        if asked is None:
+            if name != "heads":
+                assert size == has
+        elif isinstance(asked, int) and name not in rounded:
+            assert size == asked
+    if target.heads is None:
+        assert cut.heads_per_group == source.heads_per_group
+    # Fractions always divide; whole numbers are the user's own, and named where they do not.
+    whole = {name for name in ("groups", "ffn") if isinstance(getattr(target, name), int)} - rounded
+    names = {"groups": "num_query_groups", "ffn": "ffn"}
+    problems_left = [p for p in layout_problems(cut, parallel) if not any(names[n] in p for n in whole)]
+    assert problems_left == []
+    # A fraction is off by at most half of what it is rounded to, unless that is more than there is.
+    if isinstance(target.layers, float):
+        assert abs(cut.num_layers - target.layers * source.num_layers) <= 0.5 or cut.num_layers == 1
+    if isinstance(target.ffn, float):
+        options = {target.round_to} if target.round_to else {64, 8, 1}
+        assert any(
+            abs(cut.ffn - target.ffn * source.ffn) <= np.lcm(n, parallel.tensor) / 2
+            or cut.ffn
+            in (np.lcm(n, parallel.tensor), source.ffn // np.lcm(n, parallel.tensor) * np.lcm(n, parallel.tensor))
+            or cut.ffn == source.ffn
+            for n in options
+        )
+    if isinstance(target.heads, float):
+        nearest = target.heads * source.num_heads
+        most = cut.num_query_groups * source.heads_per_group
+        assert abs(cut.num_heads - nearest) <= cut.num_query_groups / 2 or cut.num_heads in (cut.num_query_groups, most)
+
+
+class Nothing:
+    """A source of tensors without values, that checks what it is asked for."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def read(self, param, layer, index):
+        for positions, size in zip(index, param.size(axis_sizes(self.shape)), strict=True):
+            assert (np.diff(positions) > 0).all() and positions[0] >= 0 and positions[-1] < size
+        assert layer in instances(param, self.shape)
+        return torch.empty([len(positions) for positions in index], device="meta")
+
+
+@PROPERTIES
+@given(problems())
+def test_a_pruned_network_has_the_parameters_of_its_shape(problem):
+    scores, parallel, target = problem
+    pruned = Pruned(Nothing(scores.shape), plan_or_nothing(scores, parallel, target))
+    shape, found = pruned.shape, {}
+    for param in parameters(shape):
+        for layer in instances(param, shape):
+            index = [np.arange(size) for size in param.size(axis_sizes(shape))]
+            found[param.name, layer] = pruned.read(param, layer, index).numel()
+    padding = (shape.padded_vocab - shape.vocab) * shape.hidden * (1 if shape.tied else 2)
+    assert sum(found.values()) - padding == num_parameters(shape)
+
+    # The same, counted by hand.
+    norm = shape.hidden * (2 if shape.norm is NormKind.LAYERNORM else 1)
+    width = shape.num_heads * shape.head_dim
+    qkv = width + 2 * shape.num_query_groups * shape.head_dim
+    neurons = shape.ffn * (2 if shape.gated else 1)
+    matrices = (qkv + width + neurons + shape.ffn) * shape.hidden
+    biases = qkv * (shape.qkv_bias or shape.linear_bias) + (2 * shape.hidden + neurons) * shape.linear_bias
+    tables = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    assert num_parameters(shape) == shape.num_layers * (matrices + biases + 2 * norm) + norm + tables
+
+
+@PROPERTIES
+@given(st.sets(st.integers(0, 300), min_size=1))
+@example({0})
+def test_ranges_are_read_back(indices):
+    text = to_ranges(sorted(indices))
+    assert from_ranges(text) == sorted(indices)
+    assert from_ranges(text.replace(",", " ,  ")) == sorted(indices)
+    assert text.count(",") + 1 == sum(i - 1 not in indices for i in indices)
+
+
+@pytest.mark.parametrize(
+    "target, tensor, sizes",
+    [
+        (dict(ffn=0.5), 1, dict(ffn=7168)),
+        (dict(ffn=0.643), 4, dict(ffn=9216)),  # a multiple of 64 x 4
+        (dict(hidden=0.75, ffn=0.75), 1, dict(hidden=3072, ffn=10752)),
+        (dict(hidden=3000), 1, dict(hidden=3000)),
+        (dict(hidden=3000, round_to=128), 1, dict(hidden=2944)),
+        (dict(hidden=0.01), 1, dict(hidden=64)),
+        (dict(ffn=9999, round_to=96), 4, dict(ffn=9984)),
+        (dict(groups=0.5), 1, dict(groups=4, heads_per_group=4)),
+        (dict(groups=0.3), 4, dict(groups=4)),
+        (dict(heads=0.5), 1, dict(groups=8, heads_per_group=2)),
+        (dict(heads=0.3), 1, dict(heads_per_group=1)),
+        # Of the source's heads, of which the four groups have half.
+        (dict(groups=4, heads=0.25), 1, dict(groups=4, heads_per_group=2)),
+        (dict(layers=0.5), 1, dict(attention=16, mlp=16)),
+        (dict(attention=0.5, mlp=0.8), 1, dict(attention=16, mlp=26)),
+        (dict(keep_layers=[0, 5, 31]), 1, dict(attention=3, mlp=3, keep_layers=[0, 5, 31])),
+    ],
+    ids=str,
+)
+def test_fractions_become_what_the_field_would_take(target, tensor, sizes):
+    llama_3_8b = ModelShape(layers_pattern(32), 4096, 14336, 32, 8, 128, 128256, 128256)
+    found = resolve_target(llama_3_8b, TargetConfig(**target), ParallelConfig(tensor=tensor))
+    whole = dict(attention=32, mlp=32, keep_layers=None, hidden=4096, ffn=14336, groups=8, heads_per_group=4)
+    names = [f.name for f in fields(found) if f.name != "rounded"]
+    assert {name: getattr(found, name) for name in names} == whole | sizes
+    was_rounded = any(isinstance(size, float) for size in target.values()) or "round_to" in target
+    assert bool(found.rounded) == was_rounded
