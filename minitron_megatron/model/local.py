@@ -12,6 +12,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from minitron_megatron.parallel.cpu import in_blocks
+
 
 class _RMSNorm(torch.autograd.Function):
     """RMSNorm in float32 that keeps its input for the backward pass, and not the float32 copies of it.
@@ -21,19 +23,26 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        for x_part, out_part, scale_part in in_blocks(x, out, scale):
+            wide = x_part.float()
+            torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps), out=scale_part)
+            out_part.copy_((wide * scale_part).mul_(weight))
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        grad, normed = grad.float(), x.float() * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
-        along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.size(-1)
-        return grad.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
+        out, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        for grad_part, x_part, scale_part, out_part in in_blocks(grad, x, scale, out):
+            normed = x_part.float() * scale_part
+            wide = grad_part.float()
+            grad_weight += (wide * normed).flatten(0, -2).sum(0)
+            wide = wide * weight
+            along = torch.linalg.vecdot(wide, normed).unsqueeze(-1) / x.size(-1)
+            out_part.copy_(wide.sub_(normed.mul_(along)).mul_(scale_part))
+        return out, grad_weight, None
 
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: TransformerConfig) -> Tensor:
@@ -59,14 +68,21 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        out = x.new_empty(*x.shape[:-1], x.size(-1) // 2)
+        for x_part, out_part in in_blocks(x, out):
+            gate, up = x_part.chunk(2, dim=-1)
+            torch.mul(F.silu(gate), up, out=out_part)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return torch.cat([grad_gate, F.silu(gate).mul_(grad)], dim=-1)
+        [x] = ctx.saved_tensors
+        out = torch.empty_like(x)
+        for grad_part, x_part, out_part in in_blocks(grad, x, out):
+            (gate, up), (grad_gate, grad_up) = x_part.chunk(2, dim=-1), out_part.chunk(2, dim=-1)
+            torch.ops.aten.silu_backward(grad_part * up, gate, grad_input=grad_gate)
+            torch.mul(F.silu(gate), grad_part, out=grad_up)
+        return out
 
 
 class GatedActivation(MegatronModule):

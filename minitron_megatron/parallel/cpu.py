@@ -6,9 +6,26 @@ device, and redirects literals such as `device="cuda"`. This is the only module 
 """
 
 import contextlib
+import math
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+_CACHE_ELEMENTS = 2**18
+
+
+def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one length, a part of their first dimension at a time: on the CPU what fits into a core's cache.
+
+    A chain of operations, each of which is bound by memory, is several times as fast on such parts as on the whole.
+    Elsewhere the whole is the only part.
+    """
+    step = max(1, len(tensors[0]))
+    if tensors[0].device.type == "cpu":
+        step = max(1, _CACHE_ELEMENTS // max(1, math.prod(tensors[0].shape[1:])))
+    return zip(*(tensor.split(step) for tensor in tensors), strict=True)
 
 
 class _OnCPU(TorchFunctionMode):

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from minitron_megatron.model.build import Backbone
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
+from minitron_megatron.parallel.cpu import in_blocks
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch
 from minitron_megatron.pruning.capture import own_tokens
 from minitron_megatron.pruning.outputs import compare_outputs
-from minitron_megatron.pruning.scores import in_blocks
 
 Drops = frozenset[int]
 WHOLE: Drops = frozenset()

@@ -6,8 +6,6 @@ first, and over the sequences second.
 """
 
 import json
-import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,9 +19,9 @@ from minitron_megatron.checkpoint.manifest import MANIFEST
 from minitron_megatron.config.schema import Aggregation, DepthSearch, Unit
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.parallel.cpu import in_blocks
 
 FILE = "scores.safetensors"
-_CACHE_ELEMENTS = 2**18
 WIDTH = ("hidden", "ffn", "head")
 
 
@@ -157,14 +155,6 @@ def aggregate_sequence(x: Tensor, how: Aggregation) -> tuple[Tensor, Tensor]:
         if how is not Aggregation.MEAN:
             second += block.float().square_().sum(0)
     return first, second
-
-
-def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one size, a part of their first dimension at a time: on the CPU what fits into a core's cache."""
-    step = len(tensors[0])
-    if tensors[0].device.type == "cpu":
-        step = max(1, _CACHE_ELEMENTS // max(1, math.prod(tensors[0].shape[1:])))
-    return zip(*(tensor.split(step) for tensor in tensors), strict=True)
 
 
 def sequence_score(first: Tensor, second: Tensor, num_tokens: Tensor, how: Aggregation) -> Tensor:
