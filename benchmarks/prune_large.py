@@ -80,17 +80,20 @@ def make_source(work: Path, layers: int) -> None:
 
     from minitron_megatron.checkpoint import writer
     from minitron_megatron.checkpoint.manifest import Manifest
+    from minitron_megatron.config.schema import TargetConfig
     from minitron_megatron.model.count import num_parameters
     from minitron_megatron.model.shape import ModelShape, layers_pattern
+    from minitron_megatron.pruning.plan import target_shape
     from minitron_megatron.pruning.scores import Scores
 
     sizes = dict(hidden=4096, ffn=14336, num_heads=32, num_query_groups=8, head_dim=128)
     shape = ModelShape(layers_pattern(layers), **sizes, vocab=128256, padded_vocab=128256, max_positions=131072)
-    num_bytes = 2 * num_parameters(shape)
+    results = [target_shape(shape, TargetConfig(**target)) for target in targets(layers).values()]
+    num_bytes = 2 * (num_parameters(shape) + max(map(num_parameters, results)))
     free = shutil.disk_usage(work).free
-    if free - 2 * num_bytes < LEAST_FREE_GB * 1e9:
+    if free - num_bytes < LEAST_FREE_GB * 1e9:
         raise SystemExit(
-            f"{work} has {free / 1e9:.0f} GB free: {2 * num_bytes / 1e9:.0f} are needed, and {LEAST_FREE_GB} stay free"
+            f"{work} has {free / 1e9:.0f} GB free: {num_bytes / 1e9:.0f} are needed, and {LEAST_FREE_GB} stay free"
         )
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,6 @@
-"""The memory that pruning takes depends on the size of a chunk and not on that of the model."""
+"""The memory that pruning takes depends on the size of a chunk and not on that of the model, and layers that go cost
+nothing.
+"""
 
 import json
 import subprocess
@@ -7,9 +9,14 @@ import sys
 import pytest
 import torch
 
+from minitron_megatron.checkpoint import rows
 from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.writer import write_checkpoint
+from minitron_megatron.config.schema import PruneConfig, TargetConfig
+from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.shape import ModelShape, layers_pattern
+from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.scores import Scores
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark is Linux's")
@@ -85,6 +92,14 @@ def peak(models, tmp_path, name, hoards=False) -> int:
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_peak_is_bounded_by_the_chunks_and_not_by_the_model(name, models, tmp_path):
     assert CHUNK < peak(models, tmp_path, name) < BOUND
+
+
+def test_a_layer_that_goes_is_not_read_and_the_others_are_once(models, tmp_path, monkeypatch):
+    num_bytes, fill = [], rows._fill
+    monkeypatch.setattr(rows, "_fill", lambda buffer, file: num_bytes.append(len(buffer)) or fill(buffer, file))
+    paths = [str(models / "large"), str(models / "large-scores"), str(tmp_path / "pruned")]
+    prune(PruneConfig(*paths, TargetConfig(layers=3)))
+    assert sum(num_bytes) == 2 * num_parameters(Checkpoint(tmp_path / "pruned").shape)
 
 
 def test_who_reads_the_whole_model_would_be_noticed(models, tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -58,7 +59,7 @@ class Workers:
         if error:
             raise error
         for _, message in outcomes:
-            if message:
+            if message is not None:
                 raise WorkerError(message)
         return [result for result, _ in outcomes]
 
@@ -90,8 +91,10 @@ def join_workers() -> Iterator[Workers]:
     if owns_world:
         dist.init_process_group("gloo")
     try:
-        # Of its own, since the group of a training run may be of a kind that has no objects to send.
-        yield Workers(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        # Of its own, since the group of a training run may be of a kind that has no objects to send. Who is done waits
+        # for the others as long as they live.
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        yield Workers(dist.get_rank(), dist.get_world_size(), group)
     finally:
         if owns_world:
             dist.destroy_process_group()
