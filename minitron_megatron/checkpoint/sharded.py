@@ -35,7 +35,7 @@ from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, writing
 from minitron_megatron.checkpoint.source import TensorSource, instances, take
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import Param, axis_sizes, parameters
-from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,10 @@ SHAPE = "shape.json"
 CHUNK_BYTES = 256 * 2**20
 # Tensors of a training run that are not weights.
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
-_FUSED_LINEARS = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+_FUSED_LINEARS = {
+    ATTENTION: ("self_attention.linear_qkv", "self_attention.linear_proj"),
+    MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
+}
 
 
 def iteration_folder(iteration: int) -> str:
@@ -135,7 +133,7 @@ class Checkpoint:
         return self._gather(stored, index)
 
     def _stored(self, param: Param, layer: int | None) -> StoredTensor:
-        key = param.stacked_key if layer is None or self._stacked else param.layer_key(layer)
+        key = param.stacked_key if layer is None or self._stacked else param.layer_key(layer, self.shape)
         return self.tensors[key]
 
     def _gather(self, stored: StoredTensor, index: list[np.ndarray]) -> torch.Tensor:
@@ -172,7 +170,7 @@ class Checkpoint:
             elif self._stacked:
                 expected[param.stacked_key] = (count[param.sublayer], *size)
             else:
-                expected.update({param.layer_key(i): size for i in range(count[param.sublayer])})
+                expected.update({param.layer_key(i, self.shape): size for i in range(count[param.sublayer])})
         problems = []
         for key, size in expected.items():
             if key not in self.tensors:
@@ -318,6 +316,17 @@ def _save(folder: Path, planner: SavePlanner) -> None:
     raise error
 
 
+def _extra_states(shape: ModelShape) -> list[str]:
+    """Keys of the states of Transformer Engine's that Megatron's linear layers save beside their weights and expect."""
+    layers = list(enumerate(shape.megatron_layers))
+    linears = [(number, linear) for number, held in layers for s in held for linear in _FUSED_LINEARS[s]]
+    if shape.is_uniform:
+        return [f"decoder.layers.{linear}._extra_state/shard_{number}_{len(layers)}" for number, linear in linears]
+    names = [f"decoder.layers.{number}.{linear}" for number, linear in linears]
+    # HybridModel's output projection has one, and GPTModel's none.
+    return [f"{name}._extra_state/shard_0_1" for name in [*names, "output_layer"]]
+
+
 class _LazyPlanner(SavePlanner):
     """Plans a checkpoint from the axis table and produces each chunk at the moment it is written."""
 
@@ -343,21 +352,15 @@ class _LazyPlanner(SavePlanner):
                     stop = min(start + rows, size[0])
                     offsets, lengths = (start,) + (0,) * (len(size) - 1), (stop - start, *size[1:])
                     total = size
-                    if layer is not None:
+                    key = param.stacked_key
+                    if layer is not None and shape.is_uniform:
                         offsets, lengths, total = (layer, *offsets), (1, *lengths), (len(layers), *size)
-                    item = self._item(param.stacked_key, offsets, lengths, total)
+                    elif layer is not None:
+                        key = param.layer_key(layer, shape)
+                    item = self._item(key, offsets, lengths, total)
                     self.work[item.index] = (param, layer, slice(start, stop))
                     items.append(item)
-        num_layers = len(shape.pattern) // 2
-        # Megatron's linear layers save a state of Transformer Engine's beside their weights and expect one.
-        items += [
-            WriteItem(
-                MetadataIndex(f"decoder.layers.{linear}._extra_state/shard_{layer}_{num_layers}"),
-                WriteItemType.BYTE_IO,
-            )
-            for linear in _FUSED_LINEARS
-            for layer in range(num_layers)
-        ]
+        items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in _extra_states(shape)]
         return SavePlan(items)
 
     def _item(self, key, offsets, lengths, total) -> WriteItem:
@@ -385,4 +388,5 @@ class _LazyPlanner(SavePlanner):
         size = param.size(axis_sizes(self.source.shape))
         index = [np.arange(rows.start, rows.stop), *(np.arange(n) for n in size[1:])]
         tensor = self.source.read(param, layer, index).to(self.dtype)
-        return tensor if layer is None else tensor.unsqueeze(0)
+        stacked = layer is not None and self.source.shape.is_uniform
+        return tensor.unsqueeze(0) if stacked else tensor
