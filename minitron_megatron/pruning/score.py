@@ -10,7 +10,7 @@ from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import Aggregation, ScoreConfig
 from minitron_megatron.data.samples import Samples, rank_batches, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
-from minitron_megatron.errors import raise_if_any
+from minitron_megatron.errors import UnsupportedModelError, raise_if_any
 from minitron_megatron.model.build import Backbone, build_model
 from minitron_megatron.model.shape import ModelShape, layout_problems
 from minitron_megatron.parallel.collectives import main_first
@@ -33,9 +33,15 @@ def score(config: ScoreConfig) -> Path:
         CheckpointError: the checkpoint is not whole.
         DataError: the text is shorter than one sequence.
         ConfigError: the layout does not fit the network or the world.
+        UnsupportedModelError: the network has no layers of an attention and an MLP each.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
     raise_if_any(layout_problems(checkpoint.shape, config.parallel, "checkpoint"))
+    if not checkpoint.shape.is_uniform:
+        raise UnsupportedModelError(
+            f"checkpoint = {config.checkpoint} has shape.pattern = {checkpoint.shape.pattern!r}, and only '*-' "
+            f"repeated is scored: score the network that it comes from"
+        )
     manifest = Manifest(
         "scores", checkpoint.shape.to_dict(), [Parent.of("checkpoint", checkpoint.root)], to_plain(config)
     )
