@@ -42,6 +42,8 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
+        # megatron-core 0.19, which is for these, imports it without requiring it; torch's CPU builds do not bring it.
+        'triton; python_version >= "3.12" and platform_system == "Linux"',
         "hydra-core>=1.3,<2",
         "wandb>=0.18",
         "transformers>=5",

@@ -16,8 +16,9 @@ import torch
 from minitron_megatron import cli
 from minitron_megatron.checkpoint import convert, manifest
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint
+from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint, write_checkpoint
 from minitron_megatron.evaluation import evaluate
+from minitron_megatron.model import build
 from minitron_megatron.pruning import prune, score
 from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.training import distill
@@ -26,6 +27,18 @@ from tests.tiny import LLAMA, hf_model, import_hf
 BUILDS = [(module, "build_model") for module in (score, distill, evaluate)]
 READS = [(module, name) for module, _ in BUILDS for name in ("process_groups", "prepare_corpus")]
 WRITES = [(prune, "write_checkpoint"), (convert, "write_checkpoint"), (convert, "write_huggingface")]
+
+
+class Zeros:
+    """Weights that are all zero."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def read(self, param, layer, index):
+        return torch.zeros([len(i) for i in index])
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +66,10 @@ def inputs(tmp_path_factory):
         *width, depth = (torch.rand(*size, dtype=torch.float64) for size in sizes)
         Scores(scored, *width, {"loss": depth}).write(folder / name)
         Manifest("scores").write(folder / name)
+
+    other_order = shape.replace(pattern="*-*--*-")
+    companions = teacher / "huggingface"
+    write_checkpoint(folder / "other-order", Zeros(other_order), torch.float32, Manifest("checkpoint"), companions)
 
     gpt2 = folder / "gpt2"
     gpt2.mkdir()
@@ -133,6 +150,8 @@ def with_other(command, key, value):
             1,
             ["model_type = 'gpt2' is not supported: choose a model of one of llama,"],
         ),
+        (with_other(SCORE, "checkpoint", "@other-order"), 1, ["shape.pattern = '*-*--*-', and only '*-' repeated is"]),
+        (with_other(EVALUATE, "model", "@other-order"), 1, ["generate_tokens = 64 takes a Hugging Face model"]),
         ("import source=@nowhere output=out", 1, ["nowhere does not exist: name a Hugging Face folder or a .gguf"]),
         ("import source=@scores output=out", 1, ["scores is not a Hugging Face folder: it has no config.json"]),
     ],
@@ -143,6 +162,17 @@ def test_what_does_not_fit_is_named_before_any_work(command, ranks, named, refus
     message = refused(command, ranks)
     for part in named:
         assert part in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command, key", [(DISTILL, "student"), (DISTILL, "teacher"), (EVALUATE, "model")])
+def test_an_order_of_sublayers_that_cannot_be_built_is_named_before_any_work(
+    command, key, refused, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    forbid(monkeypatch, BUILDS + READS + WRITES)
+    message = refused(with_other(command, key, "@other-order"))
+    assert f"{key}.pattern = '*-*--*-' is not '*-' repeated, which takes HybridModel, and megatron-core " in message
     assert list(tmp_path.iterdir()) == []
 
 

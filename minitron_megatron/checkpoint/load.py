@@ -1,6 +1,5 @@
 """From a checkpoint on disk into a model on this rank, in any layout."""
 
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,13 +7,11 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.checkpoint.source import TensorSource, instances
 from minitron_megatron.model.axes import Param, axis_sizes, parameters
 from minitron_megatron.model.build import Backbone
 from minitron_megatron.model.shape import ModelShape
 from minitron_megatron.parallel.groups import Groups
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 def local_parameters(
@@ -25,20 +22,23 @@ def local_parameters(
     A tensor-parallel shard is a range of one axis, so that sharding is indexing, like pruning.
 
     Yields:
-        every parameter of `model`, its row of the axis table, its layer, and the positions it holds.
+        every parameter of `model`, its row of the axis table, the number of its sublayer among those of its kind,
+        and the positions it holds.
     """
-    table = {param.stacked_key: param for param in parameters(shape)}
+    table = {
+        param.name if layer is None else param.layer_key(layer, shape): (param, layer)
+        for param in parameters(shape)
+        for layer in instances(param, shape)
+    }
     sizes = axis_sizes(shape)
     # Megatron's own sharded state dict knows the checkpoint key of each parameter, whatever the layer spec.
     keys = {
         entry.data.data_ptr(): entry.key
-        for entry in model.sharded_state_dict().values()
+        for entry in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values()
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
-    for name, parameter in model.named_parameters():
-        param = table[keys[parameter.data_ptr()]]
-        match = _LAYER.match(name)
-        layer = model.decoder.layers[int(match[1])].layer_number - 1 if match else None
+    for parameter in model.parameters():
+        param, layer = table[keys[parameter.data_ptr()]]
         yield parameter, param, layer, param.shard(groups.tensor_rank, groups.layout.tensor, sizes)
 
 

@@ -109,7 +109,7 @@ class Checkpoint:
         return self._gather(stored, index)
 
     def _stored(self, param: Param, layer: int | None) -> StoredTensor:
-        key = param.stacked_key if layer is None or self._stacked else param.layer_key(layer)
+        key = param.stacked_key if layer is None or self._stacked else param.layer_key(layer, self.shape)
         return self.tensors[key]
 
     def _gather(self, stored: StoredTensor, index: list[np.ndarray]) -> torch.Tensor:
@@ -136,7 +136,7 @@ class Checkpoint:
             elif self._stacked:
                 expected[param.stacked_key] = (count[param.sublayer], *size)
             else:
-                expected.update({param.layer_key(i): size for i in range(count[param.sublayer])})
+                expected.update({param.layer_key(i, self.shape): size for i in range(count[param.sublayer])})
         problems = []
         for key, size in expected.items():
             if key not in self.tensors:

@@ -38,24 +38,23 @@ from minitron_megatron.checkpoint.source import TensorSource, instances
 from minitron_megatron.disk import told_when_full
 from minitron_megatron.model.axes import Param, axis_sizes, parameters
 from minitron_megatron.model.megatron_args import args_of_shape
-from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
 from minitron_megatron.parallel.workers import join_workers
 
 CHUNK_BYTES = 64 * 2**20
 MAX_THREADS = 4
-# Megatron's linear layers save a state of Transformer Engine's beside their weights and expect one.
-_FUSED_LINEARS = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+# What saves a state of Transformer Engine's beside its weights and expects one, by the kind of sublayer.
+_WITH_EXTRA_STATE = {
+    ATTENTION: ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
+    MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
+}
 
 
 @dataclass(frozen=True)
 class _Item:
     """One chunk to write: the positions `ranges[0] x ranges[1] x ...` of a parameter of one layer."""
 
+    shape: ModelShape
     param: Param
     layer: int | None
     ranges: tuple[range, ...]
@@ -148,7 +147,7 @@ def _jobs(shape: ModelShape, tensor_ranks: int, dtype: torch.dtype) -> list[list
     """The chunks of all parameters. Those of one parameter and layer are one job: a chunk read is soon read again."""
     sizes = axis_sizes(shape)
     return [
-        [_Item(param, layer, ranges) for ranges in _chunks(param, sizes, tensor_ranks, dtype.itemsize)]
+        [_Item(shape, param, layer, ranges) for ranges in _chunks(param, sizes, tensor_ranks, dtype.itemsize)]
         for param in parameters(shape)
         for layer in instances(param, shape)
     ]
@@ -205,7 +204,7 @@ def _write_files(
                     return places
                 start = file.tell()
                 torch.save(item.read(source, dtype), file)
-                places.append((item.param.stacked_key, item.offsets, name, start, file.tell() - start))
+                places.append((item.key, item.offsets, name, start, file.tell() - start))
             file.flush()
             os.fsync(file.fileno())
         return places
@@ -234,19 +233,29 @@ def _write_index(
     sizes = axis_sizes(shape)
     stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for item in itertools.chain(*jobs):
-        layers = () if item.layer is None else (len(instances(item.param, shape)),)
+        layers = (len(instances(item.param, shape)),) if item.stacked else ()
         size = torch.Size((*layers, *item.param.size(sizes)))
         whole = TensorStorageMetadata(TensorProperties(dtype=dtype), size, [])
         chunk = ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes))
-        stored.setdefault(item.param.stacked_key, whole).chunks.append(chunk)
+        stored.setdefault(item.key, whole).chunks.append(chunk)
     files = {MetadataIndex(key, offsets): _StorageInfo(*place) for key, offsets, *place in places}
     empty = io.BytesIO()
     torch.save([None], empty)  # Megatron-Core keeps a list of objects under each key
     (folder / "__extra_state.distcp").write_bytes(empty.getvalue())
-    for linear in _FUSED_LINEARS:
-        for layer in range(shape.num_layers):
-            key = f"decoder.layers.{linear}._extra_state/shard_{layer}_{shape.num_layers}"
-            stored[key] = BytesStorageMetadata()
-            files[MetadataIndex(key)] = _StorageInfo("__extra_state.distcp", 0, len(empty.getvalue()))
+    for key in _extra_states(shape):
+        stored[key] = BytesStorageMetadata()
+        files[MetadataIndex(key)] = _StorageInfo("__extra_state.distcp", 0, len(empty.getvalue()))
     metadata = Metadata(stored, storage_data=files, storage_meta=StorageMeta())
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _extra_states(shape: ModelShape) -> list[str]:
+    """Keys of the states that Megatron's layers expect beside their weights."""
+    layers = list(enumerate(shape.megatron_layers))
+    modules = [(number, module) for number, held in layers for kind in held for module in _WITH_EXTRA_STATE[kind]]
+    if shape.is_uniform:
+        found = [f"decoder.layers.{module}._extra_state/shard_{number}_{len(layers)}" for number, module in modules]
+        return [*found, "decoder.final_layernorm._extra_state/shard_0_1"]
+    # HybridModel's output projection has one, and GPTModel's none.
+    names = [*(f"decoder.layers.{number}.{module}" for number, module in modules), "decoder.final_norm", "output_layer"]
+    return [f"{name}._extra_state/shard_0_1" for name in names]

@@ -18,9 +18,8 @@ from minitron_megatron.data.samples import Samples, heldout_samples, rank_batche
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.distillation.step import TeacherStudent, mean_of
 from minitron_megatron.errors import CheckpointError, raise_if_any
-from minitron_megatron.model.build import TORCH_DTYPES, build_model
+from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.shape import layout_problems
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
 from minitron_megatron.parallel.schedule import in_calls
@@ -48,7 +47,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     is_folder = (path / "config.json").is_file()
     checkpoint = None if is_folder else Checkpoint(path)
     if checkpoint:
-        raise_if_any(layout_problems(checkpoint.shape, config.parallel, "model"))
+        problems = build_problems(checkpoint.shape, config.parallel, "model")
+        raise_if_any(problems + _generation_problems(checkpoint, config))
     parents = [Parent.of("model", checkpoint.root if checkpoint else path)]
     shape = checkpoint.shape.to_dict() if checkpoint else None
     manifest = Manifest("evaluation", shape, parents, to_plain(config))
@@ -131,6 +131,15 @@ def _counts(checkpoint: Checkpoint | None, model) -> dict[str, int]:
         ends = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())}
         body = total - sum(ends.values())
     return {"parameters": total, "parameters_without_embeddings": body}
+
+
+def _generation_problems(checkpoint: Checkpoint, config: EvaluateConfig) -> list[str]:
+    if checkpoint.shape.is_uniform or not config.generate_tokens:
+        return []
+    return [
+        f"generate_tokens = {config.generate_tokens} takes a Hugging Face model, and there is none of model.pattern = "
+        f"{checkpoint.shape.pattern!r}: set generate_tokens=0"
+    ]
 
 
 def _generation(model, tokenizer_folder: Path, samples: Samples, config: EvaluateConfig) -> dict:

@@ -185,9 +185,15 @@ class Param:
         """Checkpoint key of the form that stacks all layers in a leading dimension."""
         return self.name if self.sublayer is None else f"decoder.layers.{self.name}"
 
-    def layer_key(self, layer: int) -> str:
-        """Checkpoint key of the form that stores each layer by itself."""
-        return f"decoder.layers.{layer}.{self.name}"
+    def layer_key(self, layer: int, shape: ModelShape) -> str:
+        """Checkpoint key of the form that stores each of Megatron's layers by itself.
+
+        Args:
+            layer: which sublayer of the parameter's kind, counted from 0.
+            shape: of the whole network.
+        """
+        holding = [number for number, held in enumerate(shape.megatron_layers) if self.sublayer in held]
+        return f"decoder.layers.{holding[layer]}.{self.name}"
 
     def size(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of the tensor (of one layer)."""
@@ -207,11 +213,12 @@ class Param:
 
 def parameters(shape: ModelShape) -> list[Param]:
     """The axis table of one network: all of its parameters, in the order of the forward pass."""
+    final_norm = "final_layernorm" if shape.is_uniform else "final_norm"  # GPTModel's name and HybridModel's
     return [
         Param("embedding.word_embeddings.weight", (VOCAB, HIDDEN), None, "vocab", (Part("model.embed_tokens.weight"),)),
         *_attention(shape),
         *_mlp(shape),
-        *_norm(shape, "decoder.final_layernorm.", "model.norm.", None),
+        *_norm(shape, f"decoder.{final_norm}.", "model.norm.", None),
         *([] if shape.tied else [_OUTPUT]),
     ]
 

@@ -1,7 +1,10 @@
 """From a shape to a Megatron-Core model on this rank."""
 
 from functools import partial
+from importlib.util import find_spec
+from itertools import islice
 
+import megatron.core
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
@@ -17,8 +20,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from minitron_megatron.config.schema import DType
+from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
+from minitron_megatron.model.backbone import Backbone
 from minitron_megatron.model.local import CausalAttention, GatedActivation, Norm
 from minitron_megatron.model.shape import Activation, ModelShape, NormKind, layers_pattern, layout_problems
 from minitron_megatron.parallel.groups import Groups
@@ -30,50 +34,31 @@ _ACTIVATIONS = {Activation.SILU: F.silu, Activation.GELU: F.gelu, Activation.SQU
 _NORMS = {NormKind.RMSNORM: "RMSNorm", NormKind.LAYERNORM: "LayerNorm"}
 
 
-class Backbone(GPTModel):
-    """A GPT model whose forward ends at the last hidden state, before the output projection.
-
-    Losses project it themselves, a chunk of tokens at a time, so that full-vocabulary logits never exist.
-    Parameters, checkpoint keys and pipeline behaviour are GPTModel's.
-    """
-
-    def _postprocess(self, hidden_states, *args, **kwargs):
-        return hidden_states
-
-    @property
-    def output_weight(self) -> torch.Tensor:
-        """Weight of the output projection, `[vocab/tp, hidden]`; on the last stage only."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
-
-
-def require_buildable(shape: ModelShape) -> None:
-    """See that some model class realises the pattern.
-
-    Raises:
-        UnsupportedModelError: none does.
-    """
-    if not shape.is_uniform:
-        raise UnsupportedModelError(
-            f"shape.pattern = {shape.pattern!r}: only '*-' repeated (attention, then MLP) can be built"
+def build_problems(shape: ModelShape, layout: Layout | ParallelConfig, where: str = "shape") -> list[str]:
+    """Why `shape` cannot be built in a layout here, one sentence each."""
+    found = layout_problems(shape, layout, where)
+    if not shape.is_uniform and find_spec("megatron.core.models.hybrid") is None:
+        found.append(
+            f"{where}.pattern = {shape.pattern!r} is not '*-' repeated, which takes HybridModel, and megatron-core "
+            f"{megatron.core.__version__} has none: install megatron-core 0.19, with Python 3.12 or newer"
         )
+    return found
 
 
 def transformer_config(shape: ModelShape, layout: Layout, dtype: DType, recompute: bool) -> TransformerConfig:
     """Megatron-Core's configuration of a network in a layout; see `build_model`.
 
     Raises:
-        ConfigError: the layout cannot split the network.
-        UnsupportedModelError: the pattern is not one that GPTModel realises.
+        ConfigError: the layout cannot split the network, or Megatron-Core has no class for its pattern.
     """
-    require_buildable(shape)
-    raise_if_any(layout_problems(shape, layout))
+    raise_if_any(build_problems(shape, layout))
     interleaved = layout.virtual_pipeline > 1
-    stages = "|".join("t" * count for count in layers_per_stage(shape.num_layers, layout.stages))
+    num_layers = len(shape.megatron_layers)
+    stages = "|".join("t" * count for count in layers_per_stage(num_layers, layout.stages))
     on_cuda = torch.cuda.is_available()
     return TransformerConfig(
-        num_layers=shape.num_layers,
+        num_layers=num_layers,
+        is_hybrid_model=not shape.is_uniform,
         hidden_size=shape.hidden,
         ffn_hidden_size=shape.ffn,
         num_attention_heads=shape.num_heads,
@@ -126,8 +111,8 @@ def submodules_of(spec: ModuleSpec | partial):
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 
 
-def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The modules of the layers on this stage.
+def layer_modules(config: TransformerConfig) -> tuple[ModuleSpec, type[torch.nn.Module]]:
+    """The modules of a transformer layer, and the final norm.
 
     On CUDA these are Transformer Engine's, where it imports. Elsewhere they are the local ones: Megatron-Core's
     linear layers around our attention and norm, or around Apex's fused LayerNorm where that imports.
@@ -145,7 +130,13 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
         layer.submodules.self_attention.submodules.core_attention = CausalAttention
         if config.use_te_activation_func:
             submodules_of(layer.submodules.mlp).activation_func = GatedActivation
-    layers: list[ModuleSpec] = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
+    return layer, norm
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The modules of the layers on this stage."""
+    layer, norm = layer_modules(config)
+    layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
@@ -167,9 +158,8 @@ def build_model(shape: ModelShape, groups: Groups, dtype: DType, recompute: bool
     chunks = []
     for chunk in range(num_chunks):
         vp_stage = chunk if num_chunks > 1 else None
-        model = Backbone(
+        settings = dict(
             config=config,
-            transformer_layer_spec=layer_spec(config, vp_stage),
             vocab_size=shape.padded_vocab,
             max_sequence_length=shape.max_positions,
             pre_process=groups.is_first_stage and chunk == 0,
@@ -181,8 +171,12 @@ def build_model(shape: ModelShape, groups: Groups, dtype: DType, recompute: bool
             pg_collection=groups.collection,
             vp_stage=vp_stage,
         )
+        if shape.is_uniform:
+            model = Backbone(transformer_layer_spec=layer_spec(config, vp_stage), **settings)
+        else:
+            model = _hybrid(shape.pattern, groups.layout, settings)
         if scaling:
-            # GPTModel's own switch takes the factor alone; the other three would be Llama 3.1's, whatever the model.
+            # The models' own switch takes the factor alone; the other three would be Llama 3.1's, whatever the model.
             rotary = model.rotary_pos_emb
             rotary.inv_freq = rotary._apply_scaling(
                 rotary.inv_freq,
@@ -239,4 +233,17 @@ def shape_of(model: GPTModel, vocab: int | None = None) -> ModelShape:
         rotary_base=model.rotary_base,
         rotary_fraction=model.rotary_percent,
         tied=model.share_embeddings_and_output_weights,
+    )
+
+
+def _hybrid(pattern: str, layout: Layout, settings: dict) -> torch.nn.Module:
+    """One chunk of the model whose sublayers come in the order of `pattern`."""
+    from minitron_megatron.model.hybrid import HybridBackbone, stack_spec
+
+    sublayers = iter(pattern)
+    stages = ["".join(islice(sublayers, count)) for count in layers_per_stage(len(pattern), layout.stages)]
+    return HybridBackbone(
+        hybrid_stack_spec=stack_spec(*layer_modules(settings["config"])),
+        hybrid_layer_pattern="|".join(stages),
+        **settings,
     )

@@ -116,6 +116,11 @@ class ModelShape:
             raise ConfigError([f"shape.pattern = {self.pattern!r} is not '*-' repeated, so it has no layer count"])
         return len(self.pattern) // 2
 
+    @property
+    def megatron_layers(self) -> list[str]:
+        """The sublayers in each of Megatron-Core's layers: GPTModel's have one of each kind, HybridModel's are one."""
+        return [ATTENTION + MLP] * self.num_layers if self.is_uniform else list(self.pattern)
+
     def sublayers(self, symbol: str) -> list[int]:
         """Positions in `pattern` of the sublayers of one kind."""
         return [position for position, s in enumerate(self.pattern) if s == symbol]
@@ -183,9 +188,9 @@ def layout_problems(shape: ModelShape, layout: Layout | ParallelConfig, where: s
             )
     virtual_pipeline = layout.virtual_pipeline or 1
     stages = layout.pipeline * virtual_pipeline
-    if shape.num_layers < stages:
+    if len(shape.megatron_layers) < stages:
         found.append(
-            f"{where} has {shape.num_layers} layers, too few for the {stages} stages of parallel.pipeline x "
+            f"{where} has {len(shape.megatron_layers)} layers, too few for the {stages} stages of parallel.pipeline x "
             f"virtual_pipeline = {layout.pipeline} x {virtual_pipeline}: lower one of the two"
         )
     return found

@@ -9,9 +9,8 @@ from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import PruneConfig
 from minitron_megatron.errors import CheckpointError, raise_if_any
-from minitron_megatron.model.build import require_buildable
+from minitron_megatron.model.build import build_problems
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.shape import layout_problems
 from minitron_megatron.pruning.plan import Plan, plan_for
 from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.pruning.slicing import Pruned
@@ -29,8 +28,8 @@ def prune(config: PruneConfig) -> Path:
 
     Raises:
         CheckpointError: an input is not whole, or scores or plan are of another checkpoint.
-        ConfigError: no plan can reach the target, or it does not divide by the layout it is meant for.
-        UnsupportedModelError: no model class realises what the plan leaves.
+        ConfigError: no plan can reach the target, it does not divide by the layout it is meant for, or Megatron-Core
+            has no class for what the plan leaves.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
     parents = [Parent.of("checkpoint", checkpoint.root)]
@@ -50,8 +49,7 @@ def prune(config: PruneConfig) -> Path:
         rounded = target.rounded
         plan = plan_for(scores, target, config.depth_criterion, config.merge_heads)
     shape = plan.target
-    require_buildable(shape)
-    raise_if_any(layout_problems(shape, config.parallel, "target"))
+    raise_if_any(build_problems(shape, config.parallel, "target"))
     for sentence in rounded:
         logger.info(sentence)
 

@@ -17,7 +17,7 @@ from minitron_megatron.config.schema import ScoreConfig, TargetConfig, Unit
 from minitron_megatron.data.choices import ChoiceSamples, read_questions
 from minitron_megatron.data.samples import training_samples
 from minitron_megatron.data.tokens import load_tokenizer, prepare_corpus
-from minitron_megatron.errors import raise_if_any
+from minitron_megatron.errors import UnsupportedModelError, raise_if_any
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.shape import ATTENTION, MLP, layout_problems
@@ -45,9 +45,15 @@ def score(config: ScoreConfig) -> Path:
         CheckpointError: the checkpoint is not whole.
         DataError: the text is shorter than one sequence, a question is none, or activations are not finite.
         ConfigError: the layout does not fit the network or the world, or the target cannot be reached.
+        UnsupportedModelError: the network has no layers of an attention and an MLP each.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
     raise_if_any(layout_problems(checkpoint.shape, config.parallel, "checkpoint"))
+    if not checkpoint.shape.is_uniform:
+        raise UnsupportedModelError(
+            f"checkpoint = {config.checkpoint} has shape.pattern = {checkpoint.shape.pattern!r}, and only '*-' "
+            f"repeated is scored: score the network that it comes from"
+        )
     questions = read_questions(Path(config.depth.choices)) if config.depth.choices else None
     if config.heads_for_target:
         resolve_target(checkpoint.shape, config.target, config.parallel)

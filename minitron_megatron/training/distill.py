@@ -24,9 +24,8 @@ from minitron_megatron.data.tokens import prepare_corpus, tokenizer_fingerprint
 from minitron_megatron.disk import told_when_full
 from minitron_megatron.distillation.step import TeacherStudent
 from minitron_megatron.errors import ConfigError, raise_if_any
-from minitron_megatron.model.build import build_model
+from minitron_megatron.model.build import build_model, build_problems
 from minitron_megatron.model.count import forward_flops_per_token, num_parameters
-from minitron_megatron.model.shape import layout_problems
 from minitron_megatron.parallel.collectives import failing_together, main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
 from minitron_megatron.training.loop import train
@@ -57,7 +56,7 @@ def distill(config: DistillConfig) -> Path:
     teacher = Checkpoint(config.teacher) if config.teacher else None
     raise_if_any(_mismatches(teacher, student, config))
     networks = {"student": student, "teacher": teacher} if teacher else {"student": student}
-    raise_if_any([p for role, c in networks.items() for p in layout_problems(c.shape, config.parallel, role)])
+    raise_if_any([p for role, c in networks.items() for p in build_problems(c.shape, config.parallel, role)])
     output = Path(config.output)
     parents = [Parent.of(role, checkpoint.root) for role, checkpoint in networks.items()]
     manifest = Manifest("run", student.shape.to_dict(), parents, to_plain(config))

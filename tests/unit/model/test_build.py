@@ -1,12 +1,14 @@
 """Models built here against transformers' models of the same weights."""
 
+import megatron.core
 import pytest
 import torch
 
 from minitron_megatron.checkpoint.huggingface import StateDict
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.schema import DType, ParallelConfig
-from minitron_megatron.errors import ConfigError, UnsupportedModelError
+from minitron_megatron.errors import ConfigError
+from minitron_megatron.model import build
 from minitron_megatron.model.build import build_model, transformer_config
 from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.groups import process_groups
@@ -44,7 +46,15 @@ def test_a_layout_that_does_not_fit_the_network_lists_every_problem():
     ]
 
 
-def test_a_pattern_that_is_no_plain_transformer_is_refused():
+def test_a_pattern_that_is_no_plain_transformer_needs_a_newer_megatron_core(monkeypatch):
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    monkeypatch.setattr(megatron.core, "__version__", "0.16.1")
     shape = shape_from_config(LLAMA).replace(pattern="*-*--*-")
-    with pytest.raises(UnsupportedModelError, match=r"shape.pattern = '\*-\*--\*-'"):
-        transformer_config(shape, Layout(), DType.FP32, recompute=False)
+    with pytest.raises(ConfigError) as raised:
+        transformer_config(shape, Layout(pipeline=8), DType.FP32, recompute=False)
+    assert raised.value.problems == [
+        "shape has 7 layers, too few for the 8 stages of parallel.pipeline x virtual_pipeline = 8 x 1: "
+        "lower one of the two",
+        "shape.pattern = '*-*--*-' is not '*-' repeated, which takes HybridModel, and megatron-core 0.16.1 has none: "
+        "install megatron-core 0.19, with Python 3.12 or newer",
+    ]

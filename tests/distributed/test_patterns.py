@@ -1,0 +1,200 @@
+"""Networks whose sublayers come in another order than attention and MLP by turns."""
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from minitron_megatron.checkpoint.load import load_weights, local_parameters
+from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.checkpoint.sharded import SHAPE, Checkpoint, write_checkpoint
+from minitron_megatron.checkpoint.source import instances, take
+from minitron_megatron.config.schema import DType, LossConfig, OptimizerConfig, ParallelConfig
+from minitron_megatron.data.samples import rank_batches
+from minitron_megatron.model.axes import axis_sizes, parameters
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.count import num_parameters
+from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.shape import ATTENTION, layers_pattern
+from minitron_megatron.parallel.groups import process_groups
+from tests.ranks import run_on_ranks
+from tests.tiny import FAMILIES, Samples
+
+pytest.importorskip("megatron.core.models.hybrid", reason="HybridModel comes with megatron-core 0.19")
+
+LAYOUTS = {
+    "1x1": ParallelConfig(),
+    "tp2": ParallelConfig(tensor=2),
+    "tp2_sequence": ParallelConfig(tensor=2, sequence=True),
+    "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
+    "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
+}
+LOSS = LossConfig(kd_logits_weight=0.7, lm_weight=0.4)
+PATTERN = "*-*--*-"
+WITH_ANOTHER = layers_pattern(4)  # the same sublayers, and an attention before the third MLP
+ANOTHER = 2  # its number among the attentions
+MICRO_BATCH, SEQUENCE = 2, 16
+
+
+class RandomWeights:
+    """Random weights by the name and the number of a sublayer, whatever the network around it."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def read(self, param, layer, index):
+        name = param.parts[0].name
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {layer}".encode()))
+        whole = torch.randn(param.size(axis_sizes(self.shape)), generator=generator)
+        return take(0.1 * whole + ("norm" in name), index)
+
+
+class WithAnotherAttention(RandomWeights):
+    """The network of `PATTERN` with one attention more, which adds nothing."""
+
+    def read(self, param, layer, index):
+        if param.sublayer == ATTENTION and layer >= ANOTHER:
+            if layer == ANOTHER:
+                return torch.zeros([len(i) for i in index])
+            layer -= 1
+        return super().read(param, layer, index)
+
+
+def every(shape):
+    """What can be read of a network."""
+    sizes = axis_sizes(shape)
+    for param in parameters(shape):
+        for layer in instances(param, shape):
+            yield param, layer, [np.arange(n) for n in param.size(sizes)]
+
+
+def write(folder, source):
+    write_checkpoint(folder, source, torch.float32, Manifest("checkpoint"), None)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    """A folder with the checkpoint of a student and of a teacher that computes the same."""
+    folder = tmp_path_factory.mktemp(request.param)
+    shape = shape_from_config(FAMILIES[request.param])
+    write(folder / "student", RandomWeights(shape.replace(pattern=PATTERN)))
+    write(folder / "teacher", WithAnotherAttention(shape.replace(pattern=WITH_ANOTHER)))
+    return folder
+
+
+def test_a_checkpoint_holds_each_sublayer_under_its_place_in_the_pattern(folder):
+    checkpoint = Checkpoint(folder / "student")
+    assert checkpoint.tensors["decoder.layers.4.mlp.linear_fc2.weight"].shape == (48, 44)
+    assert checkpoint.tensors["decoder.layers.5.self_attention.linear_proj.weight"].shape == (48, 72)
+    assert checkpoint.shape.pattern == PATTERN
+    expected = RandomWeights(checkpoint.shape)
+    for where in every(checkpoint.shape):
+        assert torch.equal(checkpoint.read(*where), expected.read(*where))
+    attention = num_parameters(Checkpoint(folder / "teacher").shape) - num_parameters(checkpoint.shape)
+    sizes = [torch.Size(p.size(axis_sizes(checkpoint.shape))).numel() for p in parameters(checkpoint.shape)]
+    assert attention == sum(n for p, n in zip(parameters(checkpoint.shape), sizes) if p.sublayer == ATTENTION)
+
+
+def test_megatron_loads_what_is_written_here(folder):
+    from megatron.core import dist_checkpointing
+
+    checkpoint = Checkpoint(folder / "student")
+    with process_groups(ParallelConfig()) as groups:
+        [model] = build_model(checkpoint.shape, groups, DType.FP32)
+        state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint.folder))
+        model.load_state_dict(state["model"], strict=True)
+        for parameter, param, layer, index in local_parameters(model, checkpoint.shape, groups):
+            assert torch.equal(parameter, checkpoint.read(param, layer, index))
+
+
+def test_an_attention_that_adds_nothing_changes_nothing(folder):
+    tokens = torch.randint(0, 101, (3, 20), generator=torch.Generator().manual_seed(2))
+    hidden = []
+    with process_groups(ParallelConfig()) as groups, torch.no_grad():
+        for name in ("student", "teacher"):
+            checkpoint = Checkpoint(folder / name)
+            [model] = build_model(checkpoint.shape, groups, DType.FP32)
+            load_weights([model], checkpoint, groups)
+            hidden.append(model(tokens, torch.arange(20).expand(3, -1), attention_mask=None))
+    assert hidden[0].std() > 0.3  # or the tolerance below would say little
+    torch.testing.assert_close(*hidden, rtol=1e-5, atol=1e-5)
+
+
+def work(folder, name):
+    """A step of training in a layout, saved and loaded, by one of its ranks."""
+    from minitron_megatron.distillation.step import TeacherStudent
+    from minitron_megatron.training.optimizer import optimization
+    from minitron_megatron.training.state import load_state, save_state
+
+    checkpoint, teacher = Checkpoint(folder / "student"), Checkpoint(folder / "teacher")
+    shape = checkpoint.shape
+    samples = Samples(8, SEQUENCE, shape.vocab)
+    batches = list(rank_batches(samples, 0, 8, MICRO_BATCH, 0, 1))
+    with process_groups(LAYOUTS[name]) as groups:
+        # Weights from another seed, so that the teacher is not the student.
+        teacher_chunks = build_model(teacher.shape, groups, DType.FP32)
+        load_weights(teacher_chunks, Doubled(teacher), groups)
+        found = {}
+        for attempt in ("first", "again"):
+            chunks = build_model(shape, groups, DType.FP32, recompute=groups.layout.sequence)
+            load_weights(chunks, checkpoint, groups)
+            training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+            pair = TeacherStudent(training.chunks, teacher_chunks, groups, LOSS, shape.vocab)
+            if attempt == "first":
+                training.zero_grad()
+                result = pair.train(batches)
+                found["gradients"] = [
+                    (param.name, layer, index, parameter.main_grad.clone())
+                    for chunk in chunks
+                    for parameter, param, layer, index in local_parameters(chunk, shape, groups)
+                ]
+                found["step"] = (result.kd_logits, result.lm, *training.step())
+                save_state(folder / name, 1, training)
+            else:
+                assert load_state(folder / name, training) == 1
+            result = pair.evaluate(batches)
+            found[attempt] = (result.kd_logits, result.lm)
+        torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")
+
+
+class Doubled:
+    """A source whose embedding is twice as large."""
+
+    def __init__(self, source):
+        self.source, self.shape, self.dtype = source, source.shape, source.dtype
+
+    def read(self, param, layer, index):
+        return self.source.read(param, layer, index) * (2 if param.sublayer is None else 1)
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    run_on_ranks(1, work, folder, "1x1")
+    return torch.load(folder / "1x1_0.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "1x1"])
+def test_a_step_does_not_depend_on_the_layout_and_is_saved(folder, single, name):
+    num_ranks = LAYOUTS[name].tensor * LAYOUTS[name].pipeline
+    run_on_ranks(num_ranks, work, folder, name)
+    expected = {(key, layer): gradient for key, layer, _, gradient in single["gradients"]}
+    missing = set(expected)
+    for rank in range(num_ranks):
+        found = torch.load(folder / f"{name}_{rank}.pt", weights_only=False)
+        for what in ("step", "first"):
+            np.testing.assert_allclose(found[what], single[what], rtol=1e-5)
+        assert found["again"] == found["first"] != found["step"][:2]
+        for key, layer, index, gradient in found["gradients"]:
+            whole = expected[key, layer]
+            assert whole.abs().max() > 0, key
+            torch.testing.assert_close(gradient, take(whole, index), rtol=0, atol=1e-5 * whole.abs().max().item())
+            missing.discard((key, layer))
+    assert not missing
+    shape = Checkpoint(folder / "student").shape
+    (folder / name / SHAPE).write_text(json.dumps(shape.to_dict()))
+    assert Checkpoint(folder / name).iteration == 1  # and whole, or it would not open
