@@ -1,18 +1,17 @@
 """Runs a function on real gloo processes."""
 
 import os
-import socket
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
 def run_on_ranks(num_ranks: int, function, *args) -> None:
     """Call `function(*args)` in `num_ranks` processes that form one world."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_enter, (num_ranks, port, function, args), nprocs=num_ranks)
+    # The ranks meet at a store that listens already: a port that is only looked up may be taken before they are up.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(_enter, (num_ranks, store.port, function, args), nprocs=num_ranks)
 
 
 def _enter(rank: int, num_ranks: int, port: int, function, args) -> None:
@@ -23,5 +22,7 @@ def _enter(rank: int, num_ranks: int, port: int, function, args) -> None:
         "WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
     }
     function(*args)

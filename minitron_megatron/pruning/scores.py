@@ -85,6 +85,7 @@ class Scores:
         tensors |= {f"rounds.{name}": values.contiguous() for name, values in self.rounds.items()}
         metadata = {
             "shape": self.shape.to_dict(),
+            "criteria": list(self.depth),  # in order: a file of tensors is sorted by name
             "depth_settings": asdict(self.depth_settings),
             "settings": self.settings,
             "checkpoint": self.checkpoint,
@@ -109,7 +110,7 @@ class Scores:
             return cls(
                 ModelShape.from_dict(metadata["shape"]),
                 **{name: tensors.pop(name) for name in WIDTH},
-                depth={name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("depth.")},
+                depth={name: tensors[f"depth.{name}"] for name in metadata["criteria"]},
                 depth_settings=DepthSettings(**depth),
                 rounds={name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("rounds.")},
                 settings=metadata["settings"],

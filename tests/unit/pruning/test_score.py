@@ -1,0 +1,386 @@
+"""The verb `score`: interrupted and gone on with, in rounds, and for a model of somebody's own."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.multiprocessing import ProcessExitedException
+
+import minitron_megatron
+from minitron_megatron.checkpoint.load import load_weights
+from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.config.schema import (
+    DataConfig,
+    DepthConfig,
+    DepthCriterion,
+    DepthSearch,
+    DType,
+    ParallelConfig,
+    PruneConfig,
+    ScoreConfig,
+    TargetConfig,
+)
+from minitron_megatron.data.samples import training_samples
+from minitron_megatron.data.tokens import prepare_corpus
+from minitron_megatron.errors import DataError, UnsupportedModelError
+from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.pruning.ablation import Ablation
+from minitron_megatron.pruning.plan import Plan, make_plan
+from minitron_megatron.pruning.prune import prune
+from minitron_megatron.pruning.score import score
+from minitron_megatron.pruning.scores import WIDTH, Scores
+from tests.ranks import run_on_ranks
+from tests.tiny import LLAMA, hf_model, import_hf
+
+NUM_SAMPLES, MICRO_BATCH = 13, 2
+QUESTIONS = [("abc", ["d", "efgh"], 1), ("x", ["yz", "ab"], 0), ("hello", ["w", "o", "p"], 1)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    import_hf(folder, hf_model(**LLAMA))
+    generator = np.random.default_rng(0)
+    documents = ("".join(generator.choice(list("abcdefgh"), 60)) for _ in range(40))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    questions = (dict(zip(("context", "choices", "answer"), question, strict=True)) for question in QUESTIONS)
+    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return folder
+
+
+@pytest.fixture
+def settings(inputs, tmp_path):
+    def settings(output="scores", **changes):
+        return ScoreConfig(
+            **{
+                "checkpoint": str(inputs / "checkpoint"),
+                "output": str(tmp_path / output),
+                "num_samples": NUM_SAMPLES,
+                "micro_batch": MICRO_BATCH,
+                "save_every": 2,
+                "dtype": DType.FP32,
+                "data": DataConfig([str(inputs / "text.jsonl")], str(inputs / "corpora"), 16),
+                **changes,
+            }
+        )
+
+    return settings
+
+
+@pytest.fixture
+def long(inputs):
+    """A scoring of several sweeps and several rounds' worth of sums."""
+    return {
+        "greedy": dict(
+            depth=DepthConfig(
+                [DepthCriterion.LOSS, DepthCriterion.ACCURACY],
+                search=DepthSearch.GREEDY,
+                protect_first=0,
+                choices=str(inputs / "questions.jsonl"),
+            ),
+            target=TargetConfig(layers=2),
+        ),
+        "rounds": dict(rounds=2, target=TargetConfig(layers=2, hidden=40, ffn=36)),
+    }
+
+
+def assert_same(found: Scores, expected: Scores, tolerance=0.0):
+    assert (found.shape, found.settings, found.checkpoint) == (expected.shape, expected.settings, expected.checkpoint)
+    pairs = [(getattr(found, name), getattr(expected, name)) for name in WIDTH]
+    for one, other in ((found.depth, expected.depth), (found.rounds, expected.rounds)):
+        assert one.keys() == other.keys()
+        pairs += [(one[name], other[name]) for name in one]
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+class Counted:
+    """Lets so many micro-batches run, and then does something else."""
+
+    def __init__(self, limit, then):
+        self.limit, self.then, self.calls, self.run = limit, then, 0, Ablation.run
+
+    def __enter__(self):
+        def run(ablation, *arguments):
+            if self.calls == self.limit:
+                self.then()
+            self.calls += 1
+            return self.run(ablation, *arguments)
+
+        Ablation.run = run
+        return self
+
+    def __exit__(self, *exception):
+        Ablation.run = self.run
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+# 13 samples are seven micro-batches, so that sums are kept after 2, 4, 6 and 7 of every sweep; 7 choices are four,
+# kept after 2 and 4. The last interruption comes in the second sweep or round.
+@pytest.mark.parametrize("kind, total, limits", [("greedy", 2 * (7 + 4), (1, 5, 12)), ("rounds", 2 * 7, (1, 5, 6))])
+def test_an_interrupted_scoring_goes_on_from_its_last_sums(settings, long, tmp_path, kind, total, limits):
+    with Counted(None, None) as whole:
+        expected = Scores.read(score(settings("expected", **long[kind])))
+    assert whole.calls == total
+    config, sums = settings(**long[kind]), tmp_path / ".scores.sums"
+    left = total
+    for limit in limits:
+        with pytest.raises(KeyboardInterrupt), Counted(limit, interrupt) as counted:
+            score(config)
+        left -= limit - 1  # one more than was kept
+        assert counted.calls == limit and sums.exists() == (left < total) and not (tmp_path / "scores").exists()
+    with Counted(None, None) as counted:
+        found = Scores.read(score(config))
+    assert counted.calls == left
+    assert_same(found, expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "scores"]
+
+
+def killed(config):
+    import os
+    import signal
+
+    with Counted(5, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        score(config)
+
+
+def resumed(config, most):
+    with Counted(most, interrupt) as counted:
+        score(config)
+    assert counted.calls == most
+
+
+def test_a_killed_scoring_goes_on_in_another_layout(settings, long, tmp_path):
+    expected = Scores.read(score(settings("expected", **long["greedy"])))
+    config = settings(**long["greedy"])
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_on_ranks(1, killed, config)
+    assert (tmp_path / ".scores.sums").is_file()
+    # Eight samples are done. What is left are 5, and 7 choices, then 13 and 7 again, three at a time.
+    run_on_ranks(2, resumed, replace(config, micro_batch=3, parallel=ParallelConfig(pipeline=2)), 2 + 3 + 5 + 3)
+    assert_same(Scores.read(tmp_path / "scores"), expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("what", ["other settings", "damaged"])
+def test_sums_of_something_else_are_not_taken_over(settings, tmp_path, what):
+    config, sums = settings(), tmp_path / ".scores.sums"
+    with pytest.raises(KeyboardInterrupt), Counted(5, interrupt):
+        score(config)
+    if what == "damaged":
+        sums.write_bytes(sums.read_bytes()[:-9])
+    else:
+        config = settings(depth=DepthConfig([DepthCriterion.LOSS]))
+    with Counted(None, None) as counted:
+        found = Scores.read(score(config))
+    assert counted.calls == 7
+    assert_same(found, Scores.read(score(replace(config, output=str(tmp_path / "expected")))))
+
+
+def laid_over(whole: Scores, parts: list[tuple[Plan, Scores]]) -> Scores:
+    """Scores of the whole, and on top of them, one after another, those of what plans left of it."""
+    rounds = {name: torch.ones_like(getattr(whole, name), dtype=torch.int64) for name in WIDTH}
+    rounds["depth"] = torch.ones(4, dtype=torch.int64)
+    for number, (plan, part) in enumerate(parts, start=2):
+        for i, channel in enumerate(plan.hidden):
+            whole.hidden[channel] = part.hidden[i]
+            rounds["hidden"][channel] = number
+        for new, old in enumerate(p // 2 for p in plan.sublayers[::2]):
+            whole.depth["block_influence"][old] = part.depth["block_influence"][new]
+            rounds["depth"][old] = number
+            for i, neuron in enumerate(plan.ffn[2 * old + 1]):
+                whole.ffn[old, neuron] = part.ffn[new, i]
+                rounds["ffn"][old, neuron] = number
+            for g, group in enumerate(plan.group[2 * old]):
+                for h, head in enumerate(plan.head[2 * old][g]):
+                    whole.head[old, group, head] = part.head[new, g, h]
+                    rounds["head"][old, group, head] = number
+    whole.rounds = rounds
+    return whole
+
+
+@pytest.mark.parametrize(
+    "target, ways",
+    [
+        (
+            dict(layers=2, hidden=40, ffn=36, heads=2),
+            [dict(layers=3, hidden=44, ffn=40, heads=4)],
+        ),
+        (
+            dict(layers=1, hidden=42, ffn=38, groups=1),
+            [dict(layers=3, hidden=46, ffn=42), dict(layers=2, hidden=44, ffn=40, groups=1)],
+        ),
+        # Layers that are named go at once, whatever their scores.
+        (dict(keep_layers=[1, 2], hidden=40), [dict(keep_layers=[1, 2], hidden=44)]),
+    ],
+    ids=["two", "three", "two, named layers"],
+)
+def test_rounds_are_scoring_pruning_and_scoring_by_hand(settings, tmp_path, target, ways):
+    depth = DepthConfig(protect_first=0, protect_last=0)
+    rounds = len(ways) + 1
+    found = Scores.read(score(settings(depth=depth, rounds=rounds, save_rounds=True, target=TargetConfig(**target))))
+
+    checkpoint = settings().checkpoint
+    first = whole = Scores.read(score(settings("scores_1", depth=depth)))
+    so_far, parts = None, []
+    for number, way in enumerate(ways, start=1):
+        output, scores = tmp_path / f"by_hand_{number}", str(tmp_path / f"scores_{number}")
+        prune(PruneConfig(checkpoint, str(output), scores, target=TargetConfig(**way)))
+        step = Plan.read(output)
+        so_far = so_far.then(step) if so_far else step
+        between = Checkpoint(tmp_path / f"scores.round_{number}")
+        assert between.shape == Checkpoint(output).shape
+        index = [np.arange(128), np.arange(0, between.shape.hidden, 3)]
+        param = between._table[0]
+        assert torch.equal(between.read(param, None, index), Checkpoint(output).read(param, None, index))
+        checkpoint = str(output)
+        parts.append((so_far, Scores.read(score(settings(f"scores_{number + 1}", depth=depth, checkpoint=checkpoint)))))
+    last = replace(parts[-1][1])
+    expected = laid_over(whole, parts)
+    for name in WIDTH:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-8)
+        assert torch.equal(found.rounds[name], expected.rounds[name])
+    torch.testing.assert_close(found.depth, expected.depth, rtol=1e-6, atol=1e-8)
+    assert torch.equal(found.rounds["depth"], expected.rounds["depth"])
+    assert found.settings["rounds"] == rounds and found.checkpoint == first.checkpoint
+
+    final = dict(target)
+    if final.pop("keep_layers", None):
+        final["layers"] = 2
+    plan, by_hand = make_plan(found, TargetConfig(**target)), so_far.then(make_plan(last, TargetConfig(**final)))
+    assert replace(plan, checkpoint=None) == replace(by_hand, checkpoint=None)
+
+
+def test_finished_scores_are_left_alone_and_good_for_any_target(settings):
+    first = score(settings())
+    before = first.joinpath("manifest.json").stat().st_mtime_ns
+    assert score(settings(target=TargetConfig(ffn=30))) == first
+    assert score(settings(parallel=ParallelConfig(), micro_batch=5)) == first
+    assert first.joinpath("manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def own_model():
+    """A function that builds a GPTModel as somebody else would."""
+
+    def build(**changes):
+        config = TransformerConfig(
+            num_layers=4,
+            hidden_size=48,
+            ffn_hidden_size=44,
+            num_attention_heads=6,
+            num_query_groups=2,
+            kv_channels=12,
+            normalization="RMSNorm",
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            use_cpu_initialization=True,
+            gradient_accumulation_fusion=False,
+            masked_softmax_fusion=False,
+            bias_dropout_fusion=False,
+            persist_layer_norm=False,
+            **changes,
+        )
+        return GPTModel(
+            config,
+            get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm),
+            vocab_size=128,
+            max_sequence_length=64,
+            position_embedding_type="rope",
+            rotary_base=500,
+            share_embeddings_and_output_weights=False,
+        )
+
+    return build
+
+
+def test_somebodys_own_model_has_the_scores_of_the_verb(settings, own_model):
+    depth = DepthConfig([DepthCriterion.LOSS, DepthCriterion.BLOCK_INFLUENCE])
+    config = settings(depth=depth)
+    expected = Scores.read(score(config))
+    checkpoint = Checkpoint(config.checkpoint)
+    with process_groups(ParallelConfig()):
+        model = own_model()
+        groups = minitron_megatron.current_groups()
+        shape = minitron_megatron.shape_of(model, vocab=101)
+        assert shape == checkpoint.shape
+        load_weights([model], checkpoint, groups)
+        corpus = prepare_corpus(config.data, checkpoint.huggingface_folder)
+        samples = training_samples(corpus, config.data, NUM_SAMPLES)
+        before = list(model.named_modules())
+        found = minitron_megatron.score_model([model], shape, groups, samples, config)
+        assert list(model.named_modules()) == before and model.post_process
+        assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 0
+    for name in WIDTH:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.depth, expected.depth, rtol=1e-4, atol=1e-5)
+    target = TargetConfig(layers=3, hidden=40, ffn=30, heads=4)
+    plan = minitron_megatron.make_plan(found, target)
+    assert plan.checkpoint is None
+    assert plan == replace(minitron_megatron.make_plan(expected, target), checkpoint=None)
+
+
+def test_a_model_that_the_axis_table_does_not_describe_is_refused(own_model):
+    with process_groups(ParallelConfig()), pytest.raises(UnsupportedModelError, match="config.qk_layernorm = True"):
+        minitron_megatron.shape_of(own_model(qk_layernorm=True))
+
+
+def test_a_choice_that_is_no_question_names_its_line(settings, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    good = '{"context": "a", "choices": ["b", "c"], "answer": 1}\n'
+    depth = DepthConfig([DepthCriterion.ACCURACY], choices=str(file))
+    for bad, message in (
+        ("{", r"questions.jsonl, line 2 is not JSON with context, choices and answer: "),
+        ('{"context": "a", "choices": ["b", "c"]}', "line 2 is not JSON with .*: KeyError\\('answer'\\)"),
+        ("[1]", "line 2 is not JSON with context, choices and answer"),
+        ('{"context": "", "choices": ["b", "c"], "answer": 1}', "line 2: context = '' must be text that is not empty"),
+        (
+            '{"context": "a", "choices": ["b"], "answer": 0}',
+            r"line 2: choices = \['b'\] must be a list of at least two",
+        ),
+        ('{"context": "a", "choices": ["b", ""], "answer": 0}', "line 2: choices = .* none empty"),
+        ('{"context": "a", "choices": "bc", "answer": 0}', "line 2: choices = 'bc' must be a list"),
+        (
+            '{"context": "a", "choices": ["b", "c"], "answer": 2}',
+            "line 2: answer = 2 must be the index of one of the 2",
+        ),
+        ('{"context": "a", "choices": ["b", "c"], "answer": true}', "line 2: answer = True must be the index"),
+    ):
+        file.write_text(good + bad + "\n" + good)
+        with pytest.raises(DataError, match=message):
+            score(settings(depth=depth))
+    file.write_text("\n")
+    with pytest.raises(DataError, match=r"questions.jsonl is empty: give a line of JSON"):
+        score(settings(depth=depth))
+    file.unlink()
+    with pytest.raises(DataError, match="cannot be read: "):
+        score(settings(depth=depth))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_end_a_scoring_with_nothing_written(inputs, settings, tmp_path):
+    model = hf_model(**LLAMA)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[1, 1] = torch.inf
+    checkpoint = import_hf(tmp_path / "broken", model)
+    message = r"activations of layer 3 \(hidden\) are not finite in samples 0 to 1: score in another dtype, or look at"
+    with pytest.raises(DataError, match=message):
+        score(settings(checkpoint=str(checkpoint)))
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_text_that_is_shorter_than_a_sequence_is_named(inputs, settings, tmp_path):
+    data = DataConfig([str(inputs / "text.jsonl")], str(inputs / "corpora"), 5000)
+    with pytest.raises(DataError, match="tokens, but data.sequence_length = 5000 needs 5001: add text, shorten"):
+        score(settings(data=data))
+    assert list(tmp_path.iterdir()) == []
