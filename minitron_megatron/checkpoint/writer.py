@@ -60,15 +60,26 @@ class _Item:
     ranges: tuple[range, ...]
 
     @property
+    def stacked(self) -> bool:
+        """Whether the tensor of its key holds all layers, one behind the other."""
+        return self.layer is not None and self.shape.is_uniform
+
+    @property
+    def key(self) -> str:
+        if self.layer is None or self.stacked:
+            return self.param.stacked_key
+        return self.param.layer_key(self.layer, self.shape)
+
+    @property
     def offsets(self) -> tuple[int, ...]:
-        """Where it begins in the tensor of its key, in which layers are stacked."""
+        """Where it begins in the tensor of its key."""
         own = tuple(r.start for r in self.ranges)
-        return own if self.layer is None else (self.layer, *own)
+        return (self.layer, *own) if self.stacked else own
 
     @property
     def sizes(self) -> tuple[int, ...]:
         own = tuple(len(r) for r in self.ranges)
-        return own if self.layer is None else (1, *own)
+        return (1, *own) if self.stacked else own
 
     def read(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
         index = [np.arange(r.start, r.stop) for r in self.ranges]

@@ -288,6 +288,7 @@ class ScoreConfig:
         save_rounds: also write the checkpoint between two rounds, to `OUTPUT.round_N/`.
         save_every: micro-batches between two saves of the partial sums, from which an interrupted run goes on.
         seed: of random scores.
+        dtype: number format of weights and computation.
         target: the shape that several rounds, and searches for blocks or one layer after another, head for.
     """
 
