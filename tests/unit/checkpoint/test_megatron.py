@@ -23,7 +23,7 @@ from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import SHAPE, TRACKER, Checkpoint
 from minitron_megatron.checkpoint.source import instances
-from minitron_megatron.config.schema import DType, ImportConfig, ParallelConfig, PruneConfig, TargetConfig
+from minitron_megatron.config.schema import DType, ImportConfig, ParallelConfig, PruneConfig, ScoreConfig, TargetConfig
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import shape_from_config
@@ -198,12 +198,12 @@ def test_what_plain_megatron_saved_is_scored_and_pruned(made, form, tmp_path):
     with process_groups(ParallelConfig()) as groups:
         chunks = build_model(checkpoint.shape, groups, DType.FP32)
         load_weights(chunks, checkpoint, groups)
-        scores = score_model(chunks, checkpoint.shape, groups, Samples(4, 16, 101), 4, 2)
+        scores = score_model(chunks, checkpoint.shape, groups, Samples(4, 16, 101), ScoreConfig(num_samples=4, micro_batch=2))
     (tmp_path / "scores").mkdir()
     scores.write(tmp_path / "scores")
     Manifest("scores").write(tmp_path / "scores")
     target = TargetConfig(layers=3, hidden=40, ffn=30, heads=4)
-    prune(PruneConfig(str(checkpoint.root), str(tmp_path / "scores"), str(tmp_path / "pruned"), target))
+    prune(PruneConfig(str(checkpoint.root), str(tmp_path / "pruned"), str(tmp_path / "scores"), target=target))
     pruned = Checkpoint(tmp_path / "pruned")
     assert pruned.dtype is torch.bfloat16 and not any(key.startswith("optimizer.") for key in pruned.tensors)
     sizes = {name: size for name, size, *_ in hf_tensors(pruned.shape)}

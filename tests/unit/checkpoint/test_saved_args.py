@@ -71,16 +71,15 @@ def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     checkpoint = Checkpoint(import_hf(folder, hf_model(**LLAMA)))
     (folder / "scores").mkdir()
-    Scores(checkpoint.shape, *(torch.rand(*size) for size in [(48,), (4, 44), (4, 2, 3), (4,)])).write(
-        folder / "scores"
-    )
+    *width, depth = (torch.rand(*size) for size in [(48,), (4, 44), (4, 2, 3), (4,)])
+    Scores(checkpoint.shape, *width, {"loss": depth}).write(folder / "scores")
     Manifest("scores").write(folder / "scores")
     return folder
 
 
 def pruned(folder, output):
     target = TargetConfig(layers=3, hidden=40, ffn=30, heads=4)
-    prune(PruneConfig(str(folder / "checkpoint"), str(folder / "scores"), str(output), target))
+    prune(PruneConfig(str(folder / "checkpoint"), str(output), str(folder / "scores"), target=target))
     return torch.load(output / "iter_0000000/common.pt", weights_only=False)
 
 

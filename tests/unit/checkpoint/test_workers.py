@@ -50,7 +50,8 @@ def llama(tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
     scores = [torch.rand(*size, generator=generator) for size in [(48,), (4, 44), (4, 2, 3), (4,)]]
     (folder / "scores").mkdir()
-    Scores(checkpoint.shape, *scores).write(folder / "scores")
+    *width, depth = scores
+    Scores(checkpoint.shape, *width, {"loss": depth}).write(folder / "scores")
     Manifest("scores").write(folder / "scores")
     return folder
 
@@ -86,7 +87,7 @@ def import_there(source, output):
 
 def prune_there(folder, output):
     target = TargetConfig(layers=3, hidden=40, ffn=30, heads=4)
-    prune(PruneConfig(str(folder / "checkpoint"), str(folder / "scores"), str(output), target))
+    prune(PruneConfig(str(folder / "checkpoint"), str(output), str(folder / "scores"), target=target))
 
 
 def test_workers_write_the_same_tensors_as_one_process(llama, processes, tmp_path):

@@ -137,7 +137,7 @@ BROKEN = {
     "no checkpoint": (edited(lambda v, rows: v.pop("checkpoint")), "it has no 'checkpoint'"),
     "no sublayers": (edited(lambda v, rows: v.pop("sublayers")), "it has no 'sublayers'"),
     "empty": (edited(lambda v, rows: rows.clear()), "sublayers keeps nothing: keep at least one"),
-    "strange source": (edited(lambda v, rows: v["source"].update(width=3)), r"shape has unknown fields \['width'\]"),
+    "strange source": (edited(lambda v, rows: v["source"].update(width=3)), "shape.width is no field"),
     "no position": (edited(lambda v, rows: rows[2].pop("position")), "it has no 'position'"),
     "position as text": (edited(lambda v, rows: rows[2].update(position="2")), "position = '2' must be 0 to 7"),
     "position too large": (edited(lambda v, rows: rows[7].update(position=8)), "position = 8 must be 0 to 7"),
