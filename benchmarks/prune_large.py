@@ -116,7 +116,8 @@ def make_source(work: Path, layers: int) -> None:
     writer.write_checkpoint(work / "source", source, torch.bfloat16, Manifest("checkpoint"), None, tensor_ranks=4)
     scores = [(4096,), (layers, 14336), (layers, 8, 4), (layers,)]
     (work / "scores").mkdir()
-    Scores(shape, *(torch.rand(size, generator=generator) for size in scores)).write(work / "scores")
+    *width, depth = (torch.rand(size, generator=generator) for size in scores)
+    Scores(shape, *width, {"loss": depth}).write(work / "scores")
     Manifest("scores").write(work / "scores")
 
 
@@ -172,7 +173,7 @@ def prune_as(rank: dict, work: Path, target: dict) -> dict:
     from minitron_megatron.config.schema import PruneConfig, TargetConfig
     from minitron_megatron.pruning.prune import prune
 
-    config = PruneConfig(*(str(work / name) for name in ("source", "scores", "result")), TargetConfig(**target))
+    config = PruneConfig(*(str(work / name) for name in ("source", "result", "scores")), target=TargetConfig(**target))
     started = time.perf_counter()
     prune(config)
     return {"seconds": time.perf_counter() - started, "peak_gb": memory_gib()["peak_gib"] * 2**30 / 1e9}
@@ -206,7 +207,7 @@ def needed(work: Path, target: dict) -> list[tuple[Path, int, int]]:
     from minitron_megatron.pruning.scores import Scores
 
     checkpoint = Checkpoint(work / "source")
-    plan = make_plan(Scores.read(work / "scores"), target_shape(checkpoint.shape, TargetConfig(**target)))
+    plan = make_plan(Scores.read(work / "scores"), TargetConfig(**target))
     kept = {position // 2 for position in plan.sublayers}
     return sorted(
         (chunk.path, chunk.position, chunk.length)

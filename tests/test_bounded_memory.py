@@ -46,8 +46,8 @@ def memory():
     return {{line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}}
 
 def run(name):
-    paths = [f"{{folder}}/{{part}}" for part in (name, f"{{name}}-scores", f"{{name}}-pruned")]
-    prune(PruneConfig(*paths, TargetConfig(hidden=768, ffn=3072)))
+    paths = [f"{{folder}}/{{part}}" for part in (name, f"{{name}}-pruned", f"{{name}}-scores")]
+    prune(PruneConfig(*paths, target=TargetConfig(hidden=768, ffn=3072)))
 
 run("tiny")
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -76,7 +76,8 @@ def models(tmp_path_factory):
         write_checkpoint(folder / name, RandomWeights(shape), torch.bfloat16, Manifest("checkpoint"), None)
         (folder / f"{name}-scores").mkdir()
         sizes = [(1024,), (num_layers, 4096), (num_layers, 4, 2), (num_layers,)]
-        Scores(shape, *(torch.rand(size) for size in sizes)).write(folder / f"{name}-scores")
+        *width, depth = (torch.rand(size) for size in sizes)
+        Scores(shape, *width, {"loss": depth}).write(folder / f"{name}-scores")
         Manifest("scores").write(folder / f"{name}-scores")
     return folder
 
@@ -97,8 +98,8 @@ def test_the_peak_is_bounded_by_the_chunks_and_not_by_the_model(name, models, tm
 def test_a_layer_that_goes_is_not_read_and_the_others_are_once(models, tmp_path, monkeypatch):
     num_bytes, fill = [], rows._fill
     monkeypatch.setattr(rows, "_fill", lambda buffer, file: num_bytes.append(len(buffer)) or fill(buffer, file))
-    paths = [str(models / "large"), str(models / "large-scores"), str(tmp_path / "pruned")]
-    prune(PruneConfig(*paths, TargetConfig(layers=3)))
+    paths = [str(models / "large"), str(tmp_path / "pruned"), str(models / "large-scores")]
+    prune(PruneConfig(*paths, target=TargetConfig(layers=3)))
     assert sum(num_bytes) == 2 * num_parameters(Checkpoint(tmp_path / "pruned").shape)
 
 

@@ -198,7 +198,8 @@ def test_what_plain_megatron_saved_is_scored_and_pruned(made, form, tmp_path):
     with process_groups(ParallelConfig()) as groups:
         chunks = build_model(checkpoint.shape, groups, DType.FP32)
         load_weights(chunks, checkpoint, groups)
-        scores = score_model(chunks, checkpoint.shape, groups, Samples(4, 16, 101), ScoreConfig(num_samples=4, micro_batch=2))
+        settings = ScoreConfig(num_samples=4, micro_batch=2)
+        scores = score_model(chunks, checkpoint.shape, groups, Samples(4, 16, 101), settings)
     (tmp_path / "scores").mkdir()
     scores.write(tmp_path / "scores")
     Manifest("scores").write(tmp_path / "scores")

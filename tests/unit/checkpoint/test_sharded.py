@@ -180,7 +180,7 @@ FC1, FC2 = "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc
         (lambda f: (f / "manifest.json").write_text('{"kind"'), "manifest.json does not describe a network"),
         (lambda f: (f / "manifest.json").write_text('{"kind": "scores"}'), "manifest.json does not describe a network"),
         (lambda f: change_shape(f, hidden=None), "manifest.json does not describe a network"),
-        (lambda f: change_shape(f, norm="batchnorm"), "manifest.json does not describe a network: shape.norm = 'batchnorm'"),
+        (lambda f: change_shape(f, norm="batchnorm"), "does not describe a network: shape.norm = 'batchnorm'"),
         (lambda f: change_shape(f, ffn=45), f"wrong size: {FC1} is [3, 88, 48], the shape says [3, 90, 48]"),
         (lambda f: change_shape(f, pattern="*-" * 2), f"{FC2} is [3, 48, 44], the shape says [2, 48, 44]"),
         (lambda f: change_shape(f, tied=True), "unknown: output_layer.weight [128, 48]"),
