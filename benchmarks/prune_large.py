@@ -80,15 +80,13 @@ def make_source(work: Path, layers: int) -> None:
 
     from minitron_megatron.checkpoint import writer
     from minitron_megatron.checkpoint.manifest import Manifest
-    from minitron_megatron.config.schema import TargetConfig
     from minitron_megatron.model.count import num_parameters
     from minitron_megatron.model.shape import ModelShape, layers_pattern
-    from minitron_megatron.pruning.plan import target_shape
     from minitron_megatron.pruning.scores import Scores
 
     sizes = dict(hidden=4096, ffn=14336, num_heads=32, num_query_groups=8, head_dim=128)
     shape = ModelShape(layers_pattern(layers), **sizes, vocab=128256, padded_vocab=128256, max_positions=131072)
-    results = [target_shape(shape, TargetConfig(**target)) for target in targets(layers).values()]
+    results = [shape.replace(hidden=3072, ffn=9216), shape.replace(pattern=layers_pattern(layers // 2))]
     num_bytes = 2 * (num_parameters(shape) + max(map(num_parameters, results)))
     free = shutil.disk_usage(work).free
     if free - num_bytes < LEAST_FREE_GB * 1e9:
@@ -203,7 +201,7 @@ def needed(work: Path, target: dict) -> list[tuple[Path, int, int]]:
     """File, first byte and length of the chunks that the result is made of, in the order in which they lie there."""
     from minitron_megatron.checkpoint.sharded import Checkpoint
     from minitron_megatron.config.schema import TargetConfig
-    from minitron_megatron.pruning.plan import make_plan, target_shape
+    from minitron_megatron.pruning.plan import make_plan
     from minitron_megatron.pruning.scores import Scores
 
     checkpoint = Checkpoint(work / "source")
