@@ -16,7 +16,8 @@ import torch
 from minitron_megatron import cli
 from minitron_megatron.checkpoint import convert, manifest
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint, write_checkpoint
+from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint
+from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.evaluation import evaluate
 from minitron_megatron.model import build
 from minitron_megatron.pruning import prune, score
