@@ -154,7 +154,7 @@ def aggregate_sequence(x: Tensor, how: Aggregation) -> tuple[Tensor, Tensor]:
         # Short sums may be of float32; long ones are of float64.
         first += (block if how is Aggregation.VARIANCE else block.abs()).sum(0, dtype=torch.float32)
         if how is not Aggregation.MEAN:
-            second += block.float().square_().sum(0)
+            second += block.float().square().sum(0)
     return first, second
 
 
