@@ -17,7 +17,7 @@ def ranks_to_start(verb: str, settings: Any) -> int:
     """Ranks that a verb with these settings is run by when nobody has started any."""
     if verb in DISTRIBUTED:
         return required_ranks(settings.parallel)
-    return settings.workers if verb in SHARED else 1
+    return settings.workers if verb in SHARED and not getattr(settings, "dry_run", False) else 1
 
 
 def slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:

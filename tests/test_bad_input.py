@@ -21,13 +21,18 @@ from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.evaluation import evaluate
 from minitron_megatron.model import build
 from minitron_megatron.pruning import prune, score
-from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.pruning.scores import DepthSettings, Scores
 from minitron_megatron.training import distill
 from tests.tiny import LLAMA, hf_model, import_hf
 
 BUILDS = [(module, "build_model") for module in (score, distill, evaluate)]
 READS = [(module, name) for module, _ in BUILDS for name in ("process_groups", "prepare_corpus")]
-WRITES = [(prune, "write_checkpoint"), (convert, "write_checkpoint"), (convert, "write_huggingface")]
+WRITES = [
+    (prune, "write_pruned"),
+    (score, "write_pruned"),
+    (convert, "write_checkpoint"),
+    (convert, "write_huggingface"),
+]
 
 
 class Zeros:
@@ -65,13 +70,15 @@ def inputs(tmp_path_factory):
         (folder / name).mkdir()
         sizes = [(scored.hidden,), (4, 44), (4, 2, 3), (4,)]
         *width, depth = (torch.rand(*size, dtype=torch.float64) for size in sizes)
-        Scores(scored, *width, {"loss": depth}).write(folder / name)
+        Scores(scored, *width, {"loss": depth}, DepthSettings(protect_first=1, protect_last=1)).write(folder / name)
         Manifest("scores").write(folder / name)
 
     other_order = shape.replace(pattern="*-*--*-")
     companions = teacher / "huggingface"
     write_checkpoint(folder / "other-order", Zeros(other_order), torch.float32, Manifest("checkpoint"), companions)
 
+    questions = [{"context": "a", "choices": ["b", "c"], "answer": answer} for answer in (1, 2)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     gpt2 = folder / "gpt2"
     gpt2.mkdir()
     (gpt2 / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
@@ -143,6 +150,27 @@ def with_other(command, key, value):
         (f"{PRUNE} target.hidden=49", 1, ["target.hidden = 49 is larger than the source's 48"]),
         (f"{PRUNE} target.heads=3", 1, ["target.heads = 3 is not a multiple of the 2 query groups"]),
         (f"{PRUNE} target.ffn=31 parallel.tensor=2", 1, ["target.ffn = 31 does not divide by parallel.tensor = 2"]),
+        (
+            f"{SCORE} depth.search=greedy target.layers=1",
+            1,
+            ["depth.protect_last = 1 leave 2 of 4 layers, of which 3 shall go: protect less"],
+        ),
+        (f"{SCORE} depth.search=block target.layers=4", 1, ["depth.search = block, and target leaves no layer out"]),
+        (
+            f"{SCORE} rounds=2 target.ffn=45",
+            1,
+            ["target.ffn = 45 is larger than the source's 44: pruning only removes"],
+        ),
+        (
+            f"{SCORE} depth.criteria=[accuracy] depth.choices=@questions.jsonl",
+            1,
+            ["questions.jsonl, line 2: answer = 2 must be the index of one of the 2 choices, from 0"],
+        ),
+        (f"{PRUNE} target.heads=2 merge_heads=true", 1, ["merging needs at least half of them; keep 4 heads or set"]),
+        (f"{PRUNE} target.layers=1", 1, ["target keeps 1 layers, and 2 are protected (depth.protect_first = 1"]),
+        (f"{PRUNE} target.layers=3 depth_criterion=kl", 1, ["depth_criterion = kl was not scored: there are loss;"]),
+        ("prune checkpoint=@teacher-checkpoint plan=@text.jsonl output=out", 1, ["text.jsonl is not a plan: "]),
+        ("prune checkpoint=@teacher-checkpoint plan=@nowhere output=out", 1, ["nowhere is not a plan: "]),
         (f"{PRUNE} target.layers=3 parallel.pipeline=4", 1, ["target has 3 layers, too few for the 4 stages"]),
         (with_other(PRUNE, "scores", "@other-scores") + " target.ffn=30", 1, ["other-scores is of another network"]),
         (with_other(PRUNE, "scores", "@student") + " target.ffn=30", 1, ["student is not the finished output of"]),

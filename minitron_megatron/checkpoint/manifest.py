@@ -17,6 +17,7 @@ from pathlib import Path
 
 from minitron_megatron import __version__
 from minitron_megatron.config.reader import show
+from minitron_megatron.data.corpus import text_paths
 from minitron_megatron.disk import require_space, told_when_full
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.parallel.workers import ALONE, Workers
@@ -35,7 +36,6 @@ _NOT_CONTENT = (
     "recompute",
     "save_rounds",
     "dry_run",
-    "workers",
     "depth.choices",
     "tracking",
     "save_every",
@@ -61,6 +61,15 @@ class Parent:
     @classmethod
     def of(cls, role: str, path: Path) -> "Parent":
         return cls(role, str(path), fingerprint(path))
+
+    @classmethod
+    def of_text(cls, text: list[str]) -> list["Parent"]:
+        """The files and folders that the documents of `DataConfig.text` come from.
+
+        Raises:
+            DataError: one does not exist.
+        """
+        return [cls.of(f"text {number}", path) for number, path in enumerate(text_paths(text), start=1)]
 
 
 @dataclass
@@ -217,6 +226,11 @@ def writing(output: Path, manifest: Manifest, num_bytes: int = 0, workers: Worke
         temporary.mkdir()
 
     def finish() -> None:
+        # The manifest says that all is there, after a power loss as well.
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
         manifest.write(temporary)
         if output.exists():
             output.rmdir()

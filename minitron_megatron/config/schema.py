@@ -311,7 +311,7 @@ class ScoreConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
-    def heads_for_target(self) -> bool:
+    def depends_on_target(self) -> bool:
         """Whether the scores depend on the target."""
         return self.rounds > 1 or self.depth.search is not DepthSearch.SINGLE
 
@@ -323,12 +323,21 @@ class ScoreConfig:
         for part in ("depth", "target", "data", "parallel"):
             found += getattr(self, part).problems(f"{where}{part}.")
         found += _sequence_problems(where, self.data, self.parallel)
+        if self.num_samples < 2 and self.batch_aggregation is Aggregation.VARIANCE:
+            found.append(f"{where}num_samples = {self.num_samples}: a variance over sequences needs at least 2")
         if self.rounds > 1 and self.target.is_empty:
             found.append(f"{where}rounds = {self.rounds} need a shape to head for: set {where}target")
         if self.rounds > 1 and self.depth.search is not DepthSearch.SINGLE:
             found.append(
                 f"{where}rounds = {self.rounds} and {where}depth.search = {self.depth.search.value}: several rounds "
                 f"score every layer by itself; set {where}depth.search=single or {where}rounds=1"
+            )
+        if self.rounds > 1 and "layers" in self.target.sizes and not self.depth.criteria:
+            found.append(f"{where}target.layers and {where}rounds = {self.rounds} need one of {where}depth.criteria")
+        if self.rounds > 1 and (self.depth.unit is Unit.SUBLAYER or {"attention", "mlp"} & set(self.target.sizes)):
+            found.append(
+                f"{where}rounds = {self.rounds} score networks of whole layers: set {where}depth.unit=layer and "
+                f"{where}target.layers, or {where}rounds=1"
             )
         going = ("layers",) if self.depth.unit is Unit.LAYER else ("attention", "mlp")
         if self.depth.search is not DepthSearch.SINGLE and not any(name in self.target.sizes for name in going):
@@ -376,10 +385,15 @@ class PruneConfig:
                 found.append(f"{where}scores is missing: give {where}scores=FOLDER and {where}target, or {where}plan")
             if self.target.is_empty:
                 found.append(f"{where}target changes nothing: set at least one of its sizes")
-        elif self.scores is not None or not self.target.is_empty:
-            found.append(
-                f"{where}plan = {self.plan} says already what stays: leave out {where}scores and {where}target"
-            )
+        else:
+            given = {
+                "scores": self.scores is not None,
+                "target": not self.target.is_empty,
+                "depth_criterion": self.depth_criterion is not None,
+                "merge_heads": self.merge_heads,
+            }
+            if names := [f"{where}{name}" for name, is_given in given.items() if is_given]:
+                found.append(f"{where}plan = {self.plan} says already what stays: leave out {' and '.join(names)}")
         return found
 
 
@@ -428,7 +442,7 @@ class LossConfig:
 
     kd_logits_weight: float = 1.0
     lm_weight: float = 0.0
-    chunk_tokens: int = 256
+    chunk_tokens: int = 512
 
     def problems(self, where: str = "loss.") -> list[str]:
         found = at_least(where, "chunk_tokens", self.chunk_tokens, 1)

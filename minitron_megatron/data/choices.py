@@ -18,11 +18,13 @@ class Question:
         context: the text before the choices.
         choices: its possible continuations; a space between them and the context belongs to them.
         answer: index of the right one.
+        where: file and line that it stands in.
     """
 
     context: str
     choices: list[str]
     answer: int
+    where: str = "a question"
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -44,7 +46,7 @@ def read_questions(path: Path) -> list[Question]:
 def _read_line(where: str, line: str) -> Question:
     try:
         values = json.loads(line)
-        question = Question(values["context"], values["choices"], values["answer"])
+        question = Question(values["context"], values["choices"], values["answer"], where)
     except (ValueError, KeyError, TypeError) as e:
         raise DataError(f"{where} is not JSON with context, choices and answer: {e!r}") from e
     if not isinstance(question.context, str) or not question.context:
@@ -77,12 +79,12 @@ class ChoiceSamples:
     def __init__(self, questions: list[Question], tokenizer, multiple: int):
         self.questions = questions
         self.rows: list[tuple[list[int], int]] = []
-        for number, question in enumerate(questions, start=1):
+        for question in questions:
             context = len(tokenizer(question.context, add_special_tokens=False)["input_ids"])
             for choice in question.choices:
                 tokens = tokenizer(question.context + choice, add_special_tokens=False)["input_ids"]
                 if len(tokens) <= context:
-                    raise DataError(f"choices, question {number}: choice {choice!r} adds no token to its context")
+                    raise DataError(f"{question.where}: choice {choice!r} adds no token to its context")
                 self.rows.append((tokens, context))
         longest = max(len(tokens) for tokens, _ in self.rows) - 1
         self.sequence_length = -(-longest // multiple) * multiple

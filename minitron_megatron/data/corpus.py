@@ -28,13 +28,25 @@ def documents(text: list[str]) -> Iterator[str]:
     Raises:
         DataError: a source does not exist, a file is not UTF-8 text, or a JSON line has no `text`.
     """
+    text_paths(text)
     sources = [builtin_documents() if name == BUILTIN else _path_documents(Path(name)) for name in text]
     return (document for document in chain.from_iterable(sources) if document.strip())
 
 
+def text_paths(text: list[str]) -> list[Path]:
+    """The files and folders among the sources.
+
+    Raises:
+        DataError: one does not exist.
+    """
+    paths = [Path(name) for name in text if name != BUILTIN]
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"data.text names {path}, which does not exist: name a file, a folder or `{BUILTIN}`")
+    return paths
+
+
 def _path_documents(path: Path) -> Iterator[str]:
-    if not path.exists():
-        raise DataError(f"data.text names {path}, which does not exist: name a file, a folder or `{BUILTIN}`")
     return chain.from_iterable(
         _json_lines(file) if file.suffix == ".jsonl" else _text_file(file)
         for file in (_visible_files(path) if path.is_dir() else [path])

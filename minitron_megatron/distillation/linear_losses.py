@@ -38,7 +38,7 @@ def linear_distillation_loss(
     teacher: Teacher | None = None,
     kd_weight: float = 0.0,
     lm_weight: float = 1.0,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum over valid tokens of KL(teacher || student) and cross-entropy.
 
@@ -114,10 +114,10 @@ class _LinearDistillationLoss(torch.autograd.Function):
         ctx.grad_weight = None
         if hasattr(weight, "main_grad"):
             weight.main_grad.addcmul_(grad_weight, grad_loss)
-            # Megatron's protocol for gradients that are in `main_grad` already: its hook must still fire, and
-            # a weight that is tied to the embedding gets the embedding's share through `.grad`.
+            # Megatron's protocol for gradients that are in `main_grad` already: its hook must still fire. It marks a
+            # weight that is the embedding here too, whose own gradient makes it fire and must be added.
             if getattr(weight, "zero_out_wgrad", False):
-                grad_weight = torch.zeros_like(weight)
+                grad_weight = None
             else:
                 weight.grad_added_to_main_grad = True
                 grad_weight = torch.empty_like(weight)

@@ -50,6 +50,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         problems = build_problems(checkpoint.shape, config.parallel, "model")
         raise_if_any(problems + _generation_problems(checkpoint, config))
     parents = [Parent.of("model", checkpoint.root if checkpoint else path)]
+    parents += Parent.of_text(config.data.text)
     shape = checkpoint.shape.to_dict() if checkpoint else None
     manifest = Manifest("evaluation", shape, parents, to_plain(config))
     if is_done(output, manifest):

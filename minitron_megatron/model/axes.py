@@ -245,9 +245,7 @@ def _attention(shape: ModelShape) -> list[Param]:
         return Param(f"self_attention.{name}", dims, ATTENTION, split, parts, matmul)
 
     rows = [
-        *_norm(
-            shape, "self_attention.linear_qkv.layer_norm_", "model.layers.{layer}.input_layernorm.", ATTENTION
-        ),
+        *_norm(shape, "self_attention.linear_qkv.layer_norm_", "model.layers.{layer}.input_layernorm.", ATTENTION),
         param("linear_qkv.weight", (_QKV_ROWS, HIDDEN), "group", qkv("weight"), matmul=True),
     ]
     if shape.qkv_bias or shape.linear_bias:

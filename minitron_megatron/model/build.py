@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     HAVE_APEX,
@@ -24,7 +25,14 @@ from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
 from minitron_megatron.model.backbone import Backbone
 from minitron_megatron.model.local import CausalAttention, GatedActivation, Norm
-from minitron_megatron.model.shape import Activation, ModelShape, NormKind, layers_pattern, layout_problems
+from minitron_megatron.model.shape import (
+    Activation,
+    Llama3RopeScaling,
+    ModelShape,
+    NormKind,
+    layers_pattern,
+    layout_problems,
+)
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.layout import Layout, layers_per_stage
 
@@ -154,7 +162,6 @@ def build_model(shape: ModelShape, groups: Groups, dtype: DType, recompute: bool
     """
     config = transformer_config(shape, groups.layout, dtype, recompute)
     num_chunks = groups.layout.virtual_pipeline
-    scaling = shape.rotary_scaling
     chunks = []
     for chunk in range(num_chunks):
         vp_stage = chunk if num_chunks > 1 else None
@@ -175,29 +182,21 @@ def build_model(shape: ModelShape, groups: Groups, dtype: DType, recompute: bool
             model = Backbone(transformer_layer_spec=layer_spec(config, vp_stage), **settings)
         else:
             model = _hybrid(shape.pattern, groups.layout, settings)
-        if scaling:
-            # The models' own switch takes the factor alone; the other three would be Llama 3.1's, whatever the model.
-            rotary = model.rotary_pos_emb
-            rotary.inv_freq = rotary._apply_scaling(
-                rotary.inv_freq,
-                factor=scaling.factor,
-                low_freq_factor=scaling.low_freq_factor,
-                high_freq_factor=scaling.high_freq_factor,
-                original_max_position_embeddings=scaling.original_max_positions,
-            )
+        model.rotary_pos_emb.inv_freq = _rotary_frequencies(model.rotary_pos_emb, shape)
         chunks.append(model.to(groups.device))
     return chunks
 
 
-def shape_of(model: GPTModel, vocab: int | None = None) -> ModelShape:
+def shape_of(model: GPTModel, vocab: int | None = None, rotary_scaling: Llama3RopeScaling | None = None) -> ModelShape:
     """The shape of somebody's own GPTModel.
 
     Args:
         model: the model, or one rank's part of it.
         vocab: tokens of the tokenizer; None if the vocabulary is not padded.
+        rotary_scaling: how its rotary frequencies are scaled, which the model does not keep.
 
     Raises:
-        UnsupportedModelError: it has parts that the axis table does not describe.
+        UnsupportedModelError: it has parts that the axis table does not describe, or other rotary frequencies.
     """
     config = model.config
     norms = {name: kind for kind, name in _NORMS.items()}
@@ -209,11 +208,12 @@ def shape_of(model: GPTModel, vocab: int | None = None) -> ModelShape:
         "normalization": None if config.normalization in norms else config.normalization,
         "activation_func": None if config.activation_func in activations else config.activation_func,
         "position_embedding_type": None if model.position_embedding_type == "rope" else model.position_embedding_type,
+        "context_parallel_size": config.context_parallel_size if config.context_parallel_size > 1 else None,
     }
     if found := [f"config.{name} = {value}" for name, value in unsupported.items() if value is not None]:
         raise UnsupportedModelError(f"{', '.join(found)}: not supported; supported are dense GPT models with rope")
     padded_vocab = model.vocab_size
-    return ModelShape(
+    shape = ModelShape(
         pattern=layers_pattern(config.num_layers),
         hidden=config.hidden_size,
         ffn=config.ffn_hidden_size,
@@ -232,7 +232,30 @@ def shape_of(model: GPTModel, vocab: int | None = None) -> ModelShape:
         linear_bias=config.add_bias_linear,
         rotary_base=model.rotary_base,
         rotary_fraction=model.rotary_percent,
+        rotary_scaling=rotary_scaling,
         tied=model.share_embeddings_and_output_weights,
+    )
+    rotary = model.rotary_pos_emb
+    expected = RotaryEmbedding(config.kv_channels, shape.rotary_fraction, rotary_base=shape.rotary_base)
+    if not torch.allclose(_rotary_frequencies(expected, shape), rotary.inv_freq):
+        raise UnsupportedModelError(
+            "the rotary frequencies are not those of rotary_base: give rotary_scaling, as Llama 3.1 scales them"
+        )
+    return shape
+
+
+def _rotary_frequencies(rotary: RotaryEmbedding, shape: ModelShape) -> torch.Tensor:
+    """The frequencies of `shape`, from those of a module that does not scale them."""
+    scaling = shape.rotary_scaling
+    if scaling is None:
+        return rotary.inv_freq
+    # The models' own switch takes the factor alone; the other three would be Llama 3.1's, whatever the model.
+    return rotary._apply_scaling(
+        rotary.inv_freq,
+        factor=scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        original_max_position_embeddings=scaling.original_max_positions,
     )
 
 

@@ -8,7 +8,7 @@ costs about L/2 forward passes beside the whole network's, and not L; measuring 
 Every stage of a pipeline runs all paths through its own layers and sends their states on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -51,6 +51,8 @@ class Ablation:
         self.outputs = outputs
         self.cosine = torch.zeros(len(self.paths), dtype=torch.float64, device=groups.device)
         self._ends = [max(path - base) for path in self.paths]
+        # Where nothing has to run again, no layer's output is kept longer than it takes to look at it.
+        self._only_looks = not outputs and not base and all(map(_is_block, self.paths))
 
     def run(self, chunks: Sequence[Backbone], batch: Batch, watching: AbstractContextManager) -> Tensor | None:
         """Run one micro-batch through the whole network, and through every path.
@@ -62,30 +64,39 @@ class Ablation:
 
         Returns:
             on the last stage and if outputs are asked for, the comparison of `compare_outputs`, of the whole
-            network, of base where it leaves something out, and of the paths; else None.
+            network and of the paths; else None.
         """
         groups, last = self.groups, None
         mask = own_tokens(batch["loss_mask"], groups)
         num_stages = groups.layout.pipeline * groups.layout.virtual_pipeline
+        states: dict[Drops, Tensor] = {}
+        runs: list[tuple] = []
+
+        def advance(layer, inputs: dict, output: Tensor) -> None:
+            nonlocal states
+            states = self._advance(layer, inputs, output, states | {WHOLE: inputs["hidden_states"]}, mask)
+
+        def keep(*run) -> None:
+            runs.append(run)
+
         for number, chunk in enumerate(chunks):
             stage = number * groups.layout.pipeline + groups.pipeline_rank
             positions = [p for layer in chunk.decoder.layers for p in _positions(layer)]
-            states: dict[Drops, Tensor] = {}
+            states = {}
             if stage > 0:
                 states = self._receive(positions[0] - 1, batch, chunk.config.params_dtype)
                 chunk.set_input_tensor(states[WHOLE])
-            with _recording(chunk) as records, watching:
+            with _after_layers(chunk, advance if self._only_looks else keep), watching:
                 last = _forward_hidden(chunk, batch)
-            for layer, (inputs, output) in zip(chunk.decoder.layers, records, strict=True):
-                states[WHOLE] = inputs["hidden_states"]
-                states = self._advance(layer, inputs, output, states, mask)
+            for run in runs:
+                advance(*run)
+            runs.clear()
             if stage < num_stages - 1:
                 self._send(states, positions[-1])
         if not self.outputs or not groups.is_last_stage:
             return None
         model = chunks[-1]
-        ends = [self.base] * bool(self.base) + self.paths
-        hiddens = [last] + [model.decoder.final_layernorm(states[path]) for path in ends]
+        hiddens = [last] + [model.decoder.final_layernorm(states[path]) for path in self.paths]
         return compare_outputs(
             [self._whole_sequence(hidden) for hidden in hiddens],
             model.shared_embedding_or_output_weight() if self.shape.tied else model.output_layer.weight,
@@ -192,18 +203,23 @@ def _run_layer(layer, inputs: dict, state: Tensor, without: list[str]) -> Tensor
     return output[0] if isinstance(output, tuple) else output
 
 
+def _is_block(path: Drops) -> bool:
+    """Whether a path leaves out layers as a whole that follow upon each other."""
+    first, last = min(path), max(path)
+    return (first % 2, last % 2) == (0, 1) and len(path) == last - first + 1
+
+
 @contextmanager
-def _recording(chunk: Backbone) -> Iterator[list[tuple[dict, Tensor]]]:
-    """Collects what each layer of a chunk is called with, and what it returns."""
-    records: list = []
+def _after_layers(chunk: Backbone, call: Callable[[torch.nn.Module, dict, Tensor], None]) -> Iterator[None]:
+    """Calls with each layer of a chunk that has run, what it was called with, and what it returned."""
 
-    def keep(module, args, kwargs, output):
+    def hook(layer, args, kwargs, output):
         assert not args, "Megatron-Core calls layers by keyword"
-        records.append((kwargs, output[0] if isinstance(output, tuple) else output))
+        call(layer, kwargs, output[0] if isinstance(output, tuple) else output)
 
-    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in chunk.decoder.layers]
+    hooks = [layer.register_forward_hook(hook, with_kwargs=True) for layer in chunk.decoder.layers]
     try:
-        yield records
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,7 +1,7 @@
 """Scoring a model that is there already: what to run, and how sums over a calibration set become scores."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -54,17 +54,24 @@ def score_model(
         the same scores on every rank, for any layout.
 
     Raises:
-        DataError: activations are not finite.
-        ConfigError: no layer could be left out.
+        DataError: activations are not finite, or no token counts.
+        ConfigError: no layer could be left out, or `groups` are not those of the model.
     """
+    model = chunks[0].config
+    if model.sequence_parallel != groups.layout.sequence:
+        raise ConfigError(
+            [
+                f"groups.layout.sequence = {groups.layout.sequence}, and the model has sequence_parallel = "
+                f"{model.sequence_parallel}: give current_groups(sequence={model.sequence_parallel})"
+            ]
+        )
     calibration = _Calibration(chunks, shape, groups, samples, config, choices, partial, name)
     watch = config.criterion in (Criterion.ACTIVATION, Criterion.ACTIVATION_WEIGHT)
-    search = _Search(shape, config)
+    search = Search(shape, config)
     sums: dict[str, Tensor] = {}
-    with torch.no_grad(), progress("score", calibration.steps_per_sweep * search.num_sweeps(watch)) as advance:
+    num_steps = calibration.steps_per_sweep * search.num_sweeps(watch)
+    with _evaluating(chunks), torch.no_grad(), progress("score", num_steps) as advance:
         calibration.advance = advance
-        for chunk in chunks:
-            chunk.eval()
         if watch or search.paths:
             sums = calibration.sweep(WHOLE, search.paths, watch)
         if search.paths:
@@ -75,7 +82,20 @@ def score_model(
     return Scores(shape, **width, depth=search.scores, depth_settings=search.settings, rounds=search.rounds)
 
 
-class _Search:
+@contextmanager
+def _evaluating(chunks: Sequence[Backbone]) -> Iterator[None]:
+    """A model in evaluation mode, and afterwards in the mode that it was in."""
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, mode in zip(chunks, modes, strict=True):
+            chunk.train(mode)
+
+
+class Search:
     """What to leave out next, and what came of it so far.
 
     Attributes:
@@ -84,6 +104,9 @@ class _Search:
         scores: by criterion, `[unit]`, NaN where nothing was left out.
         rounds: of the scores, for a greedy search.
         settings: of the scores.
+
+    Raises:
+        ConfigError: the target leaves nothing out, or more than is not protected.
     """
 
     def __init__(self, shape: ModelShape, config: ScoreConfig):
@@ -209,18 +232,18 @@ class _Calibration:
 
         Returns:
             sums over all samples, the same on every rank: `num_tokens`; `cosine` `[path]`; if wanted, `outputs`
-            `[whole, base if it is something, path][measure]`, `losses` `[the same][choice]`, and `hidden`, `ffn`,
-            `head` and `num_sequences` of `Capture`.
+            `[whole and paths, measure]`, `losses` `[whole and paths, choice]`, and `hidden`, `ffn`, `head` and
+            `num_sequences` of `Capture`.
         """
         config, groups, device = self.config, self.groups, self.groups.device
         name = f"{self.name}{self.sweeps}"
         self.sweeps += 1
         with_outputs = bool(_NEED_OUTPUTS & set(config.depth.criteria))
-        num_rows = 1 + bool(base) + len(paths)
+        networks = [WHOLE, *paths]
         counts_here = groups.tensor_rank == 0 and groups.is_last_stage
         capture = Capture(self.chunks, self.shape, groups, config.sequence_aggregation, config.neurons)
         ablation = Ablation(self.shape, groups, base, paths, with_outputs)
-        outputs = torch.zeros(num_rows, len(MEASURES), dtype=torch.float64, device=device)
+        outputs = torch.zeros(len(networks), len(MEASURES), dtype=torch.float64, device=device)
         num_tokens = torch.zeros((), dtype=torch.float64, device=device)
         sums = {"cosine": ablation.cosine, "outputs": outputs, "num_tokens": num_tokens}
         if watch:
@@ -232,24 +255,30 @@ class _Calibration:
             found = ablation.run(self.chunks, batch, capture if watch else nullcontext())
             if watch:
                 capture.check(where)
+            _check(ablation.cosine, paths, where)
             if counts_here:
                 mask = batch["loss_mask"].transpose(0, 1).flatten()
                 num_tokens.add_(mask.sum())
                 if found is not None:
-                    outputs.add_((found * mask).sum(-1, dtype=torch.float64))
+                    of_rows = (found * mask).sum(-1, dtype=torch.float64)
+                    _check(of_rows, networks, where)
+                    outputs.add_(of_rows)
 
         total = self.partial.over(name, self.samples, self.num_samples, sums, add, self.advance)
+        if not total["num_tokens"]:
+            raise DataError("the calibration samples have no token that counts: give others, or another loss_mask")
         if self.choices is None:
             return total
 
         ablation = Ablation(self.shape, groups, base, paths, outputs=True)
-        losses = torch.zeros(num_rows, len(self.choices), dtype=torch.float64, device=device)
+        losses = torch.zeros(len(networks), len(self.choices), dtype=torch.float64, device=device)
 
         def add_losses(batch: Batch, where: str) -> None:
             found = ablation.run(self.chunks, batch, nullcontext())
             if counts_here:
                 mask = batch["loss_mask"].transpose(0, 1)
                 of_samples = (found[:, 0].view(-1, *mask.shape) * mask).sum(1, dtype=torch.float64)
+                _check(of_samples, networks, where)
                 losses.index_add_(1, batch["row"], of_samples)
 
         own = self.partial.over(
@@ -259,24 +288,37 @@ class _Calibration:
 
     def effects(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """What leaving out each path does, by criterion `[path]`, in the order of the settings."""
-        num_paths, num_tokens = len(sums["cosine"]), sums["num_tokens"]
+        num_tokens = sums["num_tokens"]
         loss, kl, logits = sums["outputs"].unbind(-1)
         found = {
             DepthCriterion.BLOCK_INFLUENCE: lambda: 1 - sums["cosine"] / num_tokens,
-            DepthCriterion.LOSS: lambda: (loss - loss[0])[-num_paths:] / num_tokens,
-            DepthCriterion.KL: lambda: kl[-num_paths:] / num_tokens,
-            DepthCriterion.LOGITS: lambda: logits[-num_paths:] / logits[0],
-            DepthCriterion.ACCURACY: lambda: self._accuracy_lost(sums["losses"])[-num_paths:],
+            DepthCriterion.LOSS: lambda: (loss[1:] - loss[0]) / num_tokens,
+            DepthCriterion.KL: lambda: kl[1:] / num_tokens,
+            DepthCriterion.LOGITS: lambda: logits[1:] / logits[0],
+            DepthCriterion.ACCURACY: lambda: self._accuracy_lost(sums["losses"]),
         }
-        effects = {criterion.value: found[criterion]() for criterion in self.config.depth.criteria}
-        for name, values in effects.items():
-            if not values.isfinite().all():
-                raise DataError(f"leaving out layers makes the predictions overflow ({name}): score in another dtype")
-        return effects
+        return {criterion.value: found[criterion]() for criterion in self.config.depth.criteria}
 
     def _accuracy_lost(self, losses: Tensor) -> Tensor:
         accuracy = torch.tensor([self.choices.accuracy(row) for row in losses], dtype=torch.float64)
-        return accuracy[0] - accuracy
+        return accuracy[0] - accuracy[1:]
+
+
+def _check(values: Tensor, networks: list[Drops], where: str) -> None:
+    """See that what was measured is finite, `[network, ...]`.
+
+    Args:
+        networks: by what each of them leaves out.
+        where: what to say of the micro-batch.
+
+    Raises:
+        DataError: it is not; the first such network is named.
+    """
+    bad = ~values.isfinite()
+    if bad.any():
+        dropped = sorted(networks[int(bad.nonzero()[0, 0])])
+        network = f"the network without sublayers {dropped}" if dropped else "the network"
+        raise DataError(f"states or predictions of {network} are not finite in {where}: score in another dtype")
 
 
 def _width_scores(

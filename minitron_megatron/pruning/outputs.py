@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_megatron.parallel.cpu import in_blocks
+
 MEASURES = ("loss", "kl", "logits")
 _CHUNK_TOKENS = 256
 
@@ -32,41 +34,60 @@ def compare_outputs(
     """
     first_row = group.rank() * weight.size(0)
     weight = weight[: min(max(vocab - first_row, 0), weight.size(0))]
-    found = []
-    for start in range(0, labels.numel(), _CHUNK_TOKENS):
-        rows = slice(start, start + _CHUNK_TOKENS)
-        own = labels[rows] - first_row
-        is_own = (own >= 0) & (own < weight.size(0))
-        own = own.clamp(0, max(weight.size(0) - 1, 0))
-        logits, log_q = _log_softmax(hiddens[0][rows], weight, group)
-        q, parts = log_q.exp(), []
-        for number, hidden in enumerate(hiddens):
-            other, log_p = (logits, log_q) if number == 0 else _log_softmax(hidden[rows], weight, group)
-            change = logits if number == 0 else other - logits
-            likelihood = log_p.gather(1, own[:, None])[:, 0] if len(weight) else torch.zeros_like(own)
-            parts.append(
-                torch.stack(
-                    [
-                        torch.where(is_own, -likelihood, 0.0),
-                        torch.linalg.vecdot(q, log_q - log_p),
-                        change.square().sum(1),
-                    ]
-                )
-            )
-        found.append(torch.stack(parts))
-    found = torch.cat(found, dim=-1)
+    own_labels = labels - first_row
+    is_own = (own_labels >= 0) & (own_labels < weight.size(0))
+    # Of this rank's logits z, with z_q the first one's, m the largest of them and m_q that of z_q: m, sum of
+    # exp(z - m), sum of exp(z_q - m_q) (z_q - z), sum of (z_q - z)^2, and the label's.
+    local = torch.zeros(5, len(hiddens), labels.numel(), device=weight.device)
+    local[0] = -torch.inf
+    if len(weight):
+        # Written over by every chunk: memory that is new to a process costs more than what is done with it.
+        size = min(_CHUNK_TOKENS, labels.numel()), len(weight)
+        logits_buffer = weight.new_empty(size)
+        buffers = torch.empty(2, *size, device=weight.device)
+        for start in range(0, labels.numel(), _CHUNK_TOKENS):
+            rows = slice(start, start + _CHUNK_TOKENS)
+            label_columns = own_labels[rows].clamp(0, len(weight) - 1)[:, None]
+            for number, hidden in enumerate(hiddens):
+                logits = logits_buffer[: len(label_columns)]
+                torch.mm(hidden[rows], weight.T, out=logits)
+                local[4, number, rows] = logits.gather(1, label_columns)[:, 0].float() * is_own[rows]
+                whole, likelihoods = buffers[:, : len(logits)]
+                _compare(number == 0, logits, whole, likelihoods, local[:4, number, rows])
+    largest, total, product, change, label_logits = local.double()
+    over_ranks = largest.clone()
     if group.size() > 1:
-        dist.all_reduce(found, group=group)
-    return found
+        dist.all_reduce(over_ranks, dist.ReduceOp.MAX, group=group)
+    # In place of each rank's own largest logit, that of all.
+    total *= (largest - over_ranks).exp()
+    product *= (largest[0] - over_ranks[0]).exp()
+    sums = torch.stack([total, product, change, label_logits])
+    if group.size() > 1:
+        dist.all_reduce(sums, group=group)
+    total, product, change, label_logits = sums
+    log_sum = over_ranks + total.log()
+    kl = product / total[0] - log_sum[0] + log_sum
+    return torch.stack([log_sum - label_logits, kl, change], dim=1).float()
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Logits and their log-softmax over the whole vocabulary, this rank's `[tokens, vocab/tp]` in float32."""
-    logits = (hidden @ weight.T).float()
-    if group.size() == 1:
-        return logits, logits.log_softmax(1)
-    largest = logits.amax(1) if len(weight) else logits.new_full((len(logits),), -torch.inf)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    total = (logits - largest[:, None]).exp_().sum(1)
-    dist.all_reduce(total, group=group)
-    return logits, logits - (largest + total.log())[:, None]
+def _compare(is_first: bool, logits: Tensor, whole: Tensor, likelihoods: Tensor, found: Tensor) -> None:
+    """Compare this rank's logits of a chunk with those of the whole network, which the first call keeps.
+
+    Args:
+        is_first: whether they are the whole network's.
+        logits: `[tokens, vocab/tp]`; overwritten.
+        whole, likelihoods: float32 of the same size, for the whole network's logits and their exponentials.
+        found: float32 `[4, tokens]`, see `compare_outputs`.
+    """
+    for rows in in_blocks(logits, whole, likelihoods, found.T):
+        z, z_whole, exponentials, sums = rows[0].float(), rows[1], rows[2], rows[3].T
+        largest = z.amax(1)
+        if is_first:
+            z_whole.copy_(z)
+            change = z
+        else:
+            change = z_whole - z
+            sums[2] = torch.linalg.vecdot(exponentials, change)
+        sums[0], sums[3] = largest, torch.linalg.vecdot(change, change)
+        powers = torch.sub(z, largest[:, None], out=exponentials if is_first else z).exp_()
+        sums[1] = powers.sum(1)

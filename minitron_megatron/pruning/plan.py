@@ -184,8 +184,9 @@ class Plan:
         path = path / FILE if path.is_dir() else path
         try:
             values = json.loads(path.read_text())
-            hidden = from_ranges(values["hidden"], "hidden")
-            plan = cls(ModelShape.from_dict(values["source"]), [], hidden, {}, {}, {}, {}, values["checkpoint"])
+            source = ModelShape.from_dict(values["source"])
+            hidden = from_ranges(values["hidden"], source.hidden, "hidden")
+            plan = cls(source, [], hidden, {}, {}, {}, {}, values["checkpoint"])
             for row in values["sublayers"]:
                 plan._add_row(row)
         except KeyError as e:
@@ -207,10 +208,14 @@ class Plan:
             raise ValueError(f"{where}: kind and layer must be {kind!r} and {layer}, which stand at that position")
         self.sublayers.append(position)
         if kind == MLP:
-            self.ffn[position] = from_ranges(row["ffn"], f"{where}: ffn")
+            self.ffn[position] = from_ranges(row["ffn"], self.source.ffn, f"{where}: ffn")
             return
-        self.group[position] = from_ranges(row["groups"], f"{where}: groups")
-        self.head[position] = [from_ranges(heads, f"{where}: heads") for heads in row["heads"]]
+        self.group[position] = from_ranges(row["groups"], self.source.num_query_groups, f"{where}: groups")
+        # Their number is compared with that of the groups later.
+        names = [f"{where}: heads of group {group}" for group in self.group[position]]
+        names += [f"{where}: heads"] * len(row["heads"])
+        per_group = self.source.heads_per_group
+        self.head[position] = [from_ranges(heads, per_group, name) for heads, name in zip(row["heads"], names)]
         if "merge" in row:
             self.merge[position] = [list(partners) for partners in row["merge"]]
 
@@ -304,6 +309,13 @@ def _kept_sublayers(scores: Scores, target: Target, criterion: DepthCriterion | 
             ]
         )
     values, rounds = scores.depth[name], scores.rounds.get("depth")
+    if rounds is not None and name != next(iter(scores.depth)):
+        raise ConfigError(
+            [
+                f"depth_criterion = {name}, and the order in which these scores leave out {depth.unit.value}s was "
+                f"decided by {next(iter(scores.depth))}: leave it out, or score with {name} first in depth.criteria"
+            ]
+        )
     protected = set(depth.protected(len(values)))
     if depth.search is not DepthSearch.SINGLE:
         _require_searched(scores, {"layers": target.attention, "attention": target.attention, "mlp": target.mlp})
@@ -404,16 +416,22 @@ def to_ranges(indices: list[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def from_ranges(text: str, what: str = "indices") -> list[int]:
+def from_ranges(text: str, size: int, what: str = "indices") -> list[int]:
     """What `to_ranges` wrote, or somebody in that form.
 
     Args:
         text: numbers and ranges of numbers.
+        size: they are below it.
         what: it is of, for the error.
     """
     parts = re.sub(r"\s", "", text).split(",") if isinstance(text, str) else []
     runs = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in parts if part]
     bounds = [(int(run[1]), int(run[2] or run[1])) for run in runs if run]
     if parts and all(runs) and all(first <= last for first, last in bounds):
+        if bounds and max(last for _, last in bounds) >= size:
+            raise ValueError(
+                f"{what} names {min(first for first, _ in bounds)} to {max(last for _, last in bounds)}, and there "
+                f"are 0 to {size - 1}"
+            )
         return [i for first, last in bounds for i in range(first, last + 1)]
     raise ValueError(f"{what} = {text!r} must be text of numbers and ascending ranges, as in '0-5,8,10-12'")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done
 from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import PruneConfig
 from minitron_megatron.errors import CheckpointError, raise_if_any
@@ -13,7 +12,7 @@ from minitron_megatron.model.build import build_problems
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.pruning.plan import Plan, plan_for
 from minitron_megatron.pruning.scores import Scores
-from minitron_megatron.pruning.slicing import Pruned
+from minitron_megatron.pruning.slicing import write_pruned
 from minitron_megatron.pruning.summary import show_plan
 from minitron_megatron.pruning.target import resolve_target
 
@@ -49,7 +48,7 @@ def prune(config: PruneConfig) -> Path:
         rounded = target.rounded
         plan = plan_for(scores, target, config.depth_criterion, config.merge_heads)
     shape = plan.target
-    raise_if_any(build_problems(shape, config.parallel, "target"))
+    problems = build_problems(shape, config.parallel, "target")
     for sentence in rounded:
         logger.info(sentence)
 
@@ -58,24 +57,19 @@ def prune(config: PruneConfig) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         plan.write_file(file)
         show_plan(plan, scores)
+        for problem in problems:
+            logger.warning("this plan could not be carried out: %s", problem)
         logger.info("nothing was pruned; the plan is in %s, to be changed and given as plan=%s", file, file)
         return file
-    manifest = Manifest("checkpoint", parents=parents, config=to_plain(config))
+    raise_if_any(problems)
+    # In numbers, so that a layout for which a fraction is rounded otherwise is not taken for the same target.
+    settings = to_plain(config) if config.plan else to_plain(config) | {"target": target.sizes}
+    manifest = Manifest("checkpoint", parents=parents, config=settings)
     if is_done(output, manifest):
         return output
     before, after = num_parameters(checkpoint.shape), num_parameters(shape)
     manifest.details = {"parameters": after, "parameters_before": before, "rounded": rounded}
-    companions = checkpoint.huggingface_folder
-    write_checkpoint(
-        output,
-        Pruned(checkpoint, plan),
-        checkpoint.dtype,
-        manifest,
-        companions if companions.is_dir() else None,
-        files=plan.write,
-        tensor_ranks=config.parallel.tensor,
-        args=checkpoint.megatron_args(),
-    )
+    write_pruned(output, checkpoint, plan, manifest, config.parallel.tensor)
     logger.info("pruned %.1fM to %.1fM parameters", before / 1e6, after / 1e6)
     return output
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -11,26 +12,28 @@ from torch import Tensor
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done, writing
 from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.compose import to_plain
-from minitron_megatron.config.schema import ScoreConfig, TargetConfig, Unit
+from minitron_megatron.config.schema import ScoreConfig, Unit
 from minitron_megatron.data.choices import ChoiceSamples, read_questions
 from minitron_megatron.data.samples import training_samples
 from minitron_megatron.data.tokens import load_tokenizer, prepare_corpus
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
-from minitron_megatron.model.build import build_model
+from minitron_megatron.model.build import build_model, build_problems
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.shape import ATTENTION, MLP, layout_problems
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
-from minitron_megatron.pruning.calibration import score_model
+from minitron_megatron.pruning.calibration import Search, score_model
 from minitron_megatron.pruning.partial import PartialSums
 from minitron_megatron.pruning.plan import Plan, plan_for
 from minitron_megatron.pruning.scores import WIDTH, Scores
-from minitron_megatron.pruning.slicing import Pruned
+from minitron_megatron.pruning.slicing import Pruned, write_pruned
 from minitron_megatron.pruning.target import resolve_target
 
 logger = logging.getLogger(__name__)
+
+# Tensor-parallel ranks that the sizes between two rounds are made for.
+_MOST_RANKS = 64
 
 
 def score(config: ScoreConfig) -> Path:
@@ -55,15 +58,21 @@ def score(config: ScoreConfig) -> Path:
             f"repeated is scored: score the network that it comes from"
         )
     questions = read_questions(Path(config.depth.choices)) if config.depth.choices else None
-    if config.heads_for_target:
-        resolve_target(checkpoint.shape, config.target, config.parallel)
+    settings = to_plain(config)
+    if config.depends_on_target:
+        # In numbers, so that a layout for which a fraction is rounded otherwise is not taken for the same target.
+        settings["target"] = resolve_target(checkpoint.shape, config.target, config.parallel).sizes
+        Search(checkpoint.shape, config)  # which says now what could not be left out later
+        for number in range(1, config.rounds):
+            shape = _part_way(config, checkpoint, number).shape_of(checkpoint.shape)
+            raise_if_any(build_problems(shape, config.parallel, f"what round {number} leaves"))
     else:
         # What does not depend on the target need not be scored again for another one.
-        config = dataclasses.replace(config, target=TargetConfig())
-    parents = [Parent.of("checkpoint", checkpoint.root)]
+        del settings["target"]
+    parents = [Parent.of("checkpoint", checkpoint.root), *Parent.of_text(config.data.text)]
     if config.depth.choices:
         parents.append(Parent.of("choices", Path(config.depth.choices)))
-    manifest = Manifest("scores", checkpoint.shape.to_dict(), parents, to_plain(config))
+    manifest = Manifest("scores", checkpoint.shape.to_dict(), parents, settings)
     if is_done(output, manifest):
         return output
     with process_groups(config.parallel) as groups:
@@ -81,8 +90,7 @@ def score(config: ScoreConfig) -> Path:
             json.dumps([parents[0].fingerprint, corpus.fingerprint, manifest.essence]),
             config.save_every,
         )
-        scores = _score_in_rounds(config, checkpoint, groups, samples, choices, partial)
-        scores.checkpoint = parents[0].fingerprint
+        scores = _score_in_rounds(config, checkpoint, parents[0], groups, samples, choices, partial)
         scores.settings = {
             "criterion": config.criterion.value,
             "sequence_aggregation": config.sequence_aggregation.value,
@@ -100,7 +108,9 @@ def score(config: ScoreConfig) -> Path:
     return output
 
 
-def _score_in_rounds(config: ScoreConfig, checkpoint: Checkpoint, groups: Groups, samples, choices, partial) -> Scores:
+def _score_in_rounds(
+    config: ScoreConfig, checkpoint: Checkpoint, parent: Parent, groups: Groups, samples, choices, partial
+) -> Scores:
     """Score, prune a little on the way to the target, score what is left, and so on.
 
     Nothing is written between rounds: a smaller model is loaded through the plan so far.
@@ -113,13 +123,14 @@ def _score_in_rounds(config: ScoreConfig, checkpoint: Checkpoint, groups: Groups
         chunks = build_model(source.shape, groups, config.dtype)
         load_weights(chunks, source, groups)
         found = score_model(chunks, source.shape, groups, samples, config, choices, partial, f"{number}.")
+        found.checkpoint = None if plan else parent.fingerprint
         del chunks
         scores = _as_of_source(scores, found, plan, number) if config.rounds > 1 else found
         if number < config.rounds:
             step = plan_for(found, _part_way(config, checkpoint, number))
             plan = plan.then(step) if plan else step
             if config.save_rounds:
-                _save_round(config, checkpoint, plan, number)
+                _save_round(config, checkpoint, parent, plan, number)
     return scores
 
 
@@ -131,10 +142,14 @@ def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int):
     source, part = checkpoint.shape, number / config.rounds
     target = resolve_target(source, config.target, config.parallel)
 
-    def between(has: int, wanted: int, multiple: int = 1) -> int:
+    def between(has: int, wanted: int, split: bool = False) -> int:
+        multiple = 1
+        if split:
+            # What tensor-parallel ranks share: a multiple that does not depend on how many they are, as far as it can.
+            both = math.gcd(has, wanted)
+            multiple = math.lcm(min(both & -both, _MOST_RANKS), config.parallel.tensor)
         return max(wanted, round((has + (wanted - has) * part) / multiple) * multiple)
 
-    tensor = config.parallel.tensor
     attention, mlp = len(source.sublayers(ATTENTION)), len(source.sublayers(MLP))
     if target.keep_layers is not None:
         attention, mlp = target.attention, target.mlp
@@ -144,8 +159,8 @@ def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int):
         mlp=between(mlp, target.mlp),
         keep_layers=target.keep_layers if number == 1 else None,
         hidden=between(source.hidden, target.hidden),
-        ffn=between(source.ffn, target.ffn, tensor),
-        groups=between(source.num_query_groups, target.groups, tensor),
+        ffn=between(source.ffn, target.ffn, split=True),
+        groups=between(source.num_query_groups, target.groups, split=True),
         heads_per_group=between(source.heads_per_group, target.heads_per_group),
     )
 
@@ -177,13 +192,9 @@ def _as_of_source(before: Scores | None, found: Scores, plan: Plan | None, numbe
     return before
 
 
-def _save_round(config: ScoreConfig, checkpoint: Checkpoint, plan: Plan, number: int) -> None:
+def _save_round(config: ScoreConfig, checkpoint: Checkpoint, parent: Parent, plan: Plan, number: int) -> None:
     """Write the checkpoint between two rounds, beside the scores. Collective."""
     output = Path(f"{config.output}.round_{number}")
-    manifest = Manifest("checkpoint", parents=[Parent.of("checkpoint", checkpoint.root)], config=to_plain(config))
+    manifest = Manifest("checkpoint", parents=[parent], config=to_plain(config))
     if not is_done(output, manifest):
-        companions = checkpoint.huggingface_folder
-        source = Pruned(checkpoint, plan)
-        write_checkpoint(
-            output, source, checkpoint.dtype, manifest, companions if companions.is_dir() else None, files=plan.write
-        )
+        write_pruned(output, checkpoint, plan, manifest, config.parallel.tensor)

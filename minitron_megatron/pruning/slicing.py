@@ -6,10 +6,15 @@ rows of the query projection (and their biases): under grouped-query attention t
 keys and values are shared by kept and dropped heads anyway.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
+from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.model.axes import Param, axis_sizes
 from minitron_megatron.pruning.plan import Plan
 
@@ -40,3 +45,26 @@ class Pruned:
         partner = self.source.read(param, origin, [wanted, *positions[1:]])[torch.from_numpy(back)]
         merged = (2 * tensor.float() - partner.float()).to(tensor.dtype)
         return torch.where(torch.from_numpy(rows != positions[0]).view(-1, *[1] * (tensor.dim() - 1)), merged, tensor)
+
+
+def write_pruned(output: Path, checkpoint: Checkpoint, plan: Plan, manifest: Manifest, tensor_ranks: int) -> None:
+    """Write what a plan leaves of a checkpoint, with the plan and all that travels with the checkpoint. Collective.
+
+    Args:
+        output: the folder to make.
+        checkpoint: to cut; it is only read.
+        plan: what stays.
+        manifest: of the result.
+        tensor_ranks: see `write_checkpoint`.
+    """
+    companions = checkpoint.huggingface_folder
+    write_checkpoint(
+        output,
+        Pruned(checkpoint, plan),
+        checkpoint.dtype,
+        manifest,
+        companions if companions.is_dir() else None,
+        files=plan.write,
+        tensor_ranks=tensor_ranks,
+        args=checkpoint.megatron_args(),
+    )

@@ -36,9 +36,12 @@ def show_plan(plan: Plan, scores: Scores | None = None) -> None:
         shares = Table(box=None, header_style="bold", pad_edge=False)
         for column in ("layer", "neurons: share of scores", "heads: share of scores"):
             shares.add_column(column, justify="right")
-        of_layers = zip(kept_ffn_share(plan, scores), kept_head_share(plan, scores), strict=True)
-        for layer, of_layer in enumerate(of_layers):
-            shares.add_row(str(layer), *("dropped" if share == 0 else f"{share:.1%}" for share in of_layer))
+        columns = []
+        for kind, kept in ((MLP, kept_ffn_share(plan, scores)), (ATTENTION, kept_head_share(plan, scores))):
+            stays = [position in plan.sublayers for position in source.sublayers(kind)]
+            columns.append([f"{s:.1%}" if here else "dropped" for s, here in zip(kept, stays, strict=True)])
+        for layer, row in enumerate(zip(*columns, strict=True)):
+            shares.add_row(str(layer), *row)
         console.print(shares)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from minitron_megatron.config.schema import ParallelConfig, TargetConfig
 from minitron_megatron.errors import raise_if_any
-from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
+from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape, layers_pattern
 
 # What tensor cores want of bf16 matrices: 64 at best, 8 at least.
 _ALIGNMENTS = (64, 8, 1)
@@ -32,6 +32,21 @@ class Target:
     groups: int
     heads_per_group: int
     rounded: list[str] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> dict:
+        """All of it that decides what stays."""
+        return {name: value for name, value in vars(self).items() if name != "rounded"}
+
+    def shape_of(self, source: ModelShape) -> ModelShape:
+        """What a network of whole layers becomes."""
+        return source.replace(
+            pattern=layers_pattern(self.attention),
+            hidden=self.hidden,
+            ffn=self.ffn,
+            num_query_groups=self.groups,
+            num_heads=self.groups * self.heads_per_group,
+        )
 
     @property
     def by_sublayer(self) -> bool:

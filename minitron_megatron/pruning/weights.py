@@ -41,6 +41,8 @@ def squared_weights(chunks: Sequence[Backbone], shape: ModelShape, groups: Group
             if is_copy or groups.data_rank > 0 or (param.split is None and groups.tensor_rank > 0):
                 continue
             squares = parameter.detach().double().square()
+            if param.split == "vocab":  # rows that pad the vocabulary take no part
+                squares[torch.from_numpy(index[0] >= shape.vocab)] = 0
             row = len(shape.pattern) if layer is None else shape.sublayers(param.sublayer)[layer]
             for axis, number in (("hidden", row), ("ffn", layer), ("head", layer)):
                 for dim in _reading_dims(param, shape) if outgoing else range(len(param.dims)):

@@ -25,7 +25,7 @@ from minitron_megatron.pruning.kept import kept_sublayers
 from minitron_megatron.pruning.plan import FILE as PLAN
 from minitron_megatron.pruning.plan import Plan, to_ranges
 from minitron_megatron.pruning.scores import FILE as SCORES
-from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.pruning.scores import Scores, descending
 from minitron_megatron.report.gallery import Picture, loss_pictures, pruning_pictures, scores_of, write_pictures
 from minitron_megatron.report.results import EVALUATION, read_evaluation
 from minitron_megatron.report.style import short
@@ -158,8 +158,11 @@ def _depth_facts(found: Scores) -> dict[str, str]:
         order = found.rounds["depth"].argsort()[: depth.drop]
         return facts | {"left out, in this order": _unit_names(found, order)}
     least = "blocks missed least begin at" if depth.search is DepthSearch.BLOCK else "missed least"
+    rounds = found.rounds.get("depth")
     for name, values in found.depth.items():
-        order = values.argsort()[: min(_SHOWN, values.isfinite().sum())]  # NaN comes last
+        # What earlier rounds left out was missed less, whatever its score. NaN comes last.
+        order = descending(-values, None if rounds is None else -rounds)
+        order = order[: min(_SHOWN, values.isfinite().sum())]
         facts[f"{least} ({name})"] = _unit_names(found, order)
     return facts
 

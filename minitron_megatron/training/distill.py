@@ -59,6 +59,7 @@ def distill(config: DistillConfig) -> Path:
     raise_if_any([p for role, c in networks.items() for p in build_problems(c.shape, config.parallel, role)])
     output = Path(config.output)
     parents = [Parent.of(role, checkpoint.root) for role, checkpoint in networks.items()]
+    parents += Parent.of_text(config.data.text)
     manifest = Manifest("run", student.shape.to_dict(), parents, to_plain(config))
     with process_groups(config.parallel) as groups:
         raise_if_any(_batch_problems(config, groups))

@@ -39,7 +39,7 @@ LAYOUTS = {
     "tp2": ParallelConfig(tensor=2),
     "pp2": ParallelConfig(pipeline=2),
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
-    "tp2_pp2_dp2": ParallelConfig(tensor=2, pipeline=2, data=2),
+    "tp2_pp2_dp2": ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True),
     "tp2_sequence": ParallelConfig(tensor=2, sequence=True),
     "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
 }

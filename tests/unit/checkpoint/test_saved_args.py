@@ -16,6 +16,7 @@ from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import PruneConfig, TargetConfig
+from minitron_megatron.model.megatron_args import args_of_shape
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.scores import Scores
 from tests.tiny import LLAMA, hf_model, import_hf
@@ -45,6 +46,9 @@ ARGS = argparse.Namespace(
     consumed_valid_samples=640,
     skipped_train_samples=3,
     no_save_optim=None,
+    decoder_first_pipeline_num_layers=1,
+    virtual_pipeline_model_parallel_size=2,
+    pipeline_model_parallel_layout=None,
 )
 
 
@@ -101,8 +105,16 @@ def test_args_follow_the_shape(llama, tmp_path):
         "skipped_train_samples": 0,
         "no_save_optim": True,
         "no_save_rng": True,
+        "decoder_first_pipeline_num_layers": None,
+        "virtual_pipeline_model_parallel_size": None,
     }
     assert before.keys() <= after.keys()
+
+
+def test_args_of_sublayers_in_another_order_name_it(llama):
+    shape = Checkpoint(llama / "checkpoint").shape.replace(pattern="*-*--")
+    args = args_of_shape(ARGS, shape)
+    assert (args.num_layers, args.hybrid_layer_pattern) == (5, "*-*--") and "hybrid_layer_pattern" not in ARGS
 
 
 @pytest.mark.parametrize("place", ["in the args", "beside them"])

@@ -136,9 +136,9 @@ def test_a_greedy_search_is_brute_force(theirs, samples, score, criterion, unit,
     rounds = found.rounds["depth"]
     assert [int(rounds[number]) for number in order] == list(range(1, drop + 1))
     assert (rounds == drop + 1).sum() == units - drop
+    kept = make_plan(found, TargetConfig(**target), depth_criterion=criterion).sublayers
     found.depth = {criterion.value: found.depth[criterion.value] for criterion in ON_TEXT}
     assert_close(found, [effects.get(number) for number in range(units)])
-    kept = make_plan(found, TargetConfig(**target), depth_criterion=criterion).sublayers
     gone = {p for number in order for p in positions(unit, number)}
     assert kept == [p for p in range(2 * LAYERS) if p not in gone]
 

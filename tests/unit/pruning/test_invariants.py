@@ -29,6 +29,7 @@ LLAMA_SHAPE = shape_from_config({**LLAMA, **SIZES})
 SHAPES = {
     "llama": LLAMA_SHAPE,
     "nemotron": shape_from_config({**NEMOTRON, **SIZES}),
+    "nemotron with biases": shape_from_config({**NEMOTRON, **SIZES}).replace(linear_bias=True),
     "biases of q, k and v": LLAMA_SHAPE.replace(qkv_bias=True),
     "all biases": LLAMA_SHAPE.replace(linear_bias=True, gated=False, activation=Activation.GELU),
 }
@@ -43,11 +44,12 @@ class Source:
     def __init__(self, shape):
         self.shape = shape
         generator = torch.Generator().manual_seed(2)
-        self.tensors = {
-            (param.name, layer): 0.15 * torch.randn(*param.size(axis_sizes(shape)), generator=generator)
-            for param in parameters(shape)
-            for layer in instances(param, shape)
-        }
+        # Larger biases would make tokens alike, and whether a neuron is ever active would hang on them alone.
+        self.tensors = {}
+        for param in parameters(shape):
+            scale, size = 0.02 if param.name.endswith(".bias") else 0.15, param.size(axis_sizes(shape))
+            for layer in instances(param, shape):
+                self.tensors[param.name, layer] = scale * torch.randn(*size, generator=generator)
 
     def read(self, param, layer, index):
         return take(self.tensors[param.name, layer], index)

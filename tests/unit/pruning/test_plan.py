@@ -132,7 +132,7 @@ BROKEN = {
     "cut short": (lambda file: file.write_text(file.read_text()[:-20]), "is not a plan: "),
     "gone": (lambda file: file.unlink(), "is not a plan: .*No such file"),
     "a list": (lambda file: file.write_text("[]"), "is not a plan: "),
-    "nothing": (lambda file: file.write_text("{}"), "is not a plan: it has no 'hidden'"),
+    "nothing": (lambda file: file.write_text("{}"), "is not a plan: it has no 'source'"),
     "no source": (edited(lambda v, rows: v.pop("source")), "it has no 'source'"),
     "no checkpoint": (edited(lambda v, rows: v.pop("checkpoint")), "it has no 'checkpoint'"),
     "no sublayers": (edited(lambda v, rows: v.pop("sublayers")), "it has no 'sublayers'"),

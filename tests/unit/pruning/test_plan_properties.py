@@ -197,9 +197,12 @@ def test_a_pruned_network_has_the_parameters_of_its_shape(problem):
 @example({0})
 def test_ranges_are_read_back(indices):
     text = to_ranges(sorted(indices))
-    assert from_ranges(text) == sorted(indices)
-    assert from_ranges(text.replace(",", " ,  ")) == sorted(indices)
+    assert from_ranges(text, 301) == sorted(indices)
+    assert from_ranges(text.replace(",", " ,  "), 301) == sorted(indices)
     assert text.count(",") + 1 == sum(i - 1 not in indices for i in indices)
+    first, last = min(indices), max(indices)
+    with pytest.raises(ValueError, match=f"^here names {first} to {last}, and there are 0 to {last - 1}$"):
+        from_ranges(text, last, "here")
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from minitron_megatron.checkpoint.manifest import Manifest, fingerprint
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import DType, ExportConfig, ParallelConfig, PruneConfig, TargetConfig
 from minitron_megatron.errors import CheckpointError, ConfigError
+from minitron_megatron.model import build
 from minitron_megatron.model.build import build_model
-from minitron_megatron.model.count import num_parameters
+from minitron_megatron.model.count import forward_flops_per_token, num_parameters
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.prune import prune
@@ -201,10 +202,20 @@ def test_a_dry_run_shows_what_would_be_done_and_writes_the_plan_alone(llama, tmp
         ["heads", "6", "3", "50.0%"],
     ):
         assert row in lines
+    plan, scores = Plan.read(file), Scores.read(llama.scores)
+    before, after = num_parameters(plan.source), num_parameters(plan.target)
+    assert ["parameters", f"{before:,}", f"{after:,}", f"{after / before:.1%}"] in lines
+    before, after = (forward_flops_per_token(s, s.max_positions) for s in (plan.source, plan.target))
+    [flops] = [line for line in lines if line[:2] == ["forward", "FLOPs"]]
+    assert flops[-3:] == [f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.1%}"]
     dropped = (set(range(0, 8, 2)) - set(Plan.read(file).sublayers)).pop() // 2
     assert ["dropped", "MLP", "sublayers:", str(dropped)] in lines
     [shares] = [line for line in lines if line and line[0] == str(dropped)]
     assert shares[1:] == ["dropped", "dropped"]
+    layer = plan.sublayers[0] // 2
+    [shares] = [line for line in lines if line and line[0] == str(layer)]
+    kept = scores.ffn[layer][plan.ffn[2 * layer + 1]].sum() / scores.ffn[layer].sum()
+    assert shares[1] == f"{kept:.1%}"
     # Afterwards the same words prune.
     assert Checkpoint(prune(llama.config(tmp_path / "folder/pruned", target=target))).shape.hidden == 41
 
@@ -221,7 +232,7 @@ def test_a_plan_gives_what_its_scores_gave(source, tmp_path):
     assert parents == {"checkpoint": str(source.checkpoint), "plan": str(plan)}
 
 
-def test_an_edited_plan_is_carried_out(llama, tmp_path):
+def test_an_edited_plan_is_carried_out(llama, tmp_path, monkeypatch, caplog):
     file = prune(llama.config(tmp_path / "dry", target=TargetConfig(ffn=30), dry_run=True))
     lines = file.read_text().splitlines()
     file.write_text("\n".join(line for line in lines if '"layer": 1' not in line))
@@ -232,9 +243,23 @@ def test_an_edited_plan_is_carried_out(llama, tmp_path):
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
     # Half of a layer gone is a pattern that is not built yet.
     file.write_text("\n".join(line for line in lines if '"position": 3' not in line))
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"target.pattern = '\*-\*\*-\*-' is not .* install megatron-core 0.19"):
         prune(llama.config(tmp_path / "half", plan=str(file)))
     assert not (tmp_path / "half").exists()
+    shown = prune(llama.config(tmp_path / "half", plan=str(file), dry_run=True))
+    assert "this plan could not be carried out: target.pattern" in caplog.text and Plan.read(shown) == Plan.read(file)
+
+
+def test_a_fraction_that_another_layout_rounds_otherwise_is_another_target(llama, tmp_path):
+    """Seven of 44 neurons become eight for two tensor ranks."""
+    target = TargetConfig(ffn=0.16)
+    before = fingerprint(llama.checkpoint)
+    prune(llama.config(tmp_path / "p", target=target))
+    assert Checkpoint(tmp_path / "p").shape.ffn == 7
+    with pytest.raises(ConfigError, match="target.ffn"):
+        prune(llama.config(tmp_path / "p", target=target, parallel=ParallelConfig(tensor=2)))
+    assert fingerprint(llama.checkpoint) == before
 
 
 def test_merged_heads_are_written(llama, tmp_path):

@@ -1,6 +1,7 @@
 """The verb `score`: interrupted and gone on with, in rounds, and for a model of somebody's own."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ import minitron_megatron
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import (
+    Criterion,
     DataConfig,
     DepthConfig,
     DepthCriterion,
@@ -26,16 +28,17 @@ from minitron_megatron.config.schema import (
     TargetConfig,
 )
 from minitron_megatron.data.samples import training_samples
-from minitron_megatron.data.tokens import prepare_corpus
-from minitron_megatron.errors import DataError, UnsupportedModelError
+from minitron_megatron.data.tokens import load_tokenizer, prepare_corpus
+from minitron_megatron.errors import ConfigError, DataError, UnsupportedModelError
+from minitron_megatron.model.shape import Llama3RopeScaling
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.ablation import Ablation
 from minitron_megatron.pruning.plan import Plan, make_plan
 from minitron_megatron.pruning.prune import prune
-from minitron_megatron.pruning.score import score
+from minitron_megatron.pruning.score import _part_way, score
 from minitron_megatron.pruning.scores import WIDTH, Scores
 from tests.ranks import run_on_ranks
-from tests.tiny import LLAMA, hf_model, import_hf
+from tests.tiny import LLAMA, Samples, hf_model, import_hf
 
 NUM_SAMPLES, MICRO_BATCH = 13, 2
 QUESTIONS = [("abc", ["d", "efgh"], 1), ("x", ["yz", "ab"], 0), ("hello", ["w", "o", "p"], 1)]
@@ -318,8 +321,9 @@ def test_somebodys_own_model_has_the_scores_of_the_verb(settings, own_model):
         corpus = prepare_corpus(config.data, checkpoint.huggingface_folder)
         samples = training_samples(corpus, config.data, NUM_SAMPLES)
         before = list(model.named_modules())
+        model.train()
         found = minitron_megatron.score_model([model], shape, groups, samples, config)
-        assert list(model.named_modules()) == before and model.post_process
+        assert list(model.named_modules()) == before and model.post_process and model.training
         assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 0
     for name in WIDTH:
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
@@ -328,6 +332,85 @@ def test_somebodys_own_model_has_the_scores_of_the_verb(settings, own_model):
     plan = minitron_megatron.make_plan(found, target)
     assert plan.checkpoint is None
     assert plan == replace(minitron_megatron.make_plan(expected, target), checkpoint=None)
+
+
+def test_somebodys_own_checkpoint_is_pruned_by_a_plan_of_its_live_model(settings, own_model, tmp_path):
+    checkpoint = Checkpoint(settings().checkpoint)
+    with process_groups(ParallelConfig()):
+        model, groups = own_model(), minitron_megatron.current_groups()
+        load_weights([model], checkpoint, groups)
+        shape = minitron_megatron.shape_of(model, vocab=101)
+        scores = minitron_megatron.score_model([model], shape, groups, Samples(8, 16, 101), settings(num_samples=8))
+    plan = minitron_megatron.make_plan(scores, TargetConfig(ffn=0.5))
+    plan.write_file(tmp_path / "plan.json")
+    config = PruneConfig(str(checkpoint.root), str(tmp_path / "small"), plan=str(tmp_path / "plan.json"))
+    assert Checkpoint(minitron_megatron.prune(config)).shape == plan.target
+
+
+def test_groups_that_are_not_those_of_the_model_are_refused(settings, own_model):
+    with process_groups(ParallelConfig()):
+        model, groups = own_model(), minitron_megatron.current_groups(sequence=True)
+        shape = minitron_megatron.shape_of(model, vocab=101)
+        with pytest.raises(ConfigError, match="sequence_parallel = False: give current_groups.sequence=False"):
+            minitron_megatron.score_model([model], shape, groups, Samples(8, 16, 101), settings())
+
+
+def test_scaled_rotary_frequencies_have_to_be_given(own_model):
+    scaling = Llama3RopeScaling(8.0, 1.0, 4.0, 32)
+    with process_groups(ParallelConfig()):
+        model = own_model()
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, 8.0, 1.0, 4.0, 32)
+        assert minitron_megatron.shape_of(model, 101, scaling).rotary_scaling == scaling
+        with pytest.raises(UnsupportedModelError, match="give rotary_scaling"):
+            minitron_megatron.shape_of(model, 101)
+
+
+def test_a_text_that_changed_is_not_taken_for_the_same(inputs, settings, tmp_path):
+    text = tmp_path / "text.jsonl"
+    shutil.copy(inputs / "text.jsonl", text)
+    config = settings(data=DataConfig([str(text)], str(tmp_path / "corpora"), 16))
+    score(config)
+    text.write_text(text.read_text().replace("a", "b"))
+    with pytest.raises(ConfigError, match="holds a result of other settings or inputs .*text 1"):
+        score(config)
+
+
+def test_a_target_that_a_round_cannot_reach_is_named_before_any_work(settings, tmp_path):
+    wanted = dict(rounds=3, target=TargetConfig(layers=1), parallel=ParallelConfig(pipeline=3))
+    with pytest.raises(ConfigError, match="what round 2 leaves"):
+        score(settings(**wanted))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rounds_go_the_same_way_in_any_layout(settings):
+    """Two tensor ranks divide 44 and 38 neurons, and not all numbers between them."""
+    target = TargetConfig(layers=3, hidden=41, ffn=38, heads=4)
+    config = settings("one", rounds=3, target=target)
+    shapes = [_part_way(config, Checkpoint(config.checkpoint), number) for number in (1, 2)]
+    split = replace(config, parallel=ParallelConfig(tensor=2))
+    assert shapes == [_part_way(split, Checkpoint(config.checkpoint), number) for number in (1, 2)]
+    assert [(shape.hidden, shape.ffn) for shape in shapes] == [(46, 42), (43, 40)]
+
+
+def test_an_order_decided_by_one_criterion_is_not_used_for_another(settings, tmp_path):
+    depth = DepthConfig([DepthCriterion.BLOCK_INFLUENCE, DepthCriterion.KL], search=DepthSearch.GREEDY)
+    scores = Scores.read(score(settings(depth=depth, target=TargetConfig(layers=3))))
+    minitron_megatron.make_plan(scores, TargetConfig(layers=3), depth_criterion=DepthCriterion.BLOCK_INFLUENCE)
+    with pytest.raises(ConfigError, match="depth_criterion = kl, and the order .* decided by block_influence"):
+        minitron_megatron.make_plan(scores, TargetConfig(layers=3), depth_criterion=DepthCriterion.KL)
+
+
+def test_questions_that_overflow_are_named(inputs, settings, tmp_path):
+    """The tokens of the questions alone are broken, so that nothing else notices."""
+    model = hf_model(**LLAMA)
+    with torch.no_grad():
+        [token] = load_tokenizer(inputs / "checkpoint/huggingface")("x", add_special_tokens=False)["input_ids"]
+        model.model.embed_tokens.weight[token] = torch.nan
+    checkpoint = import_hf(tmp_path / "broken", model)
+    depth = DepthConfig([DepthCriterion.ACCURACY], choices=str(inputs / "questions.jsonl"))
+    with pytest.raises(DataError, match="of the network are not finite in "):
+        score(settings(checkpoint=str(checkpoint), criterion=Criterion.RANDOM, depth=depth))
 
 
 def test_a_model_that_the_axis_table_does_not_describe_is_refused(own_model):
