@@ -48,13 +48,16 @@ CRITERIA = {
     "loss": "loss increase",
     "kl": "KL of the predictions",
     "logits": "change of the logits",
+    "accuracy": "right answers lost",
 }
+# Which of so many texts goes on like this? One is the true end of a held-out window, the others are of other windows.
+QUESTIONS, CHOICES, CONTEXT_TOKENS, CHOICE_TOKENS = 50, 3, 80, 16
 WIDTH_COLUMNS = ["criterion", "over tokens", "over sequences", "held-out loss", "paper, 15B to 8B"]
 DEPTH_COLUMNS = ["criterion", *SEARCHES.values()]
 
 
 def main() -> None:
-    options = parser(__doc__)
+    options = parser(__doc__, threads=2)
     options.add_argument("--seeds", type=int, default=3, help="draws of calibration sequences, for width")
     options.add_argument("--depth-seeds", type=int, default=3, help="the same for depth, where a greedy search is long")
     options.add_argument("--samples", type=int, default=64, help="calibration sequences of 512 tokens, for width")
@@ -124,8 +127,9 @@ def measure(teacher: Path, data, known: Known, args) -> None:
         ScoreConfig,
         TargetConfig,
     )
+    from minitron_megatron.data.choices import ChoiceSamples
     from minitron_megatron.data.samples import heldout_samples, rank_batches, training_samples
-    from minitron_megatron.data.tokens import prepare_corpus
+    from minitron_megatron.data.tokens import load_tokenizer, prepare_corpus
     from minitron_megatron.distillation.step import TeacherStudent, mean_of
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
@@ -140,6 +144,8 @@ def measure(teacher: Path, data, known: Known, args) -> None:
         whole = build_model(checkpoint.shape, groups, DType.BF16)
         load_weights(whole, checkpoint, groups)
         heldout = heldout_samples(corpus, data.sequence_length)
+        tokenizer = load_tokenizer(checkpoint.huggingface_folder)
+        choices = ChoiceSamples(questions(heldout, tokenizer), tokenizer, 1)
 
         def judge(source) -> float:
             chunks = whole
@@ -155,7 +161,8 @@ def measure(teacher: Path, data, known: Known, args) -> None:
         def score(seed: int, num_samples: int, **settings):
             own = [pool[seed * per_draw + i] for i in range(num_samples)]
             config = ScoreConfig(num_samples=num_samples, **settings)
-            return score_model(whole, checkpoint.shape, groups, own, config)
+            asked = choices if DepthCriterion.ACCURACY in config.depth.criteria else None
+            return score_model(whole, checkpoint.shape, groups, own, config, asked)
 
         def loss_of(scores, criterion=None, **target) -> float:
             return judge(Pruned(checkpoint, make_plan(scores, TargetConfig(**target), depth_criterion=criterion)))
@@ -193,6 +200,8 @@ def measure(teacher: Path, data, known: Known, args) -> None:
                         lambda scores=scores, criterion=criterion: loss_of(scores, criterion, layers=LAYERS),
                     )
             for criterion in criteria:
+                if criterion is DepthCriterion.ACCURACY:
+                    continue  # of so few questions, most of a long search would be decided by chance
                 depth = DepthConfig(criteria=[criterion], search=DepthSearch.GREEDY)
                 known.get(
                     f"{criterion.value} greedy",
@@ -201,6 +210,24 @@ def measure(teacher: Path, data, known: Known, args) -> None:
                         score(seed, args.greedy_samples, depth=depth, **shape), layers=LAYERS
                     ),
                 )
+
+
+def questions(heldout, tokenizer) -> list:
+    """Questions whose right answer is always the first choice; the order plays no part in the losses of choices."""
+    from minitron_megatron.data.choices import Question
+
+    stride = CONTEXT_TOKENS + CHOICE_TOKENS
+    tokens = [token for i in range(len(heldout)) for token in heldout[i]["tokens"].tolist()]
+    pieces = [tokens[start : start + stride] for start in range(0, len(tokens) - stride, stride)][:QUESTIONS]
+    ends = [tokenizer.decode(piece[CONTEXT_TOKENS:]) for piece in pieces]
+    return [
+        Question(
+            tokenizer.decode(piece[:CONTEXT_TOKENS]),
+            [ends[(number + 7 * other) % len(ends)] for other in range(CHOICES)],
+            0,
+        )
+        for number, piece in enumerate(pieces)
+    ]
 
 
 def width_rows(results: dict) -> list[list[str]]:
@@ -214,11 +241,11 @@ def width_rows(results: dict) -> list[list[str]]:
 
 
 def depth_rows(results: dict) -> list[list[str]]:
-    losses = results["losses"]
-    return [
-        [title, *(show_spread(spread(losses[f"{name} {search}"]), 3) for search in SEARCHES)]
-        for name, title in CRITERIA.items()
-    ]
+    def shown(name: str) -> str:
+        found = results["losses"].get(name)
+        return show_spread(spread(found), 3) if found else "–"
+
+    return [[title, *(shown(f"{name} {search}") for search in SEARCHES)] for name, title in CRITERIA.items()]
 
 
 def in_markdown(results: dict) -> str:
@@ -232,6 +259,7 @@ def in_markdown(results: dict) -> str:
             f"Held-out loss in nats per token, right after the cut: median (least-largest) over {asked['seeds']} draws "
             f"of {asked['samples']} calibration sequences of 512 tokens; for depth over {asked['depth_seeds']} of "
             f"{asked['depth_samples']}, and one after another of {asked['greedy_samples']}. "
+            f"Right answers are of {QUESTIONS} questions, which of {CHOICES} texts goes on like this. "
             f"{describe(results['machine'])}",
         ]
     )
@@ -255,7 +283,7 @@ def draw(results: dict, path: Path) -> None:
     colours = dict(zip(SEARCHES, (KEPT, CUT, INK), strict=True))
     for row, name in enumerate(CRITERIA):
         for shift, (search, colour) in zip((-0.2, 0, 0.2), colours.items(), strict=True):
-            values = losses[f"{name} {search}"]
+            values = losses.get(f"{name} {search}", [])
             right.scatter(values, [row + shift] * len(values), s=30, color=colour, edgecolors="white", linewidths=0.6)
     right.set_yticks(range(len(CRITERIA)), labels=list(CRITERIA.values()))
     right.set_ylim(len(CRITERIA) - 0.5, -0.5)
