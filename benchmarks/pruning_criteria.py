@@ -134,6 +134,7 @@ def measure(teacher: Path, data, known: Known, args) -> None:
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
     from minitron_megatron.pruning.calibration import score_model
+    from minitron_megatron.pruning.partial import PartialSums
     from minitron_megatron.pruning.plan import make_plan
     from minitron_megatron.pruning.slicing import Pruned
 
@@ -158,11 +159,11 @@ def measure(teacher: Path, data, known: Known, args) -> None:
         per_draw = max(args.samples, args.depth_samples, args.greedy_samples)
         pool = training_samples(corpus, data, per_draw * max(args.seeds, args.depth_seeds))
 
-        def score(seed: int, num_samples: int, **settings):
+        def score(seed: int, num_samples: int, partial=None, **settings):
             own = [pool[seed * per_draw + i] for i in range(num_samples)]
             config = ScoreConfig(num_samples=num_samples, **settings)
             asked = choices if DepthCriterion.ACCURACY in config.depth.criteria else None
-            return score_model(whole, checkpoint.shape, groups, own, config, asked)
+            return score_model(whole, checkpoint.shape, groups, own, config, asked, partial)
 
         def loss_of(scores, criterion=None, **target) -> float:
             return judge(Pruned(checkpoint, make_plan(scores, TargetConfig(**target), depth_criterion=criterion)))
@@ -170,12 +171,15 @@ def measure(teacher: Path, data, known: Known, args) -> None:
         known.get("teacher", 0, lambda: judge(checkpoint))
         no_depth = DepthConfig(criteria=[])
         for seed in range(args.seeds):
+            # What is summed over the tokens serves every aggregation over the sequences.
+            sums = {tokens: PartialSums(groups, ScoreConfig.micro_batch) for tokens, _ in PAPER}
             for tokens, sequences in PAPER:
                 how = {"sequence_aggregation": Aggregation(tokens), "batch_aggregation": Aggregation(sequences)}
+                how |= {"partial": sums[tokens], "depth": no_depth}
                 known.get(
                     f"activation {tokens} {sequences}",
                     seed,
-                    lambda seed=seed, how=how: loss_of(score(seed, args.samples, depth=no_depth, **how), **WIDTH),
+                    lambda seed=seed, how=how: loss_of(score(seed, args.samples, **how), **WIDTH),
                 )
             # Weights know nothing of the draw, and chance of nothing but its seed.
             for criterion in (Criterion.WEIGHT, Criterion.RANDOM):

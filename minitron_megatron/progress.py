@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,8 +16,8 @@ logger = logging.getLogger(__name__)
 def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     """Show how far a work of `total` steps has come while the block runs.
 
-    Yields a function `advance(steps=1, text="")`; `text` is shown beside the steps. Ranks other than the
-    first show nothing.
+    Yields a function `advance(steps=1, text="")` that any thread may call; `text` is shown beside the steps. Ranks
+    other than the first show nothing.
     """
     console = Console(stderr=True)
     if int(os.environ.get("RANK", 0)) > 0:
@@ -42,13 +43,14 @@ def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
 
 
 def _lines(title: str, total: int) -> Callable[..., None]:
-    done = 0
+    done, lock = 0, threading.Lock()
 
     def advance(steps: int = 1, text: str = "") -> None:
         nonlocal done
-        tenths = 10 * done // max(total, 1)
-        done += steps
-        if 10 * done // max(total, 1) > tenths:
-            logger.info("%s %d of %d  %s", title, done, total, text)
+        with lock:
+            tenths = 10 * done // max(total, 1)
+            done += steps
+            if 10 * done // max(total, 1) > tenths:
+                logger.info("%s %d of %d  %s", title, done, total, text)
 
     return advance

@@ -19,6 +19,7 @@ from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import Param, Part, axis_sizes, parameters
 from minitron_megatron.model.families import config_from_shape, shape_from_config
 from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.progress import progress
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -183,12 +184,14 @@ def write_huggingface(folder: Path, source: TensorSource, companions: Path, max_
         shards[-1].append(entry)
         filled += size
     weight_map, total = {}, 0
-    for number, shard in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: read_hf_tensor(source, p, part, layer).contiguous() for name, _, p, part, layer in shard}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(t.nbytes for t in tensors.values())
+    with progress("write files", len(shards)) as advance:
+        for number, shard in enumerate(shards, start=1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {name: read_hf_tensor(source, p, part, layer).contiguous() for name, _, p, part, layer in shard}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+            total += sum(t.nbytes for t in tensors.values())
+            advance()
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -143,12 +143,23 @@ class Checkpoint:
                 problems.append(f"missing: {key} {list(size)}")
             elif self.tensors[key].shape != size:
                 problems.append(f"wrong size: {key} is {list(self.tensors[key].shape)}, the shape says {list(size)}")
-            elif sum(math.prod(chunk.sizes) for chunk in self.tensors[key].chunks) != math.prod(size):
+            elif not _is_whole(self.tensors[key]):
                 problems.append(f"not whole: {key} {list(size)}, of which some chunks are missing")
         unknown = [k for k in self.tensors if k not in expected and not k.startswith(_NOT_WEIGHTS)]
         problems += [f"unknown: {key} {list(self.tensors[key].shape)}" for key in unknown]
         if problems:
             raise CheckpointError(f"{self.folder} does not hold the network of its shape:\n  " + "\n  ".join(problems))
+
+
+def _is_whole(tensor: StoredTensor) -> bool:
+    """Whether its chunks, none of them named twice, lie inside of it and fill it."""
+    starts = {chunk.offsets for chunk in tensor.chunks}
+    ends = ((o + s for o, s in zip(chunk.offsets, chunk.sizes, strict=True)) for chunk in tensor.chunks)
+    return (
+        len(starts) == len(tensor.chunks)
+        and all(end <= size for corner in ends for end, size in zip(corner, tensor.shape, strict=True))
+        and sum(math.prod(chunk.sizes) for chunk in tensor.chunks) == math.prod(tensor.shape)
+    )
 
 
 def _read_shape(root: Path) -> ModelShape:

@@ -40,6 +40,7 @@ from minitron_megatron.model.axes import Param, axis_sizes, parameters
 from minitron_megatron.model.megatron_args import args_of_shape
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
 from minitron_megatron.parallel.workers import join_workers
+from minitron_megatron.progress import progress
 
 CHUNK_BYTES = 64 * 2**20
 MAX_THREADS = 4
@@ -206,6 +207,7 @@ def _write_files(
 ) -> list[_Place]:
     """Write this process's share of the chunks, a file per thread. What fails in one thread stops the others."""
     stop = Event()
+    hands = [list(itertools.chain(*hand)) for hand in _deal(jobs, _num_threads()) if hand]
 
     def write_file(name: str, items: list[_Item]) -> list[_Place]:
         places: list[_Place] = []
@@ -216,12 +218,12 @@ def _write_files(
                 start = file.tell()
                 torch.save(item.read(source, dtype), file)
                 places.append((item.key, item.offsets, name, start, file.tell() - start))
+                advance()
             file.flush()
             os.fsync(file.fileno())
         return places
 
-    hands = [list(itertools.chain(*hand)) for hand in _deal(jobs, _num_threads()) if hand]
-    with ThreadPoolExecutor(max(1, len(hands))) as pool:
+    with progress("write chunks", sum(map(len, hands))) as advance, ThreadPoolExecutor(max(1, len(hands))) as pool:
         try:
             work = [pool.submit(write_file, f"__{rank}_{number}.distcp", hand) for number, hand in enumerate(hands)]
             for future in as_completed(work):

@@ -64,6 +64,10 @@ class Corpus:
         """Path of the held-out tokens, without `.bin` and `.idx`."""
         return str(self.folder / "heldout")
 
+    def num_sequences(self, length: int) -> int:
+        """How many training sequences there are without repeating any; the last one needs a token more."""
+        return (self.num_train_tokens - 1) // length
+
 
 def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
     """Tokenise and split the documents, or find that this was done before.

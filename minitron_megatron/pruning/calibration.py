@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from minitron_megatron.config.schema import Criterion, DepthCriterion, DepthSearch, ScoreConfig, Unit
 from minitron_megatron.data.choices import ChoiceSamples
@@ -16,7 +17,7 @@ from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch
 from minitron_megatron.progress import progress
 from minitron_megatron.pruning.ablation import WHOLE, Ablation, Drops
-from minitron_megatron.pruning.capture import Capture
+from minitron_megatron.pruning.capture import Capture, place_name
 from minitron_megatron.pruning.outputs import MEASURES
 from minitron_megatron.pruning.partial import PartialSums
 from minitron_megatron.pruning.scores import WIDTH, DepthSettings, Scores, batch_score
@@ -249,22 +250,28 @@ class _Calibration:
         if watch:
             sums |= {**capture.sums, "num_sequences": capture.num_sequences}
 
-        def add(batch: Batch, where: str) -> None:
+        # Faults of activations lie before those of whole networks, and the network itself comes before its parts.
+        behind = len(self.shape.pattern) + 1
+
+        def describe(place: float) -> str:
+            if place < behind:
+                return place_name(place, self.shape)
+            dropped = sorted(networks[int(place) - behind])
+            return "states or predictions of the network" + (f" without sublayers {dropped}" if dropped else "")
+
+        def add(batch: Batch) -> Tensor:
             if watch:
                 capture.set_mask(batch["loss_mask"])
             found = ablation.run(self.chunks, batch, capture if watch else nullcontext())
-            if watch:
-                capture.check(where)
-            _check(ablation.cosine, paths, where)
             if counts_here:
                 mask = batch["loss_mask"].transpose(0, 1).flatten()
                 num_tokens.add_(mask.sum())
                 if found is not None:
-                    of_rows = (found * mask).sum(-1, dtype=torch.float64)
-                    _check(of_rows, networks, where)
-                    outputs.add_(of_rows)
+                    outputs.add_((found * mask).sum(-1, dtype=torch.float64))
+            faults = [_first_fault(outputs, behind), _first_fault(ablation.cosine, behind + 1)]
+            return torch.stack([capture.add_up(), *faults]).min()
 
-        total = self.partial.over(name, self.samples, self.num_samples, sums, add, self.advance)
+        total = self.partial.over(name, self.samples, self.num_samples, sums, add, describe, self.advance)
         if not total["num_tokens"]:
             raise DataError("the calibration samples have no token that counts: give others, or another loss_mask")
         if self.choices is None:
@@ -273,16 +280,16 @@ class _Calibration:
         ablation = Ablation(self.shape, groups, base, paths, outputs=True)
         losses = torch.zeros(len(networks), len(self.choices), dtype=torch.float64, device=device)
 
-        def add_losses(batch: Batch, where: str) -> None:
+        def add_losses(batch: Batch) -> Tensor:
             found = ablation.run(self.chunks, batch, nullcontext())
             if counts_here:
                 mask = batch["loss_mask"].transpose(0, 1)
                 of_samples = (found[:, 0].view(-1, *mask.shape) * mask).sum(1, dtype=torch.float64)
-                _check(of_samples, networks, where)
                 losses.index_add_(1, batch["row"], of_samples)
+            return _first_fault(losses, behind)
 
         own = self.partial.over(
-            f"{name}.choices", self.choices, len(self.choices), {"losses": losses}, add_losses, self.advance
+            f"{name}.choices", self.choices, len(self.choices), {"losses": losses}, add_losses, describe, self.advance
         )
         return total | own
 
@@ -304,21 +311,11 @@ class _Calibration:
         return accuracy[0] - accuracy[1:]
 
 
-def _check(values: Tensor, networks: list[Drops], where: str) -> None:
-    """See that what was measured is finite, `[network, ...]`.
-
-    Args:
-        networks: by what each of them leaves out.
-        where: what to say of the micro-batch.
-
-    Raises:
-        DataError: it is not; the first such network is named.
-    """
-    bad = ~values.isfinite()
-    if bad.any():
-        dropped = sorted(networks[int(bad.nonzero()[0, 0])])
-        network = f"the network without sublayers {dropped}" if dropped else "the network"
-        raise DataError(f"states or predictions of {network} are not finite in {where}: score in another dtype")
+def _first_fault(values: Tensor, before: int) -> Tensor:
+    """`before` and the index of the first of `[n, ...]` in which something is not finite, inf if there is none."""
+    places = torch.arange(before, before + len(values), device=values.device, dtype=torch.float64)
+    is_finite = values.isfinite().unsqueeze(-1).flatten(1).all(1)
+    return pad(places.where(~is_finite, torch.inf), (0, 1), value=torch.inf).min()
 
 
 def _width_scores(

@@ -11,6 +11,8 @@ ranks gives the model's scores, whatever the layout:
 | head   | input of the attention output projection   | the heads of its own groups                            |
 
 Under sequence parallelism the tokens of a norm's output lie on several tensor ranks, which add them up first.
+
+A hook only sums over tokens. What follows is done for all places at once, when a micro-batch is through.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,6 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from minitron_megatron.config.schema import Aggregation, Neurons
-from minitron_megatron.errors import DataError
 from minitron_megatron.model.build import Backbone
 from minitron_megatron.model.local import normalize
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
@@ -70,6 +71,8 @@ class Capture:
             axis: torch.zeros(2, *size, dtype=torch.float64, device=groups.device) for axis, size in sizes.items()
         }
         self.num_sequences = torch.zeros((), dtype=torch.float64, device=groups.device)
+        # Of the current micro-batch: by axis and place, the sums over this rank's tokens.
+        self._found: dict[str, dict[int, Tensor]] = {axis: {} for axis in sizes}
         self._mask: Tensor | None = None  # of the whole sequence, [seq, batch]
         self._own_mask: Tensor | None = None  # of this rank's part of it under sequence parallelism
         self._num_tokens: Tensor | None = None
@@ -83,11 +86,11 @@ class Capture:
                 attention, mlp = layer.self_attention, layer.mlp
                 self._on_norm(layer.input_layernorm, attention.linear_qkv, 2 * number)
                 self._on_norm(layer.pre_mlp_layernorm, mlp.linear_fc1, 2 * number + 1)
-                self._before(attention.linear_proj, lambda x, n=number: self._add_heads(n, x))
+                self._before(attention.linear_proj, lambda x, n=number: self._find_heads(n, x))
                 if self.neurons is Neurons.AFTER:
-                    self._before(mlp.linear_fc2, lambda x, n=number: self._add_own("ffn", n, x))
+                    self._before(mlp.linear_fc2, lambda x, n=number: self._find("ffn", n, x, self._mask))
                 else:
-                    self._after(mlp.linear_fc1, lambda output, n=number: self._add_inputs(n, output))
+                    self._after(mlp.linear_fc1, lambda output, n=number: self._find_inputs(n, output))
             if chunk.decoder.final_layernorm is not None:
                 self._on_norm(chunk.decoder.final_layernorm, None, len(self.shape.pattern))
         return self
@@ -98,85 +101,86 @@ class Capture:
         self._hooks.clear()
 
     def set_mask(self, loss_mask: Tensor) -> None:
-        """Say which tokens, `[batch, seq]`, count in the forward passes to come. Once per micro-batch."""
+        """Say which tokens, `[batch, seq]`, count in the forward pass to come. Before each micro-batch."""
         self._mask, self._own_mask = loss_mask.transpose(0, 1), own_tokens(loss_mask, self.groups)
         self._num_tokens = self._mask.sum(0, dtype=torch.float64)
         self._all_valid = bool((self._num_tokens == len(self._mask)).all())
         if self.groups.tensor_rank == self.groups.pipeline_rank == 0:
             self.num_sequences += (self._num_tokens > 0).sum()
 
-    def check(self, where: str) -> None:
-        """See that all that was captured is finite. Once per micro-batch.
+    def add_up(self) -> Tensor:
+        """Add the forward pass that is through to `sums`. After each micro-batch, on all tensor ranks.
 
-        Args:
-            where: what to say of the micro-batch.
-
-        Raises:
-            DataError: it is not; the first place in the network is named.
+        Returns:
+            the first place in the network with an activation that is not finite, inf if there is none. Places are
+            positions in the pattern: a norm stands at its sublayer's, heads and neurons half a step behind it.
         """
-        bad = {axis: ~sums[1].sum(-1).isfinite() for axis, sums in self.sums.items()}
-        if not torch.stack([flags.any() for flags in bad.values()]).any():
-            return
-        places = [(number, axis) for axis, flags in bad.items() for number in flags.nonzero().flatten().tolist()]
-        # Norm p stands before sublayer p, and neurons and heads inside of theirs.
-        inside = {"ffn": lambda n: 2 * n + 1.5, "head": lambda n: 2 * n + 0.5, "hidden": lambda n: n}
-        place, axis = min((inside[axis](number), axis) for number, axis in places)
-        layer = f"layer {int(place) // 2}" if place < len(self.shape.pattern) else "the final norm"
-        raise DataError(
-            f"activations of {layer} ({axis}) are not finite in {where}: score in another dtype, or look at that text"
-        )
+        faults = [torch.full((), torch.inf, dtype=torch.float64, device=self.groups.device)]
+        for axis, found in self._found.items():
+            if not found:
+                continue
+            numbers, together = list(found), torch.stack(list(found.values()))
+            found.clear()
+            if axis == "hidden" and self.groups.layout.sequence:
+                sum_over(together, self.groups.collection.tp)
+            # A sequence without valid tokens has sums, and then a score, of 0.
+            score = sequence_score(*together.unbind(1), self._num_tokens.clamp(min=1), self.how)
+            sums = torch.stack([score.sum(1), score.square().sum(1)])
+            places = torch.tensor(numbers, device=sums.device, dtype=sums.dtype)
+            places = {"hidden": places, "head": 2 * places + 0.5, "ffn": 2 * places + 1.5}[axis]
+            faults.append(places.where(~sums[1].sum(-1).isfinite(), torch.inf).min())
+            if axis != "hidden":
+                first = self.groups.tensor_rank * sums.size(-1)
+                self.sums[axis][:, numbers, first : first + sums.size(-1)] += sums
+            elif self.groups.tensor_rank == 0:
+                self.sums[axis][:, numbers] += sums
+        return torch.stack(faults).min()
 
-    def _score(self, x: Tensor, mask: Tensor, split_sequence: bool) -> Tensor:
-        """Scores of the sequences that have valid tokens, `[batch, elements]`."""
+    def _find(self, axis: str, number: int, x: Tensor, mask: Tensor) -> None:
+        """Sum `[seq, batch, elements]` over the tokens that count."""
         if not self._all_valid:
             x = x * mask.unsqueeze(-1).to(x.dtype)
-        first, second = aggregate_sequence(x, self.how)
-        if split_sequence:
-            first, second = sum_over(torch.stack([first, second]), self.groups.collection.tp)
-        valid = self._num_tokens > 0
-        return sequence_score(first[valid], second[valid], self._num_tokens[valid], self.how)
+        self._found[axis][number] = aggregate_sequence(x, self.how)
 
-    def _add(self, axis: str, number: int, score: Tensor, first_element: int = 0) -> None:
-        sums = self.sums[axis][:, number, first_element : first_element + score.size(-1)]
-        sums += torch.stack([score.sum(0), score.square().sum(0)])
+    def _find_heads(self, number: int, x: Tensor) -> None:
+        heads = x.unflatten(-1, (-1, self.shape.head_dim)).float().norm(dim=-1)
+        self._find("head", number, heads, self._mask)
 
-    def _add_own(self, axis: str, number: int, x: Tensor) -> None:
-        """Add what this tensor rank alone has, `[seq, batch, elements/tp]` of the whole sequence."""
-        score = self._score(x, self._mask, split_sequence=False)
-        self._add(axis, number, score, self.groups.tensor_rank * x.size(-1))
-
-    def _add_heads(self, number: int, x: Tensor) -> None:
-        self._add_own("head", number, x.unflatten(-1, (-1, self.shape.head_dim)).float().norm(dim=-1))
-
-    def _add_inputs(self, number: int, output: tuple[Tensor, Tensor | None]) -> None:
-        """Add what the first projection of an MLP gives, of a gated one the half that is its gate."""
+    def _find_inputs(self, number: int, output: tuple[Tensor, Tensor | None]) -> None:
+        """What the first projection of an MLP gives, of a gated one the half that is its gate."""
         x, bias = output
         x = x if bias is None else x + bias
-        self._add_own("ffn", number, x.chunk(2, dim=-1)[0] if self.shape.gated else x)
+        self._find("ffn", number, x.chunk(2, dim=-1)[0] if self.shape.gated else x, self._mask)
 
-    def _add_channels(self, number: int, x: Tensor) -> None:
-        split, is_first = self.groups.layout.sequence, self.groups.tensor_rank == 0
-        if split or is_first:
-            score = self._score(x, self._own_mask, split)
-        if is_first:
-            self._add("hidden", number, score)
+    def _find_channels(self, number: int, x: Tensor) -> None:
+        # Without sequence parallelism all tensor ranks have the same.
+        if self.groups.layout.sequence or self.groups.tensor_rank == 0:
+            self._find("hidden", number, x, self._own_mask)
 
     def _on_norm(self, norm, linear, number: int) -> None:
         if isinstance(norm, IdentityOp):
             self._before(
                 linear,
-                lambda x: self._add_channels(
+                lambda x: self._find_channels(
                     number, normalize(x, linear.layer_norm_weight, linear.layer_norm_bias, linear.config)
                 ),
             )
         else:
-            self._after(norm, lambda x: self._add_channels(number, x))
+            self._after(norm, lambda x: self._find_channels(number, x))
 
     def _before(self, module, add) -> None:
         self._hooks.append(module.register_forward_pre_hook(lambda module, args: add(args[0])))
 
     def _after(self, module, add) -> None:
         self._hooks.append(module.register_forward_hook(lambda module, args, output: add(output)))
+
+
+def place_name(place: float, shape: ModelShape) -> str:
+    """What to say of a place that `Capture.add_up` found."""
+    if place == len(shape.pattern):
+        return "activations of the final norm (hidden)"
+    axis = {0: "hidden", 0.5: "head", 1.5: "ffn"}[place % 2 if place % 1 else 0]
+    return f"activations of layer {int(place) // 2} ({axis})"
 
 
 def own_tokens(loss_mask: Tensor, groups: Groups) -> Tensor:

@@ -1,15 +1,18 @@
 """Sums over many samples that survive an interruption."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_megatron.data.samples import Samples, rank_batches
+from minitron_megatron.errors import DataError
 from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch
@@ -47,7 +50,8 @@ class PartialSums:
         samples: Samples,
         num_samples: int,
         sums: dict[str, Tensor],
-        add: Callable[[Batch, str], None],
+        add: Callable[[Batch], Tensor],
+        describe: Callable[[float], str],
         advance: Callable[[int], None],
     ) -> dict[str, Tensor]:
         """The sums over all samples, on every rank. Collective.
@@ -57,13 +61,20 @@ class PartialSums:
             samples: each is read once over all data-parallel ranks.
             num_samples: how many of them.
             sums: what this rank adds to, and no other rank does; zeros at first.
-            add: adds a micro-batch to `sums`; its second argument says which one it is.
+            add: adds a micro-batch to `sums`, and returns the place of the first thing in them that is not finite,
+                a number that is infinite if there is none.
+            describe: what to say of such a place.
             advance: told how many micro-batches are done.
 
         Returns:
             float64 tensors on the CPU, by the names in `sums`.
+
+        Raises:
+            DataError: something is not finite. Every rank, in any layout, names the first place in the first such
+                micro-batch; no sums with it are kept.
         """
-        layout = self.groups.layout
+        layout, collection = self.groups.layout, self.groups.collection
+        parallel = (collection.tp, collection.pp, collection.dp)
         per_step = self.micro_batch * layout.data
         first = self._done.get(name, 0)
         total = self._sums.get(name, {key: torch.zeros_like(value, device="cpu") for key, value in sums.items()})
@@ -71,16 +82,19 @@ class PartialSums:
         batches = rank_batches(
             samples, first, num_samples - first, self.micro_batch, self.groups.data_rank, layout.data
         )
+        faults: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, start=1):
-            add(
-                {key: value.to(self.groups.device) for key, value in batch.items()},
-                f"samples {first} to {min(first + per_step, num_samples) - 1}",
+            last = min(first + per_step, num_samples)
+            faults[f"samples {first} to {last - 1}"] = add(
+                {key: value.to(self.groups.device) for key, value in batch.items()}
             )
             advance(1)
-            first = min(first + per_step, num_samples)
+            first = last
             if number % self.save_every == 0 or first == num_samples:
+                _require_none(faults, parallel, describe)
+                faults.clear()
                 for key, value in sums.items():
-                    for group in (self.groups.collection.tp, self.groups.collection.pp, self.groups.collection.dp):
+                    for group in parallel:
                         sum_over(value, group)
                     total[key] = total[key] + value.cpu()
                     value.zero_()
@@ -113,3 +127,18 @@ class PartialSums:
                     self._sums.setdefault(name, {})[what] = f.get_tensor(key)
         except (OSError, SafetensorError, KeyError):
             self._done, self._sums = {}, {}
+
+
+def _require_none(
+    faults: dict[str, Tensor], parallel: Iterable[dist.ProcessGroup], describe: Callable[[float], str]
+) -> None:
+    """Raise for the first micro-batch in which any rank found a fault. Collective."""
+    places = torch.stack(list(faults.values()))
+    for group in parallel:
+        if group.size() > 1:
+            dist.all_reduce(places, dist.ReduceOp.MIN, group=group)
+    for where, place in zip(faults, places.tolist(), strict=True):
+        if math.isfinite(place):
+            raise DataError(
+                f"{describe(place)} are not finite in {where}: score in another dtype, or look at that text"
+            )

@@ -151,7 +151,12 @@ class Plan:
         self.write_file(folder / FILE)
 
     def write_file(self, path: Path) -> None:
-        """Write the plan as JSON that can be read and edited: a line per sublayer, indices as ranges.
+        """Write the plan to a file of any name."""
+        write_atomically(path, self.text)
+
+    @property
+    def text(self) -> str:
+        """The plan as JSON that can be read and edited: a line per sublayer, indices as ranges.
 
         To drop a sublayer is to remove its line.
         """
@@ -161,7 +166,7 @@ class Plan:
             f'"hidden": {json.dumps(to_ranges(self.hidden))}',
             '"sublayers": [\n  ' + ",\n  ".join(map(json.dumps, self._rows())) + "\n]",
         ]
-        write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
 
     def _rows(self) -> Iterator[dict]:
         for position in self.sublayers:

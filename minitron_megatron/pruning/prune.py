@@ -1,5 +1,6 @@
 """The verb `prune`: a checkpoint and a plan, made from scores or given, become a smaller checkpoint."""
 
+import itertools
 import logging
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def prune(config: PruneConfig) -> Path:
     if config.dry_run:
         file = output.with_name(f"{output.name}.plan.json")
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and file.read_text() != plan.text:
+            _set_aside(file)
         plan.write_file(file)
         show_plan(plan, scores)
         for problem in problems:
@@ -72,6 +75,14 @@ def prune(config: PruneConfig) -> Path:
     write_pruned(output, checkpoint, plan, manifest, config.parallel.tensor)
     logger.info("pruned %.1fM to %.1fM parameters", before / 1e6, after / 1e6)
     return output
+
+
+def _set_aside(file: Path) -> None:
+    """Keep what somebody may have changed by hand, under the first name that is free."""
+    names = (file.with_suffix(f".{number}.json") for number in itertools.count(1))
+    aside = next(path for path in names if not path.exists())
+    file.rename(aside)
+    logger.info("another plan was in %s; it is now %s", file, aside)
 
 
 def _require_same(role: str, given: str, shape, fingerprint: str | None, checkpoint, parent: Parent, fix: str) -> None:

@@ -77,7 +77,12 @@ def score(config: ScoreConfig) -> Path:
         return output
     with process_groups(config.parallel) as groups:
         corpus = main_first(lambda: prepare_corpus(config.data, checkpoint.huggingface_folder))
-        samples = training_samples(corpus, config.data, config.num_samples)
+        # More would be the same sequences again, which count no more than once.
+        num_samples = min(config.num_samples, corpus.num_sequences(config.data.sequence_length))
+        if num_samples < config.num_samples:
+            logger.warning("num_samples = %d: the text has only %d sequences", config.num_samples, num_samples)
+        config = dataclasses.replace(config, num_samples=num_samples)
+        samples = training_samples(corpus, config.data, num_samples)
         choices = None
         if questions:
             tokenizer = load_tokenizer(checkpoint.huggingface_folder)

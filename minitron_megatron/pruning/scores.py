@@ -62,8 +62,9 @@ class Scores:
         depth: by criterion, what leaving out a unit does, `[unit]`; with a search for blocks, what leaving out the
             block that begins there does. NaN where nothing was left out.
         depth_settings: what these numbers are of.
-        rounds: by field, in which round an element was scored last, in its order of size; an element of an earlier
-            round is less important. Empty if there was one round.
+        rounds: by field, in which round of several an element was scored last; in a greedy search, at which step a
+            unit went, and for those that stay one more than the last step. An element of an earlier round is less
+            important, whatever its score. Empty if one round scored everything.
         settings: how the scores were made: criteria, aggregation, calibration data and its hash.
         checkpoint: fingerprint of the checkpoint that was scored, or None.
     """
@@ -139,7 +140,7 @@ def group_scores(heads: Tensor, rounds: Tensor | None) -> tuple[Tensor, Tensor |
     return (heads * (rounds == last)).sum(-1), last[..., 0]
 
 
-def aggregate_sequence(x: Tensor, how: Aggregation) -> tuple[Tensor, Tensor]:
+def aggregate_sequence(x: Tensor, how: Aggregation) -> Tensor:
     """The sums over tokens from which a per-sequence score follows; parts of a sequence add up.
 
     Args:
@@ -147,22 +148,22 @@ def aggregate_sequence(x: Tensor, how: Aggregation) -> tuple[Tensor, Tensor]:
         how: the aggregation over the tokens.
 
     Returns:
-        first and second sums `[batch, elements]` in float64, see `sequence_score`.
+        first and second sums `[2, batch, elements]` in float64, see `sequence_score`.
     """
-    first, second = torch.zeros(2, *x.shape[1:], dtype=torch.float64, device=x.device)
+    first, second = sums = torch.zeros(2, *x.shape[1:], dtype=torch.float64, device=x.device)
     for (block,) in in_blocks(x):
         # Short sums may be of float32; long ones are of float64.
         first += (block if how is Aggregation.VARIANCE else block.abs()).sum(0, dtype=torch.float32)
         if how is not Aggregation.MEAN:
             second += block.float().square().sum(0)
-    return first, second
+    return sums
 
 
 def sequence_score(first: Tensor, second: Tensor, num_tokens: Tensor, how: Aggregation) -> Tensor:
     """Scores of whole sequences, from the sums over all their tokens.
 
     Args:
-        first, second: sums `[batch, elements]`, see `aggregate_sequence`.
+        first, second: sums `[..., batch, elements]`, see `aggregate_sequence`.
         num_tokens: valid tokens of each sequence `[batch]`, at least 1.
         how: the aggregation over the tokens; the variance is the population's.
     """

@@ -92,7 +92,7 @@ def pruning_pictures(scores: Scores | None, plan: Plan | None = None, prefix: st
         rounds = _ROUNDS if "ffn" in scores.rounds else ""
         figures["ffn"] = ffn_importance(scores, plan), _FFN + rounds
         figures["heads"] = head_importance(scores, plan), _HEADS + rounds
-        if plan is not None and plan.target.num_query_groups < plan.source.num_query_groups:
+        if 1 < scores.shape.num_query_groups < scores.shape.num_heads:
             figures["groups"] = group_importance(scores, plan), _GROUPS + rounds
         figures["hidden"] = hidden_importance(scores, plan), _HIDDEN + rounds
         if scores.depth:

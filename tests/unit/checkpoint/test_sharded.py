@@ -1,5 +1,6 @@
 """Reading and writing Megatron's sharded checkpoints without a model."""
 
+import copy
 import io
 import json
 import os
@@ -161,7 +162,20 @@ def change_index(folder, change):
     path.write_bytes(pickle.dumps(metadata))
 
 
+def twice(chunks):
+    """The first chunk in place of the last one, which is as large."""
+    assert chunks[0].sizes == chunks[-1].sizes
+    chunks[-1] = chunks[0]
+
+
+def another(tensors, key):
+    """A tensor more, which lies nowhere: of a kind of layer that is not in the axis table."""
+    tensors[key] = copy.deepcopy(tensors[FC2])
+    tensors[key].chunks.clear()
+
+
 FC1, FC2 = "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc2.weight"
+ROUTER = "decoder.layers.mlp.router.weight"
 
 
 @pytest.mark.parametrize(
@@ -187,6 +201,8 @@ FC1, FC2 = "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc
         (lambda f: change_shape(f, linear_bias=True), "missing: decoder.layers.mlp.linear_fc1.bias [3, 88]"),
         (lambda f: change_index(f, lambda tensors: tensors.pop(FC2)), f"missing: {FC2} [3, 48, 44]"),
         (lambda f: change_index(f, lambda tensors: tensors[FC2].chunks.pop()), f"not whole: {FC2} [3, 48, 44]"),
+        (lambda f: change_index(f, lambda tensors: twice(tensors[FC2].chunks)), f"not whole: {FC2} [3, 48, 44]"),
+        (lambda f: change_index(f, lambda tensors: another(tensors, ROUTER)), f"unknown: {ROUTER} [3, 48, 44]"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -110,6 +110,35 @@ def test_what_fails_in_one_thread_stops_all_and_is_raised_as_it_is(error, source
     assert failing.reads < 20  # of 27 parameters
 
 
+def test_one_chunk_is_read_while_another_is_written(source, tmp_path, monkeypatch):
+    """The first write ends when something has been read behind its back."""
+    monkeypatch.setattr(writer, "_num_threads", lambda: 2)
+    writing, read_meanwhile, save = threading.Event(), threading.Event(), torch.save
+
+    class Watched(Failing):
+        def read(self, param, layer, index):
+            if writing.is_set():
+                read_meanwhile.set()
+            return self.source.read(param, layer, index)
+
+    def wait_and_save(tensor, file):
+        if isinstance(tensor, torch.Tensor) and not writing.is_set():
+            writing.set()
+            assert read_meanwhile.wait(timeout=60)
+        save(tensor, file)
+
+    monkeypatch.setattr(torch, "save", wait_and_save)
+    assert_equal(write(tmp_path / "c", Watched(source, None)), source)
+
+
+def test_progress_is_shown(source, tmp_path, caplog):
+    caplog.set_level("INFO")
+    checkpoint = write(tmp_path / "c", source)
+    count = sum(len(tensor.chunks) for tensor in checkpoint.tensors.values())
+    shown = [record.getMessage().split() for record in caplog.records if record.name == "minitron_megatron.progress"]
+    assert len(shown) == 10 and shown[-1] == ["write", "chunks", str(count), "of", str(count)]
+
+
 def test_written_checksums_are_right(source, tmp_path):
     checkpoint = write(tmp_path / "c", source)
     for tensor in checkpoint.tensors.values():

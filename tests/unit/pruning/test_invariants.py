@@ -246,12 +246,14 @@ def test_two_plans_are_one_after_the_other(source, logits):
 
 
 @pytest.mark.parametrize(
-    "part, target", [("neurons", dict(ffn=42)), ("heads", dict(heads=9)), ("groups", dict(groups=2))]
+    "part, target",
+    [("neurons", dict(ffn=42)), ("heads", dict(heads=9)), ("groups", dict(groups=2)), ("channels", dict(hidden=46))],
 )
 def test_what_nothing_reads_goes_first(source, build, groups, logits, part, target):
-    """However large it is."""
+    """However large it is. A channel that nothing reads has its part in the norms, so that it is missed if it goes."""
     generator = np.random.default_rng(0)
     dead = {}
+    channels = sorted(generator.choice(HIDDEN, 2, replace=False).tolist())
     for layer in range(LAYERS):
         proj = source.tensors["self_attention.linear_proj.weight", layer].view(HIDDEN, GROUPS, HEADS, HEAD_DIM)
         if part == "neurons":
@@ -259,6 +261,10 @@ def test_what_nothing_reads_goes_first(source, build, groups, logits, part, targ
             source.tensors["mlp.linear_fc2.weight", layer][:, dead[layer]] = 0
             rows = source.tensors["mlp.linear_fc1.weight", layer].view(-1, FFN, HIDDEN)
             rows[:, dead[layer]] *= 10
+        elif part == "channels":
+            source.tensors["self_attention.linear_qkv.weight", layer][:, channels] = 0
+            source.tensors["mlp.linear_fc1.weight", layer][:, channels] = 0
+            source.tensors["mlp.linear_fc2.weight", layer][channels] *= 10
         elif part == "heads":
             dead[layer] = generator.integers(HEADS, size=GROUPS).tolist()
             for group, head in enumerate(dead[layer]):
@@ -266,10 +272,16 @@ def test_what_nothing_reads_goes_first(source, build, groups, logits, part, targ
         else:
             dead[layer] = int(generator.integers(GROUPS))
             proj[:, dead[layer]] = 0
+    if part == "channels":
+        name = "embedding.word_embeddings.weight" if source.shape.tied else "output_layer.weight"
+        source.tensors[name, None][:, channels] = 0
     model = build(source)
     samples = Samples(NUM_SAMPLES, SEQUENCE, 101)
     how = score_config(criterion=Criterion.ACTIVATION_WEIGHT, criteria=[])
     plan = make_plan(score_model([model], source.shape, groups, samples, how), TargetConfig(**target))
+    if part == "channels":
+        assert plan.hidden == [channel for channel in range(HIDDEN) if channel not in channels]
+        return
     for layer in range(LAYERS):
         if part == "neurons":
             assert plan.ffn[2 * layer + 1] == [n for n in range(FFN) if n not in dead[layer]]

@@ -10,13 +10,21 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from minitron_megatron.checkpoint.source import instances
-from minitron_megatron.config.schema import ParallelConfig, TargetConfig
+from minitron_megatron.config.schema import ParallelConfig, TargetConfig, Unit
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.shape import ModelShape, NormKind, layers_pattern, layout_problems, pad_vocab
+from minitron_megatron.model.shape import (
+    ATTENTION,
+    MLP,
+    ModelShape,
+    NormKind,
+    layers_pattern,
+    layout_problems,
+    pad_vocab,
+)
 from minitron_megatron.pruning.plan import Plan, from_ranges, make_plan, to_ranges
-from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.pruning.scores import DepthSettings, Scores
 from minitron_megatron.pruning.slicing import Pruned
 from minitron_megatron.pruning.target import resolve_target
 
@@ -53,25 +61,34 @@ def problems(draw):
     """A shape, a layout that can split it, a target and scores; few different ones, so that many are equal."""
     tensor = draw(st.sampled_from([1, 2, 4]))
     shape = draw(shapes(tensor))
-    names = {"layers": shape.num_layers, "hidden": shape.hidden, "ffn": shape.ffn, "groups": shape.num_query_groups}
+    layers = shape.num_layers
+    names = {"hidden": shape.hidden, "ffn": shape.ffn, "groups": shape.num_query_groups, "heads": shape.num_heads}
+    by = draw(st.sampled_from(["layers", "keep_layers", "sublayers"]))
+    if by == "keep_layers":
+        depth = {by: sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1)))}
+    else:
+        depth = {name: draw(size_of(layers)) for name in ([by] if by == "layers" else ["attention", "mlp"])}
     target = TargetConfig(
         **{name: draw(size_of(has)) for name, has in names.items()},
-        heads=draw(size_of(shape.num_heads)),
+        **depth,
         round_to=draw(st.none() | st.sampled_from([2, 8, 16])),
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
-    layers = shape.num_layers
-    sizes = [(shape.hidden,), (layers, shape.ffn), (layers, shape.num_query_groups, shape.heads_per_group), (layers,)]
+    unit = Unit.SUBLAYER if by == "sublayers" else Unit.LAYER
+    units = len(shape.pattern) if by == "sublayers" else layers
+    sizes = [(shape.hidden,), (layers, shape.ffn), (layers, shape.num_query_groups, shape.heads_per_group), (units,)]
     *width, depth = (torch.randint(0, 9, size, generator=generator).double() for size in sizes)
-    return Scores(shape, *width, {"loss": depth}), ParallelConfig(tensor=tensor), target
+    scores = Scores(shape, *width, {"loss": depth}, DepthSettings(unit))
+    return scores, ParallelConfig(tensor=tensor), target, draw(st.booleans())
 
 
-def plan_or_nothing(scores, parallel, target):
+def plan_or_nothing(scores, parallel, target, merge):
     try:
-        return make_plan(scores, target, parallel)
+        return make_plan(scores, target, parallel, merge_heads=merge)
     except ConfigError as error:
-        # A whole number is the only thing that can be wrong with sizes within those of the source.
-        assert isinstance(target.heads, int) and all("target.heads" in problem for problem in error.problems), error
+        # Of sizes within those of the source, only a whole number of heads can be wrong, or too few to merge.
+        assert all("target.heads" in problem or (merge and "merge_heads" in problem) for problem in error.problems)
+        assert merge or isinstance(target.heads, int)
         assume(False)
 
 
@@ -82,15 +99,17 @@ def ascends_within(indices, size):
 @PROPERTIES
 @given(problems())
 def test_a_plan_is_whole_and_survives_its_file(tmp_path, problem):
-    scores, parallel, target = problem
-    plan = plan_or_nothing(scores, parallel, target)
+    scores, _, target, merge = problem
+    plan = plan_or_nothing(*problem)
     source, cut = scores.shape, plan.target
-    assert plan.problems() == []
+    assert plan.problems() == [] and bool(plan.merge) == merge
     assert ascends_within(plan.sublayers, len(source.pattern)) and ascends_within(plan.hidden, source.hidden)
-    attention, mlp = plan.sublayers[::2], plan.sublayers[1::2]
-    assert [p + 1 for p in attention] == mlp == sorted(plan.ffn) and attention == sorted(plan.group) == sorted(
-        plan.head
-    )
+    attention, mlp = ([p for p in plan.sublayers if source.pattern[p] == kind] for kind in (ATTENTION, MLP))
+    assert mlp == sorted(plan.ffn) and attention == sorted(plan.group) == sorted(plan.head)
+    if scores.depth_settings.unit is Unit.LAYER:
+        assert [p + 1 for p in attention] == mlp
+    if target.keep_layers is not None:
+        assert mlp == [2 * layer + 1 for layer in target.keep_layers]
     for kept in plan.ffn.values():
         assert ascends_within(kept, source.ffn) and len(kept) == cut.ffn
     for position, groups in plan.group.items():
@@ -99,10 +118,14 @@ def test_a_plan_is_whole_and_survives_its_file(tmp_path, problem):
         for heads in plan.head[position]:
             assert ascends_within(heads, source.heads_per_group) and len(heads) == cut.heads_per_group
     # What stays has no lower score than what goes.
-    for number, position in enumerate(mlp):
+    for position in mlp:
         own = scores.ffn[position // 2]
         gone = [i for i in range(source.ffn) if i not in plan.ffn[position]]
-        assert not gone or own[plan.ffn[position]].min() >= own[gone].max(), number
+        assert not gone or own[plan.ffn[position]].min() >= own[gone].max()
+    for position, partners in plan.merge.items():
+        for kept, own in zip(plan.head[position], partners, strict=True):
+            gone = set(range(source.heads_per_group)) - set(kept)
+            assert {partner for head, partner in zip(kept, own, strict=True) if partner != head} == gone
     plan.write(tmp_path)
     assert Plan.read(tmp_path) == plan
 
@@ -110,11 +133,15 @@ def test_a_plan_is_whole_and_survives_its_file(tmp_path, problem):
 @PROPERTIES
 @given(problems())
 def test_sizes_are_what_was_asked_for(problem):
-    scores, parallel, target = problem
-    plan = plan_or_nothing(scores, parallel, target)
+    scores, parallel, target, _ = problem
+    plan = plan_or_nothing(*problem)
     source, cut = scores.shape, plan.target
     found = {
-        "layers": (source.num_layers, cut.num_layers),
+        **{
+            name: (len(source.sublayers(kind)), len(cut.sublayers(kind)))
+            for name, kind in (("layers", ATTENTION), ("layers", MLP), ("attention", ATTENTION), ("mlp", MLP))
+            if (name in ("attention", "mlp")) == (scores.depth_settings.unit is Unit.SUBLAYER)
+        },
         "hidden": (source.hidden, cut.hidden),
         "ffn": (source.ffn, cut.ffn),
         "groups": (source.num_query_groups, cut.num_query_groups),
@@ -123,7 +150,9 @@ def test_sizes_are_what_was_asked_for(problem):
     rounded = {"hidden", "ffn"} if target.round_to else set()
     for name, (has, size) in found.items():
         asked = getattr(target, name)
-        if asked is None:
+        if name == "layers" and target.keep_layers is not None:
+            assert size == len(target.keep_layers)
+        elif asked is None:
             if name != "heads":
                 assert size == has
         elif isinstance(asked, int) and name not in rounded:
@@ -136,8 +165,10 @@ def test_sizes_are_what_was_asked_for(problem):
     problems_left = [p for p in layout_problems(cut, parallel) if not any(names[n] in p for n in whole)]
     assert problems_left == []
     # A fraction is off by at most half of what it is rounded to, unless that is more than there is.
-    if isinstance(target.layers, float):
-        assert abs(cut.num_layers - target.layers * source.num_layers) <= 0.5 or cut.num_layers == 1
+    for name in ("layers", "attention", "mlp"):
+        if isinstance(asked := getattr(target, name), float):
+            has, size = found[name]
+            assert abs(size - asked * has) <= 0.5 or size == 1
     if isinstance(target.ffn, float):
         options = {target.round_to} if target.round_to else {64, 8, 1}
         assert any(
@@ -154,7 +185,7 @@ def test_sizes_are_what_was_asked_for(problem):
 
 
 class Nothing:
-    """A source of tensors without values, that checks what it is asked for."""
+    """A source of zeros, that checks what it is asked for."""
 
     dtype = torch.float32
 
@@ -165,14 +196,14 @@ class Nothing:
         for positions, size in zip(index, param.size(axis_sizes(self.shape)), strict=True):
             assert (np.diff(positions) > 0).all() and positions[0] >= 0 and positions[-1] < size
         assert layer in instances(param, self.shape)
-        return torch.empty([len(positions) for positions in index], device="meta")
+        return torch.zeros([]).expand([len(positions) for positions in index])
 
 
 @PROPERTIES
 @given(problems())
 def test_a_pruned_network_has_the_parameters_of_its_shape(problem):
-    scores, parallel, target = problem
-    pruned = Pruned(Nothing(scores.shape), plan_or_nothing(scores, parallel, target))
+    scores, *_ = problem
+    pruned = Pruned(Nothing(scores.shape), plan_or_nothing(*problem))
     shape, found = pruned.shape, {}
     for param in parameters(shape):
         for layer in instances(param, shape):
@@ -189,7 +220,8 @@ def test_a_pruned_network_has_the_parameters_of_its_shape(problem):
     matrices = (qkv + width + neurons + shape.ffn) * shape.hidden
     biases = qkv * (shape.qkv_bias or shape.linear_bias) + (2 * shape.hidden + neurons) * shape.linear_bias
     tables = shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    assert num_parameters(shape) == shape.num_layers * (matrices + biases + 2 * norm) + norm + tables
+    if shape.is_uniform:
+        assert num_parameters(shape) == shape.num_layers * (matrices + biases + 2 * norm) + norm + tables
 
 
 @PROPERTIES

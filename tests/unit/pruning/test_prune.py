@@ -1,10 +1,14 @@
 """Pruning against slicing written out by hand, and against the whole network with the removed parts silenced."""
 
+import itertools
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
 from minitron_megatron.checkpoint.convert import as_transformers_model, export
@@ -20,6 +24,8 @@ from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.pruning.slicing import Pruned
+from tests.ranks import run_on_ranks
 from tests.tiny import FAMILIES, LLAMA, hf_model, import_hf
 
 LAYERS, HIDDEN, FFN, GROUPS, HEADS, HEAD_DIM = 4, 48, 44, 2, 3, 12
@@ -103,6 +109,35 @@ def test_pruning_is_slicing(llama, tmp_path, attention):
 def test_the_plan_that_was_carried_out_is_the_one_of_the_scores(llama, tmp_path):
     _, plan = llama.prune(tmp_path / "pruned", hidden=40)
     assert plan.hidden == sorted(Scores.read(llama.scores).hidden.topk(40).indices.tolist())
+
+
+def killed(config):
+    """Prunes until some parameters have been read."""
+    count, read = itertools.count(), Pruned.read
+
+    def read_or_die(*arguments):
+        if next(count) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(*arguments)
+
+    Pruned.read = read_or_die
+    prune(config)
+
+
+def test_a_pruning_that_was_killed_is_done_again(llama, tmp_path):
+    expected, plan = llama.prune(tmp_path / "expected", layers=3, ffn=30)
+    config = llama.config(tmp_path / "pruned", target=TargetConfig(layers=3, ffn=30))
+    before = fingerprint(llama.checkpoint)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_on_ranks(1, killed, config)
+    assert not (tmp_path / "pruned").exists()
+    found = Checkpoint(prune(config))
+    for name, tensor in as_transformers_model(expected).state_dict().items():
+        assert torch.equal(as_transformers_model(found).state_dict()[name], tensor), name
+    assert Plan.read(tmp_path / "pruned") == plan
+    assert found.manifest.details["optimizer_state"] == "left out"
+    assert fingerprint(llama.checkpoint) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "pruned"]
 
 
 def test_a_pruned_model_is_the_same_here_and_exported(source, tmp_path):
@@ -216,6 +251,14 @@ def test_a_dry_run_shows_what_would_be_done_and_writes_the_plan_alone(llama, tmp
     [shares] = [line for line in lines if line and line[0] == str(layer)]
     kept = scores.ffn[layer][plan.ffn[2 * layer + 1]].sum() / scores.ffn[layer].sum()
     assert shares[1] == f"{kept:.1%}"
+    # Another plan does not write over one that somebody may have changed.
+    edited = file.read_text().replace('"layer"', '"layer" ', 1)
+    file.write_text(edited)
+    for _ in range(2):
+        prune(llama.config(tmp_path / "folder/pruned", target=replace(target, hidden=40), dry_run=True))
+    assert len(Plan.read(file).hidden) == 40
+    assert sorted(path.name for path in file.parent.iterdir()) == ["pruned.plan.1.json", "pruned.plan.json"]
+    assert (file.parent / "pruned.plan.1.json").read_text() == edited
     # Afterwards the same words prune.
     assert Checkpoint(prune(llama.config(tmp_path / "folder/pruned", target=target))).shape.hidden == 41
 

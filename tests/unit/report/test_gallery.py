@@ -3,8 +3,7 @@ from dataclasses import replace
 import torch
 
 import minitron_megatron
-from minitron_megatron.config.schema import DepthSearch, TargetConfig
-from minitron_megatron.pruning.plan import make_plan
+from minitron_megatron.config.schema import DepthSearch
 from minitron_megatron.pruning.scores import DepthSettings
 from minitron_megatron.report.gallery import pruning_pictures
 
@@ -14,11 +13,13 @@ def names(*args):
 
 
 def test_what_is_drawn_follows_what_is_known(scores, plan):
-    assert names(scores) == ["ffn", "heads", "hidden", "layers"]
-    assert names(scores, plan) == ["kept", "ffn", "heads", "hidden", "layers"]
+    assert names(scores) == ["ffn", "heads", "groups", "hidden", "layers"]
+    assert names(scores, plan) == ["kept", "ffn", "heads", "groups", "hidden", "layers"]
     assert names(None, plan) == ["kept"]
-    assert names(replace(scores, depth={})) == ["ffn", "heads", "hidden"]
-    assert names(scores, make_plan(scores, TargetConfig(groups=1)), "cut_")[3] == "cut_groups"
+    assert names(replace(scores, depth={})) == ["ffn", "heads", "groups", "hidden"]
+    # A group of one head is that head.
+    of_one = replace(scores, shape=scores.shape.replace(num_heads=2), head=scores.head[..., :1])
+    assert names(of_one, None, "own_")[:3] == ["own_ffn", "own_heads", "own_hidden"]
 
 
 def test_captions_say_how_the_layers_were_left_out(scores):
@@ -34,5 +35,5 @@ def test_captions_say_how_the_layers_were_left_out(scores):
 
 def test_figures_for_those_who_have_scores_and_plan_at_hand(scores, plan, tmp_path):
     files = minitron_megatron.draw(tmp_path / "figures", scores, plan)
-    assert files == [tmp_path / "figures" / f"{name}.png" for name in ("kept", "ffn", "heads", "hidden", "layers")]
+    assert files == [tmp_path / "figures" / f"{name}.png" for name in names(scores, plan)]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)

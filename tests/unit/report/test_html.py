@@ -85,7 +85,7 @@ def test_its_figures_are_in_it_and_in_the_folder(page, shared_run):
     files = {path.name: path.read_bytes() for path in (run / "figures").iterdir()}
     assert set(files) == {
         *("before_after.png", "loss.png", "pruned_kept.png"),
-        *(f"pruned_{axis}.png" for axis in ("ffn", "heads", "hidden", "layers")),
+        *(f"pruned_{axis}.png" for axis in ("ffn", "heads", "groups", "hidden", "layers")),
     }
     embedded = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in page.images]
     assert sorted(embedded) == sorted(files.values())
@@ -120,9 +120,15 @@ def test_a_second_report_replaces_the_first(finished_run):
     "gone, figures",
     [
         ("scores", {"before_after", "loss", "pruned_kept"}),
-        ("pruned", {"before_after", "loss"} | {f"scores_{axis}" for axis in ("ffn", "heads", "hidden", "layers")}),
-        ("distilled", {"before_after"} | {f"pruned_{part}" for part in ("kept", "ffn", "heads", "hidden", "layers")}),
-        ("evaluate", {"loss"} | {f"pruned_{part}" for part in ("kept", "ffn", "heads", "hidden", "layers")}),
+        (
+            "pruned",
+            {"before_after", "loss"} | {f"scores_{axis}" for axis in ("ffn", "heads", "groups", "hidden", "layers")},
+        ),
+        (
+            "distilled",
+            {"before_after"} | {f"pruned_{part}" for part in ("kept", "ffn", "heads", "groups", "hidden", "layers")},
+        ),
+        ("evaluate", {"loss"} | {f"pruned_{part}" for part in ("kept", "ffn", "heads", "groups", "hidden", "layers")}),
     ],
 )
 @pytest.mark.parametrize("stage_too", [False, True], ids=["folder", "stage"])

@@ -121,9 +121,9 @@ def test_a_plan_that_drops_sublayers_names_them_apart(plan, show, tmp_path):
 @pytest.mark.parametrize(
     "path, names",
     [
-        ("scores", ["ffn", "heads", "hidden", "layers"]),
-        ("pruned", ["ffn", "heads", "hidden", "kept", "layers"]),
-        ("pruned/plan.json", ["ffn", "heads", "hidden", "kept", "layers"]),
+        ("scores", ["ffn", "groups", "heads", "hidden", "layers"]),
+        ("pruned", ["ffn", "groups", "heads", "hidden", "kept", "layers"]),
+        ("pruned/plan.json", ["ffn", "groups", "heads", "hidden", "kept", "layers"]),
         ("distilled", ["loss"]),
     ],
 )
