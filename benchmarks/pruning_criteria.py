@@ -159,8 +159,8 @@ def measure(teacher: Path, data, known: Known, args) -> None:
         per_draw = max(args.samples, args.depth_samples, args.greedy_samples)
         pool = training_samples(corpus, data, per_draw * max(args.seeds, args.depth_seeds))
 
-        def score(seed: int, num_samples: int, partial=None, **settings):
-            own = [pool[seed * per_draw + i] for i in range(num_samples)]
+        def score(draw: int, num_samples: int, partial=None, **settings):
+            own = [pool[draw * per_draw + i] for i in range(num_samples)]
             config = ScoreConfig(num_samples=num_samples, **settings)
             asked = choices if DepthCriterion.ACCURACY in config.depth.criteria else None
             return score_model(whole, checkpoint.shape, groups, own, config, asked, partial)
