@@ -8,7 +8,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from minitron_megatron.checkpoint.source import TensorSource, instances
-from minitron_megatron.model.axes import Param, axis_sizes, parameters
+from minitron_megatron.model.axes import PROJECTIONS, Param, axis_sizes, parameters
 from minitron_megatron.model.build import Backbone
 from minitron_megatron.model.shape import ModelShape
 from minitron_megatron.parallel.groups import Groups
@@ -22,8 +22,8 @@ def local_parameters(
     A tensor-parallel shard is a range of one axis, so that sharding is indexing, like pruning.
 
     Yields:
-        every parameter of `model`, its row of the axis table, the number of its sublayer among those of its kind,
-        and the positions it holds.
+        every parameter of `model` but what distillation has added, its row of the axis table, the number of its
+        sublayer among those of its kind, and the positions it holds.
     """
     table = {
         param.name if layer is None else param.layer_key(layer, shape): (param, layer)
@@ -38,6 +38,8 @@ def local_parameters(
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
     for parameter in model.parameters():
+        if keys[parameter.data_ptr()].startswith(PROJECTIONS):
+            continue
         param, layer = table[keys[parameter.data_ptr()]]
         yield parameter, param, layer, param.shard(groups.tensor_rank, groups.layout.tensor, sizes)
 

@@ -22,14 +22,14 @@ from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest
 from minitron_megatron.checkpoint.rows import bits
 from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.errors import CheckpointError
-from minitron_megatron.model.axes import Param, axis_sizes, parameters
+from minitron_megatron.model.axes import PROJECTIONS, Param, axis_sizes, parameters
 from minitron_megatron.model.shape import ModelShape
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HUGGINGFACE = "huggingface"
 SHAPE = "shape.json"
 # Tensors of a training run that are not weights.
-_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
+_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", f"{PROJECTIONS}.")
 
 
 def iteration_folder(iteration: int) -> str:

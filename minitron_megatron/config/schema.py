@@ -8,6 +8,9 @@ per wrong setting, each naming the field, the value and the fix.
 from dataclasses import dataclass, field
 from enum import Enum
 
+from minitron_megatron.config.checks import at_least, nearest_multiples
+from minitron_megatron.config.loss import LossConfig
+
 
 class DType(str, Enum):
     """Number format of weights and computation. Sums, softmaxes and optimiser state are float32 always."""
@@ -65,19 +68,6 @@ class Unit(str, Enum):
 class Tracker(str, Enum):
     NONE = "none"
     WANDB = "wandb"
-
-
-def at_least(where: str, name: str, value: float | None, least: float) -> list[str]:
-    """The problem, if any, of a number that is below the least that makes sense."""
-    if value is None or value >= least:
-        return []
-    return [f"{where}{name} = {value}: must be at least {least}"]
-
-
-def nearest_multiples(value: int, of: int) -> str:
-    """The multiples of a number below and above a value, for messages."""
-    below = value // of * of
-    return f"{below} or {below + of}" if below else str(of)
 
 
 @dataclass
@@ -431,29 +421,6 @@ class OptimizerConfig:
 
 
 @dataclass
-class LossConfig:
-    """What the student minimises, per valid token.
-
-    Attributes:
-        kd_logits_weight: weight of KL(teacher || student) over the vocabulary.
-        lm_weight: weight of the cross-entropy against the text itself.
-        chunk_tokens: tokens whose logits exist at one time.
-    """
-
-    kd_logits_weight: float = 1.0
-    lm_weight: float = 0.0
-    chunk_tokens: int = 512
-
-    def problems(self, where: str = "loss.") -> list[str]:
-        found = at_least(where, "chunk_tokens", self.chunk_tokens, 1)
-        for name in ("kd_logits_weight", "lm_weight"):
-            found += at_least(where, name, getattr(self, name), 0)
-        if self.kd_logits_weight == 0 and self.lm_weight == 0:
-            found.append(f"{where}kd_logits_weight and {where}lm_weight are both 0: raise one, or nothing is learned")
-        return found
-
-
-@dataclass
 class TrackingConfig:
     """Where metrics go beside `metrics.jsonl`, which is always written.
 
@@ -521,10 +488,17 @@ class DistillConfig:
         for part in ("loss", "optimizer", "data", "parallel", "tracking"):
             found += getattr(self, part).problems(f"{where}{part}.")
         found += _sequence_problems(where, self.data, self.parallel)
-        if self.teacher is None and self.loss.kd_logits_weight:
+        weights = {"kd_logits_weight": self.loss.kd_logits_weight, "hidden.weight": self.loss.hidden.weight}
+        for name, weight in weights.items() if self.teacher is None else ():
+            if weight:
+                found.append(
+                    f"{where}teacher = null, but {where}loss.{name} = {weight}: "
+                    f"name a teacher, or set the weight to 0 and {where}loss.lm_weight to 1"
+                )
+        if (last := self.loss.lm_schedule_steps) and last > self.steps:
             found.append(
-                f"{where}teacher = null, but {where}loss.kd_logits_weight = {self.loss.kd_logits_weight}: "
-                f"name a teacher, or set the weight to 0 and {where}loss.lm_weight to 1"
+                f"{where}loss.lm_schedule_steps = {last} ends beyond {where}steps = {self.steps}: set it "
+                f"to {self.steps} at most, or to null"
             )
         if self.dtype is DType.FP16:
             found.append(f"{where}dtype = fp16: training needs bf16 or fp32, whose gradients do not underflow")

@@ -1,19 +1,24 @@
 """Losses taken straight from hidden states, a chunk of tokens at a time.
 
-Output projection, vocab-parallel softmaxes, losses and their analytic gradients are one pass over each
-chunk, so that full-vocabulary logits of neither model ever exist. With p the student's and q the teacher's
-distribution, the gradient of `kd * KL(q || p) + lm * CE` by the student's logits is
-`(kd + lm) * p - kd * q - lm * onehot(label)`.
+Output projection, vocab-parallel softmaxes, losses and their gradients are one pass over each chunk, so that
+full-vocabulary logits of neither model ever exist. With p the student's and q the teacher's distribution, the
+gradient of `kd * KL(q || p) + lm * CE` by the student's logits is `(kd + lm) * p - kd * q - lm * onehot(label)`, and
+is written down; any other divergence of `losses` is differentiated by autograd, on a chunk of logits.
 
 Matrix products run in the number format of the hidden states, softmaxes and losses in float32, and the
-gradient of the output weight is accumulated over chunks in float32.
+gradient of the output weight is accumulated over chunks in float32 (in float64 where the hidden states are).
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
+from torch.nn.functional import pad
+
+from minitron_megatron.config.loss import LogitsConfig
+from minitron_megatron.distillation.losses import divergence
 
 # On the CPU, softmax work is done on blocks of rows that stay in the processor's cache; 2^18 float32 are 1 MiB.
 _CACHE_ELEMENTS = 2**18
@@ -39,8 +44,9 @@ def linear_distillation_loss(
     kd_weight: float = 0.0,
     lm_weight: float = 1.0,
     chunk_tokens: int = 512,
+    config: LogitsConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum over valid tokens of KL(teacher || student) and cross-entropy.
+    """Weighted sum over valid tokens of the divergence from a teacher and of cross-entropy.
 
     Under tensor parallelism every rank holds all tokens and its rows of the output weights. The gradient of
     `hidden` is this rank's share; the region that `hidden` comes from sums it over the ranks.
@@ -54,32 +60,34 @@ def linear_distillation_loss(
         group: tensor-parallel group.
         vocab: tokens of the tokenizer; rows beyond it pad the vocabulary and take no part.
         teacher: the teacher's side, where `kd_weight` is not 0.
-        kd_weight: weight of the KL divergence.
+        kd_weight: weight of the divergence.
         lm_weight: weight of the cross-entropy.
         chunk_tokens: tokens whose logits exist at one time.
+        config: which divergence; None for KL(teacher || student).
 
     Returns:
-        the loss (a sum, not a mean), and its unweighted terms `[KL, cross-entropy]` without gradient;
+        the loss (a sum, not a mean), and its unweighted terms `[divergence, cross-entropy]` without gradient;
         the same on every rank of `group`.
     """
     assert teacher is not None or kd_weight == 0
+    config = config or LogitsConfig()
     # Inside an autograd function gradients are off always, and its own flags know nothing of `no_grad` around it.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearDistillationLoss.apply(
-        hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens, needs_grad
+        hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens, config, needs_grad
     )
 
 
 class _LinearDistillationLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens, needs_grad
+        ctx, hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens, config, needs_grad
     ):
         first_row = group.rank() * weight.size(0)
         num_rows = min(max(vocab - first_row, 0), weight.size(0))
         local_labels = labels - first_row
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=_precise(weight)) if needs_grad else None
         terms = torch.zeros(2, dtype=torch.float64, device=hidden.device)
         # Written over by every chunk: memory that is new to the process costs more than the matrix product.
         size = min(chunk_tokens, hidden.size(0)), num_rows
@@ -95,16 +103,18 @@ class _LinearDistillationLoss(torch.autograd.Function):
             teacher_logits = None
             if teacher:
                 teacher_logits = _project(teacher.hidden[rows], teacher.weight[:num_rows], teacher_buffer)
-            kl, ce, grad = _chunk(
-                logits, teacher_logits, local_labels[rows], mask[rows], group, kd_weight, lm_weight, needs_grad, block
-            )
-            terms += torch.stack([kl, ce])
+            chunk = logits, teacher_logits, local_labels[rows], mask[rows], group, kd_weight, lm_weight, needs_grad
+            if teacher is None or config.is_plain:
+                kd, ce, grad = _kl_chunk(*chunk, block)
+            else:
+                kd, ce, grad = _any_chunk(*chunk, config)
+            terms += torch.stack([kd, ce])
             if needs_grad:
                 torch.mm(grad, weight[:num_rows], out=grad_hidden[rows])
                 _add_(grad_weight[:num_rows], torch.mm(grad.T, hidden[rows], out=share))
 
         ctx.weight, ctx.grad_hidden, ctx.grad_weight = weight, grad_hidden, grad_weight
-        loss = (kd_weight * terms[0] + lm_weight * terms[1]).float()
+        loss = (kd_weight * terms[0] + lm_weight * terms[1]).to(_precise(hidden))
         ctx.mark_non_differentiable(terms)
         return loss, terms
 
@@ -123,7 +133,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
                 grad_weight = torch.empty_like(weight)
         else:
             grad_weight = grad_weight.mul_(grad_loss).to(weight.dtype)
-        return ctx.grad_hidden.mul_(grad_loss), grad_weight, *[None] * 9
+        return ctx.grad_hidden.mul_(grad_loss), grad_weight, *[None] * 10
 
 
 def _project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
@@ -142,19 +152,25 @@ def _block(num_rows: int, num_columns: int, is_cuda: bool) -> int:
     return max(1, num_rows if is_cuda else _CACHE_ELEMENTS // num_columns)
 
 
-def _chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, block):
+def _precise(tensor: Tensor) -> torch.dtype:
+    """The number format of softmaxes, losses and sums over tokens."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, block):
     """KL and cross-entropy summed over a chunk, and the gradient by the logits in their number format.
 
     All of `logits` and `teacher_logits` `[tokens, rows of this rank]` is overwritten, `block` tokens at a time.
     """
     num_tokens, num_rows = logits.shape
+    dtype = _precise(logits)
     labelled = (labels >= 0) & (labels < num_rows)
     label_columns = labels.clamp(0, max(num_rows - 1, 0))
     label_logits = _zero_unless(labelled, logits, label_columns)
-    mask = mask.float()
+    mask = mask.to(dtype)
     # Reused by every block: results that are allocated each time leave the cache.
-    work = torch.empty(3, min(block, num_tokens), num_rows, device=logits.device)
-    log_sums = torch.empty(num_tokens, device=logits.device)
+    work = torch.empty(3, min(block, num_tokens), num_rows, device=logits.device, dtype=dtype)
+    log_sums = torch.empty(num_tokens, device=logits.device, dtype=dtype)
     target_log_sums, products = torch.empty_like(log_sums), torch.empty_like(log_sums)
 
     for start in range(0, num_tokens, block):
@@ -184,18 +200,116 @@ def _chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, ne
     return kl, ce, logits
 
 
+def _any_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, config):
+    """As `_kl_chunk`, for any divergence: by autograd, on this chunk."""
+    num_rows = logits.size(1)
+    labelled = ((labels >= 0) & (labels < num_rows))[:, None]
+    label_columns = labels.clamp(0, max(num_rows - 1, 0))[:, None]
+    target = teacher_logits.to(_precise(logits)) / config.temperature
+
+    def total(x: Tensor) -> Tensor:
+        """The sum over the vocabulary of all ranks, whose backward pass knows that every rank has the result."""
+        return reduce_from_tensor_model_parallel_region(x.sum(-1), group=group)
+
+    with torch.set_grad_enabled(needs_grad):
+        student = logits.to(_precise(logits)).detach().requires_grad_(needs_grad)
+        of_labels = _gather(_log_softmax(student, group), label_columns)
+        ce = -total(of_labels * labelled)
+        at_temperature = student / config.temperature
+        if config.top_k:
+            pair, is_own = _on_top_k(at_temperature, target, group, config)
+            kd = divergence(*pair, config, lambda x: total(x * is_own))
+        else:
+            kd = divergence(_log_softmax(at_temperature, group), _log_softmax(target, group), config, total)
+        kd, ce = kd * mask, ce * mask
+        if needs_grad:
+            torch.autograd.backward((kd_weight * kd + lm_weight * ce).sum())
+            logits = logits.copy_(student.grad)
+    return kd.detach().sum(dtype=torch.float64), ce.detach().sum(dtype=torch.float64), logits
+
+
+def _on_top_k(
+    student: Tensor, target: Tensor, group: dist.ProcessGroup, config: LogitsConfig
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """As `losses.on_top_k`, of logits `[tokens, rows of this rank]`.
+
+    Returns:
+        log-probabilities of student and teacher `[tokens, top_k (+ 1)]`, and which of them are this rank's to count.
+    """
+    count, num_rows = config.top_k, student.size(1)
+    values, columns = target.topk(min(count, num_rows))
+    missing = (0, count - values.size(1))
+    values, columns = pad(values, missing, value=-torch.inf), pad(columns, missing)
+    of_ranks = [torch.empty_like(values) for _ in range(group.size())]
+    if group.size() > 1:
+        dist.all_gather(of_ranks, values, group=group)
+    else:
+        of_ranks = [values]
+    kept, order = torch.cat(of_ranks, dim=1).topk(count)
+    is_own = order // count == group.rank()
+    columns = columns.gather(1, order % count)
+    # What is not this rank's is 0 in both, which no divergence of them minds.
+    own = torch.where(is_own, _gather(_log_softmax(student, group), columns), 0)
+    if not config.tail:
+        return (own, torch.where(is_own, kept.log_softmax(1), 0)), is_own
+    taken = torch.zeros(len(target), num_rows + 1, dtype=torch.bool, device=target.device)
+    taken = taken.scatter(1, torch.where(is_own, columns, num_rows), True)[:, :num_rows]
+    pair = []
+    for logits, of_kept in ((student, own), (target, None)):
+        log_sum = _LogSumExp.apply(logits, group)[:, None]
+        tail = _LogSumExp.apply(logits.masked_fill(taken, -torch.inf), group)[:, None] - log_sum
+        of_kept = torch.where(is_own, kept - log_sum, 0) if of_kept is None else of_kept
+        pair.append(torch.cat([of_kept, tail], dim=1))
+    # The first rank counts the rest of the vocabulary.
+    return tuple(pair), pad(is_own, (0, 1), value=group.rank() == 0)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Log of the sum of exponentials over a vocabulary that a group splits, `[tokens, rows]` to `[tokens]`.
+
+    Each rank goes on with it for its own rows, so that the gradients by it that the ranks have are parts of the whole.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, group):
+        largest = _largest(logits, group)
+        log_sum = _sum((logits - largest[:, None]).exp_().sum(1), group).log_().add_(largest)
+        ctx.save_for_backward(logits, log_sum)
+        ctx.group = group
+        return log_sum
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, log_sum = ctx.saved_tensors
+        return _sum(grad.clone(), ctx.group)[:, None] * (logits - log_sum[:, None]).exp_(), None
+
+
+def _log_softmax(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return logits - _LogSumExp.apply(logits, group)[:, None]
+
+
+def _gather(values: Tensor, columns: Tensor) -> Tensor:
+    """`values[i, columns[i]]`; of a rank without rows zeros, whose backward pass still joins the collectives."""
+    return values.gather(1, columns) if values.size(1) else values.sum(1, keepdim=True).expand_as(columns)
+
+
+def _largest(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if logits.size(1):
+        largest = logits.amax(1)
+    else:
+        largest = logits.new_full((logits.size(0),), -torch.inf)
+    if group.size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest
+
+
 def _exponentiate(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Vocab-parallel softmax in parts: turns float32 logits into exponentials, in place.
+    """Vocab-parallel softmax in parts: turns logits into exponentials, in place.
 
     Returns:
         log of the sum of exponentials `[tokens]`, and the factor `[tokens]` that makes them probabilities.
     """
-    if logits.size(1):
-        largest = logits.amax(1)
-    else:
-        largest = torch.full((logits.size(0),), -torch.inf, device=logits.device)
-    if group.size() > 1:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    largest = _largest(logits, group)
     logits.sub_(largest[:, None]).exp_()
     total = _sum(logits.sum(1), group)
     return total.log().add_(largest), total.reciprocal_()
@@ -208,6 +322,4 @@ def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _zero_unless(condition: Tensor, logits: Tensor, columns: Tensor) -> Tensor:
-    if not logits.size(1):
-        return torch.zeros_like(condition, dtype=torch.float32)
-    return torch.where(condition, logits.gather(1, columns[:, None])[:, 0].float(), 0.0)
+    return torch.where(condition, _gather(logits, columns[:, None])[:, 0].to(_precise(logits)), 0.0)

@@ -1,24 +1,116 @@
-"""The losses, plainly: on one device, on whole logits, differentiated by autograd.
+"""What the losses are: how far a student's next-token distribution is from its teacher's.
 
-These are the definitions that `linear_losses` is tested against, and short enough to read at a glance.
+Every divergence is a few lines of log-probabilities and of one operation, the sum over the vocabulary. With a plain sum
+they are the definitions, on one device and on whole logits; `linear_losses` gives a sum that runs over the ranks which
+share a vocabulary, and a chunk of tokens at a time.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minitron_megatron.config.loss import Divergence, LogitsConfig
 
-def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+Total = Callable[[Tensor], Tensor]
+"""From `[tokens, vocab]` to `[tokens]`, the sum over the whole vocabulary."""
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(-1)
+
+
+def forward_kl(student: Tensor, teacher: Tensor, total: Total = _sum) -> Tensor:
     """KL(teacher || student) of every token (Minitron, 2407.14679, section 3).
 
     Args:
-        student_logits, teacher_logits: `[tokens, vocab]`.
+        student, teacher: log-probabilities `[tokens, vocab]`.
+        total: the sum over the vocabulary.
 
     Returns:
         `[tokens]`, in nats.
     """
-    student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    return (teacher.exp() * (teacher - student)).sum(-1)
+    return total(teacher.exp() * (teacher - student))
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, total: Total = _sum) -> Tensor:
+    """KL(student || teacher); see `forward_kl`."""
+    return forward_kl(teacher, student, total)
+
+
+def jensen_shannon(student: Tensor, teacher: Tensor, total: Total, beta: float) -> Tensor:
+    """beta KL(teacher || m) + (1 - beta) KL(student || m) with the mixture m = beta teacher + (1 - beta) student
+    (GKD, 2306.13649, equation 1); see `forward_kl`."""
+    mixture = _mixture(teacher, student, beta)
+    return beta * forward_kl(mixture, teacher, total) + (1 - beta) * forward_kl(mixture, student, total)
+
+
+def skewed_kl(student: Tensor, teacher: Tensor, total: Total, skew: float) -> Tensor:
+    """KL(teacher || skew teacher + (1 - skew) student) (DistiLLM, 2402.03898, equation 4); see `forward_kl`."""
+    return forward_kl(_mixture(teacher, student, skew), teacher, total)
+
+
+def total_variation(student: Tensor, teacher: Tensor, total: Total = _sum) -> Tensor:
+    """Half of the sum of absolute differences of the probabilities, between 0 and 1; see `forward_kl`."""
+    return total((teacher.exp() - student.exp()).abs()) / 2
+
+
+def squared_error(student: Tensor, teacher: Tensor, total: Total = _sum) -> Tensor:
+    """Sum of squared differences of the probabilities, between 0 and 2; see `forward_kl`.
+
+    Losses compare probabilities, as in Minitron's section 3; of a mean over so many tokens nothing would be left.
+    """
+    return total((teacher.exp() - student.exp()).square())
+
+
+def cosine_distance(student: Tensor, teacher: Tensor, total: Total = _sum) -> Tensor:
+    """1 - cosine of the probabilities, as vectors; see `forward_kl`."""
+    p, q = student.exp(), teacher.exp()
+    return 1 - total(p * q) * (total(p.square()) * total(q.square())).rsqrt()
+
+
+def divergence(student: Tensor, teacher: Tensor, config: LogitsConfig, total: Total = _sum) -> Tensor:
+    """The divergence that a configuration names, of log-probabilities at its temperature; see `forward_kl`."""
+    match config.divergence:
+        case Divergence.JENSEN_SHANNON:
+            found = jensen_shannon(student, teacher, total, config.beta)
+        case Divergence.SKEWED_KL:
+            found = skewed_kl(student, teacher, total, config.skew)
+        case kind:
+            found = _PLAIN[kind](student, teacher, total)
+    return found * config.scale
+
+
+_PLAIN = {
+    Divergence.FORWARD_KL: forward_kl,
+    Divergence.REVERSE_KL: reverse_kl,
+    Divergence.TOTAL_VARIATION: total_variation,
+    Divergence.MSE: squared_error,
+    Divergence.COSINE: cosine_distance,
+}
+
+
+def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """Log-probabilities of `share` of the first distribution and the rest of the second."""
+    return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
+
+
+def on_top_k(student: Tensor, teacher: Tensor, config: LogitsConfig) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the teacher's `top_k` tokens: the teacher's made to sum to one, or both with one more for
+    all other tokens together.
+
+    Args:
+        student, teacher: log-probabilities `[tokens, vocab]`.
+    """
+    kept, columns = teacher.topk(config.top_k, dim=-1)
+    own = student.gather(1, columns)
+    if not config.tail:
+        return own, kept - kept.logsumexp(-1, keepdim=True)
+    others = torch.zeros_like(teacher, dtype=torch.bool).scatter(1, columns, True)
+    tails = [x.masked_fill(others, -torch.inf).logsumexp(-1, keepdim=True) for x in (student, teacher)]
+    return torch.cat([own, tails[0]], dim=1), torch.cat([kept, tails[1]], dim=1)
 
 
 def distillation_loss(
@@ -28,19 +120,26 @@ def distillation_loss(
     teacher_logits: Tensor | None,
     kd_weight: float,
     lm_weight: float,
+    config: LogitsConfig | None = None,
 ) -> Tensor:
-    """The weighted sum of KL and cross-entropy over the tokens that `mask` counts.
+    """The weighted sum of divergence and cross-entropy over the tokens that `mask` counts.
 
     Args:
         student_logits: `[tokens, vocab]`.
         labels: `[tokens]`.
         mask: `[tokens]`, 1 for tokens that count.
         teacher_logits: `[tokens, vocab]`, or None where `kd_weight` is 0.
+        kd_weight, lm_weight: of divergence and cross-entropy.
+        config: which divergence; None for forward KL.
 
     Returns:
         a sum, not a mean: divide by the global number of valid tokens.
     """
     loss = lm_weight * F.cross_entropy(student_logits, labels, reduction="none")
     if teacher_logits is not None:
-        loss = loss + kd_weight * forward_kl(student_logits, teacher_logits)
+        config = config or LogitsConfig()
+        pair = [(logits / config.temperature).log_softmax(-1) for logits in (student_logits, teacher_logits)]
+        if config.top_k:
+            pair = on_top_k(*pair, config)
+        loss = loss + kd_weight * divergence(*pair, config)
     return torch.sum(loss * mask)

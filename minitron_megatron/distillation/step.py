@@ -7,14 +7,16 @@ its loss reads them. Nothing of Megatron's is patched, and the teacher's stages 
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from minitron_megatron.config.schema import LossConfig
+from minitron_megatron.config.loss import Balance, LossConfig
+from minitron_megatron.distillation.hidden import HiddenLosses
 from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
 from minitron_megatron.model.build import Backbone
 from minitron_megatron.parallel.collectives import sum_over
@@ -27,29 +29,49 @@ class StepResult:
     """What a step (or a validation) measured, over all ranks.
 
     Attributes:
-        kd_logits: mean KL(teacher || student) per valid token, in nats; 0 without a teacher.
+        kd_logits: mean divergence from the teacher per valid token; 0 without a teacher.
         lm: mean cross-entropy per valid token, in nats.
         num_tokens: valid tokens.
+        errors, measures: of each pair of hidden states, by its name, two sums whose quotient is the pair's loss.
+        alpha: what the weight of the hidden losses was multiplied by.
         teacher_s: seconds of the teacher's forward pass on this rank.
     """
 
     kd_logits: float
     lm: float
     num_tokens: int
+    errors: dict[str, float] = field(default_factory=dict)
+    measures: dict[str, float] = field(default_factory=dict)
+    alpha: float = 1.0
     teacher_s: float = 0.0
+
+    @property
+    def of_pairs(self) -> dict[str, float]:
+        """The loss of each pair of hidden states."""
+        return {name: error / max(self.measures[name], 1e-30) for name, error in self.errors.items()}
+
+    @property
+    def kd_hidden(self) -> float:
+        """Mean over the pairs."""
+        return sum(self.of_pairs.values()) / max(len(self.of_pairs), 1)
 
     def total(self, loss: LossConfig) -> float:
         """The weighted sum that is minimised."""
-        return loss.kd_logits_weight * self.kd_logits + loss.lm_weight * self.lm
+        of_predictions = loss.kd_logits_weight * self.kd_logits + loss.lm_weight * self.lm
+        return of_predictions + self.alpha * loss.hidden.weight * self.kd_hidden
 
 
 def mean_of(results: list[StepResult]) -> StepResult:
     """Several results as one, each token counting the same."""
     num_tokens = sum(r.num_tokens for r in results)
+
     return StepResult(
         sum(r.kd_logits * r.num_tokens for r in results) / num_tokens,
         sum(r.lm * r.num_tokens for r in results) / num_tokens,
         num_tokens,
+        {name: sum(r.errors[name] for r in results) for name in results[0].errors},
+        {name: sum(r.measures[name] for r in results) for name in results[0].measures},
+        results[0].alpha,
     )
 
 
@@ -62,6 +84,10 @@ class TeacherStudent:
         groups: this rank's place.
         loss: weights of the terms.
         vocab: tokens of the tokenizer that both share.
+        hidden: the losses between their hidden states, if there are any.
+
+    Attributes:
+        alpha: what the weight of the hidden losses is multiplied by in the next step; None before the first one.
     """
 
     def __init__(
@@ -71,12 +97,15 @@ class TeacherStudent:
         groups: Groups,
         loss: LossConfig,
         vocab: int,
+        hidden: HiddenLosses | None = None,
     ):
         self.student = list(student)
         self.teacher = list(teacher) if teacher else None
         self.groups = groups
         self.loss = loss
         self.vocab = vocab
+        self.hidden = hidden
+        self.alpha: float | None = None
         self._output_models = {
             "student": unwrap_model(self.student)[-1],
             "teacher": self.teacher[-1] if self.teacher else None,
@@ -85,9 +114,15 @@ class TeacherStudent:
     def train(self, batches: Sequence[Batch]) -> StepResult:
         """Forward and backward over a step's micro-batches; gradients end up in Megatron's `main_grad`,
         divided by the global number of valid tokens."""
+        is_dynamic = self.hidden is not None and self.loss.hidden.balance is Balance.DYNAMIC
+        if is_dynamic and self.alpha is None:
+            self.alpha = _quotient(self.evaluate(batches))  # no step before this one
         for chunk in self.student:
             chunk.train()
-        return self._run(batches, forward_only=False)
+        result = self._run(batches, forward_only=False)
+        if is_dynamic:
+            self.alpha = _quotient(result)
+        return result
 
     def evaluate(self, batches: Sequence[Batch]) -> StepResult:
         """The losses of the batches, without gradients."""
@@ -98,6 +133,10 @@ class TeacherStudent:
 
     def _run(self, batches: Sequence[Batch], forward_only: bool) -> StepResult:
         states, teacher_s = self._teacher_states(batches)
+        alpha = 1.0 if self.alpha is None else self.alpha
+        watching = nullcontext(torch.zeros(2, 0, dtype=torch.float64, device=self.groups.device))
+        if self.hidden:
+            watching = self.hidden.watching_student(batches, alpha * self.loss.hidden.weight, not forward_only)
         # On all but the last stage there are no states, and nobody asks for them.
         pairs = list(zip(batches, states or [None] * len(batches), strict=True))
 
@@ -107,26 +146,41 @@ class TeacherStudent:
             return output, lambda output: self._loss(output, state, batch)
 
         size = batches[0]["tokens"].shape
-        outputs = run_schedule(forward_step, self.student, pairs, size, forward_only=forward_only)
+        with watching as of_pairs:
+            outputs = run_schedule(forward_step, self.student, pairs, size, forward_only=forward_only)
         sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
         for output in outputs:
             sums += output["sums"]
-        # The last stage alone has seen the losses; every rank of a tensor group has seen the same.
+        # The last stage alone has seen the losses of predictions; every rank of a tensor group has seen the same.
+        sums = torch.cat([sums, sum_over(of_pairs, self.groups.collection.tp).flatten()])
         sum_over(sums, self.groups.collection.pp)
         sum_over(sums, self.groups.collection.dp)
-        kd_logits, lm, num_tokens = sums.tolist()
+        kd_logits, lm, num_tokens, *of_pairs = sums.tolist()
         num_tokens = max(num_tokens, 1)
-        return StepResult(kd_logits / num_tokens, lm / num_tokens, int(num_tokens), teacher_s)
+        names = [pair.name for pair in self.hidden.pairs] if self.hidden else []
+        return StepResult(
+            kd_logits / num_tokens,
+            lm / num_tokens,
+            int(num_tokens),
+            dict(zip(names, of_pairs[: len(names)], strict=True)),
+            dict(zip(names, of_pairs[len(names) :], strict=True)),
+            alpha,
+            teacher_s,
+        )
 
     def _teacher_states(self, batches: Sequence[Batch]) -> tuple[list[Tensor], float]:
         """The teacher's last hidden states per micro-batch, on the last stage, and the seconds that it took."""
-        if not self.teacher or not self.loss.kd_logits_weight:
+        if not self.teacher or not self.loss.needs_teacher:
             return [], 0.0
         torch.cuda.synchronize()  # kernels run on after the call that starts them has returned
         started = time.perf_counter()
-        states = run_forward(self.teacher, batches, self.groups, on_output=lambda output, batch: output)
+        with self.hidden.watching_teacher() if self.hidden else nullcontext():
+            states = run_forward(self.teacher, batches, self.groups, on_output=lambda output, batch: output)
         torch.cuda.synchronize()
-        return states, time.perf_counter() - started
+        teacher_s = time.perf_counter() - started
+        if self.hidden:
+            self.hidden.exchange(batches)
+        return states if self.loss.kd_logits_weight else [], teacher_s
 
     def _loss(self, output: Tensor, state: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor, dict]:
         """Loss of one micro-batch, as Megatron's schedules want it: sum, number of tokens, what to report."""
@@ -145,6 +199,7 @@ class TeacherStudent:
             self.loss.kd_logits_weight if teacher else 0.0,
             self.loss.lm_weight,
             self.loss.chunk_tokens,
+            self.loss.logits,
         )
         num_tokens = mask.sum()
         sums = torch.cat([terms, num_tokens.double().unsqueeze(0)])
@@ -159,3 +214,8 @@ class TeacherStudent:
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
         return hidden.flatten(0, 1)
+
+
+def _quotient(result: StepResult) -> float:
+    """The divergence of the predictions by the distance of the hidden states (2407.14679, section 3)."""
+    return result.kd_logits / max(result.kd_hidden, 1e-12)

@@ -13,7 +13,8 @@ from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done, write_atomically, writing
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.compose import to_plain
-from minitron_megatron.config.schema import EvaluateConfig, LossConfig
+from minitron_megatron.config.loss import LossConfig
+from minitron_megatron.config.schema import EvaluateConfig
 from minitron_megatron.data.samples import Samples, heldout_samples, rank_batches
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.distillation.step import TeacherStudent, mean_of

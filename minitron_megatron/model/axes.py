@@ -23,6 +23,9 @@ Kept = Mapping[str, np.ndarray]
 """Kept indices by axis name, sorted. An axis without an entry is kept whole. `head` may be
 two-dimensional, `[kept group, kept head of that group]`, since every group keeps its own heads."""
 
+PROJECTIONS = "distillation_projections"
+"""The beginning of the names of what distillation trains beside the student, and that is no part of any network."""
+
 
 class Dim:
     """A tensor dimension as an expression over named axes."""

@@ -52,6 +52,12 @@ def run_forward(
         return run_schedule(forward_step, chunks, batches, size, forward_only=True, collect_non_loss_data=True)
 
 
+def own_tokens(loss_mask: Tensor, groups: Groups) -> Tensor:
+    """The mask `[seq, batch]`, or this rank's part of it under sequence parallelism, of a mask `[batch, seq]`."""
+    mask = loss_mask.transpose(0, 1)
+    return mask.chunk(groups.layout.tensor, dim=0)[groups.tensor_rank] if groups.layout.sequence else mask
+
+
 def in_calls(batches: Iterable[Batch], groups: Groups) -> Iterator[list[Batch]]:
     """Group micro-batches into calls of a schedule: as many at a time as keep a pipeline's stages busy.
 

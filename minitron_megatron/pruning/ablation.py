@@ -20,8 +20,7 @@ from minitron_megatron.model.build import Backbone
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
 from minitron_megatron.parallel.cpu import in_blocks
 from minitron_megatron.parallel.groups import Groups
-from minitron_megatron.parallel.schedule import Batch
-from minitron_megatron.pruning.capture import own_tokens
+from minitron_megatron.parallel.schedule import Batch, own_tokens
 from minitron_megatron.pruning.outputs import compare_outputs
 
 Drops = frozenset[int]

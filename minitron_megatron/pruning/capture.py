@@ -27,6 +27,7 @@ from minitron_megatron.model.local import normalize
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
 from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.schedule import own_tokens
 from minitron_megatron.pruning.scores import aggregate_sequence, sequence_score
 
 
@@ -181,9 +182,3 @@ def place_name(place: float, shape: ModelShape) -> str:
         return "activations of the final norm (hidden)"
     axis = {0: "hidden", 0.5: "head", 1.5: "ffn"}[place % 2 if place % 1 else 0]
     return f"activations of layer {int(place) // 2} ({axis})"
-
-
-def own_tokens(loss_mask: Tensor, groups: Groups) -> Tensor:
-    """The mask `[seq, batch]`, or this rank's part of it under sequence parallelism, of a mask `[batch, seq]`."""
-    mask = loss_mask.transpose(0, 1)
-    return mask.chunk(groups.layout.tensor, dim=0)[groups.tensor_rank] if groups.layout.sequence else mask

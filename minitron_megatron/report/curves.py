@@ -22,7 +22,7 @@ from minitron_megatron.report.style import (
 
 _TERMS = {
     "lm": "cross-entropy against the text",
-    "kd_logits": "KL divergence from the teacher's predictions",
+    "kd_logits": "divergence from the teacher's predictions",
     "kd_hidden": "distance from the teacher's hidden states",
 }
 _COLOURS = {"prune": CUT, "distill": KEPT, "export": KEPT}

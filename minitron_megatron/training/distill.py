@@ -17,11 +17,13 @@ from minitron_megatron.checkpoint.manifest import (
 )
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.checkpoint.sharded import HUGGINGFACE, Checkpoint
+from minitron_megatron.config.checks import nearest_multiples
 from minitron_megatron.config.compose import to_plain, to_yaml
-from minitron_megatron.config.schema import DistillConfig, nearest_multiples
+from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.data.samples import Samples, heldout_samples, training_samples
 from minitron_megatron.data.tokens import prepare_corpus, tokenizer_fingerprint
 from minitron_megatron.disk import told_when_full
+from minitron_megatron.distillation.hidden import HiddenLosses, add_projections, hidden_problems
 from minitron_megatron.distillation.step import TeacherStudent
 from minitron_megatron.errors import ConfigError, raise_if_any
 from minitron_megatron.model.build import build_model, build_problems
@@ -71,7 +73,7 @@ def distill(config: DistillConfig) -> Path:
         main_first(lambda: _prepare(output, config, student, manifest))
         with told_when_full(output):
             # A teacher whose predictions count nothing is not loaded.
-            _run(config, output, teacher if config.loss.kd_logits_weight else None, student, samples, heldout, groups)
+            _run(config, output, teacher if config.loss.needs_teacher else None, student, samples, heldout, groups)
             if groups.is_main:
                 manifest.write(output)
                 (output / "DONE").touch()
@@ -98,12 +100,17 @@ def _run(
             chunk.requires_grad_(False)
         flops += forward_flops_per_token(teacher.shape, config.data.sequence_length)
 
+    hidden = None
+    if teacher and config.loss.hidden.weight:
+        shapes = student.shape, teacher.shape
+        add_projections(chunks, config.loss.hidden, *shapes, groups, config.seed)
+        hidden = HiddenLosses(config.loss.hidden, chunks, teacher_chunks, shapes, groups)
     training = optimization(chunks, config.optimizer, config.steps, config.dtype, groups)
+    pair = TeacherStudent(training.chunks, teacher_chunks, groups, config.loss, student.shape.vocab, hidden)
     checkpoints = output / "checkpoints"
-    step = load_state(checkpoints, training)
+    step = load_state(checkpoints, training, pair)
     if step:
         logger.info("going on after step %d", step)
-    pair = TeacherStudent(training.chunks, teacher_chunks, groups, config.loss, student.shape.vocab)
     with ExitStack() as stack:
         metrics = None
         with failing_together():
@@ -115,7 +122,13 @@ def _run(
 def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: DistillConfig) -> list[str]:
     if teacher is None:
         return []
-    found = []
+    found = hidden_problems(config.loss.hidden, student.shape, teacher.shape)
+    logits = config.loss.logits
+    if logits.top_k and logits.top_k + logits.tail > teacher.shape.vocab:
+        found.append(
+            f"loss.logits.top_k = {logits.top_k} is more than the vocabulary's {teacher.shape.vocab} tokens leave room "
+            f"for: choose fewer, or null for all of them"
+        )
     for name in ("vocab", "padded_vocab"):
         theirs, ours = getattr(teacher.shape, name), getattr(student.shape, name)
         if theirs != ours:
@@ -123,7 +136,7 @@ def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: Distill
                 f"teacher = {config.teacher} has {name} = {theirs}, student = {config.student} has {ours}: "
                 f"they must share one vocabulary"
             )
-    if not found:
+    if teacher.shape.vocab == student.shape.vocab:
         theirs, ours = (tokenizer_fingerprint(c.huggingface_folder) for c in (teacher, student))
         if theirs != ours:
             found.append(

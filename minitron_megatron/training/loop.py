@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.data.samples import Samples, rank_batches
 from minitron_megatron.distillation.step import StepResult, TeacherStudent, mean_of
@@ -50,13 +51,14 @@ def train(
             batches = _batches(samples, (step - 1) * config.global_batch, config, groups)
             data_s = time.perf_counter() - started
             training.zero_grad()
+            pair.loss = config.loss.at(step, config.steps)
             result = pair.train(batches)
             lr, grad_norm = training.step()
             step_s = time.perf_counter() - started
             values = {
                 "progress/step": step,
                 "progress/tokens": step * tokens_per_step,
-                **_losses("loss", result, config),
+                **_losses("loss", result, pair.loss),
                 "optim/lr": lr,
                 "optim/grad_norm": grad_norm,
                 **_throughput(result.num_tokens / step_s, flops_per_token, groups),
@@ -67,12 +69,12 @@ def train(
             }
             last = step == config.steps
             if config.validate_every and (step % config.validate_every == 0 or last):
-                values |= _losses("val", validate(pair, heldout, config, groups), config)
+                values |= _losses("val", validate(pair, heldout, config, groups), pair.loss)
             if metrics:
                 metrics.log(values)
             advance(1, f"loss {values['loss/total']:.3f}  {values['throughput/tokens_per_s']:.0f} tokens/s")
             if last or (config.save_every and step % config.save_every == 0):
-                save_state(checkpoints, step, training)
+                save_state(checkpoints, step, training, pair)
 
 
 def validate(pair: TeacherStudent, heldout: Samples, config: DistillConfig, groups: Groups) -> StepResult:
@@ -91,10 +93,13 @@ def _to(batches: list, groups: Groups) -> list:
     return [{key: value.to(groups.device, non_blocking=True) for key, value in batch.items()} for batch in batches]
 
 
-def _losses(where: str, result: StepResult, config: DistillConfig) -> dict[str, float]:
-    found = {f"{where}/total": result.total(config.loss), f"{where}/lm": result.lm}
-    if config.loss.kd_logits_weight:
+def _losses(where: str, result: StepResult, loss: LossConfig) -> dict[str, float]:
+    found = {f"{where}/total": result.total(loss), f"{where}/lm": result.lm}
+    if loss.kd_logits_weight:
         found[f"{where}/kd_logits"] = result.kd_logits
+    if result.of_pairs:
+        found |= {f"{where}/kd_hidden": result.kd_hidden, f"{where}/alpha": result.alpha}
+        found |= {f"{where}/kd_hidden/{name}": distance for name, distance in result.of_pairs.items()}
     return found
 
 

@@ -7,9 +7,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
 
 from minitron_megatron.config.schema import DType, OptimizerConfig
-from minitron_megatron.model.build import TORCH_DTYPES, Backbone
+from minitron_megatron.model.axes import PROJECTIONS
+from minitron_megatron.model.backbone import Backbone
+from minitron_megatron.model.build import TORCH_DTYPES
 from minitron_megatron.parallel.groups import Groups
 
 
@@ -99,7 +102,16 @@ def optimization(
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+
+    def finalize(model, *args, **options) -> None:
+        projections = [getattr(chunk, PROJECTIONS) for chunk in unwrap_model(model) if hasattr(chunk, PROJECTIONS)]
+        for own in projections:
+            own.add_up(groups)
+        finalize_model_grads(model, *args, **options)
+        for own in projections:
+            own.make_equal(groups)
+
     for chunk in chunks:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.finalize_model_grads_func = finalize
         chunk.config.grad_scale_func = optimizer.scale_loss
     return Optimization(wrapped, optimizer, schedule)

@@ -11,11 +11,12 @@ from megatron.core.utils import unwrap_model
 from minitron_megatron.checkpoint.manifest import write_atomically
 from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder
 from minitron_megatron.disk import told_when_full
+from minitron_megatron.distillation.step import TeacherStudent
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.training.optimizer import Optimization
 
 
-def save_state(root: Path, step: int, training: Optimization) -> None:
+def save_state(root: Path, step: int, training: Optimization, pair: TeacherStudent) -> None:
     """Write `root/iter_STEP`, make it the latest, and then remove the one before. Collective.
 
     At every moment the tracker names a whole checkpoint: the new one is written beside, renamed when it is
@@ -32,6 +33,7 @@ def save_state(root: Path, step: int, training: Optimization) -> None:
         "iteration": step,
         "checkpoint_version": 3.0,
         "opt_param_scheduler": training.schedule.state_dict(),
+        "distillation_alpha": pair.alpha,
     }
     try:
         with told_when_full(root):
@@ -60,7 +62,7 @@ def _announce(temporary: Path, folder: Path, step: int) -> None:
             shutil.rmtree(old)
 
 
-def load_state(root: Path, training: Optimization) -> int:
+def load_state(root: Path, training: Optimization, pair: TeacherStudent) -> int:
     """Go on from the latest checkpoint below `root`. Collective.
 
     Returns:
@@ -75,6 +77,7 @@ def load_state(root: Path, training: Optimization) -> int:
         chunk.load_state_dict(loaded[name], strict=True)
     training.optimizer.load_state_dict(loaded["optimizer"])
     training.schedule.load_state_dict(loaded["opt_param_scheduler"])
+    pair.alpha = loaded["distillation_alpha"]
     return step
 
 

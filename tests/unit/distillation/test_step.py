@@ -1,6 +1,7 @@
 import torch
 
-from minitron_megatron.config.schema import LossConfig, ParallelConfig
+from minitron_megatron.config.loss import LossConfig
+from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.distillation import step
 from minitron_megatron.distillation.step import TeacherStudent
 from minitron_megatron.parallel.groups import process_groups

@@ -16,7 +16,7 @@ def evaluation(name, made_by, parameters, loss):
 def test_a_term_that_is_the_total_shares_its_panel(metric_lines):
     axes = loss_curves({"distilled": metric_lines()}).axes
     assert [a.get_title("left") for a in axes] == [
-        "what is minimised: KL divergence from the teacher's predictions",
+        "what is minimised: divergence from the teacher's predictions",
         "cross-entropy against the text",
         "learning rate",
     ]

@@ -1,0 +1,441 @@
+"""Losses between hidden states of a student and its teacher, each on the stage that owns the student's state.
+
+The teacher has run over all micro-batches of a step before the student begins. Hooks keep the states that losses need,
+and those whose student lives on another stage are on their way there, in a process group of their own, while the
+student starts. A loss enters the backward pass where its state is made: an autograd function passes the state on and
+adds the loss's gradient to the state's. So neither schedules nor the messages between stages know of it.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from minitron_megatron.config.loss import HiddenConfig, HiddenLoss, LayerMap, Point, Projection
+from minitron_megatron.model.axes import PROJECTIONS
+from minitron_megatron.model.backbone import Backbone
+from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.parallel.collectives import gather_objects, sum_over
+from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.layout import Layout, layers_per_stage
+from minitron_megatron.parallel.schedule import Batch, own_tokens
+
+SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two states that shall become alike: of a student's layer and a teacher's, which count from 0."""
+
+    point: Point
+    student: int
+    teacher: int
+
+    @property
+    def source(self) -> tuple[Point, int]:
+        """Where the teacher's state is."""
+        return self.point, self.teacher
+
+    @property
+    def name(self) -> str:
+        name = self.point.value
+        return name if self.point is Point.EMBEDDING else f"{name}_{self.student}_{self.teacher}"
+
+
+def resolve_pairs(config: HiddenConfig, student_layers: int, teacher_layers: int) -> list[Pair]:
+    """The pairs that a configuration asks for, of networks with so many layers."""
+    if config.pairs is not None:
+        layers = [tuple(pair) for pair in config.pairs]
+    elif config.map is LayerMap.UNIFORM:
+        ends = [(layer + 1) * teacher_layers / student_layers for layer in range(student_layers)]
+        layers = [(layer, max(round(end), 1) - 1) for layer, end in enumerate(ends)]
+    else:
+        shift = teacher_layers - student_layers
+        layers = [(layer, layer + shift) for layer in range(student_layers) if layer + shift >= 0]
+    pairs = []
+    for point in config.points:
+        pairs += [Pair(point, 0, 0)] if point is Point.EMBEDDING else [Pair(point, *layer) for layer in layers]
+    return pairs
+
+
+def hidden_problems(config: HiddenConfig, student: ModelShape, teacher: ModelShape) -> list[str]:
+    """Why these losses cannot be between two networks, one sentence each."""
+    if not config.weight:
+        return []
+    found = []
+    for role, shape in (("student", student), ("teacher", teacher)):
+        if not shape.is_uniform:
+            found.append(
+                f"loss.hidden.weight = {config.weight}, and {role}.pattern = {shape.pattern!r} is not '*-' repeated: "
+                f"set it to 0"
+            )
+    if found:
+        return found
+    for pair in config.pairs or ():
+        for role, layer, shape in (("student", pair[0], student), ("teacher", pair[1], teacher)):
+            if not 0 <= layer < shape.num_layers:
+                found.append(
+                    f"loss.hidden.pairs has {list(pair)}, and the {role} has layers 0 to {shape.num_layers - 1}: name "
+                    f"one of these"
+                )
+    if student.hidden != teacher.hidden and config.projection is Projection.NONE:
+        found.append(
+            f"loss.hidden.projection = none, and student.hidden = {student.hidden} is not teacher.hidden = "
+            f"{teacher.hidden}: set loss.hidden.projection to shared or per_pair"
+        )
+    return found
+
+
+def add_projections(
+    chunks: Sequence[Backbone],
+    config: HiddenConfig,
+    student: ModelShape,
+    teacher: ModelShape,
+    groups: Groups,
+    seed: int,
+) -> None:
+    """Give the student the projections from its width to the teacher's, as modules that are trained with it.
+
+    Every chunk has those of its own pairs. A shared one is on the first chunk of every stage, with pairs or without.
+    """
+    if not config.weight or config.projection is Projection.NONE:
+        return
+    pairs = resolve_pairs(config, student.num_layers, teacher.num_layers)
+    shared = config.projection is Projection.SHARED
+    for number, chunk in enumerate(chunks):
+        own = {pair.name: n for n, pair in enumerate(pairs) if _module([chunk], pair.point, pair.student) is not None}
+        if shared:
+            own = {} if number else {SHARED: 0}
+        if own:
+            projections = {
+                name: _projection(student.hidden, teacher.hidden, seed + n, chunk, groups) for name, n in own.items()
+            }
+            setattr(chunk, PROJECTIONS, Projections(projections, groups.pipeline_rank if shared else 0))
+
+
+class Projections(torch.nn.ModuleDict):
+    """Projections by pair, or the one that all pairs share.
+
+    Args:
+        projections: by name.
+        replica: which of several stages' copies this is.
+    """
+
+    def __init__(self, projections: dict[str, torch.nn.Module], replica: int):
+        super().__init__(projections)
+        self.replica = replica
+        for parameter in self.parameters():
+            parameter.shared = replica > 0  # so that the gradient's norm counts the first stage's alone
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """See Megatron-Core's modules; tensor-parallel ranks and stages have copies of the same tensors."""
+        found = make_sharded_tensors_for_checkpoint(self.state_dict(keep_vars=True), prefix, {}, sharded_offsets)
+        for tensor in found.values():
+            tensor.replica_id = (self.replica, *tensor.replica_id[1:])
+        return found
+
+    def add_up(self, groups: Groups) -> None:
+        """Add up the gradients of a shared projection over the stages, each of which has a copy. Collective on them."""
+        if SHARED in self:
+            sum_over(self[SHARED].weight.main_grad, groups.collection.pp)
+
+    def make_equal(self, groups: Groups) -> None:
+        """Give all copies the first stage's gradient: sums over replicas may be rounded otherwise on each stage, whose
+        buffers differ. Collective like `add_up`."""
+        if SHARED in self and groups.layout.pipeline > 1:
+            group = groups.collection.pp
+            dist.broadcast(self[SHARED].weight.main_grad, dist.get_global_rank(group, 0), group)
+
+
+def _projection(student: int, teacher: int, seed: int, chunk: Backbone, groups: Groups) -> torch.nn.Linear:
+    """From the student's width to the teacher's, the same on every rank that has it."""
+    linear = torch.nn.Linear(student, teacher, bias=False, device=groups.device, dtype=chunk.config.params_dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(teacher, student, generator=generator) * student**-0.5)
+    # Its gradient is then of this rank's tokens alone, and Megatron adds it up over the tensor ranks.
+    linear.weight.sequence_parallel = groups.layout.sequence
+    return linear
+
+
+class HiddenLosses:
+    """The losses between states of a student and its teacher, over the micro-batches of one step after another.
+
+    Args:
+        config: which, and how they are weighted.
+        student, teacher: this rank's chunks.
+        shapes: of the whole student and teacher.
+        groups: this rank's place.
+
+    Attributes:
+        pairs: all of them, on every rank.
+    """
+
+    def __init__(
+        self,
+        config: HiddenConfig,
+        student: Sequence[Backbone],
+        teacher: Sequence[Backbone],
+        shapes: tuple[ModelShape, ModelShape],
+        groups: Groups,
+    ):
+        self.config = config
+        self.groups = groups
+        self.teacher_width = shapes[1].hidden
+        self.pairs = resolve_pairs(config, *(shape.num_layers for shape in shapes))
+        modules = ((n, _module(student, pair.point, pair.student)) for n, pair in enumerate(self.pairs))
+        self._students = {n: module for n, module in modules if module is not None}
+        projections = {name: p for chunk in student for name, p in getattr(chunk, PROJECTIONS, {}).items()}
+        self._projections = [projections.get(pair.name, projections.get(SHARED)) for pair in self.pairs]
+        # Several pairs may look at one state of the teacher's.
+        self._sources = {pair.source: _module(teacher, *pair.source) for pair in self.pairs}
+        self._dtype = teacher[0].config.params_dtype
+        layout = groups.layout
+        self._routes = sorted(
+            {
+                (*pair.source, owner, target)
+                for pair in self.pairs
+                if (owner := _owner(*pair.source, shapes[1].num_layers, layout))
+                != (target := _owner(pair.point, pair.student, shapes[0].num_layers, layout))
+            }
+        )
+        self._group = _pipelines(groups) if self._routes else None
+        self._states: dict[tuple, list[Tensor | None]] = {}
+        self._uses: Counter = Counter()
+        self._messages: list[dist.Work] = []
+        self._operations: list[dist.P2POp] = []
+
+    @contextmanager
+    def watching_teacher(self) -> Iterator[None]:
+        """While the teacher runs over the micro-batches of a step: keep its states."""
+        self._states = {source: [] for source in self._sources}
+
+        def keep(source, output):
+            state = _state(output).detach()
+            # Without gradients Megatron-Core adds the residual stream to what a sublayer gave, in place.
+            self._states[source].append(state.clone() if source[0] in (Point.ATTENTION, Point.MLP) else state)
+
+        with ExitStack() as stack:
+            for source, module in self._sources.items():
+                if module is not None:
+                    hook = module.register_forward_hook(lambda module, args, output, s=source: keep(s, output))
+                    stack.callback(hook.remove)
+            yield
+
+    def exchange(self, batches: Sequence[Batch]) -> None:
+        """Send every state to the stage of its student. Returns at once; who needs a state waits for it."""
+        count, length = batches[0]["tokens"].shape
+        if self.groups.layout.sequence:
+            length //= self.groups.layout.tensor
+        rank = self.groups.pipeline_rank
+        for *source, owner, target in self._routes:
+            for number in range(len(batches)):
+                states = self._states[tuple(source)]
+                if rank == owner:
+                    state, send, peer = states[number].contiguous(), dist.isend, target
+                elif rank == target:
+                    size = (length, count, self.teacher_width)
+                    state, send, peer = (
+                        torch.empty(size, dtype=self._dtype, device=self.groups.device),
+                        dist.irecv,
+                        owner,
+                    )
+                    states.append(state)
+                else:
+                    continue
+                peer = dist.get_global_rank(self._group, peer)
+                # Kept until it has arrived, and what is sent with it.
+                self._operations.append(dist.P2POp(send, state, peer, self._group))
+        self._messages = dist.batch_isend_irecv(self._operations) if self._operations else []
+
+    @contextmanager
+    def watching_student(self, batches: Sequence[Batch], weight: float, training: bool) -> Iterator[Tensor]:
+        """While the student runs over the micro-batches of a step: add the losses to what is minimised.
+
+        Args:
+            batches: the step's micro-batches.
+            weight: of the mean over all pairs.
+            training: whether gradients are computed; else the losses are only measured.
+
+        Yields:
+            float64 `[2, pair]`: two sums over valid tokens that this rank alone found, whose quotient over all ranks is
+            the pair's loss.
+        """
+        sums = torch.zeros(2, len(self.pairs), dtype=torch.float64, device=self.groups.device)
+        masks = [own_tokens(batch["loss_mask"], self.groups) for batch in batches]
+        scales: dict[int, Tensor] = {}
+        calls: Counter = Counter()
+
+        def match(n: int, output):
+            # A layer that is run again in the backward pass comes with gradients then, and without at first. Backward
+            # passes take the micro-batches in the order of the forward passes.
+            if torch.is_grad_enabled() != training:
+                return None
+            if not calls:
+                self._receive()
+                if training and self.config.loss is HiddenLoss.SQUAREHEAD:
+                    scales.update(self._scales(masks))
+            number = calls[n]
+            calls[n] += 1
+            target, mask = self._take(self.pairs[n].source, number), masks[number]
+            projection = self._projections[n].weight if self._projections[n] is not None else None
+            scale = weight / len(self.pairs) * scales.get(n, 1.0)
+            error, loss = _Loss.apply(_state(output), projection, target, mask, self.config.loss, scale)
+            sums[:, n] += torch.stack([error.detach(), _measure(target, mask, self.config.loss)])
+            return _attach(output, loss) if training else None
+
+        self._uses = Counter((self.pairs[n].source, number) for n in self._students for number in range(len(batches)))
+        with ExitStack() as stack:
+            for n, module in self._students.items():
+                hook = module.register_forward_hook(lambda module, args, output, n=n: match(n, output))
+                stack.callback(hook.remove)
+            yield sums
+        self._receive()
+        if not self.groups.layout.sequence and self.groups.tensor_rank > 0:
+            sums.zero_()  # every tensor rank has found the same
+        self._states = {}
+
+    def _receive(self) -> None:
+        """Wait for all states that are on their way, and let go of those that nobody needs here any longer."""
+        for message in self._messages:
+            message.wait()
+        self._messages, self._operations = [], []
+        needed = {source for source, _ in self._uses}
+        self._states = {source: states for source, states in self._states.items() if source in needed}
+
+    def _take(self, source: tuple, number: int) -> Tensor:
+        """The teacher's state of a micro-batch, which is let go of with its last use."""
+        state = self._states[source][number]
+        self._uses[source, number] -= 1
+        if not self._uses[source, number]:
+            self._states[source][number] = None
+        return state
+
+    def _scales(self, masks: list[Tensor]) -> dict[int, Tensor]:
+        """For each pair of this stage, the step's tokens by the sum of the teacher's mean squares, over all ranks that
+        hold tokens: with it, the mean over tokens is the quotient of the sums (2310.06927, section 3.1)."""
+        both = torch.zeros(2, len(self._students), dtype=torch.float64, device=self.groups.device)
+        for column, n in enumerate(self._students):
+            for target, mask in zip(self._states[self.pairs[n].source], masks, strict=True):
+                both[:, column] += torch.stack([mask.sum(), _measure(target, mask, HiddenLoss.SQUAREHEAD)])
+        if self.groups.layout.sequence:
+            sum_over(both, self.groups.collection.tp)
+        sum_over(both, self.groups.collection.dp)
+        tokens, squares = both
+        return dict(zip(self._students, (tokens / squares.clamp(min=1e-30)).float(), strict=True))
+
+
+def _measure(target: Tensor, mask: Tensor, kind: HiddenLoss) -> Tensor:
+    """What the errors of a micro-batch are divided by, in sum: tokens, or the mean squares of the teacher's states."""
+    if kind is HiddenLoss.SQUAREHEAD:
+        return (target.float().square().mean(-1) * mask).sum()
+    return mask.sum()
+
+
+def _errors(state: Tensor, target: Tensor, kind: HiddenLoss) -> Tensor:
+    """How far apart two states are, `[seq, batch]`."""
+    if kind is HiddenLoss.COSINE:
+        return 1 - F.cosine_similarity(state, target, dim=-1)
+    return (state - target).square().mean(-1)
+
+
+class _Loss(torch.autograd.Function):
+    """Error of a projected state, summed over valid tokens, as it is and scaled; the gradient is that of the latter.
+
+    It is computed at once, so that until the backward pass there is one more tensor in the number format of the states,
+    and not the float32 ones that lead to the loss. A projection's gradient goes to Megatron's `main_grad` in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, state, projection, target, mask, kind, scale):
+        projected = state.detach() if projection is None else F.linear(state.detach(), projection.detach())
+        if not state.requires_grad:
+            error = (_errors(projected.float(), target.float(), kind) * mask).sum()
+            return error, scale * error
+        with torch.enable_grad():
+            leaf = projected.float().requires_grad_()
+            error = (_errors(leaf, target.float(), kind) * mask).sum()
+            grad = torch.autograd.grad(scale * error, leaf)[0].to(projected.dtype)
+        ctx.projection = projection
+        ctx.save_for_backward(grad, *([] if projection is None else [state]))
+        error = error.detach()
+        ctx.mark_non_differentiable(error)
+        return error, scale * error
+
+    @staticmethod
+    def backward(ctx, _, grad_loss):
+        grad, *state = ctx.saved_tensors
+        grad = grad * grad_loss.to(grad.dtype)
+        weight = ctx.projection
+        if weight is None:
+            return grad, *[None] * 5
+        share = grad.flatten(0, 1).T @ state[0].flatten(0, 1)
+        if hasattr(weight, "main_grad"):
+            weight.main_grad += share
+            weight.grad_added_to_main_grad = True  # Megatron's protocol: its hook must fire, and add nothing
+        return grad @ weight, share, *[None] * 4
+
+
+class _Attach(torch.autograd.Function):
+    """A state, unchanged; the backward pass also begins at a loss."""
+
+    @staticmethod
+    def forward(ctx, state, loss):
+        ctx.like = loss
+        return state
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, torch.ones_like(ctx.like)
+
+
+def _attach(output, loss: Tensor):
+    """A module's output, whose first tensor takes a loss with it into the backward pass."""
+    state, *others = output if isinstance(output, tuple) else (output,)
+    state = make_viewless_tensor(_Attach.apply(state, loss), requires_grad=True, keep_graph=True)
+    return (state, *others) if isinstance(output, tuple) else state
+
+
+def _state(output) -> Tensor:
+    """The hidden state in a module's output: an attention or an MLP gives its bias beside."""
+    state, bias = output if isinstance(output, tuple) else (output, None)
+    return state if bias is None else state + bias
+
+
+def _module(chunks: Sequence[Backbone], point: Point, layer: int) -> torch.nn.Module | None:
+    """The module whose output a state is, if this rank has it."""
+    for chunk in chunks:
+        if point is Point.EMBEDDING and chunk.pre_process:
+            return chunk.embedding
+        for own in chunk.decoder.layers if point is not Point.EMBEDDING else ():
+            if own.layer_number - 1 == layer:
+                return {Point.LAYER: own, Point.ATTENTION: own.self_attention, Point.MLP: own.mlp}[point]
+    return None
+
+
+def _owner(point: Point, layer: int, num_layers: int, layout: Layout) -> int:
+    """The pipeline rank that has a state."""
+    if point is Point.EMBEDDING:
+        return 0
+    ends = accumulate(layers_per_stage(num_layers, layout.stages))
+    return next(stage for stage, end in enumerate(ends) if layer < end) % layout.pipeline
+
+
+def _pipelines(groups: Groups) -> dist.ProcessGroup:
+    """This rank's pipeline as a group of its own, whose messages do not mix with those of the schedules."""
+    own = dist.get_process_group_ranks(groups.collection.pp)
+    for ranks in sorted(set(map(tuple, gather_objects(own, dist.group.WORLD)))):
+        group = dist.new_group(list(ranks))
+        if list(ranks) == own:
+            found = group
+    # NCCL connects a group with its first operation, in which all of its ranks have to take part.
+    dist.all_reduce(torch.zeros(1, device=groups.device), group=found)
+    return found

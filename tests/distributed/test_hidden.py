@@ -1,0 +1,274 @@
+"""Losses between hidden states: the same in every layout, and what autograd makes of them on transformers models."""
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from minitron_megatron.checkpoint.huggingface import StateDict, hf_tensors, read_hf_tensor
+from minitron_megatron.checkpoint.load import load_weights, local_parameters
+from minitron_megatron.config.loss import Balance, HiddenConfig, HiddenLoss, LayerMap, LossConfig, Point, Projection
+from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
+from minitron_megatron.data.samples import rank_batches
+from minitron_megatron.distillation.hidden import HiddenLosses, add_projections, resolve_pairs
+from minitron_megatron.distillation.losses import forward_kl
+from minitron_megatron.distillation.step import TeacherStudent
+from minitron_megatron.model.axes import PROJECTIONS, axis_sizes
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.training.optimizer import optimization
+from tests.ranks import run_on_ranks
+from tests.tiny import LLAMA, Samples, hf_model
+
+LAYOUTS = {
+    "1x1": ParallelConfig(),
+    "tp2": ParallelConfig(tensor=2),
+    "pp2": ParallelConfig(pipeline=2),
+    "tp2_pp2_dp2": ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True),
+    "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
+}
+# The teacher is wider and deeper: its layers lie on other stages than those of the student.
+TEACHER = {**LLAMA, "num_hidden_layers": 6, "hidden_size": 60}
+STUDENT = {**LLAMA, "num_hidden_layers": 4}
+NARROW = {**TEACHER, "hidden_size": 48}
+CASES = {
+    "cosine, shared": HiddenConfig(0.8, projection=Projection.SHARED),
+    "mse, per pair": HiddenConfig(
+        0.3,
+        loss=HiddenLoss.MSE,
+        map=LayerMap.END_ALIGNED,
+        projection=Projection.PER_PAIR,
+        points=[Point.LAYER, Point.MLP],
+    ),
+    "squarehead, everywhere": HiddenConfig(
+        0.5, loss=HiddenLoss.SQUAREHEAD, points=list(Point), pairs=[[0, 5], [3, 0], [2, 2], [1, 5]]
+    ),
+    "cosine, dynamic": HiddenConfig(1.0, Balance.DYNAMIC, pairs=[[1, 4], [3, 5]]),
+}
+GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, STEPS = 8, 1, 16, 2
+
+
+def networks(name):
+    """Teacher and student, as transformers models; of one width where there is no projection."""
+    teacher = TEACHER if CASES[name].projection is not Projection.NONE else NARROW
+    return hf_model(seed=1, **teacher), hf_model(seed=2, **STUDENT)
+
+
+def source_of(model):
+    return StateDict(shape_from_config(model.config.to_dict()), model.state_dict())
+
+
+def samples():
+    return Samples(STEPS * GLOBAL_BATCH, SEQUENCE, 101, seed=3)
+
+
+def work(folder, name):
+    """Steps of every case in a layout, by one of its ranks. Some layouts run layers again in the backward pass."""
+    found = {}
+    with process_groups(LAYOUTS[name]) as groups:
+        for case, hidden in CASES.items():
+            teacher, student = map(source_of, networks(case))
+            loss = LossConfig(0.7, 0.4, chunk_tokens=7, hidden=hidden)
+            teacher_chunks = build_model(teacher.shape, groups, DType.FP32)
+            load_weights(teacher_chunks, teacher, groups)
+            chunks = build_model(student.shape, groups, DType.FP32, recompute="interleaved" in name or "dp2" in name)
+            load_weights(chunks, student, groups)
+            shapes = student.shape, teacher.shape
+            add_projections(chunks, hidden, *shapes, groups, seed=5)
+            losses = HiddenLosses(hidden, chunks, teacher_chunks, shapes, groups)
+            training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+            pair = TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.shape.vocab, losses)
+            own = found[case] = {"steps": []}
+            for step in range(STEPS):
+                batches = rank_batches(
+                    samples(), step * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, groups.data_rank, groups.layout.data
+                )
+                training.zero_grad()
+                result = pair.train(list(batches))
+                if step == 0:
+                    own["gradients"] = [
+                        (param.stacked_key, layer, index, parameter.main_grad.clone())
+                        for chunk in chunks
+                        for parameter, param, layer, index in local_parameters(chunk, student.shape, groups)
+                    ]
+                    own["projections"] = {
+                        name: (projection.weight.detach().clone(), projection.weight.main_grad.clone())
+                        for chunk in chunks
+                        for name, projection in getattr(chunk, PROJECTIONS, {}).items()
+                    }
+                values = (result.kd_logits, result.lm, result.alpha, *result.of_pairs.values())
+                own["steps"].append((*values, result.total(loss), *training.step()))
+        torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")
+
+
+class Run:
+    """What one layout found."""
+
+    def __init__(self, folder, name):
+        layout = LAYOUTS[name]
+        num_ranks = layout.tensor * layout.pipeline * (layout.data or 1)
+        run_on_ranks(num_ranks, work, folder, name)
+        self.ranks = [torch.load(folder / f"{name}_{rank}.pt", weights_only=False) for rank in range(num_ranks)]
+
+    def gradients(self, case):
+        return Gradients([rank[case]["gradients"] for rank in self.ranks])
+
+
+class Gradients:
+    """The gradients of all ranks as a source of tensors."""
+
+    dtype = torch.float32
+
+    def __init__(self, of_ranks):
+        self.of_ranks = of_ranks
+        self.shape = shape_from_config(hf_model(**STUDENT).config.to_dict())
+
+    @functools.cached_property
+    def whole(self):
+        found = {}
+        for gradients in self.of_ranks:
+            for key, layer, index, gradient in gradients:
+                found.setdefault((key, layer), []).append((index, gradient))
+        return found
+
+    def read(self, param, layer, index):
+        out = torch.full(param.size(axis_sizes(self.shape)), torch.nan)
+        for own, gradient in self.whole[param.stacked_key, layer]:
+            place = tuple(torch.from_numpy(i) for i in np.ix_(*own))
+            assert out[place].isnan().all() or close(gradient, out[place]), param
+            out[place] = gradient
+        return out[tuple(torch.from_numpy(i) for i in np.ix_(*index))]
+
+
+def close(a, b, tolerance=1e-5):
+    return (a - b).abs().max().item() <= tolerance * max(b.abs().max().item(), 1e-12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hidden")
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    return Run(folder, "1x1")
+
+
+@pytest.fixture(scope="module", params=[name for name in LAYOUTS if name != "1x1"])
+def many(request, folder):
+    return Run(folder, request.param)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_do_not_depend_on_the_layout(case, single, many):
+    for rank in many.ranks:
+        np.testing.assert_allclose(rank[case]["steps"], single.ranks[0][case]["steps"], rtol=1e-5)
+    expected, found = single.gradients(case), many.gradients(case)
+    for name, _, param, part, layer in hf_tensors(expected.shape):
+        assert close(read_hf_tensor(found, param, part, layer), read_hf_tensor(expected, param, part, layer)), name
+    projections = single.ranks[0][case]["projections"]
+    assert {name for rank in many.ranks for name in rank[case]["projections"]} == set(projections)
+    for rank in many.ranks:
+        for name, (weight, gradient) in rank[case]["projections"].items():
+            assert torch.equal(weight, projections[name][0])
+            assert close(gradient, projections[name][1]), name
+
+
+def states_of(model, tokens):
+    """Logits, and the hidden states by point and layer."""
+    seen, hooks = {}, []
+
+    def keep(module, *place):
+        def hook(module, args, output):
+            seen[place] = output[0] if isinstance(output, tuple) else output
+
+        hooks.append(module.register_forward_hook(hook))
+
+    keep(model.model.embed_tokens, Point.EMBEDDING, 0)
+    for number, layer in enumerate(model.model.layers):
+        keep(layer, Point.LAYER, number)
+        keep(layer.self_attn, Point.ATTENTION, number)
+        keep(layer.mlp, Point.MLP, number)
+    logits = model(tokens).logits
+    for hook in hooks:
+        hook.remove()
+    return logits, seen
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_the_plain_loss_on_transformers_models(case, single):
+    config, found = CASES[case], single.ranks[0][case]
+    teacher, student = networks(case)
+    batch = next(rank_batches(samples(), 0, GLOBAL_BATCH, GLOBAL_BATCH, 0, 1))
+    mask = batch["loss_mask"]
+    with torch.no_grad():
+        target, theirs = states_of(teacher, batch["tokens"])
+    logits, ours = states_of(student, batch["tokens"])
+
+    def mean(x):
+        return (x * mask).sum() / mask.sum()
+
+    projections = {name: weight.clone().requires_grad_() for name, (weight, _) in found["projections"].items()}
+    distances = []
+    for pair in resolve_pairs(config, 4, 6):
+        state, other = ours[pair.point, pair.student], theirs[pair.point, pair.teacher]
+        if projections:
+            state = state @ projections.get(pair.name, projections.get("shared")).T
+        if config.loss is HiddenLoss.COSINE:
+            distances.append(mean(1 - F.cosine_similarity(state, other, dim=-1)))
+        else:
+            distances.append(mean((state - other).square().mean(-1)))
+        if config.loss is HiddenLoss.SQUAREHEAD:
+            distances[-1] = distances[-1] / mean(other.square().mean(-1))
+    kd = mean(forward_kl(logits.log_softmax(-1), target.log_softmax(-1)))
+    lm = mean(F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none"))
+    of_states = sum(distances) / len(distances)
+    alpha = (kd / of_states).item() if config.balance is Balance.DYNAMIC else 1.0
+    loss = 0.7 * kd + 0.4 * lm + config.weight * alpha * of_states
+    loss.backward()
+    expected = [value.item() for value in (kd, lm, torch.tensor(alpha), *distances, loss)]
+    np.testing.assert_allclose(found["steps"][0][: len(expected)], expected, rtol=1e-5)
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    own = single.gradients(case)
+    for name, _, param, part, layer in hf_tensors(own.shape):
+        assert close(read_hf_tensor(own, param, part, layer), gradients[name], 1e-4), name
+    for name, (_, gradient) in found["projections"].items():
+        assert close(gradient, projections[name].grad, 1e-4), name
+    # The second step is weighted by what the first one found.
+    if config.balance is Balance.DYNAMIC:
+        assert found["steps"][1][2] == pytest.approx(alpha, rel=1e-5)
+
+
+def test_maps_of_layers():
+    def layers(student, teacher, **settings):
+        return [(p.student, p.teacher) for p in resolve_pairs(HiddenConfig(1.0, **settings), student, teacher)]
+
+    assert layers(4, 8) == [(0, 1), (1, 3), (2, 5), (3, 7)]
+    assert layers(3, 8) == [(0, 2), (1, 4), (2, 7)]
+    assert layers(2, 2) == [(0, 0), (1, 1)]
+    end = dict(map=LayerMap.END_ALIGNED)
+    assert layers(3, 8, **end) == [(0, 5), (1, 6), (2, 7)]
+    assert layers(4, 2, **end) == [(2, 0), (3, 1)]
+    assert layers(4, 8, pairs=[[3, 0]]) == [(3, 0)]
+    every = resolve_pairs(HiddenConfig(1.0, points=[Point.EMBEDDING, Point.MLP], pairs=[[1, 2]]), 4, 8)
+    assert [pair.name for pair in every] == ["embedding", "mlp_1_2"]
+
+
+def test_what_cannot_be_compared_is_named():
+    from minitron_megatron.distillation.hidden import hidden_problems
+
+    student = shape_from_config(hf_model(**STUDENT).config.to_dict())
+    teacher = replace(student, hidden=60, pattern="*-" * 6)
+    found = hidden_problems(HiddenConfig(1.0, pairs=[[0, 6], [4, 5]]), student, teacher)
+    assert found == [
+        "loss.hidden.pairs has [0, 6], and the teacher has layers 0 to 5: name one of these",
+        "loss.hidden.pairs has [4, 5], and the student has layers 0 to 3: name one of these",
+        "loss.hidden.projection = none, and student.hidden = 48 is not teacher.hidden = 60: set loss.hidden.projection "
+        "to shared or per_pair",
+    ]
+    assert hidden_problems(HiddenConfig(0.0, pairs=[[9, 9]]), student, teacher) == []

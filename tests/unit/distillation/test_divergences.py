@@ -1,0 +1,162 @@
+"""Every divergence, chunked and vocab-parallel, against autograd on torch's own functions in float64."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from modelopt.torch.distill.losses import LogitsDistillationLoss
+
+from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig, Schedule
+from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.distillation.linear_losses import Teacher
+from minitron_megatron.distillation.losses import distillation_loss
+from minitron_megatron.parallel.groups import process_groups
+from tests.ranks import run_on_ranks
+from tests.unit.distillation.cases import TOKENS, VOCAB, Case
+
+
+def kl(p, q):
+    """KL(p || q) of probabilities."""
+    return F.kl_div(q.log(), p, reduction="none").sum(-1)
+
+
+# Of the student's probabilities p and the teacher's q.
+FORMULAS = {
+    Divergence.FORWARD_KL: lambda p, q, how: kl(q, p),
+    Divergence.REVERSE_KL: lambda p, q, how: kl(p, q),
+    Divergence.JENSEN_SHANNON: lambda p, q, how: (
+        how.beta * kl(q, how.beta * q + (1 - how.beta) * p) + (1 - how.beta) * kl(p, how.beta * q + (1 - how.beta) * p)
+    ),
+    Divergence.SKEWED_KL: lambda p, q, how: kl(q, how.skew * q + (1 - how.skew) * p),
+    Divergence.TOTAL_VARIATION: lambda p, q, how: (p - q).abs().sum(-1) / 2,
+    Divergence.MSE: lambda p, q, how: F.mse_loss(p, q, reduction="none").sum(-1),
+    Divergence.COSINE: lambda p, q, how: 1 - F.cosine_similarity(p, q, dim=-1),
+}
+SETTINGS = {
+    "plain": {},
+    "temperature": dict(temperature=2.0),
+    "cold, not squared": dict(temperature=0.7, temperature_squared=False),
+    "top-k": dict(top_k=5),
+    "top-k and tail": dict(top_k=5, tail=True, temperature=1.5),
+    "more than a rank has": dict(top_k=30, tail=True),
+}
+CONFIGS = {
+    f"{kind.value}, {name}": LogitsConfig(kind, beta=0.3, **settings)
+    for kind, (name, settings) in itertools.product(Divergence, SETTINGS.items())
+    if LogitsConfig(kind, **settings).problems() == []
+}
+WEIGHTS = [(0.7, 0.4), (1.0, 0.0)]
+
+
+def by_torch(case, kd_weight, lm_weight):
+    """Loss, and its gradients by hidden states and output weight."""
+    how = case.config
+    hidden, weight = (x.clone().requires_grad_() for x in (case.hidden, case.weight))
+    logits = hidden @ weight[:VOCAB].T
+    teacher = case.teacher.hidden @ case.teacher.weight[:VOCAB].T
+    p, q = (F.softmax(z / how.temperature, dim=-1) for z in (logits, teacher))
+    if how.top_k:
+        columns = teacher.topk(how.top_k).indices
+        p, q = p.gather(1, columns), q.gather(1, columns)
+        if how.tail:
+            p, q = (torch.cat([x, 1 - x.sum(1, keepdim=True)], dim=1) for x in (p, q))
+        else:
+            q = q / q.sum(1, keepdim=True)
+    of_tokens = FORMULAS[how.divergence](p, q, how)
+    if how.temperature_squared:
+        of_tokens = of_tokens * how.temperature**2
+    loss = kd_weight * of_tokens + lm_weight * F.cross_entropy(logits, case.labels, reduction="none")
+    loss = (loss * case.mask).sum()
+    loss.backward()
+    return loss.item(), hidden.grad, weight.grad
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def all_divergences(folder, num_ranks):
+    """Everything that is compared, by one of some tensor-parallel ranks. With four, the last one's rows are padding."""
+    found = {}
+    with process_groups(ParallelConfig(tensor=num_ranks)) as groups:
+        for (name, config), weights in itertools.product(CONFIGS.items(), WEIGHTS):
+            case = Case(dtype=torch.float64, config=config)
+            found[name, weights] = case.linear(groups.collection.tp, *weights, 7)
+        torch.save(found, folder / f"{dist.get_rank()}.pt")
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda count: f"tp{count}")
+def ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    run_on_ranks(request.param, all_divergences, folder, request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_are_those_of_torch(name, weights, ranks):
+    case = Case(dtype=torch.float64, config=CONFIGS[name])
+    loss, of_hidden, of_weight = by_torch(case, *weights)
+    of_ranks = [rank[name, weights] for rank in ranks]
+    for found_loss, _, _, terms in of_ranks:
+        assert found_loss == pytest.approx(loss, rel=1e-9)
+        assert torch.equal(terms, of_ranks[0][3])
+    # Of the hidden states every rank has its share; of the weights its rows.
+    assert_close(sum(found[1] for found in of_ranks), of_hidden)
+    assert_close(torch.cat([found[2] for found in of_ranks]), of_weight)
+    kd, lm = of_ranks[0][3].tolist()
+    assert weights[0] * kd + weights[1] * lm == pytest.approx(loss, rel=1e-9)
+    # The definitions that people read say the same.
+    assert case.plain(*weights)[0] == pytest.approx(loss, rel=1e-9)
+    assert_close(case.plain(*weights)[1], of_hidden)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_forward_kl_at_a_temperature_is_that_of_model_optimizer(temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = torch.randn(2, TOKENS, VOCAB, generator=generator, dtype=torch.float64)
+    expected = LogitsDistillationLoss(temperature=temperature, reduction="sum")(logits, teacher)
+    how = LogitsConfig(temperature=temperature)
+    labels = torch.zeros(TOKENS, dtype=torch.int64)
+    found = distillation_loss(logits, labels, torch.ones(TOKENS), teacher, 1.0, 0.0, how)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", Divergence, ids=lambda kind: kind.value)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(kind, settings):
+    if settings.get("top_k") and not settings.get("tail"):
+        return  # the teacher's top k, made to sum to one, are not the student's
+    case = Case(dtype=torch.float64, config=LogitsConfig(kind, **settings))
+    case.teacher = Teacher(case.hidden, case.weight)
+    with process_groups(ParallelConfig()) as groups:
+        loss, of_hidden, of_weight, _ = case.linear(groups.collection.tp, 1.0, 0.0, 7)
+    assert abs(loss) < 1e-6 and of_hidden.abs().max() < 1e-7 and of_weight.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("kind", Divergence, ids=lambda kind: kind.value)
+def test_predictions_that_have_nothing_in_common_have_finite_gradients(kind):
+    case = Case(config=LogitsConfig(kind))
+    case.hidden *= 100
+    case.teacher.hidden.mul_(100)
+    with process_groups(ParallelConfig()) as groups:
+        loss, of_hidden, of_weight, _ = case.linear(groups.collection.tp, 1.0, 0.1, 7)
+    assert torch.tensor(loss).isfinite() and of_hidden.isfinite().all() and of_weight.isfinite().all()
+
+
+def test_the_weight_of_cross_entropy_goes_where_it_is_sent():
+    way = LossConfig(lm_weight=1.0, lm_weight_end=0.2, lm_schedule=Schedule.LINEAR, lm_schedule_steps=5)
+    assert [way.at(step, 8).lm_weight for step in range(1, 9)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2])
+    way = LossConfig(lm_weight=0.0, lm_weight_end=2.0, lm_schedule=Schedule.COSINE)
+    assert [way.at(step, 5).lm_weight for step in range(1, 6)] == pytest.approx([0, 1 - 0.5**0.5, 1, 1 + 0.5**0.5, 2])
+    assert LossConfig(lm_weight=0.3).at(4, 5).lm_weight == 0.3
+    assert LossConfig(lm_weight_end=0.5, lm_schedule=Schedule.LINEAR).at(1, 1).lm_weight == 0.5
+
+
+def test_top_k_alone_is_refused_where_agreement_would_not_be_best():
+    for kind in Divergence:
+        problems = LogitsConfig(kind, top_k=5).problems()
+        assert bool(problems) == (kind in (Divergence.REVERSE_KL, Divergence.COSINE))
+        assert LogitsConfig(kind, top_k=5, tail=True).problems() == []
