@@ -274,7 +274,7 @@ def draw(results: dict, path: Path) -> None:
     from minitron_megatron.report.style import CUT, INK, KEPT, MUTED, heading, label, new_figure, png, tidy
 
     losses, [teacher] = results["losses"], results["losses"]["teacher"]
-    figure = new_figure("Held-out loss right after pruning, by criterion", 4.4)
+    figure = new_figure(f"Held-out loss right after pruning, by criterion; {teacher:.2f} before", 4.4)
     left, right = figure.subplots(1, 2)
     names = [f"activation {t} {s}" for t, s in PAPER] + ["weight", "random"]
     for row, name in enumerate(names):
@@ -294,8 +294,7 @@ def draw(results: dict, path: Path) -> None:
     tidy(right, "nats", grid="x")
     heading(right, f"depth: {LAYERS} of 30 layers")
     for i, (search, colour) in enumerate(colours.items()):
-        label(right, SEARCHES[search], (1, 1), (0, 28 - 12 * i), ha="right", color=colour, xycoords="axes fraction")
-    label(left, f"the whole model: {teacher:.2f}", (1, 0), (0, -34), ha="right", color=MUTED, xycoords="axes fraction")
+        label(right, SEARCHES[search], (1, 1), (-4, -16 - 14 * i), ha="right", color=colour, xycoords="axes fraction")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(figure))
 
