@@ -27,7 +27,6 @@ from tests.tiny import LLAMA, Samples, hf_model
 
 LAYOUTS = {
     "1x1": ParallelConfig(),
-    "tp2": ParallelConfig(tensor=2),
     "pp2": ParallelConfig(pipeline=2),
     "tp2_pp2_dp2": ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True),
     "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),

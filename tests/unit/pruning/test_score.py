@@ -467,3 +467,13 @@ def test_a_text_that_is_shorter_than_a_sequence_is_named(inputs, settings, tmp_p
     with pytest.raises(DataError, match="tokens, but data.sequence_length = 5000 needs 5001: add text, shorten"):
         score(settings(data=data))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_with_fewer_sequences_than_asked_for_is_read_once(inputs, settings, caplog):
+    found = Scores.read(score(settings("all", num_samples=10**6)))
+    count = found.settings["num_samples"]
+    assert f"num_samples = 1000000: the text has only {count} sequences" in caplog.text
+    assert_same(found, Scores.read(score(settings("counted", num_samples=count))))
+    caplog.clear()
+    fewer = Scores.read(score(settings("fewer", num_samples=count - 1)))
+    assert fewer.settings["num_samples"] == count - 1 and "has only" not in caplog.text
