@@ -27,7 +27,7 @@ from tests.tiny import LLAMA, Samples, hf_model
 
 LAYOUTS = {
     "1x1": ParallelConfig(),
-    "pp2": ParallelConfig(pipeline=2),
+    "pp4": ParallelConfig(pipeline=4),  # where only some stages have states to send
     "tp2_pp2_dp2": ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True),
     "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
 }
