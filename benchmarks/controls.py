@@ -207,7 +207,8 @@ def judge(model: Path, teacher: Path, texts: dict[str, Path], windows: int | Non
 
     from minitron_megatron.checkpoint.load import load_weights
     from minitron_megatron.checkpoint.sharded import Checkpoint
-    from minitron_megatron.config.schema import DType, LossConfig, ParallelConfig
+    from minitron_megatron.config.loss import LossConfig
+    from minitron_megatron.config.schema import DType, ParallelConfig
     from minitron_megatron.data.samples import rank_batches
     from minitron_megatron.distillation.step import TeacherStudent, mean_of
     from minitron_megatron.model.build import build_model

@@ -112,7 +112,8 @@ def teacher_and_student(models: Models, groups, recompute: bool = False):
     """The pair that the training loop trains, and the student's optimiser."""
     from minitron_megatron.checkpoint.load import load_weights
     from minitron_megatron.checkpoint.sharded import Checkpoint
-    from minitron_megatron.config.schema import DType, LossConfig, OptimizerConfig
+    from minitron_megatron.config.loss import LossConfig
+    from minitron_megatron.config.schema import DType, OptimizerConfig
     from minitron_megatron.distillation.step import TeacherStudent
     from minitron_megatron.model.build import build_model
     from minitron_megatron.training.optimizer import optimization

@@ -115,6 +115,7 @@ def measure(teacher: Path, data, known: Known, args) -> None:
 
     from minitron_megatron.checkpoint.load import load_weights
     from minitron_megatron.checkpoint.sharded import Checkpoint
+    from minitron_megatron.config.loss import LossConfig
     from minitron_megatron.config.schema import (
         Aggregation,
         Criterion,
@@ -122,7 +123,6 @@ def measure(teacher: Path, data, known: Known, args) -> None:
         DepthCriterion,
         DepthSearch,
         DType,
-        LossConfig,
         ParallelConfig,
         ScoreConfig,
         TargetConfig,

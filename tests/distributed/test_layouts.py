@@ -11,6 +11,7 @@ import torch.distributed as dist
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.checkpoint.load import local_parameters
 from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import (
     Aggregation,
     Criterion,
@@ -19,7 +20,6 @@ from minitron_megatron.config.schema import (
     DepthSearch,
     DType,
     ExportConfig,
-    LossConfig,
     Neurons,
     OptimizerConfig,
     ParallelConfig,

@@ -13,7 +13,8 @@ from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import SHAPE, Checkpoint
 from minitron_megatron.checkpoint.source import instances, take
 from minitron_megatron.checkpoint.writer import write_checkpoint
-from minitron_megatron.config.schema import DType, LossConfig, OptimizerConfig, ParallelConfig
+from minitron_megatron.config.loss import LossConfig
+from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.data.samples import rank_batches
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
