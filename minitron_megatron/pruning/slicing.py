@@ -15,7 +15,7 @@ from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.checkpoint.writer import write_checkpoint
-from minitron_megatron.model.axes import Param, axis_sizes
+from minitron_megatron.model.axes import Param, axis_sizes, parameters
 from minitron_megatron.pruning.plan import Plan
 
 
@@ -29,9 +29,12 @@ class Pruned:
         self.shape = plan.target
         self.dtype = source.dtype
         self._sizes = axis_sizes(source.shape)
+        # The final norm is called otherwise in a HybridModel, which the target may be where the source is none.
+        self._origins = dict(zip(parameters(self.shape), parameters(source.shape), strict=True))
 
     def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`."""
+        param = self._origins[param]
         kept = self.plan.kept(param.sublayer, layer)
         origin = None if layer is None else self.plan.source_layer(param.sublayer, layer)
         positions = [k[i] for k, i in zip(param.index(kept, self._sizes), index, strict=True)]

@@ -156,9 +156,9 @@ def work(folder, name):
                     for parameter, param, layer, index in local_parameters(chunk, shape, groups)
                 ]
                 found["step"] = (result.kd_logits, result.lm, *training.step())
-                save_state(folder / name, 1, training)
+                save_state(folder / name, 1, training, pair)
             else:
-                assert load_state(folder / name, training) == 1
+                assert load_state(folder / name, training, pair) == 1
             result = pair.evaluate(batches)
             found[attempt] = (result.kd_logits, result.lm)
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")

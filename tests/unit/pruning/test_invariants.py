@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -33,6 +34,9 @@ SHAPES = {
     "biases of q, k and v": LLAMA_SHAPE.replace(qkv_bias=True),
     "all biases": LLAMA_SHAPE.replace(linear_bias=True, gated=False, activation=Activation.GELU),
 }
+needs_hybrid_model = pytest.mark.skipif(
+    find_spec("megatron.core.models.hybrid") is None, reason="HybridModel comes with megatron-core 0.19"
+)
 TOKENS = torch.randint(0, 101, (2, SEQUENCE), generator=torch.Generator().manual_seed(0))
 
 
@@ -223,14 +227,38 @@ def test_what_goes_is_as_if_silenced(source, build, logits, target):
     assert_same(logits(source, plan), expected, logits(whole))
 
 
-def test_sublayers_may_go_by_themselves(source, build, logits):
-    """As long as attention and MLP take turns: here the second layer's attention goes, and the first one's MLP."""
-    plan = make_plan(random_scores(source.shape), TargetConfig(ffn=43))
-    plan.sublayers = [0, 3, 4, 5, 6, 7]
+@pytest.mark.parametrize(
+    "kept",
+    [
+        [0, 3, 4, 5, 6, 7],  # attention and MLP still take turns
+        pytest.param([0, 3, 5, 6, 7], marks=needs_hybrid_model),  # *--*-
+        pytest.param([1, 2, 4, 5], marks=needs_hybrid_model),  # -**-
+    ],
+    ids=str,
+)
+def test_sublayers_may_go_by_themselves(source, build, logits, kept):
+    plan = make_plan(random_scores(source.shape), TargetConfig(ffn=30, heads=6))
+    plan.sublayers = kept
+    assert plan.target.pattern == "".join("*-"[position % 2] for position in kept)
+    ffn = {p // 2: neurons for p, neurons in plan.ffn.items()}
     whole = build(source)
-    with silenced(whole, {p // 2: kept for p, kept in plan.ffn.items()}, gone=(1, 2)):
+    with silenced(whole, ffn, heads_of(plan), set(range(2 * LAYERS)) - set(kept)):
         expected = logits(whole)
     assert_same(logits(source, plan), expected, logits(whole))
+
+
+def test_every_sublayer_of_another_pattern_is_cut_from_its_own_weights(source):
+    """Also the final norm, whose name depends on the pattern."""
+    plan = make_plan(random_scores(source.shape), TargetConfig(hidden=40))
+    plan.sublayers = [0, 3, 5, 6, 7]
+    pruned, channels = Pruned(source, plan), torch.tensor(plan.hidden)
+    for name, layer, origin in [
+        ("decoder.final_norm.weight", None, ("decoder.final_layernorm.weight", None)),
+        ("self_attention.linear_qkv.layer_norm_weight", 1, ("self_attention.linear_qkv.layer_norm_weight", 3)),
+        ("mlp.linear_fc1.layer_norm_weight", 1, ("mlp.linear_fc1.layer_norm_weight", 2)),
+    ]:
+        [param] = [p for p in parameters(pruned.shape) if p.name == name]
+        assert torch.equal(pruned.read(param, layer, [np.arange(40)]), source.tensors[origin][channels])
 
 
 def test_two_plans_are_one_after_the_other(source, logits):
