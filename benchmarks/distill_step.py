@@ -300,7 +300,7 @@ def profile(models: Models, tokens: Path, warmup: int, threads: int) -> dict:
     from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
     from minitron_megatron.model.count import forward_flops_per_token
     from minitron_megatron.parallel.groups import process_groups
-    from minitron_megatron.parallel.schedule import run_forward
+    from minitron_megatron.parallel.schedule import forward_hidden, output_weight, run_forward
 
     shapes = {
         name: Checkpoint(folder).shape for name, folder in (("teacher", models.teacher), ("student", models.pruned))
@@ -326,16 +326,16 @@ def profile(models: Models, tokens: Path, warmup: int, threads: int) -> dict:
             times = [time.perf_counter()]
             [state] = run_forward([teacher], [batch], groups, on_output=lambda output, batch: output)
             times.append(time.perf_counter())
-            output = student(batch["tokens"], batch["position_ids"], attention_mask=None)
+            output = forward_hidden(student, batch)
             times.append(time.perf_counter())
             loss, _ = linear_distillation_loss(
                 output.flatten(0, 1),
-                student.module.output_weight,
+                output_weight(student.module),
                 labels,
                 mask,
                 groups.collection.tp,
                 pair.vocab,
-                Teacher(state.flatten(0, 1), teacher.output_weight),
+                Teacher(state.flatten(0, 1), output_weight(teacher)),
                 kd_weight=1.0,
                 lm_weight=0.0,
                 chunk_tokens=pair.loss.chunk_tokens,

@@ -5,7 +5,7 @@ from `minitron_megatron.config.schema`, checks them, and is imported when it is 
 
 For a model in somebody's own Megatron job there are `shape_of`, `current_groups`, `score_model` and `make_plan`, with
 `Scores` and `Plan` as what they give; `Pruned` is what a plan leaves of any source of weights, and `draw` makes the
-figures.
+figures. `TeacherStudent` is a step of distillation, and `LossConfig` what is minimised.
 """
 
 from importlib import import_module
@@ -23,6 +23,8 @@ _PARTS = {
     "make_plan": "minitron_megatron.pruning.plan",
     "Plan": "minitron_megatron.pruning.plan",
     "Pruned": "minitron_megatron.pruning.slicing",
+    "TeacherStudent": "minitron_megatron.distillation.step",
+    "LossConfig": "minitron_megatron.config.loss",
     "draw": "minitron_megatron.report.gallery",
 }
 

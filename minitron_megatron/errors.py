@@ -37,6 +37,10 @@ class DataError(UserError):
     """A corpus that is missing, empty, too short, or tokenised for another tokenizer."""
 
 
+class TrainingError(UserError):
+    """A training run that cannot go on. What it has saved is whole."""
+
+
 class DiskSpaceError(UserError):
     """The target disk cannot hold what is about to be written."""
 

@@ -57,10 +57,14 @@ def inputs(tmp_path_factory):
     for name in ("foreign", "teacher", "student"):
         (folder / name / "checkpoint").rename(folder / f"{name}-checkpoint")
     teacher = folder / "teacher-checkpoint"
-    for damaged in ("other-tokenizer", "lost-shard", "short-shard"):
+    for damaged in ("other-tokenizer", "lost-shard", "short-shard", "other-keys"):
         shutil.copytree(teacher, folder / damaged)
     tokenizer = folder / "other-tokenizer/huggingface/tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"a"', '"ä"'))
+    manifest = folder / "other-keys/manifest.json"
+    said = json.loads(manifest.read_text())
+    said["shape"] |= {"tied": True, "qkv_bias": True}
+    manifest.write_text(json.dumps(said))
     (folder / "lost-shard/iter_0000000/__0_0.distcp").unlink()
     shard = folder / "short-shard/iter_0000000/__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1000])
@@ -147,6 +151,24 @@ def with_other(command, key, value):
         (f"{SCORE} parallel.tensor=2 parallel.sequence=true data.sequence_length=33", 1, ["data.sequence_length = 33"]),
         (with_other(DISTILL, "teacher", "@foreign-checkpoint"), 1, ["foreign-checkpoint has vocab = 90", "has 101"]),
         (with_other(DISTILL, "teacher", "@other-tokenizer"), 1, ["other-tokenizer", "carry different tokenizers"]),
+        (
+            with_other(DISTILL, "teacher", "@other-keys"),
+            1,
+            [
+                "other-keys/iter_0000000 does not hold the network of its shape",
+                "missing: decoder.layers.self_attention.linear_qkv.bias [4, 120]",
+                "unknown: output_layer.weight [128, 48]",
+            ],
+        ),
+        (f"{DISTILL} teacher_fp8=true", 1, ["teacher_fp8 = true takes CUDA and Transformer Engine"]),
+        (f"{DISTILL} teacher_lr=0", 1, ["teacher_lr = 0.0: must be above 0, or null for a frozen teacher"]),
+        (f"{DISTILL} teacher_lr=1 teacher_dtype=fp16", 1, ["teacher_lr = 1.0 trains the teacher", "teacher_dtype"]),
+        (
+            f"{with_other(DISTILL, 'teacher', 'null')} teacher_lr=1 loss.kd_logits_weight=0 loss.lm_weight=1",
+            1,
+            ["teacher_lr = 1.0, but teacher = null: set both or neither"],
+        ),
+        (f"{DISTILL} keep_checkpoints=0", 1, ["keep_checkpoints = 0"]),
         (f"{DISTILL} loss.logits.top_k=102", 1, ["loss.logits.top_k = 102 is more than the vocabulary's 101 tokens"]),
         (f"{DISTILL} loss.logits.top_k=101 loss.logits.tail=true", 1, ["loss.logits.top_k = 101 is more than the"]),
         (f"{DISTILL} loss.logits.temperature=0", 1, ["loss.logits.temperature = 0.0: must be above 0"]),

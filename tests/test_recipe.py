@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.cli import main
-from tests.tiny import LLAMA, hf_model, save_hf
+from tests.tiny import LLAMA, hf_model, literate, save_hf
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
-    save_hf(folder / "source", hf_model(**LLAMA))
+    save_hf(folder / "source", literate(hf_model(**LLAMA)))
     choose = random.Random(0)
     lines = ["".join(choose.choice("abcdefgh") for _ in range(80)) for _ in range(60)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -42,6 +42,10 @@ def arguments(inputs) -> list[str]:
         # One stage in ranks of its own, the others in this process.
         "stages.scores.parallel.tensor=2",
         "stages.scores.dtype=fp32",
+        "+correction=before",
+        "stages.corrected.steps=2",
+        "stages.corrected.optimizer.warmup_steps=1",
+        "stages.corrected.dtype=fp32",
         "stages.distilled.steps=3",
         "stages.distilled.optimizer.warmup_steps=1",
         "stages.distilled.dtype=fp32",
@@ -71,7 +75,7 @@ def test_a_recipe_runs_reports_and_skips_what_is_done(inputs):
     second = run(inputs)
     assert second.returncode == 0, second.stderr
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("manifest.json")} == made
-    assert second.stderr.count("skipped") == 8
+    assert second.stderr.count("skipped") == 9
 
 
 def readme_commands() -> list[str]:

@@ -17,7 +17,7 @@ from minitron_megatron import cli
 from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint
 from minitron_megatron.checkpoint.source import instances
 from minitron_megatron.model.axes import axis_sizes, parameters
-from tests.tiny import LLAMA, hf_model, import_hf
+from tests.tiny import LLAMA, hf_model, import_hf, literate
 
 STEPS, SAVE_EVERY = 8, 2
 NOT_EXACT = ("time/", "throughput/", "memory/")
@@ -27,7 +27,7 @@ NOT_EXACT = ("time/", "throughput/", "memory/")
 def inputs(tmp_path_factory):
     """A folder with a teacher, a student and a text."""
     folder = tmp_path_factory.mktemp("inputs")
-    import_hf(folder / "teacher", hf_model(**LLAMA))
+    import_hf(folder / "teacher", literate(hf_model(**LLAMA)))
     import_hf(folder / "student", hf_model(seed=1, **{**LLAMA, "num_hidden_layers": 3, "intermediate_size": 30}))
     generator = np.random.default_rng(0)
     documents = ("".join(generator.choice(list("abcdefgh"), 300)) for _ in range(20))

@@ -6,16 +6,17 @@ import numpy as np
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.models.gpt import GPTModel
 
 from minitron_megatron.checkpoint.source import TensorSource, instances
+from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import PROJECTIONS, Param, axis_sizes, parameters
-from minitron_megatron.model.build import Backbone
 from minitron_megatron.model.shape import ModelShape
 from minitron_megatron.parallel.groups import Groups
 
 
 def local_parameters(
-    model: Backbone, shape: ModelShape, groups: Groups
+    model: GPTModel, shape: ModelShape, groups: Groups
 ) -> Iterator[tuple[torch.nn.Parameter, Param, int | None, list[np.ndarray]]]:
     """What of the network a model on this rank holds.
 
@@ -44,12 +45,23 @@ def local_parameters(
         yield parameter, param, layer, param.shard(groups.tensor_rank, groups.layout.tensor, sizes)
 
 
-def load_weights(chunks: list[Backbone], source: TensorSource, groups: Groups) -> None:
+def load_weights(chunks: list[GPTModel], source: TensorSource, groups: Groups) -> None:
     """Fill all parameters of this rank's model from a source, reading only what this rank holds.
 
-    Weights are converted to the model's number format.
+    Weights are converted to the model's number format. That each of them was really filled is checked.
+
+    Raises:
+        CheckpointError: a weight was not filled, or what the source has of it is not finite.
     """
     with torch.no_grad():
         for model in chunks:
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
             for parameter, param, layer, index in local_parameters(model, source.shape, groups):
-                parameter.copy_(source.read(param, layer, index))
+                weight = source.read(param, layer, index)
+                assert weight.shape == parameter.shape  # or it would be repeated to fill the parameter
+                parameter.copy_(weight)
+            if wrong := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+                raise CheckpointError(
+                    f"{getattr(source, 'root', 'the source')} leaves weights that are not finite: {', '.join(wrong)}"
+                )

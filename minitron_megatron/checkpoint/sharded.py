@@ -28,8 +28,10 @@ from minitron_megatron.model.shape import ModelShape
 TRACKER = "latest_checkpointed_iteration.txt"
 HUGGINGFACE = "huggingface"
 SHAPE = "shape.json"
-# Tensors of a training run that are not weights.
-_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", f"{PROJECTIONS}.")
+# Keys of a teacher that is trained beside its student begin with it.
+TEACHER = "teacher."
+# Tensors of a training run that are not weights of its network.
+_NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", f"{PROJECTIONS}.", TEACHER)
 
 
 def iteration_folder(iteration: int) -> str:

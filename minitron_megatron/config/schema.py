@@ -261,6 +261,15 @@ class DepthConfig:
 
 
 @dataclass
+class AxisConfig:
+    """How one axis is scored where it is not scored as the others are: what is null is as for all of them."""
+
+    criterion: Criterion | None = None
+    sequence_aggregation: Aggregation | None = None
+    batch_aggregation: Aggregation | None = None
+
+
+@dataclass
 class ScoreConfig:
     """`minitron score`: a checkpoint and text become importance scores.
 
@@ -273,6 +282,7 @@ class ScoreConfig:
             that read them; the norm of all weights that go with them; or nothing but chance, as a baseline.
         sequence_aggregation: over the tokens of a sequence, first.
         batch_aggregation: over the calibration sequences, second.
+        hidden, ffn, heads: the same three for channels, neurons or heads alone.
         neurons: score neurons after their activation and gate, or before (of a gated MLP, the gate's input).
         rounds: prune a little and score again, so many times, on the way to the target.
         save_rounds: also write the checkpoint between two rounds, to `OUTPUT.round_N/`.
@@ -289,6 +299,9 @@ class ScoreConfig:
     criterion: Criterion = Criterion.ACTIVATION
     sequence_aggregation: Aggregation = Aggregation.MEAN
     batch_aggregation: Aggregation = Aggregation.L2
+    hidden: AxisConfig = field(default_factory=AxisConfig)
+    ffn: AxisConfig = field(default_factory=AxisConfig)
+    heads: AxisConfig = field(default_factory=AxisConfig)
     neurons: Neurons = Neurons.AFTER
     rounds: int = 1
     save_rounds: bool = False
@@ -305,6 +318,15 @@ class ScoreConfig:
         """Whether the scores depend on the target."""
         return self.rounds > 1 or self.depth.search is not DepthSearch.SINGLE
 
+    @property
+    def axes(self) -> dict[str, AxisConfig]:
+        """How each axis of `Scores` is scored, with nothing left null."""
+        names = ("criterion", "sequence_aggregation", "batch_aggregation")
+        return {
+            axis: AxisConfig(*(getattr(own, name) or getattr(self, name) for name in names))
+            for axis, own in (("hidden", self.hidden), ("ffn", self.ffn), ("head", self.heads))
+        }
+
     def problems(self, where: str = "") -> list[str]:
         found = []
         for name in ("num_samples", "micro_batch", "rounds", "save_every"):
@@ -313,7 +335,7 @@ class ScoreConfig:
         for part in ("depth", "target", "data", "parallel"):
             found += getattr(self, part).problems(f"{where}{part}.")
         found += _sequence_problems(where, self.data, self.parallel)
-        if self.num_samples < 2 and self.batch_aggregation is Aggregation.VARIANCE:
+        if self.num_samples < 2 and Aggregation.VARIANCE in [a.batch_aggregation for a in self.axes.values()]:
             found.append(f"{where}num_samples = {self.num_samples}: a variance over sequences needs at least 2")
         if self.rounds > 1 and self.target.is_empty:
             found.append(f"{where}rounds = {self.rounds} need a shape to head for: set {where}target")
@@ -400,6 +422,7 @@ class OptimizerConfig:
         beta2: decay of the squared gradient's running mean.
         eps: added to the square root of the latter.
         clip_grad: largest L2 norm of the whole gradient; 0 switches clipping off.
+        distributed: replicas share the optimiser's state and its work, each taking a part of every parameter.
     """
 
     lr: float = 1e-4
@@ -410,6 +433,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_grad: float = 1.0
+    distributed: bool = False
 
     def problems(self, where: str = "optimizer.") -> list[str]:
         found = []
@@ -458,7 +482,15 @@ class DistillConfig:
         save_every: steps between checkpoints; null saves at the end alone.
         validate_every: steps between held-out losses; null for none.
         validate_batches: global batches of held-out text per validation.
+        keep_checkpoints: how many of the latest checkpoints stay. With validation, the one with the lowest held-out
+            loss stays as well, in `OUTPUT/best`.
+        max_skipped_steps: stop after so many steps in a row whose loss or gradient was not finite.
         dtype: number format of weights and computation; fp32 main weights are kept for bf16.
+        teacher_dtype: the same of the teacher; null for that of its checkpoint.
+        teacher_fp8: compute the teacher's matrix products in FP8, which takes CUDA and Transformer Engine.
+        teacher_lr: train the teacher as well, by cross-entropy on the same batches, with this peak learning rate and
+            else the settings of `optimizer` (teacher correction in parallel; 2408.11796, section 2.1). null: it is
+            frozen.
         seed: of random weights.
     """
 
@@ -473,7 +505,12 @@ class DistillConfig:
     save_every: int | None = 100
     validate_every: int | None = None
     validate_batches: int = 4
+    keep_checkpoints: int = 1
+    max_skipped_steps: int = 10
     dtype: DType = DType.BF16
+    teacher_dtype: DType | None = None
+    teacher_fp8: bool = False
+    teacher_lr: float | None = None
     seed: int = 1234
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -483,7 +520,8 @@ class DistillConfig:
 
     def problems(self, where: str = "") -> list[str]:
         found = []
-        for name in ("steps", "global_batch", "micro_batch", "save_every", "validate_every", "validate_batches"):
+        counts = ("steps", "global_batch", "micro_batch", "save_every", "validate_every", "validate_batches")
+        for name in (*counts, "keep_checkpoints", "max_skipped_steps"):
             found += at_least(where, name, getattr(self, name), 1)
         for part in ("loss", "optimizer", "data", "parallel", "tracking"):
             found += getattr(self, part).problems(f"{where}{part}.")
@@ -494,6 +532,16 @@ class DistillConfig:
                 found.append(
                     f"{where}teacher = null, but {where}loss.{name} = {weight}: "
                     f"name a teacher, or set the weight to 0 and {where}loss.lm_weight to 1"
+                )
+        if self.teacher_lr is not None:
+            if self.teacher_lr <= 0:
+                found.append(f"{where}teacher_lr = {self.teacher_lr}: must be above 0, or null for a frozen teacher")
+            if self.teacher is None:
+                found.append(f"{where}teacher_lr = {self.teacher_lr}, but {where}teacher = null: set both or neither")
+            if self.teacher_fp8 or self.teacher_dtype is DType.FP16:
+                found.append(
+                    f"{where}teacher_lr = {self.teacher_lr} trains the teacher, which needs bf16 or fp32: change "
+                    f"{where}{'teacher_fp8' if self.teacher_fp8 else 'teacher_dtype'}"
                 )
         if (last := self.loss.lm_schedule_steps) and last > self.steps:
             found.append(

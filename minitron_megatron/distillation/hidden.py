@@ -15,13 +15,13 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from minitron_megatron.config.loss import HiddenConfig, HiddenLoss, LayerMap, Point, Projection
 from minitron_megatron.model.axes import PROJECTIONS
-from minitron_megatron.model.backbone import Backbone
 from minitron_megatron.model.shape import ModelShape
 from minitron_megatron.parallel.collectives import gather_objects, sum_over
 from minitron_megatron.parallel.groups import Groups
@@ -95,7 +95,7 @@ def hidden_problems(config: HiddenConfig, student: ModelShape, teacher: ModelSha
 
 
 def add_projections(
-    chunks: Sequence[Backbone],
+    chunks: Sequence[GPTModel],
     config: HiddenConfig,
     student: ModelShape,
     teacher: ModelShape,
@@ -155,7 +155,7 @@ class Projections(torch.nn.ModuleDict):
             dist.broadcast(self[SHARED].weight.main_grad, dist.get_global_rank(group, 0), group)
 
 
-def _projection(student: int, teacher: int, seed: int, chunk: Backbone, groups: Groups) -> torch.nn.Linear:
+def _projection(student: int, teacher: int, seed: int, chunk: GPTModel, groups: Groups) -> torch.nn.Linear:
     """From the student's width to the teacher's, the same on every rank that has it."""
     linear = torch.nn.Linear(student, teacher, bias=False, device=groups.device, dtype=chunk.config.params_dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -182,8 +182,8 @@ class HiddenLosses:
     def __init__(
         self,
         config: HiddenConfig,
-        student: Sequence[Backbone],
-        teacher: Sequence[Backbone],
+        student: Sequence[GPTModel],
+        teacher: Sequence[GPTModel],
         shapes: tuple[ModelShape, ModelShape],
         groups: Groups,
     ):
@@ -410,7 +410,7 @@ def _state(output) -> Tensor:
     return state if bias is None else state + bias
 
 
-def _module(chunks: Sequence[Backbone], point: Point, layer: int) -> torch.nn.Module | None:
+def _module(chunks: Sequence[GPTModel], point: Point, layer: int) -> torch.nn.Module | None:
     """The module whose output a state is, if this rank has it."""
     for chunk in chunks:
         if point is Point.EMBEDDING and chunk.pre_process:

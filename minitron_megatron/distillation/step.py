@@ -5,6 +5,7 @@ The teacher goes first: it runs forward-only over the step's micro-batches and l
 its loss reads them. Nothing of Megatron's is patched, and the teacher's stages need not match the student's.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,16 +13,17 @@ from dataclasses import dataclass, field
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from minitron_megatron.config.loss import Balance, LossConfig
 from minitron_megatron.distillation.hidden import HiddenLosses
 from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
-from minitron_megatron.model.build import Backbone
+from minitron_megatron.errors import raise_if_any
 from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.groups import Groups
-from minitron_megatron.parallel.schedule import Batch, run_forward, run_schedule
+from minitron_megatron.parallel.schedule import Batch, forward_hidden, output_weight, run_forward, run_schedule
 
 
 @dataclass
@@ -34,7 +36,8 @@ class StepResult:
         num_tokens: valid tokens.
         errors, measures: of each pair of hidden states, by its name, two sums whose quotient is the pair's loss.
         alpha: what the weight of the hidden losses was multiplied by.
-        teacher_s: seconds of the teacher's forward pass on this rank.
+        teacher_s: seconds that the teacher took on this rank.
+        teacher_lm: cross-entropy of a teacher that is trained beside its student; None of one that is not.
     """
 
     kd_logits: float
@@ -44,6 +47,7 @@ class StepResult:
     measures: dict[str, float] = field(default_factory=dict)
     alpha: float = 1.0
     teacher_s: float = 0.0
+    teacher_lm: float | None = None
 
     @property
     def of_pairs(self) -> dict[str, float]:
@@ -54,6 +58,11 @@ class StepResult:
     def kd_hidden(self) -> float:
         """Mean over the pairs."""
         return sum(self.of_pairs.values()) / max(len(self.of_pairs), 1)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every loss is a number."""
+        return all(map(math.isfinite, (self.kd_logits, self.lm, self.kd_hidden, self.teacher_lm or 0.0)))
 
     def total(self, loss: LossConfig) -> float:
         """The weighted sum that is minimised."""
@@ -80,7 +89,8 @@ class TeacherStudent:
 
     Args:
         student: this rank's student, wrapped in Megatron's DistributedDataParallel for training.
-        teacher: this rank's teacher, frozen; None to learn from the text alone.
+        teacher: this rank's teacher, frozen; None to learn from the text alone. A teacher that is wrapped in
+            DistributedDataParallel as well gets gradients too: of its cross-entropy on the same batches.
         groups: this rank's place.
         loss: weights of the terms.
         vocab: tokens of the tokenizer that both share.
@@ -93,34 +103,40 @@ class TeacherStudent:
     def __init__(
         self,
         student: Sequence[torch.nn.Module],
-        teacher: Sequence[Backbone] | None,
+        teacher: Sequence[torch.nn.Module] | None,
         groups: Groups,
         loss: LossConfig,
         vocab: int,
         hidden: HiddenLosses | None = None,
     ):
         self.student = list(student)
-        self.teacher = list(teacher) if teacher else None
+        self.teacher = unwrap_model(list(teacher)) if teacher else None
         self.groups = groups
         self.loss = loss
         self.vocab = vocab
         self.hidden = hidden
         self.alpha: float | None = None
-        self._output_models = {
-            "student": unwrap_model(self.student)[-1],
-            "teacher": self.teacher[-1] if self.teacher else None,
-        }
+        # To itself, the teacher is a student of the text.
+        self._as_student = (
+            TeacherStudent(teacher, None, groups, LossConfig(kd_logits_weight=0.0, lm_weight=1.0), vocab)
+            if teacher
+            else None
+        )
+        self._trains_teacher = bool(teacher) and self.teacher[0] is not teacher[0]
+        self._last = {"student": unwrap_model(self.student[-1]), "teacher": self.teacher[-1] if self.teacher else None}
 
     def train(self, batches: Sequence[Batch]) -> StepResult:
         """Forward and backward over a step's micro-batches; gradients end up in Megatron's `main_grad`,
-        divided by the global number of valid tokens."""
+        divided by the global number of valid tokens.
+
+        Raises:
+            ConfigError: the student's configuration would give other gradients.
+        """
         is_dynamic = self.hidden is not None and self.loss.hidden.balance is Balance.DYNAMIC
         if is_dynamic and self.alpha is None:
             self.alpha = _quotient(self.evaluate(batches))  # no step before this one
-        for chunk in self.student:
-            chunk.train()
-        result = self._run(batches, forward_only=False)
-        if is_dynamic:
+        result = self._train(batches)
+        if is_dynamic and result.is_finite:
             self.alpha = _quotient(result)
         return result
 
@@ -131,8 +147,19 @@ class TeacherStudent:
         with torch.no_grad():
             return self._run(batches, forward_only=True)
 
-    def _run(self, batches: Sequence[Batch], forward_only: bool) -> StepResult:
-        states, teacher_s = self._teacher_states(batches)
+    def teacher_lm(self, batches: Sequence[Batch]) -> float:
+        """The teacher's own mean cross-entropy per valid token, in nats."""
+        return self._as_student.evaluate(batches).lm
+
+    def _train(self, batches: Sequence[Batch], outputs: list[Tensor] | None = None) -> StepResult:
+        for chunk in self.student:
+            raise_if_any(_obstacles(unwrap_model(chunk).config, self.groups))
+            chunk.train()
+        return self._run(batches, forward_only=False, outputs=outputs)
+
+    def _run(self, batches: Sequence[Batch], forward_only: bool, outputs: list[Tensor] | None = None) -> StepResult:
+        """A pass over the batches; on the last stage `outputs` gets the last hidden states."""
+        states, teacher_s, teacher_lm = self._run_teacher(batches, training=not forward_only)
         alpha = 1.0 if self.alpha is None else self.alpha
         watching = nullcontext(torch.zeros(2, 0, dtype=torch.float64, device=self.groups.device))
         if self.hidden:
@@ -142,15 +169,17 @@ class TeacherStudent:
 
         def forward_step(iterator, model):
             batch, state = next(iterator)
-            output = model(batch["tokens"], batch["position_ids"], attention_mask=None)
+            output = forward_hidden(model, batch)
+            if outputs is not None and unwrap_model(model).post_process:
+                outputs.append(output.detach())
             return output, lambda output: self._loss(output, state, batch)
 
         size = batches[0]["tokens"].shape
         with watching as of_pairs:
-            outputs = run_schedule(forward_step, self.student, pairs, size, forward_only=forward_only)
+            losses = run_schedule(forward_step, self.student, pairs, size, forward_only=forward_only)
         sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
-        for output in outputs:
-            sums += output["sums"]
+        for found in losses:
+            sums += found["sums"]
         # The last stage alone has seen the losses of predictions; every rank of a tensor group has seen the same.
         sums = torch.cat([sums, sum_over(of_pairs, self.groups.collection.tp).flatten()])
         sum_over(sums, self.groups.collection.pp)
@@ -166,31 +195,37 @@ class TeacherStudent:
             dict(zip(names, of_pairs[len(names) :], strict=True)),
             alpha,
             teacher_s,
+            teacher_lm,
         )
 
-    def _teacher_states(self, batches: Sequence[Batch]) -> tuple[list[Tensor], float]:
-        """The teacher's last hidden states per micro-batch, on the last stage, and the seconds that it took."""
+    def _run_teacher(self, batches: Sequence[Batch], training: bool) -> tuple[list[Tensor], float, float | None]:
+        """The teacher's last hidden states per micro-batch, on the last stage, the seconds that it took, and its
+        cross-entropy if it was trained."""
         if not self.teacher or not self.loss.needs_teacher:
-            return [], 0.0
+            return [], 0.0, None
+        states, lm = [], None
         torch.cuda.synchronize()  # kernels run on after the call that starts them has returned
         started = time.perf_counter()
         with self.hidden.watching_teacher() if self.hidden else nullcontext():
-            states = run_forward(self.teacher, batches, self.groups, on_output=lambda output, batch: output)
+            if training and self._trains_teacher:
+                lm = self._as_student._train(batches, states).lm
+            else:
+                states = run_forward(self.teacher, batches, self.groups, on_output=lambda output, batch: output)
         torch.cuda.synchronize()
         teacher_s = time.perf_counter() - started
         if self.hidden:
             self.hidden.exchange(batches)
-        return states if self.loss.kd_logits_weight else [], teacher_s
+        return states if self.loss.kd_logits_weight else [], teacher_s, lm
 
     def _loss(self, output: Tensor, state: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor, dict]:
         """Loss of one micro-batch, as Megatron's schedules want it: sum, number of tokens, what to report."""
         labels, mask = (batch[key].transpose(0, 1).flatten() for key in ("labels", "loss_mask"))
         teacher = None
         if state is not None:
-            teacher = Teacher(self._whole_sequence(state), self._output_models["teacher"].output_weight)
+            teacher = Teacher(self._whole_sequence(state), output_weight(self._last["teacher"]))
         loss, terms = linear_distillation_loss(
             self._whole_sequence(output),
-            self._output_models["student"].output_weight,
+            output_weight(self._last["student"]),
             labels,
             mask,
             self.groups.collection.tp,
@@ -214,6 +249,27 @@ class TeacherStudent:
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=group)
         return hidden.flatten(0, 1)
+
+
+def _obstacles(config: TransformerConfig, groups: Groups) -> list[str]:
+    """Why the gradients of a model would not be those of the loss, one sentence each."""
+    found = []
+    if not config.calculate_per_token_loss:
+        found.append(
+            "config.calculate_per_token_loss = False: losses are sums over tokens here, which Megatron-Core divides by "
+            "the global number of tokens if it is True"
+        )
+    if config.finalize_model_grads_func is None:
+        found.append(
+            "config.finalize_model_grads_func = None: set it to megatron.core.distributed.finalize_model_grads, which "
+            "adds up gradients over ranks"
+        )
+    if config.sequence_parallel != groups.layout.sequence:
+        found.append(
+            f"groups.layout.sequence = {groups.layout.sequence}, and the model has sequence_parallel = "
+            f"{config.sequence_parallel}: give current_groups(sequence={config.sequence_parallel})"
+        )
+    return found
 
 
 def _quotient(result: StepResult) -> float:

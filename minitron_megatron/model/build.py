@@ -23,7 +23,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
-from minitron_megatron.model.backbone import Backbone
 from minitron_megatron.model.local import CausalAttention, GatedActivation, Norm
 from minitron_megatron.model.shape import (
     Activation,
@@ -53,7 +52,30 @@ def build_problems(shape: ModelShape, layout: Layout | ParallelConfig, where: st
     return found
 
 
-def transformer_config(shape: ModelShape, layout: Layout, dtype: DType, recompute: bool) -> TransformerConfig:
+# FP8 matrix products take operands whose sizes are multiples of it.
+_FP8_MULTIPLE = 16
+
+
+def fp8_problems(shape: ModelShape, layout: Layout | ParallelConfig, where: str) -> list[str]:
+    """Why the matrix products of `shape` cannot be computed in FP8 here, one sentence each."""
+    if not _uses_te():
+        return [f"{where} = true takes CUDA and Transformer Engine, which are not here: set it to false"]
+    sizes = {
+        "hidden": shape.hidden,
+        "ffn": shape.ffn // layout.tensor,
+        "heads x head_dim": shape.num_heads * shape.head_dim // layout.tensor,
+    }
+    return [
+        f"{where} = true takes sizes that are multiples of {_FP8_MULTIPLE}, and {name} has {size} per tensor rank: "
+        f"set it to false"
+        for name, size in sizes.items()
+        if size % _FP8_MULTIPLE
+    ]
+
+
+def transformer_config(
+    shape: ModelShape, layout: Layout, dtype: DType, recompute: bool, fp8: bool = False
+) -> TransformerConfig:
     """Megatron-Core's configuration of a network in a layout; see `build_model`.
 
     Raises:
@@ -91,6 +113,9 @@ def transformer_config(shape: ModelShape, layout: Layout, dtype: DType, recomput
         params_dtype=TORCH_DTYPES[dtype],
         bf16=dtype is DType.BF16,
         fp16=dtype is DType.FP16,
+        # Scaled by what each tensor holds now: a model that only runs forward has no history to go by.
+        fp8="e4m3" if fp8 else None,
+        fp8_recipe="tensorwise",
         # Losses are sums over valid tokens; Megatron divides gradients by their global number.
         calculate_per_token_loss=True,
         recompute_granularity="full" if recompute else None,
@@ -148,7 +173,9 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
-def build_model(shape: ModelShape, groups: Groups, dtype: DType, recompute: bool = False) -> list[Backbone]:
+def build_model(
+    shape: ModelShape, groups: Groups, dtype: DType, recompute: bool = False, fp8: bool = False
+) -> list[GPTModel]:
     """This rank's part of the network, with random weights.
 
     Args:
@@ -156,11 +183,12 @@ def build_model(shape: ModelShape, groups: Groups, dtype: DType, recompute: bool
         groups: this rank's place.
         dtype: of the weights and of computation.
         recompute: in training, keep each layer's input alone and run the layer again in the backward pass.
+        fp8: compute the layers' matrix products in FP8; see `fp8_problems`.
 
     Returns:
         one model per virtual pipeline stage of this rank.
     """
-    config = transformer_config(shape, groups.layout, dtype, recompute)
+    config = transformer_config(shape, groups.layout, dtype, recompute, fp8)
     num_chunks = groups.layout.virtual_pipeline
     chunks = []
     for chunk in range(num_chunks):
@@ -179,7 +207,7 @@ def build_model(shape: ModelShape, groups: Groups, dtype: DType, recompute: bool
             vp_stage=vp_stage,
         )
         if shape.is_uniform:
-            model = Backbone(transformer_layer_spec=layer_spec(config, vp_stage), **settings)
+            model = GPTModel(transformer_layer_spec=layer_spec(config, vp_stage), **settings)
         else:
             model = _hybrid(shape.pattern, groups.layout, settings)
         model.rotary_pos_emb.inv_freq = _rotary_frequencies(model.rotary_pos_emb, shape)
@@ -261,11 +289,13 @@ def _rotary_frequencies(rotary: RotaryEmbedding, shape: ModelShape) -> torch.Ten
 
 def _hybrid(pattern: str, layout: Layout, settings: dict) -> torch.nn.Module:
     """One chunk of the model whose sublayers come in the order of `pattern`."""
-    from minitron_megatron.model.hybrid import HybridBackbone, stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from minitron_megatron.model.hybrid import stack_spec
 
     sublayers = iter(pattern)
     stages = ["".join(islice(sublayers, count)) for count in layers_per_stage(len(pattern), layout.stages)]
-    return HybridBackbone(
+    return HybridModel(
         hybrid_stack_spec=stack_spec(*layer_modules(settings["config"])),
         hybrid_layer_pattern="|".join(stages),
         **settings,

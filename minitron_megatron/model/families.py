@@ -126,6 +126,11 @@ def shape_from_config(config: dict) -> ModelShape:
 
 def config_from_shape(shape: ModelShape, original: dict) -> dict:
     """The `config.json` of a network, keeping what `original` says beside sizes (token ids and the like)."""
+    if not shape.is_uniform:
+        raise UnsupportedModelError(
+            f"shape.pattern = {shape.pattern!r} is not '*-' repeated, and transformers has no such network: export "
+            f"what keeps or drops attention and MLP of a layer together"
+        )
     model_type = original["model_type"]
     if model_type == "llama" and shape.hidden % shape.num_heads:
         # LlamaConfig refuses a width that is no multiple of the heads. Mistral's is the same network without

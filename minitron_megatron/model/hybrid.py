@@ -2,26 +2,11 @@
 
 import torch
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
-
-from minitron_megatron.model.backbone import Backbone
-
-
-class HybridBackbone(HybridModel):
-    """A hybrid model whose forward ends at the last hidden state; see `Backbone`."""
-
-    output_weight = Backbone.output_weight
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None) -> Tensor:
-        """`[batch, seq]` to `[seq(/tp), batch, hidden]`; attention is causal."""
-        hidden = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
-        length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, hidden, self.config, None)
-        return self.decoder(hidden, attention_mask, rotary_pos_emb=self.rotary_pos_emb(length))
 
 
 class Stack(HybridStack):

@@ -99,8 +99,24 @@ def install_cpu_backend() -> None:
         setattr(torch.cuda, name, stand_in)
     _OnCPU().__enter__()
 
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
 
     # Megatron's tracker of random states reads the CUDA generator through these two.
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.random.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.random.set_rng_state(state)
+
+    # torch's AdamW, alone among the optimisers, has its step in a tensor for each parameter. Loading what replicas share
+    # of its state asks for one where there is none, and leaves all parameters with the same one, which then counts all
+    # of their updates (DistributedOptimizer.load_state_dict and the method below, in megatron-core 0.16 and 0.19).
+    load = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def load_with_step(self, model_param, tensors):
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = {**tensors, "step": state["step"]}
+        load(self, model_param, tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = load_with_step

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from minitron_megatron.parallel.groups import Groups
@@ -38,7 +39,7 @@ def run_forward(
         batch = next(iterator)
         if before is not None:
             before(batch)
-        output = model(batch["tokens"], batch["position_ids"], attention_mask=None)
+        output = forward_hidden(model, batch)
 
         def collect(output: Tensor, non_loss_data: bool = True) -> T:
             return on_output(output, batch)
@@ -50,6 +51,33 @@ def run_forward(
     with torch.no_grad():
         size = batches[0]["tokens"].shape
         return run_schedule(forward_step, chunks, batches, size, forward_only=True, collect_non_loss_data=True)
+
+
+def forward_hidden(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """A forward pass that ends at the last hidden state, before the output projection.
+
+    Losses project it themselves, a chunk of tokens at a time, so that full-vocabulary logits never exist.
+
+    Args:
+        model: anybody's GPTModel or HybridModel, or Megatron's wrapper around one for training.
+        batch: with `tokens` and `position_ids` `[batch, seq]`.
+
+    Returns:
+        `[seq(/tp), batch, hidden]`; on all but the last stage what goes to the next one.
+    """
+    network = unwrap_model(model)
+    post_process, network.post_process = network.post_process, False
+    try:
+        return model(batch["tokens"], batch["position_ids"], attention_mask=None)
+    finally:
+        network.post_process = post_process
+
+
+def output_weight(model: torch.nn.Module) -> Tensor:
+    """Weight of the output projection of a GPTModel or HybridModel, `[vocab/tp, hidden]`; on the last stage only."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
 
 
 def own_tokens(loss_mask: Tensor, groups: Groups) -> Tensor:

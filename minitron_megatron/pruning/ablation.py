@@ -14,13 +14,13 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from minitron_megatron.model.build import Backbone
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
 from minitron_megatron.parallel.cpu import in_blocks
 from minitron_megatron.parallel.groups import Groups
-from minitron_megatron.parallel.schedule import Batch, own_tokens
+from minitron_megatron.parallel.schedule import Batch, forward_hidden, output_weight, own_tokens
 from minitron_megatron.pruning.outputs import compare_outputs
 
 Drops = frozenset[int]
@@ -53,7 +53,7 @@ class Ablation:
         # Where nothing has to run again, no layer's output is kept longer than it takes to look at it.
         self._only_looks = not outputs and not base and all(map(_is_block, self.paths))
 
-    def run(self, chunks: Sequence[Backbone], batch: Batch, watching: AbstractContextManager) -> Tensor | None:
+    def run(self, chunks: Sequence[GPTModel], batch: Batch, watching: AbstractContextManager) -> Tensor | None:
         """Run one micro-batch through the whole network, and through every path.
 
         Args:
@@ -86,7 +86,7 @@ class Ablation:
                 states = self._receive(positions[0] - 1, batch, chunk.config.params_dtype)
                 chunk.set_input_tensor(states[WHOLE])
             with _after_layers(chunk, advance if self._only_looks else keep), watching:
-                last = _forward_hidden(chunk, batch)
+                last = forward_hidden(chunk, batch)
             for run in runs:
                 advance(*run)
             runs.clear()
@@ -98,7 +98,7 @@ class Ablation:
         hiddens = [last] + [model.decoder.final_layernorm(states[path]) for path in self.paths]
         return compare_outputs(
             [self._whole_sequence(hidden) for hidden in hiddens],
-            model.shared_embedding_or_output_weight() if self.shape.tied else model.output_layer.weight,
+            output_weight(model),
             batch["labels"].transpose(0, 1).flatten(),
             groups.collection.tp,
             self.shape.vocab,
@@ -209,7 +209,7 @@ def _is_block(path: Drops) -> bool:
 
 
 @contextmanager
-def _after_layers(chunk: Backbone, call: Callable[[torch.nn.Module, dict, Tensor], None]) -> Iterator[None]:
+def _after_layers(chunk: GPTModel, call: Callable[[torch.nn.Module, dict, Tensor], None]) -> Iterator[None]:
     """Calls with each layer of a chunk that has run, what it was called with, and what it returned."""
 
     def hook(layer, args, kwargs, output):
@@ -222,12 +222,3 @@ def _after_layers(chunk: Backbone, call: Callable[[torch.nn.Module, dict, Tensor
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _forward_hidden(chunk, batch: Batch) -> Tensor:
-    """A chunk's forward pass, which ends at the last hidden state for any GPTModel."""
-    post_process, chunk.post_process = chunk.post_process, False
-    try:
-        return chunk(batch["tokens"], batch["position_ids"], attention_mask=None)
-    finally:
-        chunk.post_process = post_process

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minitron_megatron.config.schema import Criterion, DepthCriterion, DepthSearch, ScoreConfig, Unit
+from minitron_megatron.config.schema import AxisConfig, Criterion, DepthCriterion, DepthSearch, ScoreConfig, Unit
 from minitron_megatron.data.choices import ChoiceSamples
 from minitron_megatron.data.samples import Samples
 from minitron_megatron.errors import ConfigError, DataError
-from minitron_megatron.model.build import Backbone
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch
@@ -20,7 +20,7 @@ from minitron_megatron.pruning.ablation import WHOLE, Ablation, Drops
 from minitron_megatron.pruning.capture import Capture, place_name
 from minitron_megatron.pruning.outputs import MEASURES
 from minitron_megatron.pruning.partial import PartialSums
-from minitron_megatron.pruning.scores import WIDTH, DepthSettings, Scores, batch_score
+from minitron_megatron.pruning.scores import DepthSettings, Scores, batch_score
 from minitron_megatron.pruning.target import resolve_target
 from minitron_megatron.pruning.weights import squared_weights
 
@@ -29,7 +29,7 @@ _NEED_OUTPUTS = {DepthCriterion.LOSS, DepthCriterion.KL, DepthCriterion.LOGITS}
 
 
 def score_model(
-    chunks: Sequence[Backbone],
+    chunks: Sequence[GPTModel],
     shape: ModelShape,
     groups: Groups,
     samples: Samples,
@@ -67,7 +67,7 @@ def score_model(
             ]
         )
     calibration = _Calibration(chunks, shape, groups, samples, config, choices, partial, name)
-    watch = config.criterion in (Criterion.ACTIVATION, Criterion.ACTIVATION_WEIGHT)
+    watch = any(a.criterion in (Criterion.ACTIVATION, Criterion.ACTIVATION_WEIGHT) for a in config.axes.values())
     search = Search(shape, config)
     sums: dict[str, Tensor] = {}
     num_steps = calibration.steps_per_sweep * search.num_sweeps(watch)
@@ -84,7 +84,7 @@ def score_model(
 
 
 @contextmanager
-def _evaluating(chunks: Sequence[Backbone]) -> Iterator[None]:
+def _evaluating(chunks: Sequence[GPTModel]) -> Iterator[None]:
     """A model in evaluation mode, and afterwards in the mode that it was in."""
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
@@ -242,7 +242,8 @@ class _Calibration:
         with_outputs = bool(_NEED_OUTPUTS & set(config.depth.criteria))
         networks = [WHOLE, *paths]
         counts_here = groups.tensor_rank == 0 and groups.is_last_stage
-        capture = Capture(self.chunks, self.shape, groups, config.sequence_aggregation, config.neurons)
+        how = {axis: settings.sequence_aggregation for axis, settings in config.axes.items()}
+        capture = Capture(self.chunks, self.shape, groups, how, config.neurons)
         ablation = Ablation(self.shape, groups, base, paths, with_outputs)
         outputs = torch.zeros(len(networks), len(MEASURES), dtype=torch.float64, device=device)
         num_tokens = torch.zeros((), dtype=torch.float64, device=device)
@@ -319,26 +320,35 @@ def _first_fault(values: Tensor, before: int) -> Tensor:
 
 
 def _width_scores(
-    chunks: Sequence[Backbone], shape: ModelShape, groups: Groups, config: ScoreConfig, sums: dict[str, Tensor]
+    chunks: Sequence[GPTModel], shape: ModelShape, groups: Groups, config: ScoreConfig, sums: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Scores of channels, neurons and heads, by name as in `Scores`."""
-    if config.criterion is Criterion.RANDOM:
-        generator = torch.Generator().manual_seed(config.seed)
-        sizes = {
-            "hidden": (1, shape.hidden),
-            "ffn": (len(shape.sublayers(MLP)), shape.ffn),
-            "head": (len(shape.sublayers(ATTENTION)), shape.num_heads),
-        }
-        scores = {axis: torch.rand(size, generator=generator, dtype=torch.float64) for axis, size in sizes.items()}
-    elif config.criterion is Criterion.WEIGHT:
-        squares = squared_weights(chunks, shape, groups, outgoing=False)
-        squares["hidden"] = squares["hidden"].sum(0, keepdim=True)
-        scores = {axis: values.sqrt() for axis, values in squares.items()}
-    else:
-        scores = {axis: batch_score(*sums[axis], sums["num_sequences"], config.batch_aggregation) for axis in WIDTH}
-        if config.criterion is Criterion.ACTIVATION_WEIGHT:
-            squares = squared_weights(chunks, shape, groups, outgoing=True)
-            scores = {axis: values * squares[axis].sqrt() for axis, values in scores.items()}
+    sizes = {
+        "hidden": (1, shape.hidden),
+        "ffn": (len(shape.sublayers(MLP)), shape.ffn),
+        "head": (len(shape.sublayers(ATTENTION)), shape.num_heads),
+    }
+    generator = torch.Generator().manual_seed(config.seed)
+    chance = {axis: torch.rand(size, generator=generator, dtype=torch.float64) for axis, size in sizes.items()}
+    squares = {
+        criterion: squared_weights(chunks, shape, groups, outgoing=criterion is Criterion.ACTIVATION_WEIGHT)
+        for criterion in (Criterion.WEIGHT, Criterion.ACTIVATION_WEIGHT)
+        if criterion in {settings.criterion for settings in config.axes.values()}
+    }
+
+    def score(axis: str, settings: AxisConfig) -> Tensor:
+        criterion = settings.criterion
+        if criterion is Criterion.RANDOM:
+            return chance[axis]
+        if criterion is Criterion.WEIGHT:  # of a channel: all of the network's that go with it
+            own = squares[criterion][axis]
+            return (own.sum(0, keepdim=True) if axis == "hidden" else own).sqrt()
+        activations = batch_score(*sums[axis], sums["num_sequences"], settings.batch_aggregation)
+        if criterion is Criterion.ACTIVATION_WEIGHT:
+            return activations * squares[criterion][axis].sqrt()
+        return activations
+
+    scores = {axis: score(axis, settings) for axis, settings in config.axes.items()}
     return {
         "hidden": scores["hidden"].sum(0),
         "ffn": scores["ffn"],

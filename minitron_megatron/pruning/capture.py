@@ -15,14 +15,14 @@ Under sequence parallelism the tokens of a norm's output lie on several tensor r
 A hook only sums over tokens. What follows is done for all places at once, when a micro-batch is through.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from minitron_megatron.config.schema import Aggregation, Neurons
-from minitron_megatron.model.build import Backbone
 from minitron_megatron.model.local import normalize
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
 from minitron_megatron.parallel.collectives import sum_over
@@ -41,7 +41,7 @@ class Capture:
         chunks: this rank's model.
         shape: of the whole network.
         groups: this rank's place.
-        sequence_aggregation: over the tokens of a sequence.
+        sequence_aggregation: over the tokens of a sequence, by axis.
         neurons: look at neurons after their activation and gate, or before.
 
     Attributes:
@@ -52,10 +52,10 @@ class Capture:
 
     def __init__(
         self,
-        chunks: Sequence[Backbone],
+        chunks: Sequence[GPTModel],
         shape: ModelShape,
         groups: Groups,
-        sequence_aggregation: Aggregation,
+        sequence_aggregation: Mapping[str, Aggregation],
         neurons: Neurons = Neurons.AFTER,
     ):
         self.chunks = chunks
@@ -125,7 +125,7 @@ class Capture:
             if axis == "hidden" and self.groups.layout.sequence:
                 sum_over(together, self.groups.collection.tp)
             # A sequence without valid tokens has sums, and then a score, of 0.
-            score = sequence_score(*together.unbind(1), self._num_tokens.clamp(min=1), self.how)
+            score = sequence_score(*together.unbind(1), self._num_tokens.clamp(min=1), self.how[axis])
             sums = torch.stack([score.sum(1), score.square().sum(1)])
             places = torch.tensor(numbers, device=sums.device, dtype=sums.dtype)
             places = {"hidden": places, "head": 2 * places + 0.5, "ffn": 2 * places + 1.5}[axis]
@@ -141,7 +141,7 @@ class Capture:
         """Sum `[seq, batch, elements]` over the tokens that count."""
         if not self._all_valid:
             x = x * mask.unsqueeze(-1).to(x.dtype)
-        self._found[axis][number] = aggregate_sequence(x, self.how)
+        self._found[axis][number] = aggregate_sequence(x, self.how[axis])
 
     def _find_heads(self, number: int, x: Tensor) -> None:
         heads = x.unflatten(-1, (-1, self.shape.head_dim)).float().norm(dim=-1)

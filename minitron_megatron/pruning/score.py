@@ -97,9 +97,11 @@ def score(config: ScoreConfig) -> Path:
         )
         scores = _score_in_rounds(config, checkpoint, parents[0], groups, samples, choices, partial)
         scores.settings = {
-            "criterion": config.criterion.value,
-            "sequence_aggregation": config.sequence_aggregation.value,
-            "batch_aggregation": config.batch_aggregation.value,
+            **{
+                axis: f"{how.criterion.value}, {how.sequence_aggregation.value} over tokens, "
+                f"{how.batch_aggregation.value} over sequences"
+                for axis, how in config.axes.items()
+            },
             "neurons": config.neurons.value,
             "rounds": config.rounds,
             "num_samples": config.num_samples,

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from minitron_megatron.checkpoint.load import local_parameters
 from minitron_megatron.model.axes import Dim, Param, axis_sizes
-from minitron_megatron.model.build import Backbone
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
 from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.groups import Groups
 
 
-def squared_weights(chunks: Sequence[Backbone], shape: ModelShape, groups: Groups, outgoing: bool) -> dict[str, Tensor]:
+def squared_weights(chunks: Sequence[GPTModel], shape: ModelShape, groups: Groups, outgoing: bool) -> dict[str, Tensor]:
     """Sum of the squares of the weights that go with every element. Collective; the same on every rank.
 
     Args:

@@ -16,7 +16,7 @@ from minitron_megatron.checkpoint.manifest import (
     writing,
 )
 from minitron_megatron.checkpoint.random_weights import RandomWeights
-from minitron_megatron.checkpoint.sharded import HUGGINGFACE, Checkpoint
+from minitron_megatron.checkpoint.sharded import HUGGINGFACE, TEACHER, Checkpoint
 from minitron_megatron.config.checks import nearest_multiples
 from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.schema import DistillConfig
@@ -26,7 +26,7 @@ from minitron_megatron.disk import told_when_full
 from minitron_megatron.distillation.hidden import HiddenLosses, add_projections, hidden_problems
 from minitron_megatron.distillation.step import TeacherStudent
 from minitron_megatron.errors import ConfigError, raise_if_any
-from minitron_megatron.model.build import build_model, build_problems
+from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems, fp8_problems
 from minitron_megatron.model.count import forward_flops_per_token, num_parameters
 from minitron_megatron.parallel.collectives import failing_together, main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
@@ -52,13 +52,16 @@ def distill(config: DistillConfig) -> Path:
     Raises:
         CheckpointError: teacher or student is not whole.
         ConfigError: they do not belong together, or the output holds another run.
-        DataError: the text is too short.
+        DataError: the text is too short, or the teacher is no better than chance on it.
+        TrainingError: losses or gradients were not finite, again and again.
     """
     student = Checkpoint(config.student)
     teacher = Checkpoint(config.teacher) if config.teacher else None
     raise_if_any(_mismatches(teacher, student, config))
     networks = {"student": student, "teacher": teacher} if teacher else {"student": student}
     raise_if_any([p for role, c in networks.items() for p in build_problems(c.shape, config.parallel, role)])
+    if teacher and config.teacher_fp8:
+        raise_if_any(fp8_problems(teacher.shape, config.parallel, "teacher_fp8"))
     output = Path(config.output)
     parents = [Parent.of(role, checkpoint.root) for role, checkpoint in networks.items()]
     parents += Parent.of_text(config.data.text)
@@ -89,34 +92,42 @@ def _run(
     heldout: Samples,
     groups: Groups,
 ) -> None:
-    chunks = build_model(student.shape, groups, config.dtype, config.recompute)
+    chunks = build_model(student.shape, groups, config.dtype, recompute=config.recompute)
     load_weights(chunks, RandomWeights(student.shape, config.seed) if config.random_init else student, groups)
     teacher_chunks = None
     flops = 3 * forward_flops_per_token(student.shape, config.data.sequence_length)
     if teacher:
-        teacher_chunks = build_model(teacher.shape, groups, config.dtype)
+        dtype = config.teacher_dtype or next(own for own, torchs in TORCH_DTYPES.items() if torchs is teacher.dtype)
+        teacher_chunks = build_model(teacher.shape, groups, dtype, fp8=config.teacher_fp8)
         load_weights(teacher_chunks, teacher, groups)
-        for chunk in teacher_chunks:
-            chunk.requires_grad_(False)
-        flops += forward_flops_per_token(teacher.shape, config.data.sequence_length)
+        passes = 1 if config.teacher_lr is None else 3
+        flops += passes * forward_flops_per_token(teacher.shape, config.data.sequence_length)
 
     hidden = None
     if teacher and config.loss.hidden.weight:
         shapes = student.shape, teacher.shape
         add_projections(chunks, config.loss.hidden, *shapes, groups, config.seed)
         hidden = HiddenLosses(config.loss.hidden, chunks, teacher_chunks, shapes, groups)
-    training = optimization(chunks, config.optimizer, config.steps, config.dtype, groups)
-    pair = TeacherStudent(training.chunks, teacher_chunks, groups, config.loss, student.shape.vocab, hidden)
+    models = {"": optimization(chunks, config.optimizer, config.steps, config.dtype, groups)}
+    if teacher and config.teacher_lr is not None:
+        share = config.teacher_lr / config.optimizer.lr
+        settings = dataclasses.replace(config.optimizer, lr=config.teacher_lr, min_lr=share * config.optimizer.min_lr)
+        models[TEACHER] = optimization(teacher_chunks, settings, config.steps, dtype, groups)
+        teacher_chunks = models[TEACHER].chunks
+    elif teacher:
+        for chunk in teacher_chunks:
+            chunk.requires_grad_(False)
+    pair = TeacherStudent(models[""].chunks, teacher_chunks, groups, config.loss, student.shape.vocab, hidden)
     checkpoints = output / "checkpoints"
-    step = load_state(checkpoints, training, pair)
-    if step:
-        logger.info("going on after step %d", step)
+    run = load_state(checkpoints, models)
+    if run.step:
+        logger.info("going on after step %d", run.step)
     with ExitStack() as stack:
         metrics = None
         with failing_together():
             if groups.is_main:
-                metrics = stack.enter_context(Metrics(output, step, config.tracking, to_plain(config)))
-        train(config, pair, training, samples, heldout, groups, step, checkpoints, metrics, flops)
+                metrics = stack.enter_context(Metrics(output, run.step, config.tracking, to_plain(config)))
+        train(config, pair, models, samples, heldout, groups, run, checkpoints, metrics, flops)
 
 
 def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: DistillConfig) -> list[str]:
@@ -187,8 +198,9 @@ def _prepare(output: Path, config: DistillConfig, student: Checkpoint, manifest:
     """Make the run's folder, with everything that describes its checkpoints before there are any."""
     checkpoints = output / "checkpoints"
     if not (checkpoints / MANIFEST).exists():
-        # The last good checkpoint stays until the next one is whole.
-        num_bytes = 2 * _BYTES_PER_PARAMETER * num_parameters(student.shape)
+        # What is kept stays until the next one is whole, and the best one may be none of the latest.
+        count = config.keep_checkpoints + 1 + bool(config.validate_every)
+        num_bytes = count * _BYTES_PER_PARAMETER * num_parameters(student.shape)
         with writing(checkpoints, dataclasses.replace(manifest, kind="checkpoint"), num_bytes) as folder:
             copy_companions(student.huggingface_folder, folder / HUGGINGFACE)
     write_atomically(output / "config.yaml", to_yaml(config))

@@ -1,80 +1,165 @@
 """The training loop: batches in, weights and metrics out, and nothing lost when it is killed."""
 
+import logging
+import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.data.samples import Samples, rank_batches
 from minitron_megatron.distillation.step import StepResult, TeacherStudent, mean_of
+from minitron_megatron.errors import DataError, TrainingError
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import in_calls
 from minitron_megatron.progress import progress
 from minitron_megatron.training.metrics import Metrics, memory_gib
 from minitron_megatron.training.optimizer import Optimization
-from minitron_megatron.training.state import save_state
+from minitron_megatron.training.state import RunState, save_state
+
+logger = logging.getLogger(__name__)
 
 
 def train(
     config: DistillConfig,
     pair: TeacherStudent,
-    training: Optimization,
+    models: Mapping[str, Optimization],
     samples: Samples,
     heldout: Samples,
     groups: Groups,
-    first_step: int,
+    run: RunState,
     checkpoints: Path,
     metrics: Metrics | None,
     flops_per_token: float,
 ) -> None:
-    """Train from `first_step` to the end.
+    """Train to the end.
+
+    A step whose loss or gradient is not finite changes nothing but the count of such steps.
 
     Args:
         config: settings of the run.
         pair: student and teacher.
-        training: the student's optimiser.
+        models: what is trained, by the prefix of its keys in checkpoints; the student, whose prefix is empty, first.
         samples: of the whole run; step i takes sequences i * global_batch and on, whatever the layout.
         heldout: for validation.
         groups: this rank's place.
-        first_step: steps done already.
+        run: how far the run has come.
         checkpoints: folder for checkpoints.
         metrics: where to log, on rank 0; None elsewhere.
         flops_per_token: of a step of student and teacher, for the throughput.
+
+    Raises:
+        DataError: the teacher knows no more of the text than chance does.
+        TrainingError: too many steps in a row had no finite loss or gradient.
     """
     tokens_per_step = config.global_batch * config.data.sequence_length
+    pair.alpha = run.alpha
     with progress("distill" if pair.teacher else "train", config.steps) as advance:
-        advance(first_step)
-        for step in range(first_step + 1, config.steps + 1):
-            started = time.perf_counter()
-            batches = _batches(samples, (step - 1) * config.global_batch, config, groups)
-            data_s = time.perf_counter() - started
-            training.zero_grad()
-            pair.loss = config.loss.at(step, config.steps)
+        advance(run.step)
+        while run.step < config.steps:
+            watch = _Watch()
+            first = run.step * config.global_batch
+            batches = _batches(samples, first, config, groups)
+            values = {}
+            if pair.teacher and run.step == 0:
+                values["teacher/first_lm"] = _checked(pair.teacher_lm(batches), config, pair.vocab)
+            watch.lap("data")
+            run.step += 1
+            for training in models.values():
+                training.zero_grad()
+            pair.loss = config.loss.at(run.step, config.steps)
             result = pair.train(batches)
-            lr, grad_norm = training.step()
-            step_s = time.perf_counter() - started
-            values = {
-                "progress/step": step,
-                "progress/tokens": step * tokens_per_step,
+            watch.lap("student", less=("teacher", result.teacher_s))
+            norms = [training.grad_norm() for training in models.values()]
+            lrs = [training.optimizer.param_groups[0]["lr"] for training in models.values()]
+            if result.is_finite and all(map(math.isfinite, norms)):
+                lrs = [training.step() for training in models.values()]
+                run.skipped_in_a_row = 0
+            else:
+                run.skipped += 1
+                run.skipped_in_a_row += 1
+            watch.lap("optimizer")
+            run.alpha = pair.alpha
+            seconds = _largest({**watch.seconds, "step": watch.total}, groups)
+            values |= {
+                "progress/step": run.step,
+                "progress/tokens": run.step * tokens_per_step,
+                "progress/skipped_steps": run.skipped,
                 **_losses("loss", result, pair.loss),
-                "optim/lr": lr,
-                "optim/grad_norm": grad_norm,
-                **_throughput(result.num_tokens / step_s, flops_per_token, groups),
-                "time/step_s": step_s,
-                "time/data_s": data_s,
-                "time/teacher_s": result.teacher_s,
-                **memory_gib(groups.device),
+                "optim/lr": lrs[0],
+                "optim/grad_norm": norms[0],
+                **_throughput(result.num_tokens / seconds["step"], flops_per_token, groups),
+                **{f"time/{name}_s": value for name, value in seconds.items()},
+                **_largest(memory_gib(groups.device), groups),
             }
-            last = step == config.steps
-            if config.validate_every and (step % config.validate_every == 0 or last):
-                values |= _losses("val", validate(pair, heldout, config, groups), pair.loss)
+            if result.teacher_lm is not None:
+                values |= {"teacher/lm": result.teacher_lm, "teacher/grad_norm": norms[1], "teacher/lr": lrs[1]}
+            last, best = run.step == config.steps, False
+            if config.validate_every and (run.step % config.validate_every == 0 or last):
+                found = validate(pair, heldout, config, groups)
+                values |= _losses("val", found, pair.loss)
+                # The weights of a sum may change over the run, and its terms do not.
+                loss = found.kd_logits if pair.loss.kd_logits_weight else found.lm
+                best = loss < run.best_loss
+                run.best_loss = min(loss, run.best_loss)
             if metrics:
                 metrics.log(values)
             advance(1, f"loss {values['loss/total']:.3f}  {values['throughput/tokens_per_s']:.0f} tokens/s")
-            if last or (config.save_every and step % config.save_every == 0):
-                save_state(checkpoints, step, training, pair)
+            if run.skipped_in_a_row == config.max_skipped_steps:
+                raise TrainingError(
+                    f"no finite loss and gradient in the last {run.skipped_in_a_row} steps, which were skipped. In "
+                    f"step {run.step}, of sequences {first} to {first + config.global_batch - 1}, the loss was "
+                    f"{result.total(pair.loss)} and the gradient's norm {norms[0]}. The last checkpoint in "
+                    f"{checkpoints} is whole: lower optimizer.lr, look at that text, or train in another dtype"
+                )
+            if last or best or (config.save_every and run.step % config.save_every == 0):
+                save_state(checkpoints, run, models, config.keep_checkpoints, best)
+
+
+def _checked(lm: float, config: DistillConfig, vocab: int) -> float:
+    """A teacher's loss per token on the first batch, if it is better than chance."""
+    chance = math.log(vocab)
+    if not lm < chance:
+        raise DataError(
+            f"teacher = {config.teacher} has a loss of {lm:.3f} nats per token on the first batch, and chance over "
+            f"{vocab} tokens has {chance:.3f}: its weights, its tokenizer or the text are not what they should be"
+        )
+    logger.info("the teacher's loss on the first batch is %.3f nats per token; chance has %.3f", lm, chance)
+    return lm
+
+
+class _Watch:
+    """Seconds of a step on this rank, part by part."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._started = self._last = time.perf_counter()
+
+    def lap(self, name: str, less: tuple[str, float] | None = None) -> None:
+        """What has passed since the last part is this one, but for what another part inside of it took."""
+        now = time.perf_counter()
+        other, seconds = less or ("", 0.0)
+        if less:
+            self.seconds[other] = seconds
+        self.seconds[name] = now - self._last - seconds
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return self._last - self._started
+
+
+def _largest(values: dict[str, float], groups: Groups) -> dict[str, float]:
+    """Each value's largest over all ranks. Collective."""
+    if groups.layout.world_size == 1:
+        return values
+    found = torch.tensor(list(values.values()), dtype=torch.float64, device=groups.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return dict(zip(values, found.tolist(), strict=True))
 
 
 def validate(pair: TeacherStudent, heldout: Samples, config: DistillConfig, groups: Groups) -> StepResult:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -11,7 +12,6 @@ from megatron.core.utils import unwrap_model
 
 from minitron_megatron.config.schema import DType, OptimizerConfig
 from minitron_megatron.model.axes import PROJECTIONS
-from minitron_megatron.model.backbone import Backbone
 from minitron_megatron.model.build import TORCH_DTYPES
 from minitron_megatron.parallel.groups import Groups
 
@@ -35,21 +35,26 @@ class Optimization:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def step(self) -> tuple[float, float]:
+    def grad_norm(self) -> float:
+        """L2 norm of the whole gradient over all ranks, before clipping."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def step(self) -> float:
         """Apply the gradients.
 
         Returns:
-            the learning rate that was used, and the gradient's L2 norm over all ranks before clipping.
+            the learning rate that was used.
         """
         # Megatron sets the rate for the step to come, starting at 0: moving first makes the first step count
         # and the last one end exactly on the lowest rate.
         self.schedule.step(1)
-        _, grad_norm, _ = self.optimizer.step()
-        return self.optimizer.param_groups[0]["lr"], float(grad_norm)
+        self.optimizer.step()
+        return self.optimizer.param_groups[0]["lr"]
 
 
 def optimization(
-    chunks: list[Backbone], config: OptimizerConfig, num_steps: int, dtype: DType, groups: Groups
+    chunks: list[GPTModel], config: OptimizerConfig, num_steps: int, dtype: DType, groups: Groups
 ) -> Optimization:
     """Make a model trainable.
 
@@ -60,7 +65,7 @@ def optimization(
         dtype: of the weights.
         groups: this rank's place.
     """
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed)
     wrapped = [
         DistributedDataParallel(
             config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=i > 0, pg_collection=groups.collection
@@ -77,6 +82,7 @@ def optimization(
             adam_beta2=config.beta2,
             adam_eps=config.eps,
             clip_grad=config.clip_grad,
+            use_distributed_optimizer=config.distributed,
             bf16=dtype is DType.BF16,
             fp16=dtype is DType.FP16,
             params_dtype=TORCH_DTYPES[dtype],
@@ -89,6 +95,9 @@ def optimization(
         # parameters one operation at a time on the CPU unless it is told to fuse them. The others have no such switch.
         if "fused" in group and groups.device.type == "cpu":
             group["fused"] = True
+    if config.distributed:
+        for part in optimizer.chained_optimizers:
+            _begin(part.optimizer)
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -115,3 +124,20 @@ def optimization(
         chunk.config.finalize_model_grads_func = finalize
         chunk.config.grad_scale_func = optimizer.scale_loss
     return Optimization(wrapped, optimizer, schedule)
+
+
+def _begin(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that torch's AdamW otherwise makes in its first step.
+
+    Megatron-Core's DistributedOptimizer.state_dict asks for it before it loads a checkpoint, and then makes it itself
+    for Transformer Engine's and Apex's optimisers alone.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }

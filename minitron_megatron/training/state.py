@@ -1,9 +1,13 @@
 """Saving and resuming a training run: weights, optimiser and schedule, in Megatron's own format."""
 
+import math
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
@@ -11,30 +15,58 @@ from megatron.core.utils import unwrap_model
 from minitron_megatron.checkpoint.manifest import write_atomically
 from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder
 from minitron_megatron.disk import told_when_full
-from minitron_megatron.distillation.step import TeacherStudent
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.training.optimizer import Optimization
 
+# Folder of the checkpoint with the lowest loss on held-out text, beside that of the latest ones.
+BEST = "best"
+# Names in Megatron-LM's checkpoints, and one of ours.
+_OPTIMIZER, _SCHEDULE, _RUN = "optimizer", "opt_param_scheduler", "run"
 
-def save_state(root: Path, step: int, training: Optimization, pair: TeacherStudent) -> None:
-    """Write `root/iter_STEP`, make it the latest, and then remove the one before. Collective.
+
+@dataclass
+class RunState:
+    """How far a run has come, beside its weights and optimisers.
+
+    Attributes:
+        step: steps done, with those that were skipped.
+        skipped: steps whose loss or gradient was not finite, so that nothing was learned from them.
+        skipped_in_a_row: so many at the end.
+        best_loss: the lowest on held-out text so far.
+        alpha: see `TeacherStudent`.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_loss: float = math.inf
+    alpha: float | None = None
+
+
+def save_state(
+    root: Path, run: RunState, models: Mapping[str, Optimization], keep: int = 1, best: bool = False
+) -> None:
+    """Write `root/iter_STEP`, make it the latest, and then remove what is too old. Collective.
 
     At every moment the tracker names a whole checkpoint: the new one is written beside, renamed when it is
     whole, and only then announced.
 
+    Args:
+        root: folder of the run's checkpoints.
+        run: how far it has come.
+        models: what is trained, by the prefix of its keys; the student has none.
+        keep: how many of the latest checkpoints stay.
+        best: also make it the checkpoint `BEST` beside `root`, in the place of the one that was best so far.
+
     Raises:
         DiskSpaceError: the disk got full. The checkpoint before is still there.
     """
-    folder = root / iteration_folder(step)
+    folder = root / iteration_folder(run.step)
     temporary = root / f".{folder.name}.partial"
     main_first(lambda: _make_empty(temporary))
-    state = _sharded_state(training, is_loading=False)
-    state |= {
-        "iteration": step,
-        "checkpoint_version": 3.0,
-        "opt_param_scheduler": training.schedule.state_dict(),
-        "distillation_alpha": pair.alpha,
-    }
+    state = _sharded_state(models, is_loading=False)
+    state |= {"iteration": run.step, "checkpoint_version": 3.0, _RUN: asdict(run)}
+    state |= {f"{prefix}{_SCHEDULE}": training.schedule.state_dict() for prefix, training in models.items()}
     try:
         with told_when_full(root):
             dist_checkpointing.save(state, str(temporary))
@@ -42,7 +74,7 @@ def save_state(root: Path, step: int, training: Optimization, pair: TeacherStude
         shutil.rmtree(temporary, ignore_errors=True)  # what is left of it may be what fills the disk
         raise
     dist.barrier()
-    main_first(lambda: _announce(temporary, folder, step))
+    main_first(lambda: _announce(temporary, folder, keep, best))
 
 
 def _make_empty(temporary: Path) -> None:
@@ -51,42 +83,75 @@ def _make_empty(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _announce(temporary: Path, folder: Path, step: int) -> None:
-    """Make a whole checkpoint the latest one, and the only one."""
+def _announce(temporary: Path, folder: Path, keep: int, best: bool) -> None:
+    """Make a whole checkpoint the latest one."""
+    root, step = folder.parent, folder.name.removeprefix("iter_").lstrip("0")
     if folder.exists():
         shutil.rmtree(folder)  # not announced, so left by a run that ended between these lines
     os.replace(temporary, folder)
-    write_atomically(folder.parent / TRACKER, str(step))
-    for old in folder.parent.glob("iter_*"):
-        if old != folder:
-            shutil.rmtree(old)
+    if best:  # first: a run that ends between the two makes this step again
+        _announce_best(folder, step)
+    write_atomically(root / TRACKER, step)
+    for old in sorted(root.glob("iter_*"))[:-keep]:
+        shutil.rmtree(old)
 
 
-def load_state(root: Path, training: Optimization, pair: TeacherStudent) -> int:
-    """Go on from the latest checkpoint below `root`. Collective.
+def _announce_best(folder: Path, step: str) -> None:
+    """Make a checkpoint the best one: the same files under other names, which take no space of their own."""
+    root = folder.parent
+    best, new, old = (root.with_name(name) for name in (BEST, f".{BEST}.new", f".{BEST}.old"))
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(folder, new / folder.name, copy_function=_link)
+    shutil.copytree(
+        root, new, copy_function=_link, ignore=shutil.ignore_patterns("iter_*", ".*", TRACKER), dirs_exist_ok=True
+    )
+    write_atomically(new / TRACKER, step)
+    if best.exists():
+        os.replace(best, old)
+    os.replace(new, best)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
+def load_state(root: Path, models: Mapping[str, Optimization]) -> RunState:
+    """Go on from the latest checkpoint below `root`, in this or another layout. Collective.
 
     Returns:
-        the step it was saved after; 0 if there is none.
+        how far the run had come; not at all, if there is no checkpoint.
     """
     if not (root / TRACKER).is_file():
-        return 0
+        return RunState()
     step = int((root / TRACKER).read_text())
-    folder = root / iteration_folder(step)
-    loaded = dist_checkpointing.load(_sharded_state(training, is_loading=True), str(folder))
-    for name, chunk in _named(unwrap_model(training.chunks)):
-        chunk.load_state_dict(loaded[name], strict=True)
-    training.optimizer.load_state_dict(loaded["optimizer"])
-    training.schedule.load_state_dict(loaded["opt_param_scheduler"])
-    pair.alpha = loaded["distillation_alpha"]
-    return step
+    loaded = dist_checkpointing.load(_sharded_state(models, is_loading=True), str(root / iteration_folder(step)))
+    for prefix, training in models.items():
+        for name, chunk in _named(training, prefix):
+            weights = {key.removeprefix(prefix): weight for key, weight in loaded[name].items()}
+            chunk.load_state_dict(weights, strict=True)
+        training.optimizer.load_state_dict(loaded[f"{prefix}{_OPTIMIZER}"])
+        training.schedule.load_state_dict(loaded[f"{prefix}{_SCHEDULE}"])
+    return RunState(**loaded[_RUN])
 
 
-def _named(chunks: list) -> list[tuple[str, object]]:
+def _named(training: Optimization, prefix: str) -> list[tuple[str, torch.nn.Module]]:
     """Chunks under the names that Megatron-LM gives them."""
-    return [("model", chunks[0])] if len(chunks) == 1 else [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
+    chunks = unwrap_model(training.chunks)
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    return [(f"{prefix}{name}", chunk) for name, chunk in zip(names, chunks, strict=True)]
 
 
-def _sharded_state(training: Optimization, is_loading: bool) -> dict:
-    state = {name: chunk.sharded_state_dict() for name, chunk in _named(unwrap_model(training.chunks))}
-    state["optimizer"] = training.optimizer.sharded_state_dict(dict(state), is_loading=is_loading)
+def _sharded_state(models: Mapping[str, Optimization], is_loading: bool) -> dict:
+    state = {}
+    for prefix, training in models.items():
+        own = {name: chunk.sharded_state_dict(prefix=prefix) for name, chunk in _named(training, prefix)}
+        state |= own
+        state[f"{prefix}{_OPTIMIZER}"] = training.optimizer.sharded_state_dict(
+            own, is_loading=is_loading, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
+        )
     return state

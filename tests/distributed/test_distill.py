@@ -2,17 +2,21 @@
 
 import json
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import load_plain_tensors
 from megatron.core.utils import unwrap_model
 
+from minitron_megatron.checkpoint.convert import export
 from minitron_megatron.checkpoint.load import local_parameters
 from minitron_megatron.checkpoint.random_weights import RandomWeights
-from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.checkpoint.sharded import TEACHER, TRACKER, Checkpoint, iteration_folder
 from minitron_megatron.checkpoint.source import instances
 from minitron_megatron.config.loss import (
     Balance,
@@ -23,19 +27,30 @@ from minitron_megatron.config.loss import (
     Projection,
     Schedule,
 )
-from minitron_megatron.config.schema import DataConfig, DistillConfig, DType, OptimizerConfig, ParallelConfig
-from minitron_megatron.errors import ConfigError
+from minitron_megatron.config.schema import (
+    DataConfig,
+    DistillConfig,
+    DType,
+    ExportConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+from minitron_megatron.distillation.step import StepResult, TeacherStudent
+from minitron_megatron.errors import ConfigError, DataError, TrainingError
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.count import forward_flops_per_token
-from minitron_megatron.training import distill, loop
+from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.training import distill, loop, state
+from minitron_megatron.training.metrics import read_metrics
+from minitron_megatron.training.state import save_state
 from tests.ranks import run_on_ranks
-from tests.tiny import LLAMA, hf_model, import_hf
+from tests.tiny import LLAMA, hf_model, import_hf, literate
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    import_hf(folder, hf_model(**LLAMA))
+    import_hf(folder, literate(hf_model(**LLAMA)))
     import_hf(folder / "narrow", hf_model(seed=1, **{**LLAMA, "hidden_size": 36, "num_hidden_layers": 2}))
     for number in range(20):
         (folder / f"{number}.txt").write_text("abcdefgh"[number % 8] * (50 + number))
@@ -55,12 +70,31 @@ def settings(inputs, output, **changes):
     )
 
 
+@pytest.fixture
+def stop_after_saving(monkeypatch):
+    """A run that is interrupted after its first checkpoint."""
+
+    @contextmanager
+    def stopping():
+        save = loop.save_state
+
+        def save_and_stop(*arguments):
+            save(*arguments)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(loop, "save_state", save_and_stop)
+            yield
+
+    return stopping
+
+
 def random_weights_of_a_rank(inputs, folder, parallel):
-    def keep(config, pair, training, samples, heldout, groups, *rest):
+    def keep(config, pair, models, samples, heldout, groups, *rest):
         shape = Checkpoint(config.student).shape
         found = [
             (param.stacked_key, layer, index, parameter.detach().clone())
-            for chunk in unwrap_model(training.chunks)
+            for chunk in unwrap_model(models[""].chunks)
             for parameter, param, layer, index in local_parameters(chunk, shape, groups)
         ]
         torch.save(found, folder / f"{dist.get_rank()}.pt")
@@ -108,7 +142,7 @@ def test_a_teacher_that_counts_nothing_is_neither_built_nor_counted(inputs, tmp_
     assert with_teacher.teacher and flops_with == 4 * forward
 
 
-def test_a_run_with_every_kind_of_loss_goes_on_exactly_where_it_was_interrupted(inputs, tmp_path, monkeypatch):
+def test_a_run_with_every_kind_of_loss_goes_on_exactly_where_it_was_interrupted(inputs, tmp_path, stop_after_saving):
     """With the weights that had moved, and the projections that are no part of the student."""
     hidden = HiddenConfig(0.5, Balance.DYNAMIC, projection=Projection.SHARED)
     logits = LogitsConfig(Divergence.JENSEN_SHANNON, temperature=2.0, top_k=20, tail=True)
@@ -121,17 +155,9 @@ def test_a_run_with_every_kind_of_loss_goes_on_exactly_where_it_was_interrupted(
     )
     distill.distill(config)
 
-    save = loop.save_state
-
-    def save_and_stop(*arguments):
-        save(*arguments)
-        raise KeyboardInterrupt
-
     parts = replace(config, output=str(tmp_path / "parts"))
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_state", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            distill.distill(parts)
+    with stop_after_saving():
+        distill.distill(parts)
     distill.distill(parts)
 
     def losses(run):
@@ -155,3 +181,178 @@ def test_a_run_with_every_kind_of_loss_goes_on_exactly_where_it_was_interrupted(
         index = [np.arange(size) for size in param.size(axis_sizes(whole.shape))]
         for layer in instances(param, whole.shape):
             assert torch.equal(found.read(param, layer, index), whole.read(param, layer, index)), param.name
+
+
+def weights_of(run, step, prefix=""):
+    """All weights in a checkpoint of a run, by key, as Megatron's library reads them."""
+    with process_groups(ParallelConfig()):
+        tensors = load_plain_tensors(str(run / "checkpoints" / iteration_folder(step)))
+    parts = tuple(prefix + part for part in ("decoder.", "embedding.", "output_layer."))
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(parts)}
+
+
+def test_a_teacher_is_trained_beside_its_student_as_it_would_be_alone(inputs, tmp_path):
+    """By cross-entropy on the same batches; the student learns from what the teacher knew before each step."""
+    both = replace(
+        settings(inputs, tmp_path / "both"), student=str(inputs / "narrow/checkpoint"), steps=3, teacher_lr=1e-2
+    )
+    distill.distill(both)
+    alone = replace(
+        settings(inputs, tmp_path / "alone", loss=LossConfig(0.0, 1.0)),
+        teacher=None,
+        steps=3,
+        optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=0),
+    )
+    distill.distill(alone)
+    distill.distill(replace(both, output=str(tmp_path / "frozen"), teacher_lr=None))
+    (both, alone, frozen) = (read_metrics(tmp_path / run) for run in ("both", "alone", "frozen"))
+    for ours, theirs in zip(both, alone, strict=True):
+        assert ours["teacher/lm"] == theirs["loss/lm"]
+        assert ours["teacher/lr"] == pytest.approx(theirs["optim/lr"])
+        assert ours["teacher/grad_norm"] == theirs["optim/grad_norm"]
+    assert both[0]["teacher/first_lm"] == pytest.approx(both[0]["teacher/lm"], rel=1e-6)
+    assert both[0]["loss/kd_logits"] == frozen[0]["loss/kd_logits"]
+    assert both[1]["loss/kd_logits"] != frozen[1]["loss/kd_logits"]
+    found, expected = weights_of(tmp_path / "both", 3, TEACHER), weights_of(tmp_path / "alone", 3)
+    assert len(expected) > 5 and found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    # The student's checkpoint is still one of the student alone.
+    assert Checkpoint(tmp_path / "both").shape.hidden == 36
+
+
+def test_a_teacher_no_better_than_chance_is_refused(inputs, tmp_path):
+    config = replace(settings(inputs, tmp_path / "run"), teacher=str(inputs / "narrow/checkpoint"))
+    with pytest.raises(DataError, match=r"narrow/checkpoint has a loss of .* and chance over 101 tokens has 4\.615"):
+        distill.distill(config)
+    assert not (tmp_path / "run/checkpoints" / TRACKER).exists()
+
+
+def run_in(config, parallel):
+    distill.distill(replace(config, parallel=parallel))
+
+
+def run_first_half_in(config, parallel):
+    def save_and_stop(*arguments):
+        save_state(*arguments)
+        raise KeyboardInterrupt
+
+    loop.save_state = save_and_stop
+    with pytest.raises(KeyboardInterrupt):
+        run_in(config, parallel)
+
+
+EVERYTHING = LossConfig(0.7, 0.4, hidden=HiddenConfig(0.5, Balance.DYNAMIC, projection=Projection.PER_PAIR))
+
+
+@pytest.fixture(scope="module")
+def whole(inputs):
+    """The settings of a run of everything at once, and its metrics."""
+    config = replace(
+        settings(inputs, inputs / "whole", loss=EVERYTHING),
+        student=str(inputs / "narrow/checkpoint"),
+        steps=4,
+        save_every=2,
+        teacher_lr=1e-3,
+        micro_batch=2,
+    )
+    run_in(config, ParallelConfig())
+    return config, read_metrics(inputs / "whole")
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed optimizer"])
+def test_a_run_goes_on_in_another_layout(whole, tmp_path, distributed):
+    config, expected = whole
+    optimizer = replace(config.optimizer, distributed=distributed)
+    parts = replace(config, output=str(tmp_path / "parts"), optimizer=optimizer)
+    before, after = ParallelConfig(tensor=2, pipeline=2), ParallelConfig(pipeline=2, data=2)
+    if distributed:
+        before, after = after, ParallelConfig(tensor=2, data=2, sequence=True)
+    run_on_ranks(4, run_first_half_in, parts, before)
+    run_on_ranks(4, run_in, parts, after)
+    found = read_metrics(tmp_path / "parts")
+    assert len(found) == len(expected) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        for key in theirs:
+            if key.startswith(("loss/", "optim/", "teacher/")):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (ours["progress/step"], key)
+
+
+def poisoned_in(steps, where):
+    """A step of training whose gradients, or whose losses, are not finite in some of the steps."""
+    train, calls = TeacherStudent.train, count(1)
+
+    def poisoned(pair, batches):
+        result = train(pair, batches)
+        if next(calls) in steps:
+            if where == "gradient":
+                next(iter(pair.student[0].parameters())).main_grad.view(-1)[3] = torch.inf
+            else:
+                result.kd_logits = torch.nan
+        return result
+
+    return poisoned
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(inputs, tmp_path, monkeypatch, where):
+    """Nothing moves, not even the learning rate: what follows is as if the step had been left out of the schedule."""
+    config = replace(
+        settings(inputs, tmp_path / "run"), student=str(inputs / "narrow/checkpoint"), steps=4, save_every=1
+    )
+    config = replace(config, keep_checkpoints=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherStudent, "train", poisoned_in({2, 3}, where))
+        distill.distill(config)
+    lines = read_metrics(tmp_path / "run")
+    assert [line["progress/skipped_steps"] for line in lines] == [0, 1, 2, 2]
+    states = {step: weights_of(tmp_path / "run", step) for step in range(1, 5)}
+    for key, weight in states[1].items():
+        assert torch.equal(weight, states[2][key]) and torch.equal(weight, states[3][key])
+    assert any(not torch.equal(weight, states[4][key]) for key, weight in states[1].items())
+    distill.distill(replace(config, output=str(tmp_path / "whole")))
+    whole = read_metrics(tmp_path / "whole")
+    assert [line["optim/lr"] for line in whole[:2]] == [lines[0]["optim/lr"], lines[3]["optim/lr"]]
+
+
+def test_a_run_stops_when_step_after_step_is_not_finite(inputs, tmp_path, monkeypatch):
+    config = replace(settings(inputs, tmp_path / "run"), steps=9, save_every=1, max_skipped_steps=3, global_batch=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherStudent, "train", poisoned_in({2, 4, 5, 6}, "gradient"))
+        with pytest.raises(TrainingError, match="in the last 3 steps.* In step 6, of sequences 20 to 23, the loss was"):
+            distill.distill(config)
+    assert Checkpoint(tmp_path / "run").iteration == 5  # the last one that was saved
+    assert read_metrics(tmp_path / "run")[-1]["progress/skipped_steps"] == 4
+    distill.distill(config)  # and goes on from there, should it be lucky now
+    assert Checkpoint(tmp_path / "run").iteration == 9
+
+
+def test_the_best_checkpoint_stays_whatever_comes_after(inputs, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 1.5, 1.2])
+    monkeypatch.setattr(loop, "validate", lambda *arguments: StepResult(next(losses), 9.0, 1))
+    config = replace(
+        settings(inputs, tmp_path / "run"), steps=5, save_every=3, validate_every=1, keep_checkpoints=2, micro_batch=2
+    )
+    announced = []
+    announce = state._announce
+    monkeypatch.setattr(state, "_announce", lambda *a: (announced.append((a[1].name, a[3])), announce(*a)))
+    distill.distill(config)
+    # Beside those of every third step and the last, those that were the best so far.
+    assert announced == [(iteration_folder(n), best) for n, best in ((1, True), (2, True), (3, False), (5, False))]
+    folders = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("iter_*"))
+    assert folders == [iteration_folder(3), iteration_folder(5)]
+    best = Checkpoint(tmp_path / "run/best")
+    assert best.iteration == 2 and best.manifest.kind == "checkpoint"
+    assert (best.huggingface_folder / "tokenizer.json").is_file()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")) == []
+    exported = export(ExportConfig(str(tmp_path / "run/best"), str(tmp_path / "exported")))
+    assert (exported / "config.json").is_file()
+
+
+def test_the_best_loss_so_far_outlives_an_interruption(inputs, tmp_path, monkeypatch, stop_after_saving):
+    config = replace(settings(inputs, tmp_path / "run"), steps=3, save_every=None, validate_every=1, micro_batch=2)
+    losses = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(loop, "validate", lambda *arguments: StepResult(next(losses), 0.0, 1))
+    with stop_after_saving():
+        distill.distill(config)
+    distill.distill(config)
+    assert Checkpoint(tmp_path / "run/best").iteration == 1 and Checkpoint(tmp_path / "run").iteration == 3

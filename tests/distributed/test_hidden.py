@@ -101,7 +101,7 @@ def work(folder, name):
                         for name, projection in getattr(chunk, PROJECTIONS, {}).items()
                     }
                 values = (result.kd_logits, result.lm, result.alpha, *result.of_pairs.values())
-                own["steps"].append((*values, result.total(loss), *training.step()))
+                own["steps"].append((*values, result.total(loss), training.grad_norm(), training.step()))
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")
 
 

@@ -146,7 +146,9 @@ def work(folder, layout: ParallelConfig):
                     for chunk in chunks
                     for parameter, param, layer, index in local_parameters(chunk, student.shape, groups)
                 ]
-            found["steps"].append((result.kd_logits, result.lm, result.num_tokens, *training.step()))
+            found["steps"].append(
+                (result.kd_logits, result.lm, result.num_tokens, training.grad_norm(), training.step())
+            )
         torch.save({**found, "gradients": gradients}, folder / f"{layout_name(layout)}_{dist.get_rank()}.pt")
 
 

@@ -116,22 +116,22 @@ def test_megatron_loads_what_is_written_here(folder):
 
 def test_an_attention_that_adds_nothing_changes_nothing(folder):
     tokens = torch.randint(0, 101, (3, 20), generator=torch.Generator().manual_seed(2))
-    hidden = []
+    logits = []
     with process_groups(ParallelConfig()) as groups, torch.no_grad():
         for name in ("student", "teacher"):
             checkpoint = Checkpoint(folder / name)
             [model] = build_model(checkpoint.shape, groups, DType.FP32)
             load_weights([model], checkpoint, groups)
-            hidden.append(model(tokens, torch.arange(20).expand(3, -1), attention_mask=None))
-    assert hidden[0].std() > 0.3  # or the tolerance below would say little
-    torch.testing.assert_close(*hidden, rtol=1e-5, atol=1e-5)
+            logits.append(model(tokens, torch.arange(20).expand(3, -1), attention_mask=None))
+    assert logits[0].std() > 0.3  # or the tolerance below would say little
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
 def work(folder, name):
     """A step of training in a layout, saved and loaded, by one of its ranks."""
     from minitron_megatron.distillation.step import TeacherStudent
     from minitron_megatron.training.optimizer import optimization
-    from minitron_megatron.training.state import load_state, save_state
+    from minitron_megatron.training.state import RunState, load_state, save_state
 
     checkpoint, teacher = Checkpoint(folder / "student"), Checkpoint(folder / "teacher")
     shape = checkpoint.shape
@@ -155,10 +155,10 @@ def work(folder, name):
                     for chunk in chunks
                     for parameter, param, layer, index in local_parameters(chunk, shape, groups)
                 ]
-                found["step"] = (result.kd_logits, result.lm, *training.step())
-                save_state(folder / name, 1, training, pair)
+                found["step"] = (result.kd_logits, result.lm, training.grad_norm(), training.step())
+                save_state(folder / name, RunState(step=1), {"": training})
             else:
-                assert load_state(folder / name, training, pair) == 1
+                assert load_state(folder / name, {"": training}).step == 1
             result = pair.evaluate(batches)
             found[attempt] = (result.kd_logits, result.lm)
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")

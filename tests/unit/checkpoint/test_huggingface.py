@@ -149,8 +149,7 @@ def test_a_llama_whose_width_is_no_multiple_of_the_heads_is_exported_as_mistral(
     with process_groups(ParallelConfig()) as groups, torch.no_grad():
         [ours] = build_model(shape, groups, DType.FP32)
         load_weights([ours], Checkpoint(tmp_path / "c"), groups)
-        hidden = ours(tokens, torch.arange(20).expand(2, -1), attention_mask=None)
-        found = (hidden @ ours.output_weight.T).transpose(0, 1)[..., :101]
+        found = ours(tokens, torch.arange(20).expand(2, -1), attention_mask=None)[..., :101]
     torch.testing.assert_close(found, logits(exported, tokens), rtol=1e-4, atol=1e-4)
 
 

@@ -47,7 +47,7 @@ def score(ours, groups, samples):
 
     def score(target=None, choices=None, **settings):
         chunks, shape = ours
-        config = score_config(criteria=settings.pop("criteria", ON_TEXT), criterion=Criterion.WEIGHT, **settings)
+        config = score_config(**{"criteria": ON_TEXT, "criterion": Criterion.WEIGHT, **settings})
         config.target = TargetConfig(**target or {})
         return score_model(chunks, shape, groups, samples, config, choices)
 
@@ -228,6 +228,28 @@ def test_paths_share_what_they_have_in_common(score, layer_calls, criterion, sea
     score(target, criteria=[criterion], search=search, protect_first=0, protect_last=0)
     num_batches = 4
     assert len(layer_calls) == num_batches * (LAYERS + extra)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(criteria=[], criterion=Criterion.ACTIVATION),
+        dict(criteria=[DepthCriterion.KL], criterion=Criterion.ACTIVATION),
+        dict(criteria=[DepthCriterion.KL], search=DepthSearch.GREEDY, protect_first=0, protect_last=0),
+        dict(criteria=[DepthCriterion.ACCURACY], search=DepthSearch.GREEDY, protect_first=0, protect_last=0),
+    ],
+    ids=["activations", "single", "greedy", "greedy with questions"],
+)
+def test_progress_ends_when_all_is_done(score, theirs, tmp_path, caplog, settings):
+    choices = None
+    if DepthCriterion.ACCURACY in settings["criteria"]:
+        choices = ChoiceSamples(QUESTIONS, AutoTokenizer.from_pretrained(save_hf(tmp_path, theirs)), 1)
+    with caplog.at_level("INFO"):
+        score({"layers": 2}, choices=choices, **settings)
+    shown = [record.getMessage().split() for record in caplog.records if record.name == "minitron_megatron.progress"]
+    [total] = {int(line[3]) for line in shown}
+    counts = [int(line[1]) for line in shown]
+    assert total >= 4 and counts == sorted(set(counts)) and counts[-1] == total
 
 
 def test_no_sublayer_is_missing_afterwards(ours, score):

@@ -7,7 +7,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 
-from minitron_megatron.config.schema import Aggregation, Criterion, DepthCriterion, Neurons, ParallelConfig
+from minitron_megatron.config.schema import Aggregation, AxisConfig, Criterion, DepthCriterion, Neurons, ParallelConfig
 from minitron_megatron.errors import DataError
 from minitron_megatron.model import build
 from minitron_megatron.parallel.groups import process_groups
@@ -98,6 +98,38 @@ def test_scores_are_those_of_a_direct_version(theirs, groups, over_tokens, over_
     assert_same(scores, direct_scores(theirs, samples, over_tokens, over_sequences))
 
 
+def test_axes_may_be_scored_each_in_its_own_way(theirs, groups):
+    chunks, shape = build_ours(theirs, groups)
+    samples = samples_for(theirs)
+    how = score_config(
+        hidden=AxisConfig(batch_aggregation=Aggregation.VARIANCE),
+        ffn=AxisConfig(Criterion.ACTIVATION_WEIGHT, Aggregation.L2),
+        heads=AxisConfig(sequence_aggregation=Aggregation.VARIANCE, batch_aggregation=Aggregation.MEAN),
+        criteria=[],
+    )
+    scores = score_model(chunks, shape, groups, samples, how)
+    outgoing = torch.stack([layer.mlp.down_proj.weight.double().norm(dim=0) for layer in theirs.model.layers])
+    expected = {
+        "hidden": direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.VARIANCE)["hidden"],
+        "ffn": direct_scores(theirs, samples, Aggregation.L2, Aggregation.L2)["ffn"] * outgoing,
+        "head": direct_scores(theirs, samples, Aggregation.VARIANCE, Aggregation.MEAN)["head"],
+    }
+    assert_same(scores, expected)
+    # Activations are watched as long as one axis needs them.
+    how = score_config(
+        criterion=Criterion.RANDOM,
+        heads=AxisConfig(Criterion.ACTIVATION),
+        ffn=AxisConfig(Criterion.WEIGHT),
+        criteria=[],
+    )
+    scores = score_model(chunks, shape, groups, samples, how)
+    alone = score_model(chunks, shape, groups, samples, score_config(criterion=Criterion.WEIGHT, criteria=[]))
+    chance = score_model(chunks, shape, groups, samples, score_config(criterion=Criterion.RANDOM, criteria=[]))
+    assert torch.equal(scores.ffn, alone.ffn) and torch.equal(scores.hidden, chance.hidden)
+    plain = direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.L2)
+    assert_same(scores, {**plain, "hidden": chance.hidden, "ffn": alone.ffn})
+
+
 class FusedLinear(ColumnParallelLinear):
     """A norm and the projection behind it in one module, with the names of Transformer Engine's."""
 
@@ -146,7 +178,7 @@ def hooks_in(model):
 def test_the_hooks_are_gone_afterwards_whatever_happens(theirs, groups):
     [model], shape = build_ours(theirs, groups)
     before = hooks_in(model)
-    with pytest.raises(ZeroDivisionError), Capture([model], shape, groups, Aggregation.MEAN):
+    with pytest.raises(ZeroDivisionError), Capture([model], shape, groups, dict.fromkeys(WIDTH, Aggregation.MEAN)):
         # Two norms and two projections of each of 4 layers, and the final norm.
         assert hooks_in(model) == before + 4 * 4 + 1
         _ = 1 / 0

@@ -87,8 +87,7 @@ def logits(build):
     def logits(source, plan=None):
         model = source if isinstance(source, torch.nn.Module) else build(Pruned(source, plan) if plan else source)
         with torch.no_grad():
-            hidden = model(TOKENS, torch.arange(SEQUENCE).expand(2, -1), attention_mask=None)
-            return hidden @ model.output_weight.T
+            return model(TOKENS, torch.arange(SEQUENCE).expand(2, -1), attention_mask=None)
 
     return logits
 

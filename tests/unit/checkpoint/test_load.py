@@ -1,0 +1,60 @@
+"""That every weight of a model is known to have been loaded."""
+
+import pytest
+import torch
+
+from minitron_megatron.checkpoint import load
+from minitron_megatron.checkpoint.load import load_weights, local_parameters
+from minitron_megatron.checkpoint.random_weights import RandomWeights
+from minitron_megatron.config.schema import DType, ParallelConfig
+from minitron_megatron.errors import CheckpointError
+from minitron_megatron.model.build import build_model
+from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.parallel.groups import process_groups
+from tests.tiny import LLAMA
+
+SHAPE = shape_from_config(LLAMA)
+
+
+class Damaged(RandomWeights):
+    """Weights of which one is no number."""
+
+    root = "some/checkpoint"
+
+    def read(self, param, layer, index):
+        weight = super().read(param, layer, index)
+        if param.name == "mlp.linear_fc2.weight" and layer == 2:
+            weight[3, 4] = torch.inf
+        return weight
+
+
+@pytest.fixture
+def model():
+    with process_groups(ParallelConfig()) as groups:
+        [model] = build_model(SHAPE, groups, DType.FP32)
+        model.groups = groups
+        yield model
+
+
+def test_a_weight_that_is_no_number_is_named(model):
+    expected = "some/checkpoint leaves weights that are not finite: decoder.layers.2.mlp.linear_fc2.weight"
+    with pytest.raises(CheckpointError, match=f"{expected}$"):
+        load_weights([model], Damaged(SHAPE, 1), model.groups)
+
+
+def test_a_weight_that_nobody_loads_is_named(model, monkeypatch):
+    def all_but_one(*arguments):
+        return [found for found in local_parameters(*arguments) if found[1].name != "decoder.final_layernorm.weight"]
+
+    monkeypatch.setattr(load, "local_parameters", all_but_one)
+    with pytest.raises(CheckpointError, match="not finite: decoder.final_layernorm.weight$"):
+        load_weights([model], RandomWeights(SHAPE, 1), model.groups)
+
+
+def test_a_source_cannot_fill_a_weight_with_less_than_it_has(model):
+    class Small(RandomWeights):
+        def read(self, param, layer, index):
+            return super().read(param, layer, index)[:1]
+
+    with pytest.raises(AssertionError):
+        load_weights([model], Small(SHAPE, 1), model.groups)
