@@ -106,9 +106,9 @@ def install_cpu_backend() -> None:
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.random.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.random.set_rng_state(state)
 
-    # torch's AdamW, alone among the optimisers, has its step in a tensor for each parameter. Loading what replicas share
-    # of its state asks for one where there is none, and leaves all parameters with the same one, which then counts all
-    # of their updates (DistributedOptimizer.load_state_dict and the method below, in megatron-core 0.16 and 0.19).
+    # torch's AdamW, alone among the optimisers, has its step in a tensor for each parameter. Loading what replicas
+    # share of its state asks for one where there is none, and leaves all parameters with the same one, which then
+    # counts all of their updates (DistributedOptimizer.load_state_dict and the method below, in 0.16 and 0.19).
     load = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def load_with_step(self, model_param, tensors):
