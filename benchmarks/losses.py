@@ -1,0 +1,211 @@
+"""What a student should minimise: losses, temperatures, hidden states and teacher correction, side by side.
+
+Two students of SmolLM2-135M, one of half the width and one of half the layers, learn in turn with every loss: the same
+starting weights, the same batches in the same order, the same number of steps. Then all are judged alike: by their
+cross-entropy and their KL from the original teacher, on held-out documents and on text of another kind. Runs that are
+done are skipped, and one that was interrupted goes on.
+"""
+
+import copy
+import dataclasses
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import (
+    IMAGES,
+    Models,
+    console,
+    describe,
+    in_fresh_process,
+    machine,
+    markdown_table,
+    parser,
+    prepare_models,
+    print_table,
+    read_results,
+    show_spread,
+    spread,
+    write_docs,
+    write_results,
+)
+from controls import MEASURES, TEXTS, describe_text, judge_once, prepare_texts, train
+
+NAME = "losses"
+TARGETS = {"width": {"hidden": 288, "ffn": 768}, "depth": {"layers": 15}}
+TEACHER, CORRECTED = "teacher", "corrected teacher"
+STUDENTS = {student: f"{student} student, untrained" for student in TARGETS}
+# A fifth of the rate that the teacher was trained with at most (2408.11796, section 2.1, of its own teacher).
+TEACHER_LR = 2e-4
+LR, WARMUP_SHARE = 1e-3, 10
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of learning.
+
+    Attributes:
+        student: whose weights it starts from.
+        loss: changes to the settings of the loss, by their dotted names.
+        teacher: the original one, the corrected one, or None.
+        teacher_lr: of a teacher that is corrected in parallel.
+    """
+
+    student: str
+    loss: dict = field(default_factory=dict, hash=False)
+    teacher: str | None = TEACHER
+    teacher_lr: float | None = None
+
+
+CE = {"kd_logits_weight": 0.0, "lm_weight": 1.0}
+STATES = {"hidden.weight": 1.0, "hidden.balance": "dynamic", "hidden.points": ["layer", "embedding"]}
+ARMS = {
+    "KL": Arm("width"),
+    "CE + KL": Arm("width", {"lm_weight": 1.0}),
+    "CE + cosine": Arm("width", {"lm_weight": 1.0, "logits.divergence": "cosine", "logits.tail": True}),
+    "CE + reverse KL": Arm("width", {"lm_weight": 1.0, "logits.divergence": "reverse_kl"}),
+    "CE + MSE": Arm("width", {"lm_weight": 1.0, "logits.divergence": "mse"}),
+    "CE": Arm("width", CE, teacher=None),
+    "KL, temperature 0.5": Arm("width", {"logits.temperature": 0.5}),
+    "KL, temperature 2": Arm("width", {"logits.temperature": 2.0}),
+    "KL + states 26:26": Arm("width", {**STATES, "hidden.pairs": [[26, 26]], "hidden.projection": "shared"}),
+    "depth: KL": Arm("depth"),
+    "depth: KL + states 26:11": Arm("depth", {**STATES, "hidden.pairs": [[11, 26]]}),
+    "depth: KL + states 14:14": Arm("depth", {**STATES, "hidden.pairs": [[14, 14]]}),
+    "KL, teacher corrected before": Arm("width", teacher=CORRECTED),
+    "KL, teacher corrected in parallel": Arm("width", teacher_lr=TEACHER_LR),
+}
+COLUMNS = ["learned by", "corpus: loss", "corpus: KL", "licences: loss", "licences: KL"]
+
+
+def main() -> None:
+    options = parser(__doc__, threads=2)
+    options.add_argument("--steps", type=int, default=40, help="of every run")
+    options.add_argument("--seeds", type=int, nargs="+", default=[1234], help="of the data order")
+    options.add_argument("--windows", type=int, default=16, help="at most so many windows of each text are judged")
+    args = options.parse_args()
+    if args.docs:
+        write_docs(NAME, in_markdown(read_results(NAME)))
+        draw(read_results(NAME), IMAGES / f"{NAME}.png")
+        return
+    facts = machine()
+    models = prepare_models(args.work)
+    work = args.work / NAME
+    texts = in_fresh_process(prepare_texts, work, models)
+    students = {name: in_fresh_process(prune_to, args.work, work / name, name) for name in TARGETS}
+    judged = {TEACHER: [judge_once(work / TEACHER, models.teacher, models.teacher, texts, args)]}
+    for name, folder in students.items():
+        judged[STUDENTS[name]] = [judge_once(work / f"{name}_untrained", folder, models.teacher, texts, args)]
+    arms = {CORRECTED: Arm(TEACHER, CE, teacher=None), **ARMS}
+    for seed in args.seeds:
+        folders = {n: work / f"{args.steps}_steps" / f"{re.sub('[^a-z0-9]+', '_', n.lower())}_{seed}" for n in arms}
+        for number, (name, arm) in enumerate(arms.items(), start=1):
+            console.print(f"run {number} of {len(arms)}: {name}, seed {seed}, {args.steps} steps")
+            starts = {**students, TEACHER: models.teacher, CORRECTED: folders[CORRECTED]}
+            in_fresh_process(train, settings(models, work, arm, starts, folders[name], seed, args.steps), args.threads)
+            found = judge_once(folders[name], folders[name], models.teacher, texts, args)
+            judged.setdefault(name, []).append(found)
+            if name != CORRECTED:
+                shutil.rmtree(folders[name] / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folders[CORRECTED] / "checkpoints", ignore_errors=True)
+    config = settings(models, work, ARMS["KL"], starts, work, 0, args.steps)
+    results = {
+        "machine": facts,
+        "settings": {
+            "steps": args.steps,
+            "batch": [config.global_batch, config.data.sequence_length],
+            "seeds": args.seeds,
+            "targets": TARGETS,
+            "lr": LR,
+            "teacher_lr": TEACHER_LR,
+        },
+        "texts": {name: describe_text(path, args.windows) for name, path in texts.items()},
+        "models": {name: {m: spread([f[m] for f in of_arm]) for m in MEASURES} for name, of_arm in judged.items()},
+    }
+    write_results(NAME, results)
+    print_table(f"{args.steps} steps, {len(args.seeds)} seeds", COLUMNS, rows(results))
+    console.print(describe(facts))
+    draw(results, IMAGES / f"{NAME}.png")
+
+
+def prune_to(work: Path, output: Path, name: str) -> Path:
+    """A student, by the demo's scores."""
+    from minitron_megatron import prune
+    from minitron_megatron.config.schema import PruneConfig, TargetConfig
+
+    target = TargetConfig(**TARGETS[name])
+    return prune(PruneConfig(str(work / "teacher"), str(output), scores=str(work / "scores"), target=target))
+
+
+def settings(models: Models, work: Path, arm: Arm, starts: dict[str, Path], output: Path, seed: int, steps: int):
+    """The settings of one run: the demo's, but for a shorter sequence, the loss, and who learns from whom."""
+    from minitron_megatron.config.loss import Balance, Divergence, Point, Projection
+
+    config = copy.deepcopy(models.recipe["distilled"])
+    config.student, config.output = str(starts[arm.student]), str(output)
+    config.teacher = str(starts[arm.teacher]) if arm.teacher else None
+    config.teacher_lr = arm.teacher_lr
+    config.steps, config.validate_every, config.save_every = steps, None, None
+    lr = TEACHER_LR if arm.student == TEACHER else LR
+    warmup = max(1, steps // WARMUP_SHARE)
+    config.optimizer = dataclasses.replace(config.optimizer, lr=lr, min_lr=lr / 10, warmup_steps=warmup)
+    config.data.text, config.data.heldout_pct = [str(work / "train.jsonl")], 1.0
+    config.data.sequence_length = 256
+    config.seed = config.data.seed = seed
+    kinds = {"divergence": Divergence, "balance": Balance, "projection": Projection}
+    for path, value in arm.loss.items():
+        *owners, name = path.split(".")
+        owner = config.loss
+        for part in owners:
+            owner = getattr(owner, part)
+        value = [Point(point) for point in value] if name == "points" else kinds.get(name, lambda value: value)(value)
+        setattr(owner, name, value)
+    return config
+
+
+def rows(results: dict) -> list[list[str]]:
+    found = []
+    for name in (TEACHER, CORRECTED, *ARMS, *STUDENTS.values()):
+        of_model = results["models"][name]
+        found.append([name, *(show_spread(of_model[m], 3, "mean") for m in MEASURES)])
+    return found
+
+
+def in_markdown(results: dict) -> str:
+    texts, asked = results["texts"], results["settings"]
+    tokens = ", ".join(f"{texts[name]['judged']:,} tokens of {what}" for name, what in TEXTS.items())
+    batch, length = asked["batch"]
+    note = (
+        f"{asked['steps']} steps of {batch} x {length} tokens, peak learning rate {asked['lr']:g} (of a teacher "
+        f"{asked['teacher_lr']:g}), {len(asked['seeds'])} seed(s). Loss and KL(original teacher || model) in nats per "
+        f"token, over {tokens}. "
+    )
+    return f"{markdown_table(COLUMNS, rows(results))}\n\n{note}{describe(results['machine'])}"
+
+
+def draw(results: dict, path: Path) -> None:
+    """Each way's loss and divergence on the corpus, as dots on a line, beside the untrained student's way of it."""
+    from minitron_megatron.report.style import CUT, KEPT, heading, new_figure, png, tidy
+
+    names = list(ARMS)
+    figure = new_figure("What a student minimises, and what it then can", 5.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (measure, title) in zip(
+        panels, {"loss": "loss per token", "KL": "KL from the teacher"}.items(), strict=True
+    ):
+        for row, name in enumerate(names):
+            values = results["models"][name][f"corpus {measure}"]
+            colour = CUT if ARMS[name].student == "depth" else KEPT
+            axes.plot([values["min"], values["max"]], [row, row], color=colour, linewidth=1)
+            axes.scatter(values["mean"], row, s=34, color=colour, edgecolors="white", linewidths=0.6)
+        tidy(axes, "nats", grid="x")
+        heading(axes, title)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), labels=names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(figure))
+
+
+if __name__ == "__main__":
+    main()
