@@ -63,7 +63,7 @@ STATES = {"hidden.weight": 1.0, "hidden.balance": "dynamic", "hidden.points": ["
 ARMS = {
     "KL": Arm("width"),
     "CE + KL": Arm("width", {"lm_weight": 1.0}),
-    "CE + cosine": Arm("width", {"lm_weight": 1.0, "logits.divergence": "cosine", "logits.tail": True}),
+    "CE + cosine": Arm("width", {"lm_weight": 1.0, "logits.divergence": "cosine"}),
     "CE + reverse KL": Arm("width", {"lm_weight": 1.0, "logits.divergence": "reverse_kl"}),
     "CE + MSE": Arm("width", {"lm_weight": 1.0, "logits.divergence": "mse"}),
     "CE": Arm("width", CE, teacher=None),
