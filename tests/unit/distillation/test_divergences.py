@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer import TransformerConfig
 from modelopt.torch.distill.losses import LogitsDistillationLoss
+from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
 from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig, Schedule
 from minitron_megatron.config.schema import ParallelConfig
@@ -14,7 +17,7 @@ from minitron_megatron.distillation.linear_losses import Teacher
 from minitron_megatron.distillation.losses import distillation_loss
 from minitron_megatron.parallel.groups import process_groups
 from tests.ranks import run_on_ranks
-from tests.unit.distillation.cases import TOKENS, VOCAB, Case
+from tests.unit.distillation.cases import PADDED, TOKENS, VOCAB, Case
 
 
 def kl(p, q):
@@ -120,6 +123,36 @@ def test_forward_kl_at_a_temperature_is_that_of_model_optimizer(temperature):
     labels = torch.zeros(TOKENS, dtype=torch.int64)
     found = distillation_loss(logits, labels, torch.ones(TOKENS), teacher, 1.0, 0.0, how)
     torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-6)
+
+
+def modelopts_kl_for_megatron(folder, num_ranks):
+    """The loss of ModelOpt's plug-in on this rank's logits against ours, and the gradients of both."""
+    with process_groups(ParallelConfig(tensor=num_ranks)) as groups:
+        group = groups.collection.tp
+        config = TransformerConfig(
+            num_layers=1, hidden_size=num_ranks, num_attention_heads=num_ranks, tensor_model_parallel_size=num_ranks
+        )
+        for reverse, kind in ((False, Divergence.FORWARD_KL), (True, Divergence.REVERSE_KL)):
+            for temperature in (1.0, 1.7):
+                how = LogitsConfig(kind, temperature=temperature, temperature_squared=False)
+                case = Case(vocab=PADDED, config=how)  # no padding, which ModelOpt does not know of
+                loss, of_hidden, of_weight, _ = case.linear(group, 1.0, 0.0, 7)
+                rows = slice(group.rank() * PADDED // num_ranks, (group.rank() + 1) * PADDED // num_ranks)
+                hidden, weight = case.hidden.clone().requires_grad_(), case.weight[rows].clone().requires_grad_()
+                teacher = case.teacher.hidden @ case.teacher.weight[rows].T
+                theirs = LogitsKLLoss(config, temperature, reverse)
+                of_tokens, is_partial, _ = theirs((hidden @ weight.T).unsqueeze(1), teacher.unsqueeze(1))
+                assert is_partial
+                expected = (reduce_from_tensor_model_parallel_region(of_tokens, group=group)[0] * case.mask).sum()
+                expected.backward()
+                assert loss == pytest.approx(expected.item(), rel=1e-5)
+                torch.testing.assert_close(of_weight, weight.grad, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(of_hidden, hidden.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_kl_both_ways_is_modelopts_for_megatron(tmp_path, num_ranks):
+    run_on_ranks(num_ranks, modelopts_kl_for_megatron, tmp_path, num_ranks)
 
 
 # The teacher's top k, made to sum to one, are not the student's.

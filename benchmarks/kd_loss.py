@@ -1,0 +1,198 @@
+"""The loss alone: from last hidden states to the gradients of these and of the output projection.
+
+This project's chunked loss, NVIDIA ModelOpt's `LogitsKLLoss` for Megatron, and KL as one would write it in torch, over
+vocabularies and numbers of tokens, whole and split over two tensor-parallel ranks. Every case runs in processes of its
+own. What is measured is memory on top of what was there before: the hidden states and both projections.
+"""
+
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import psutil
+from common import (
+    console,
+    describe,
+    machine,
+    markdown_table,
+    memory_gib,
+    parser,
+    print_table,
+    read_results,
+    show_spread,
+    spread,
+    write_docs,
+    write_results,
+)
+
+NAME = "kd_loss"
+OURS, MODELOPT, PLAIN = "minitron_megatron", "ModelOpt", "plain torch"
+VOCABS, TOKENS, RANKS = (32_768, 131_072, 262_144), (1024, 4096, 16_384), (1, 2)
+HIDDEN = 256  # of both models: small, so that what is measured is the loss and not the projection
+COLUMNS = ["ranks", "vocabulary", "tokens", "loss", "seconds", "GiB per rank"]
+# What does not fit is not run: more than this share of the machine's memory, going by the last case that did.
+MOST_MEMORY = 0.8
+
+
+def main() -> None:
+    options = parser(__doc__, repeats=3, threads=2)
+    options.add_argument("--largest", type=int, default=None, help="leave out cases of more tokens x vocabulary")
+    args = options.parse_args()
+    if args.docs:
+        write_docs(NAME, in_markdown(read_results(NAME)))
+        return
+    facts, cases = machine(), []
+    for ranks in RANKS:
+        for name in (OURS, MODELOPT, PLAIN):
+            if name == PLAIN and ranks > 1:
+                continue  # log_softmax knows nothing of other ranks
+            bytes_per_logit = 0.0
+            for size, vocab, tokens in sorted((v * t, v, t) for v in VOCABS for t in TOKENS):
+                case = {"ranks": ranks, "vocab": vocab, "tokens": tokens, "loss": name}
+                needed = 0.0 if name == OURS else bytes_per_logit * size
+                if size <= (args.largest or size) and needed < MOST_MEMORY * psutil.virtual_memory().total:
+                    found = measure_on(ranks, name, vocab, tokens, args.repeats, args.threads)
+                    case |= {key: spread(values) for key, values in found.items()}
+                    bytes_per_logit = ranks * case["gib"]["median"] * 2**30 / size
+                    console.print(*row(case), sep="  ")
+                else:
+                    case["needed_gib"] = needed / 2**30 / ranks
+                cases.append(case)
+    results = {"machine": facts, "settings": {"hidden": HIDDEN, "repeats": args.repeats}, "cases": cases}
+    write_results(NAME, results)
+    print_table("forward and backward of the loss", COLUMNS, [row(case) for case in cases])
+    console.print(describe(facts))
+
+
+def measure_on(ranks: int, name: str, vocab: int, tokens: int, repeats: int, threads: int) -> dict[str, list[float]]:
+    """`measure` on fresh processes that form one world: seconds of the slowest rank, memory of the largest."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    threads = max(1, threads // ranks)
+    with get_context("spawn").Pool(ranks) as pool:
+        work = [(rank, ranks, store.port, name, vocab, tokens, repeats, threads) for rank in range(ranks)]
+        found = pool.starmap(measure, work, chunksize=1)
+    seconds = [max(of_repeat) for of_repeat in zip(*(seconds for seconds, _, _ in found), strict=True)]
+    losses = {round(loss, 2) for _, _, loss in found}
+    assert len(losses) == 1, losses
+    return {"seconds": seconds, "gib": [max(gib for _, gib, _ in found)], "value": [losses.pop()]}
+
+
+def measure(rank, ranks, port, name, vocab, tokens, repeats, threads) -> tuple[list[float], float, float]:
+    """Seconds of each repeat but a first one that is not counted, GiB on top of the inputs, and the loss per token."""
+    import os
+    import warnings
+
+    warnings.simplefilter("ignore")
+    import torch
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    torch.set_num_threads(threads)
+
+    from minitron_megatron.config.schema import ParallelConfig
+    from minitron_megatron.parallel.groups import process_groups
+
+    with process_groups(ParallelConfig(tensor=ranks)) as groups:
+        generator = torch.Generator().manual_seed(0)
+        rows = slice(rank * vocab // ranks, (rank + 1) * vocab // ranks)
+
+        def random(count: int, part: slice = slice(None)):
+            whole = torch.empty(count, HIDDEN, dtype=torch.bfloat16).normal_(generator=generator)
+            return whole[part].clone() / HIDDEN**0.5
+
+        states = {"student": 4 * random(tokens), "teacher": 4 * random(tokens)}
+        weights = {"student": random(vocab, rows), "teacher": random(vocab, rows)}
+        labels = torch.randint(vocab, (tokens,), generator=generator)
+        loss_of = LOSSES[name](groups, vocab, labels)
+        for tensor in (states["student"], weights["student"]):
+            tensor.requires_grad_()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before, seconds = memory_gib()["resident_gib"], []
+        for _ in range(1 + repeats):
+            states["student"].grad = weights["student"].grad = None
+            if ranks > 1:
+                torch.distributed.barrier()
+            started = time.perf_counter()
+            loss = loss_of(states, weights)
+            loss.backward()
+            seconds.append(time.perf_counter() - started)
+        return seconds[1:], memory_gib()["peak_gib"] - before, loss.item()
+
+
+def ours(groups, vocab, labels):
+    import torch
+    from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+    from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
+
+    mask = torch.ones(len(labels))
+    group = groups.collection.tp
+
+    def loss(states, weights):
+        hidden = copy_to_tensor_model_parallel_region(states["student"], group=group)
+        teacher = Teacher(states["teacher"], weights["teacher"])
+        found, _ = linear_distillation_loss(
+            hidden, weights["student"], labels, mask, group, vocab, teacher, kd_weight=1.0, lm_weight=0.0
+        )
+        return found / len(labels)
+
+    return loss
+
+
+def whole_logits(groups, states, weights):
+    """`[tokens, vocab/tp]` of both models, the teacher's without gradient."""
+    import torch
+    from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+    hidden = copy_to_tensor_model_parallel_region(states["student"], group=groups.collection.tp)
+    with torch.no_grad():
+        teacher = states["teacher"] @ weights["teacher"].T
+    return hidden @ weights["student"].T, teacher
+
+
+def modelopt(groups, vocab, labels):
+    from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+    from megatron.core.transformer import TransformerConfig
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+
+    ranks = groups.layout.tensor
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=ranks, tensor_model_parallel_size=ranks
+    )
+    kl = LogitsKLLoss(config)
+
+    def loss(states, weights):
+        student, teacher = whole_logits(groups, states, weights)
+        of_rank, is_partial, _ = kl(student.unsqueeze(1), teacher.unsqueeze(1))  # [seq, batch, vocab]
+        assert is_partial
+        return reduce_from_tensor_model_parallel_region(of_rank, group=groups.collection.tp).mean()
+
+    return loss
+
+
+def plain(groups, vocab, labels):
+    def loss(states, weights):
+        student, teacher = (x.float().log_softmax(-1) for x in whole_logits(groups, states, weights))
+        return (teacher.exp() * (teacher - student)).sum(-1).mean()
+
+    return loss
+
+
+LOSSES = {OURS: ours, MODELOPT: modelopt, PLAIN: plain}
+
+
+def row(case: dict) -> list[str]:
+    where = [str(case["ranks"]), f"{case['vocab']:,}", f"{case['tokens']:,}", case["loss"]]
+    if "seconds" not in case:
+        return [*where, "–", f"would take {case['needed_gib']:.0f}"]
+    return [*where, show_spread(case["seconds"], 2), f"{case['gib']['median']:.2f}"]
+
+
+def in_markdown(results: dict) -> str:
+    return "\n\n".join([markdown_table(COLUMNS, [row(c) for c in results["cases"]]), describe(results["machine"])])
+
+
+if __name__ == "__main__":
+    main()
