@@ -51,7 +51,7 @@ def load_weights(chunks: list[GPTModel], source: TensorSource, groups: Groups) -
     Weights are converted to the model's number format. That each of them was really filled is checked.
 
     Raises:
-        CheckpointError: a weight was not filled, or what the source has of it is not finite.
+        CheckpointError: a weight was not filled, or the source has NaN in it.
     """
     with torch.no_grad():
         for model in chunks:
@@ -61,7 +61,7 @@ def load_weights(chunks: list[GPTModel], source: TensorSource, groups: Groups) -
                 weight = source.read(param, layer, index)
                 assert weight.shape == parameter.shape  # or it would be repeated to fill the parameter
                 parameter.copy_(weight)
-            if wrong := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+            if wrong := [name for name, parameter in model.named_parameters() if parameter.isnan().any()]:
                 raise CheckpointError(
-                    f"{getattr(source, 'root', 'the source')} leaves weights that are not finite: {', '.join(wrong)}"
+                    f"{getattr(source, 'root', 'the source')} leaves weights that are no numbers: {', '.join(wrong)}"
                 )

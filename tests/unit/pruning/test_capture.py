@@ -320,7 +320,7 @@ def test_a_sample_whose_activations_are_not_finite_is_named(theirs, groups):
     samples.tokens[samples.tokens == 5] = 6
     samples.tokens[4, 3] = 5
     with torch.no_grad():
-        broken.model.embed_tokens.weight[5] = torch.nan
+        broken.model.embed_tokens.weight[5] = torch.inf
     chunks, shape = build_ours(broken, groups)
     with pytest.raises(DataError, match=r"activations of layer 0 \(hidden\) are not finite in samples 4 to 5: score"):
         score_model(chunks, shape, groups, samples, score_config())

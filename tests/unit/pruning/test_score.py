@@ -406,7 +406,7 @@ def test_questions_that_overflow_are_named(inputs, settings, tmp_path):
     model = hf_model(**LLAMA)
     with torch.no_grad():
         [token] = load_tokenizer(inputs / "checkpoint/huggingface")("x", add_special_tokens=False)["input_ids"]
-        model.model.embed_tokens.weight[token] = torch.nan
+        model.model.embed_tokens.weight[token] = torch.inf
     checkpoint = import_hf(tmp_path / "broken", model)
     depth = DepthConfig([DepthCriterion.ACCURACY], choices=str(inputs / "questions.jsonl"))
     with pytest.raises(DataError, match="of the network are not finite in "):
