@@ -13,7 +13,7 @@ import warnings
 from typing import Any
 
 from minitron_megatron import __version__
-from minitron_megatron.config.compose import compose, experiments, to_yaml, with_resolved_stages
+from minitron_megatron.config.compose import compose, shipped, to_yaml, with_resolved_stages
 from minitron_megatron.config.describe import describe, summary
 from minitron_megatron.config.reader import near
 from minitron_megatron.config.verbs import DISTRIBUTED, SHARED, VERBS, verb_function
@@ -89,7 +89,7 @@ def _overview() -> str:
             "",
             "  minitron VERB --help                     the settings of a verb",
             "  minitron VERB key=value ... --cfg        the settings as they would be used, without running",
-            f"  minitron compress experiment=NAME        a whole recipe: {', '.join(experiments())}",
+            f"  minitron compress experiment=NAME        a whole recipe: {', '.join(shipped('experiment'))}",
         ]
     )
 

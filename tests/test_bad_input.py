@@ -23,7 +23,7 @@ from minitron_megatron.model import build
 from minitron_megatron.pruning import prune, score
 from minitron_megatron.pruning.scores import DepthSettings, Scores
 from minitron_megatron.training import distill
-from tests.tiny import LLAMA, hf_model, import_hf
+from tests.tiny import LLAMA, hf_model, import_hf, literate
 
 BUILDS = [(module, "build_model") for module in (score, distill, evaluate)]
 READS = [(module, name) for module, _ in BUILDS for name in ("process_groups", "prepare_corpus")]
@@ -51,7 +51,7 @@ class Zeros:
 def inputs(tmp_path_factory):
     """Checkpoints, scores and texts, most of them with something wrong."""
     folder = tmp_path_factory.mktemp("inputs")
-    import_hf(folder / "teacher", hf_model(**LLAMA))
+    import_hf(folder / "teacher", literate(hf_model(**LLAMA), "abcd"))
     import_hf(folder / "student", hf_model(**{**LLAMA, "num_hidden_layers": 2, "hidden_size": 36}))
     import_hf(folder / "foreign", hf_model(**{**LLAMA, "vocab_size": 90}))
     for name in ("foreign", "teacher", "student"):

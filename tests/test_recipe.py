@@ -42,7 +42,7 @@ def arguments(inputs) -> list[str]:
         # One stage in ranks of its own, the others in this process.
         "stages.scores.parallel.tensor=2",
         "stages.scores.dtype=fp32",
-        "+correction=before",
+        "correction=before",
         "stages.corrected.steps=2",
         "stages.corrected.optimizer.warmup_steps=1",
         "stages.corrected.dtype=fp32",

@@ -43,7 +43,7 @@ def arguments(inputs, output, *more):
         f"output={output}",
         f"steps={STEPS}",
         f"save_every={SAVE_EVERY}",
-        "validate_every=3",
+        "validate_every=4",
         "validate_batches=1",
         "global_batch=8",
         "micro_batch=4",

@@ -23,7 +23,8 @@ from minitron_megatron.config.reader import Reader, keys, near, show
 from minitron_megatron.config.schema import SCHEMAS, CompressConfig
 from minitron_megatron.errors import ConfigError, raise_if_any
 
-EXPERIMENT = "experiment"
+GROUPS = ("experiment", "correction")
+"""Folders of `conf/` whose files make or change a recipe."""
 
 STAGE_VERBS = [verb for verb in SCHEMAS if verb != "compress"]
 
@@ -39,14 +40,14 @@ def conf_dir() -> Path:
     return (Path(__file__).parent.parent / "conf").resolve()
 
 
-def experiments() -> list[str]:
-    """Names of the shipped recipes."""
-    folder = conf_dir() / EXPERIMENT
+def shipped(group: str) -> list[str]:
+    """Names of the files in one of `GROUPS`."""
+    folder = conf_dir() / group
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def compose(verb: str, overrides: list[str]) -> Any:
-    """The settings of `verb`: its YAML file, then `experiment=NAME` if given, then `key=value` overrides.
+    """The settings of `verb`: its YAML file, then the files of `GROUPS` that are named, then `key=value` overrides.
 
     Args:
         verb: a key of `SCHEMAS`.
@@ -149,11 +150,11 @@ def _read_override(text: str, problems: list[str]) -> list[str]:
         problems.append(f"{text!r} is several values: give one, or a list in brackets, as in {key}=[a,b]")
     elif not key or key.split(".")[0] == "hydra":
         problems.append(f"{text!r} sets nothing that is read here: write key=value")
-    elif key == EXPERIMENT:
+    elif key in GROUPS:
         value = override.get_value_element_as_str()
-        if value in experiments():
-            return [f"+{EXPERIMENT}={value}"]
-        found = f"{EXPERIMENT} = {value}: not in {conf_dir() / EXPERIMENT}; {near(value, experiments())}"
+        if value in shipped(key):
+            return [f"+{key}={value}"]
+        found = f"{key} = {value}: not in {conf_dir() / key}; {near(value, shipped(key))}"
         raise ConfigError([*problems, found])  # without it most else would seem wrong
     else:
         return [text if override.is_delete() else f"++{text.lstrip('+')}"]

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from minitron_megatron.config.compose import compose, conf_dir, experiments, resolve_stages, to_plain
+from minitron_megatron.config.compose import compose, conf_dir, resolve_stages, shipped, to_plain
 from minitron_megatron.config.describe import describe, summary
 from minitron_megatron.config.reader import keys
 from minitron_megatron.config.schema import SCHEMAS, DType
@@ -39,12 +39,14 @@ def test_a_verb_composes_once_its_mandatory_settings_are_given(verb):
     assert isinstance(getattr(settings, "dtype", None), DType | None)
 
 
-@pytest.mark.parametrize("name", experiments())
+@pytest.mark.parametrize("name", shipped("experiment"))
 def test_an_experiment_resolves_and_needs_nothing_more(name):
     assert resolve_stages(compose("compress", [f"+experiment={name}"]))
 
 
-@pytest.mark.parametrize("overrides", [MANDATORY["compress"], *([f"+experiment={name}"] for name in experiments())])
+@pytest.mark.parametrize(
+    "overrides", [MANDATORY["compress"], *([f"+experiment={name}"] for name in shipped("experiment"))]
+)
 def test_every_folder_a_stage_reads_is_written_by_an_earlier_one(overrides):
     recipe = compose("compress", overrides)
     writers = {}
