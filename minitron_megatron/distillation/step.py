@@ -132,12 +132,11 @@ class TeacherStudent:
         Raises:
             ConfigError: the student's configuration would give other gradients.
         """
-        is_dynamic = self.hidden is not None and self.loss.hidden.balance is Balance.DYNAMIC
-        if is_dynamic and self.alpha is None:
-            self.alpha = _quotient(self.evaluate(batches))  # no step before this one
+        if self._is_dynamic and self.alpha is None:
+            self._rebalance(self.evaluate(batches))  # no step before this one
         result = self._train(batches)
-        if is_dynamic and result.is_finite:
-            self.alpha = _quotient(result)
+        if self._is_dynamic:
+            self._rebalance(result)
         return result
 
     def evaluate(self, batches: Sequence[Batch]) -> StepResult:
@@ -150,6 +149,15 @@ class TeacherStudent:
     def teacher_lm(self, batches: Sequence[Batch]) -> float:
         """The teacher's own mean cross-entropy per valid token, in nats."""
         return self._as_student.evaluate(batches).lm
+
+    @property
+    def _is_dynamic(self) -> bool:
+        return self.hidden is not None and self.loss.hidden.balance is Balance.DYNAMIC
+
+    def _rebalance(self, result: StepResult) -> None:
+        """Take the divergence of the predictions by the distance of the hidden states (2407.14679, section 3)."""
+        if result.is_finite:
+            self.alpha = result.kd_logits / max(result.kd_hidden, 1e-12)
 
     def _train(self, batches: Sequence[Batch], outputs: list[Tensor] | None = None) -> StepResult:
         for chunk in self.student:
@@ -270,8 +278,3 @@ def _obstacles(config: TransformerConfig, groups: Groups) -> list[str]:
             f"{config.sequence_parallel}: give current_groups(sequence={config.sequence_parallel})"
         )
     return found
-
-
-def _quotient(result: StepResult) -> float:
-    """The divergence of the predictions by the distance of the hidden states (2407.14679, section 3)."""
-    return result.kd_logits / max(result.kd_hidden, 1e-12)

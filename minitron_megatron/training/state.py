@@ -85,7 +85,7 @@ def _make_empty(temporary: Path) -> None:
 
 def _announce(temporary: Path, folder: Path, keep: int, best: bool) -> None:
     """Make a whole checkpoint the latest one."""
-    root, step = folder.parent, folder.name.removeprefix("iter_").lstrip("0")
+    root, step = folder.parent, str(int(folder.name.removeprefix("iter_")))
     if folder.exists():
         shutil.rmtree(folder)  # not announced, so left by a run that ended between these lines
     os.replace(temporary, folder)
