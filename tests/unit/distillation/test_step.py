@@ -15,6 +15,6 @@ def test_the_teachers_time_is_that_of_its_kernels(monkeypatch):
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("waited"))
         monkeypatch.setattr(step, "run_forward", lambda *arguments, **options: happened.append("ran") or ["states"])
         pair = TeacherStudent([model], [model], groups, LossConfig(), 10)
-        assert pair._teacher_states([])[0] == ["states"]
+        assert pair._run_teacher([], training=True)[0] == ["states"]
         assert happened == ["waited", "ran", "waited"]
-        assert TeacherStudent([model], None, groups, LossConfig(0.0, 1.0), 10)._teacher_states([]) == ([], 0.0)
+        assert TeacherStudent([model], None, groups, LossConfig(0.0, 1.0), 10)._run_teacher([], True) == ([], 0.0, None)
