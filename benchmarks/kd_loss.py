@@ -186,7 +186,8 @@ LOSSES = {OURS: ours, MODELOPT: modelopt, PLAIN: plain}
 def row(case: dict) -> list[str]:
     where = [str(case["ranks"]), f"{case['vocab']:,}", f"{case['tokens']:,}", case["loss"]]
     if "seconds" not in case:
-        return [*where, "–", f"would take {case['needed_gib']:.0f}"]
+        needed = case["needed_gib"]
+        return [*where, "not run", f"would take {needed:.0f}" if needed else "–"]
     return [*where, show_spread(case["seconds"], 2), f"{case['gib']['median']:.2f}"]
 
 
