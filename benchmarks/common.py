@@ -84,8 +84,15 @@ def prepare_models(work: Path) -> Models:
 
 def in_fresh_process(function: Callable, *args):
     """What `function` returns in a new interpreter, whose peak memory is therefore that of the call."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_quietly, function, *args).result()
+    return in_fresh_processes([(function, *args)], 1)[0]
+
+
+def in_fresh_processes(calls: list[tuple], jobs: int) -> list:
+    """What each call of a function with its arguments returns, every one in a new interpreter, `jobs` at a time."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        running = [pool.submit(_quietly, *call) for call in calls]
+        return [one.result() for one in running]
 
 
 def _quietly(function: Callable, *args):
@@ -108,12 +115,39 @@ def run_in_turn(cases: dict[str, Callable], repeats: int, *args) -> dict[str, li
     return results
 
 
+def on_gpu() -> bool:
+    """Whether this is measured on a GPU, whose results and tables stand beside those of the CPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def memory_gib() -> dict[str, float]:
-    """Resident memory of this process, in GiB: now, and at its peak (Linux)."""
+    """Memory of this process, in GiB, now and at its peak: tensors on the GPU, or what is resident (Linux)."""
+    if on_gpu():
+        import torch
+
+        return {
+            "resident_gib": torch.cuda.memory_allocated() / 2**30,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
     # ru_maxrss would start from the parent's peak; the kernel's high-water mark begins anew with each program.
     lines = Path("/proc/self/status").read_text().splitlines()
     kib = {key: int(value.split()[0]) for key, value in (line.split(":") for line in lines) if key.startswith("Vm")}
     return {"resident_gib": kib["VmRSS"] / 2**20, "peak_gib": kib["VmHWM"] / 2**20}
+
+
+def device() -> str:
+    """Where the tensors of a measurement lie."""
+    return "cuda" if on_gpu() else "cpu"
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one: kernels run on after the call that starts them has returned."""
+    if on_gpu():
+        import torch
+
+        torch.cuda.synchronize()
 
 
 class Stopwatch:
@@ -124,10 +158,12 @@ class Stopwatch:
         self._others = 0.0
 
     def __enter__(self):
+        synchronize()
         self._started = time.perf_counter(), _busy_s() - time.process_time()
         return self
 
     def __exit__(self, *_):
+        synchronize()
         wall, others = self._started
         self.seconds.append(time.perf_counter() - wall)
         self._others += _busy_s() - time.process_time() - others
@@ -167,7 +203,13 @@ def machine() -> dict:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         name = models[0] if models else name
+    gpu = {}
+    if on_gpu():
+        import torch
+
+        gpu = {"gpu": torch.cuda.get_device_name()}
     return {
+        **gpu,
         "cpu": name,
         "cores": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
@@ -181,18 +223,16 @@ def machine() -> dict:
 def describe(machine: dict) -> str:
     """One line about the machine, for below a table."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    return f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, {versions}; {machine['date']}."
+    gpu = f"one {machine['gpu']}, " if "gpu" in machine else ""
+    cpu = f"{machine['cpu']}, {machine['cores']} cores"
+    return f"{gpu}{cpu}, Python {machine['python']}, {versions}; {machine['date']}."
 
 
 def write_results(name: str, results: dict) -> None:
-    """Write `results/NAME.json`."""
+    """Write `results/NAME.json`, or `NAME_gpu.json` where it was measured on a GPU."""
     RESULTS.mkdir(exist_ok=True)
+    name = f"{name}_gpu" if "gpu" in results["machine"] else name
     (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
-
-
-def read_results(name: str) -> dict:
-    """The last results of a measurement."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -211,9 +251,22 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_docs(name: str, text: str) -> None:
-    """Put `text` between the markers of a measurement in `docs/benchmarks.md`."""
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    before, rest = DOCS.read_text().split(begin)
-    _, after = rest.split(end)
-    DOCS.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+def write_docs(name: str, in_markdown: Callable[[dict], str], draw: Callable[[dict, Path], None] | None = None) -> None:
+    """Put a measurement's last results, of the CPU and of a GPU, between their markers in `docs/benchmarks.md`.
+
+    Args:
+        name: of the measurement.
+        in_markdown: makes a table of results.
+        draw: writes a figure of them to a path, which then is `docs/images/NAME.png`.
+    """
+    for of_device in (name, f"{name}_gpu"):
+        path = RESULTS / f"{of_device}.json"
+        if not path.exists():
+            continue
+        results = json.loads(path.read_text())
+        begin, end = f"<!-- begin {of_device} -->", f"<!-- end {of_device} -->"
+        before, rest = DOCS.read_text().split(begin)
+        _, after = rest.split(end)
+        DOCS.write_text(f"{before}{begin}\n{in_markdown(results)}\n{end}{after}")
+        if draw:
+            draw(results, IMAGES / f"{of_device}.png")

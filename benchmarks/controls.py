@@ -15,17 +15,16 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from common import (
-    IMAGES,
     Models,
     console,
     describe,
     in_fresh_process,
+    in_fresh_processes,
     machine,
     markdown_table,
     parser,
     prepare_models,
     print_table,
-    read_results,
     show_spread,
     spread,
     write_docs,
@@ -64,11 +63,11 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=None, help="of every run; the demo's own number if not given")
     options.add_argument("--seeds", type=int, nargs="+", default=[1234, 1235], help="of the data order")
     options.add_argument("--windows", type=int, default=None, help="at most so many windows of each text are judged")
+    options.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     options.add_argument("--keep", action="store_true", help="keep the checkpoints, 1.2 GB a run, once they are judged")
     args = options.parse_args()
     if args.docs:
-        write_docs(NAME, in_markdown(read_results(NAME)))
-        draw(read_results(NAME), IMAGES / f"{NAME}.png")
+        write_docs(NAME, in_markdown, draw)
         return
     facts = machine()
     models = prepare_models(args.work)
@@ -79,18 +78,14 @@ def main() -> None:
         for seed in args.seeds
         for arm in ARMS
     ]
-    judged = {}
-    for name, model in ((TEACHER, models.teacher), (PRUNED, models.pruned)):
-        judged[name] = [judge_once(args.work / NAME / name.split(",")[0], model, models.teacher, texts, args)]
-    for number, run in enumerate(runs, start=1):
-        console.print(f"run {number} of {len(runs)}: {run.arm}, seed {run.seed}, {base.steps} steps")
-        # In a process of its own, so that memory of one run is not the next one's.
-        in_fresh_process(train, run_settings(base, run), args.threads)
-        found = judge_once(run.folder, run.folder, models.teacher, texts, args)
-        judged.setdefault(run.arm, []).append(found)
-        if not args.keep:
-            # The run's manifest stays, by which it is known to be done.
-            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    calls = [
+        (judge_once, args.work / NAME / name.split(",")[0], model, models.teacher, texts, args)
+        for name, model in ((TEACHER, models.teacher), (PRUNED, models.pruned))
+    ] + [(train_and_judge, run_settings(base, run), models.teacher, texts, args, args.keep) for run in runs]
+    names = [TEACHER, PRUNED, *(run.arm for run in runs)]
+    judged: dict[str, list[dict]] = {}
+    for name, found in zip(names, in_fresh_processes(calls, args.jobs), strict=True):
+        judged.setdefault(name, []).append(found)
     results = {
         "machine": facts,
         "settings": {"steps": base.steps, "global_batch": base.global_batch, "seeds": args.seeds},
@@ -101,7 +96,6 @@ def main() -> None:
     write_results(NAME, results)
     print_table(f"{base.steps} steps, {len(args.seeds)} seeds: mean (least-largest)", COLUMNS, rows(results))
     console.print(describe(facts))
-    draw(results, IMAGES / f"{NAME}.png")
 
 
 def settings(models: Models, folder: Path, steps: int | None):
@@ -128,13 +122,20 @@ def run_settings(base, run: Run):
     return config
 
 
-def train(config, threads: int) -> None:
+def train_and_judge(config, teacher: Path, texts: dict[str, Path], args, keep: bool) -> dict[str, float]:
+    """Train by these settings, or go on, and judge what came of it; of a run that is done, what was found."""
     import torch
 
     from minitron_megatron import distill
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
+    folder = Path(config.output)
     distill(config)
+    found = judge_once(folder, folder, teacher, texts, args)
+    if not keep:
+        # The run's manifest stays, by which it is known to be done.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return found
 
 
 def prepare_texts(folder: Path, models: Models) -> dict[str, Path]:
@@ -195,7 +196,7 @@ def judge_once(folder: Path, model: Path, teacher: Path, texts: dict[str, Path],
             raise SystemExit(
                 f"{folder} was judged by other text, and its checkpoint is gone: remove it, to train again"
             )
-    found = in_fresh_process(judge, model, teacher, texts, args.windows, args.threads)
+    found = judge(model, teacher, texts, args.windows, args.threads)
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**asked, "found": found}, indent=2) + "\n")
     return found
@@ -227,6 +228,7 @@ def judge(model: Path, teacher: Path, texts: dict[str, Path], windows: int | Non
         for name, path in texts.items():
             samples = as_samples(torch.load(path), windows)
             batches = rank_batches(samples, 0, len(samples), 4, 0, 1)
+            batches = [{key: value.to(groups.device) for key, value in batch.items()} for batch in batches]
             result = mean_of([pair.evaluate([batch]) for batch in batches])
             found |= {f"{name} loss": result.lm, f"{name} KL": result.kd_logits}
     return found
@@ -297,7 +299,6 @@ def draw(results: dict, path: Path) -> None:
     for i, (text, colour) in enumerate(colours.items()):
         label(panels[1], legend[text], (1, 1), (0, 16 - 12 * i), ha="right", color=colour, xycoords="axes fraction")
     label(panels[0], "dotted: the teacher", (1, 1), (0, 4), ha="right", color=MUTED, xycoords="axes fraction")
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(figure))
 
 

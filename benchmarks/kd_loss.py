@@ -13,14 +13,16 @@ import psutil
 from common import (
     console,
     describe,
+    device,
     machine,
     markdown_table,
     memory_gib,
+    on_gpu,
     parser,
     print_table,
-    read_results,
     show_spread,
     spread,
+    synchronize,
     write_docs,
     write_results,
 )
@@ -39,10 +41,10 @@ def main() -> None:
     options.add_argument("--largest", type=int, default=None, help="leave out cases of more tokens x vocabulary")
     args = options.parse_args()
     if args.docs:
-        write_docs(NAME, in_markdown(read_results(NAME)))
+        write_docs(NAME, in_markdown)
         return
     facts, cases = machine(), []
-    for ranks in RANKS:
+    for ranks in (1,) if on_gpu() else RANKS:
         for name in (OURS, MODELOPT, PLAIN):
             if name == PLAIN and ranks > 1:
                 continue  # log_softmax knows nothing of other ranks
@@ -50,7 +52,7 @@ def main() -> None:
             for size, vocab, tokens in sorted((v * t, v, t) for v in VOCABS for t in TOKENS):
                 case = {"ranks": ranks, "vocab": vocab, "tokens": tokens, "loss": name}
                 needed = 0.0 if name == OURS else bytes_per_logit * size
-                if size <= (args.largest or size) and needed < MOST_MEMORY * psutil.virtual_memory().total:
+                if size <= (args.largest or size) and needed < MOST_MEMORY * memory_of_the_machine():
                     found = measure_on(ranks, name, vocab, tokens, args.repeats, args.threads)
                     case |= {key: spread(values) for key, values in found.items()}
                     bytes_per_logit = ranks * case["gib"]["median"] * 2**30 / size
@@ -64,9 +66,25 @@ def main() -> None:
     console.print(describe(facts))
 
 
+def memory_of_the_machine() -> int:
+    """Bytes that there are for tensors."""
+    if on_gpu():
+        import torch
+
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total
+
+
 def measure_on(ranks: int, name: str, vocab: int, tokens: int, repeats: int, threads: int) -> dict[str, list[float]]:
-    """`measure` on fresh processes that form one world: seconds of the slowest rank, memory of the largest."""
+    """`measure` on processes that form one world: seconds of the slowest rank, memory of the largest.
+
+    On the CPU these are fresh ones, for the sake of their memory; on a GPU, whose memory is counted, it is this one.
+    """
     import torch.distributed as dist
+
+    if on_gpu():
+        seconds, gib, loss = measure(0, 1, None, name, vocab, tokens, repeats, threads)
+        return {"seconds": seconds, "gib": [gib], "value": [loss]}
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     threads = max(1, threads // ranks)
@@ -87,8 +105,9 @@ def measure(rank, ranks, port, name, vocab, tokens, repeats, threads) -> tuple[l
     warnings.simplefilter("ignore")
     import torch
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    if ranks > 1:
+        world = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in world.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     torch.set_num_threads(threads)
 
     from minitron_megatron.config.schema import ParallelConfig
@@ -100,25 +119,38 @@ def measure(rank, ranks, port, name, vocab, tokens, repeats, threads) -> tuple[l
 
         def random(count: int, part: slice = slice(None)):
             whole = torch.empty(count, HIDDEN, dtype=torch.bfloat16).normal_(generator=generator)
-            return whole[part].clone() / HIDDEN**0.5
+            return (whole[part] / HIDDEN**0.5).to(device())
 
         states = {"student": 4 * random(tokens), "teacher": 4 * random(tokens)}
         weights = {"student": random(vocab, rows), "teacher": random(vocab, rows)}
-        labels = torch.randint(vocab, (tokens,), generator=generator)
+        labels = torch.randint(vocab, (tokens,), generator=generator).to(device())
         loss_of = LOSSES[name](groups, vocab, labels)
         for tensor in (states["student"], weights["student"]):
             tensor.requires_grad_()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        reset_peak()
         before, seconds = memory_gib()["resident_gib"], []
         for _ in range(1 + repeats):
             states["student"].grad = weights["student"].grad = None
             if ranks > 1:
                 torch.distributed.barrier()
+            synchronize()
             started = time.perf_counter()
             loss = loss_of(states, weights)
             loss.backward()
+            synchronize()
             seconds.append(time.perf_counter() - started)
         return seconds[1:], memory_gib()["peak_gib"] - before, loss.item()
+
+
+def reset_peak() -> None:
+    """The most memory in use starts anew from what is in use now."""
+    if on_gpu():
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def ours(groups, vocab, labels):
@@ -127,7 +159,7 @@ def ours(groups, vocab, labels):
 
     from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
 
-    mask = torch.ones(len(labels))
+    mask = torch.ones(len(labels), device=device())
     group = groups.collection.tp
 
     def loss(states, weights):
@@ -188,7 +220,8 @@ def row(case: dict) -> list[str]:
     if "seconds" not in case:
         needed = case["needed_gib"]
         return [*where, "not run", f"would take {needed:.0f}" if needed else "–"]
-    return [*where, show_spread(case["seconds"], 2), f"{case['gib']['median']:.2f}"]
+    digits = 2 if case["seconds"]["median"] > 0.1 else 4
+    return [*where, show_spread(case["seconds"], digits), f"{case['gib']['median']:.2f}"]
 
 
 def in_markdown(results: dict) -> str:

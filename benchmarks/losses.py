@@ -1,7 +1,7 @@
 """What a student should minimise: losses, temperatures, hidden states and teacher correction, side by side.
 
-Two students of SmolLM2-135M, one of half the width and one of half the layers, learn in turn with every loss: the same
-starting weights, the same batches in the same order, the same number of steps. Then all are judged alike: by their
+Two students of SmolLM2-135M, one of the demo's width and one of half the layers, learn in turn with every loss: the
+same starting weights, the same batches in the same order, the same number of steps. Then all are judged alike: by their
 cross-entropy and their KL from the original teacher, on held-out documents and on text of another kind. Runs that are
 done are skipped, and one that was interrupted goes on.
 """
@@ -14,26 +14,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import (
-    IMAGES,
     Models,
     console,
     describe,
     in_fresh_process,
+    in_fresh_processes,
     machine,
     markdown_table,
     parser,
     prepare_models,
     print_table,
-    read_results,
     show_spread,
     spread,
     write_docs,
     write_results,
 )
-from controls import MEASURES, TEXTS, describe_text, judge_once, prepare_texts, train
+from controls import MEASURES, TEXTS, describe_text, judge_once, prepare_texts, train_and_judge
 
 NAME = "losses"
-TARGETS = {"width": {"hidden": 288, "ffn": 768}, "depth": {"layers": 15}}
+TARGETS = {"width": {"hidden": 448, "ffn": 1152}, "depth": {"layers": 15}}
 TEACHER, CORRECTED = "teacher", "corrected teacher"
 STUDENTS = {student: f"{student} student, untrained" for student in TARGETS}
 # A fifth of the rate that the teacher was trained with at most (2408.11796, section 2.1, of its own teacher).
@@ -83,33 +82,48 @@ def main() -> None:
     options = parser(__doc__, threads=2)
     options.add_argument("--steps", type=int, default=40, help="of every run")
     options.add_argument("--seeds", type=int, nargs="+", default=[1234], help="of the data order")
+    options.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     options.add_argument("--windows", type=int, default=16, help="at most so many windows of each text are judged")
     args = options.parse_args()
     if args.docs:
-        write_docs(NAME, in_markdown(read_results(NAME)))
-        draw(read_results(NAME), IMAGES / f"{NAME}.png")
+        write_docs(NAME, in_markdown, draw)
         return
     facts = machine()
     models = prepare_models(args.work)
     work = args.work / NAME
     texts = in_fresh_process(prepare_texts, work, models)
     students = {name: in_fresh_process(prune_to, args.work, work / name, name) for name in TARGETS}
-    judged = {TEACHER: [judge_once(work / TEACHER, models.teacher, models.teacher, texts, args)]}
-    for name, folder in students.items():
-        judged[STUDENTS[name]] = [judge_once(work / f"{name}_untrained", folder, models.teacher, texts, args)]
-    arms = {CORRECTED: Arm(TEACHER, CE, teacher=None), **ARMS}
+    judged: dict[str, list[dict]] = {}
+
+    def judge_all(calls: list[tuple[str, tuple]]) -> None:
+        """Keep what each call finds under the name before it."""
+        found = in_fresh_processes([call for _, call in calls], args.jobs)
+        for (name, _), of_call in zip(calls, found, strict=True):
+            judged.setdefault(name, []).append(of_call)
+
+    def folder_of(name: str, seed: int) -> Path:
+        return work / f"{args.steps}_steps" / f"{re.sub('[^a-z0-9]+', '_', name.lower())}_{seed}"
+
+    def learning(name: str, arm: Arm, keep: bool = False) -> list[tuple[str, tuple]]:
+        calls = []
+        for seed in args.seeds:
+            starts = {**students, TEACHER: models.teacher, CORRECTED: folder_of(CORRECTED, seed)}
+            config = settings(models, work, arm, starts, folder_of(name, seed), seed, args.steps)
+            calls.append((name, (train_and_judge, config, models.teacher, texts, args, keep)))
+        return calls
+
+    untrained = {TEACHER: models.teacher} | {STUDENTS[name]: folder for name, folder in students.items()}
+    judge_all(
+        [
+            (name, (judge_once, work / name.split(",")[0], model, models.teacher, texts, args))
+            for name, model in untrained.items()
+        ]
+    )
+    judge_all(learning(CORRECTED, Arm(TEACHER, CE, teacher=None), keep=True))
+    judge_all([call for name, arm in ARMS.items() for call in learning(name, arm)])
     for seed in args.seeds:
-        folders = {n: work / f"{args.steps}_steps" / f"{re.sub('[^a-z0-9]+', '_', n.lower())}_{seed}" for n in arms}
-        for number, (name, arm) in enumerate(arms.items(), start=1):
-            console.print(f"run {number} of {len(arms)}: {name}, seed {seed}, {args.steps} steps")
-            starts = {**students, TEACHER: models.teacher, CORRECTED: folders[CORRECTED]}
-            in_fresh_process(train, settings(models, work, arm, starts, folders[name], seed, args.steps), args.threads)
-            found = judge_once(folders[name], folders[name], models.teacher, texts, args)
-            judged.setdefault(name, []).append(found)
-            if name != CORRECTED:
-                shutil.rmtree(folders[name] / "checkpoints", ignore_errors=True)
-        shutil.rmtree(folders[CORRECTED] / "checkpoints", ignore_errors=True)
-    config = settings(models, work, ARMS["KL"], starts, work, 0, args.steps)
+        shutil.rmtree(folder_of(CORRECTED, seed) / "checkpoints", ignore_errors=True)
+    config = settings(models, work, ARMS["KL"], {**students, TEACHER: models.teacher}, work, 0, args.steps)
     results = {
         "machine": facts,
         "settings": {
@@ -126,7 +140,6 @@ def main() -> None:
     write_results(NAME, results)
     print_table(f"{args.steps} steps, {len(args.seeds)} seeds", COLUMNS, rows(results))
     console.print(describe(facts))
-    draw(results, IMAGES / f"{NAME}.png")
 
 
 def prune_to(work: Path, output: Path, name: str) -> Path:
@@ -203,7 +216,6 @@ def draw(results: dict, path: Path) -> None:
         heading(axes, title)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_yticks(range(len(names)), labels=names)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(figure))
 
 

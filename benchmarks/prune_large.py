@@ -32,7 +32,6 @@ from common import (
     memory_gib,
     parser,
     print_table,
-    read_results,
     show_spread,
     spread,
     write_docs,
@@ -53,7 +52,7 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=32, help="of the source; fewer for a quick look")
     args = options.parse_args()
     if args.docs:
-        write_docs(NAME, in_markdown(read_results(NAME)))
+        write_docs(NAME, in_markdown)
         return
     facts = machine()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 from common import (
-    IMAGES,
     console,
     describe,
     in_fresh_process,
@@ -19,7 +18,6 @@ from common import (
     parser,
     prepare_models,
     print_table,
-    read_results,
     show_spread,
     spread,
     write_docs,
@@ -65,8 +63,7 @@ def main() -> None:
     options.add_argument("--greedy-samples", type=int, default=4, help="the same for a greedy search")
     args = options.parse_args()
     if args.docs:
-        write_docs(NAME, in_markdown(read_results(NAME)))
-        draw(read_results(NAME), IMAGES / f"{NAME}.png")
+        write_docs(NAME, in_markdown, draw)
         return
     facts = machine()
     models = prepare_models(args.work)
@@ -78,7 +75,6 @@ def main() -> None:
     print_table("width: held-out loss, median (least-largest)", WIDTH_COLUMNS, width_rows(results))
     print_table("depth: held-out loss, median (least-largest)", DEPTH_COLUMNS, depth_rows(results))
     console.print(describe(facts))
-    draw(results, IMAGES / f"{NAME}.png")
 
 
 class Known:

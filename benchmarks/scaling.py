@@ -17,7 +17,6 @@ from common import (
     markdown_table,
     parser,
     print_table,
-    read_results,
     show_spread,
     spread,
     write_docs,
@@ -37,7 +36,7 @@ def main() -> None:
     options = parser(__doc__, repeats=3)
     args = options.parse_args()
     if args.docs:
-        write_docs(NAME, in_markdown(read_results(NAME)))
+        write_docs(NAME, in_markdown)
         return
     facts, cases = machine(), []
     for axis, ranks in LAYOUTS:

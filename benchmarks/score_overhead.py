@@ -16,9 +16,9 @@ from common import (
     parser,
     prepare_models,
     print_table,
-    read_results,
     show_spread,
     spread,
+    synchronize,
     write_docs,
     write_results,
 )
@@ -34,7 +34,7 @@ def main() -> None:
     options.add_argument("--samples", type=int, default=16, help="sequences of 512 tokens")
     args = options.parse_args()
     if args.docs:
-        write_docs(NAME, in_markdown(read_results(NAME)))
+        write_docs(NAME, in_markdown)
         return
     facts = machine()
     models = prepare_models(args.work)
@@ -82,6 +82,7 @@ def measure(teacher, data, args) -> dict[str, list[float]]:
 
         def bare():
             for batch in rank_batches(samples, 0, args.samples, 4, 0, 1):
+                batch = {key: value.to(groups.device) for key, value in batch.items()}
                 run_forward(chunks, [batch], groups, on_output=lambda output, batch: None)
 
         def scored(**settings):
@@ -93,8 +94,10 @@ def measure(teacher, data, args) -> dict[str, list[float]]:
         bare()
         for _ in range(args.repeats):
             for name, way in zip(CASES, ways, strict=True):
+                synchronize()
                 started = time.perf_counter()
                 way()
+                synchronize()
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 

@@ -23,6 +23,10 @@ from minitron_megatron.distillation.losses import divergence
 # On the CPU, softmax work is done on blocks of rows that stay in the processor's cache; 2^18 float32 are 1 MiB.
 _CACHE_ELEMENTS = 2**18
 
+# The gradient of the output weight is computed for so many of its rows at a time, whose share of one chunk is small
+# beside the weight, and on the CPU still in the cache when it is added to the sum.
+_WEIGHT_ROWS = 4096
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -93,7 +97,6 @@ class _LinearDistillationLoss(torch.autograd.Function):
         size = min(chunk_tokens, hidden.size(0)), num_rows
         logits_buffer = hidden.new_empty(size)
         teacher_buffer = hidden.new_empty(size) if teacher else None
-        share = torch.empty_like(weight[:num_rows]) if needs_grad else None
         # The ranks sum over their rows block by block, so that the block must not depend on how many of them are true.
         block = _block(chunk_tokens, weight.size(0), weight.is_cuda)
 
@@ -111,7 +114,9 @@ class _LinearDistillationLoss(torch.autograd.Function):
             terms += torch.stack([kd, ce])
             if needs_grad:
                 torch.mm(grad, weight[:num_rows], out=grad_hidden[rows])
-                _add_(grad_weight[:num_rows], torch.mm(grad.T, hidden[rows], out=share))
+                for first in range(0, num_rows, _WEIGHT_ROWS):
+                    of_weight = slice(first, min(first + _WEIGHT_ROWS, num_rows))
+                    grad_weight[of_weight] += torch.mm(grad[:, of_weight].T, hidden[rows])
 
         ctx.weight, ctx.grad_hidden, ctx.grad_weight = weight, grad_hidden, grad_weight
         loss = (kd_weight * terms[0] + lm_weight * terms[1]).to(_precise(hidden))
@@ -138,13 +143,6 @@ class _LinearDistillationLoss(torch.autograd.Function):
 
 def _project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return torch.mm(hidden, weight.T, out=buffer[: hidden.size(0)])
-
-
-def _add_(total: Tensor, share: Tensor) -> None:
-    """`total += share` for two number formats; the converted copy that this takes on a CPU stays in its cache."""
-    block = _block(*total.shape, total.is_cuda)
-    for start in range(0, total.size(0), block):
-        total[start : start + block] += share[start : start + block]
 
 
 def _block(num_rows: int, num_columns: int, is_cuda: bool) -> int:

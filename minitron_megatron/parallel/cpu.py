@@ -6,6 +6,7 @@ device, and redirects literals such as `device="cuda"`. This is the only module 
 """
 
 import contextlib
+import ctypes
 import math
 from collections.abc import Iterator
 
@@ -91,10 +92,27 @@ def _stand_ins() -> dict:
     }
 
 
+# glibc's names for two settings of its allocator (malloc.h), and the most that it takes for the first one (mallopt(3)).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX = -1, -3, 2**25
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next allocation, as CUDA's caching allocator does.
+
+    By default it gives the activations of a step back to the kernel, which has to clear as many new pages for the next
+    step: an eighth of the time of a small model's step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # another C library has none
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def install_cpu_backend() -> None:
     """Make Megatron-Core run on this process's CPU. A no-op where CUDA exists; safe to call twice."""
     if torch.cuda.is_available() or getattr(torch.cuda, "Stream", None) is _Stream:
         return
+    _keep_freed_memory()
     for name, stand_in in _stand_ins().items():
         setattr(torch.cuda, name, stand_in)
     _OnCPU().__enter__()

@@ -1,6 +1,5 @@
 """Losses between hidden states: the same in every layout, and what autograd makes of them on transformers models."""
 
-import functools
 from dataclasses import replace
 
 import numpy as np
@@ -10,18 +9,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from minitron_megatron.checkpoint.huggingface import StateDict, hf_tensors, read_hf_tensor
-from minitron_megatron.checkpoint.load import load_weights, local_parameters
+from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.loss import Balance, HiddenConfig, HiddenLoss, LayerMap, LossConfig, Point, Projection
 from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.data.samples import rank_batches
 from minitron_megatron.distillation.hidden import HiddenLosses, add_projections, resolve_pairs
 from minitron_megatron.distillation.losses import forward_kl
 from minitron_megatron.distillation.step import TeacherStudent
-from minitron_megatron.model.axes import PROJECTIONS, axis_sizes
+from minitron_megatron.model.axes import PROJECTIONS
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.training.optimizer import optimization
+from tests.gradients import Gradients, close, local_gradients
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, Samples, hf_model
 
@@ -90,11 +90,7 @@ def work(folder, name):
                 training.zero_grad()
                 result = pair.train(list(batches))
                 if step == 0:
-                    own["gradients"] = [
-                        (param.stacked_key, layer, index, parameter.main_grad.clone())
-                        for chunk in chunks
-                        for parameter, param, layer, index in local_parameters(chunk, student.shape, groups)
-                    ]
+                    own["gradients"] = local_gradients(chunks, student.shape, groups)
                     own["projections"] = {
                         name: (projection.weight.detach().clone(), projection.weight.main_grad.clone())
                         for chunk in chunks
@@ -115,37 +111,8 @@ class Run:
         self.ranks = [torch.load(folder / f"{name}_{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
     def gradients(self, case):
-        return Gradients([rank[case]["gradients"] for rank in self.ranks])
-
-
-class Gradients:
-    """The gradients of all ranks as a source of tensors."""
-
-    dtype = torch.float32
-
-    def __init__(self, of_ranks):
-        self.of_ranks = of_ranks
-        self.shape = shape_from_config(hf_model(**STUDENT).config.to_dict())
-
-    @functools.cached_property
-    def whole(self):
-        found = {}
-        for gradients in self.of_ranks:
-            for key, layer, index, gradient in gradients:
-                found.setdefault((key, layer), []).append((index, gradient))
-        return found
-
-    def read(self, param, layer, index):
-        out = torch.full(param.size(axis_sizes(self.shape)), torch.nan)
-        for own, gradient in self.whole[param.stacked_key, layer]:
-            place = tuple(torch.from_numpy(i) for i in np.ix_(*own))
-            assert out[place].isnan().all() or close(gradient, out[place]), param
-            out[place] = gradient
-        return out[tuple(torch.from_numpy(i) for i in np.ix_(*index))]
-
-
-def close(a, b, tolerance=1e-5):
-    return (a - b).abs().max().item() <= tolerance * max(b.abs().max().item(), 1e-12)
+        shape = shape_from_config(hf_model(**STUDENT).config.to_dict())
+        return Gradients(shape, [rank[case]["gradients"] for rank in self.ranks])
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """One process against many: scores, plans, losses and every gradient are those of the model, not of the layout."""
 
-import functools
 from dataclasses import asdict
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
-from minitron_megatron.checkpoint.load import local_parameters
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import (
@@ -30,7 +28,7 @@ from minitron_megatron.config.schema import (
 )
 from minitron_megatron.data.choices import ChoiceSamples, Question
 from minitron_megatron.data.samples import rank_batches
-from minitron_megatron.model.axes import axis_sizes
+from tests.gradients import Gradients, close, local_gradients
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, NEMOTRON, Samples, hf_model, import_hf
 
@@ -141,11 +139,7 @@ def work(folder, layout: ParallelConfig):
             training.zero_grad()
             result = pair.train(batches)
             if step == 0:
-                gradients = [
-                    (param.stacked_key, layer, index, parameter.main_grad.clone())
-                    for chunk in chunks
-                    for parameter, param, layer, index in local_parameters(chunk, student.shape, groups)
-                ]
+                gradients = local_gradients(chunks, student.shape, groups)
             found["steps"].append(
                 (result.kd_logits, result.lm, result.num_tokens, training.grad_norm(), training.step())
             )
@@ -202,25 +196,7 @@ class Run:
         run_on_ranks(num_ranks, work, folder, layout)
         self.ranks = [torch.load(folder / f"{name}_{r}.pt", weights_only=False) for r in range(num_ranks)]
         self.shape = Checkpoint(folder / "student").shape
-        self.dtype = torch.float32
-
-    @functools.cached_property
-    def gradients(self) -> dict:
-        """Global gradients by parameter and layer; ranks that hold the same part must agree."""
-        found = {}
-        for rank in self.ranks:
-            for key, layer, index, gradient in rank["gradients"]:
-                whole = found.setdefault((key, layer), {})
-                position = tuple(tuple(i.tolist()) for i in index)
-                assert close(whole.setdefault(position, gradient), gradient), key
-        return found
-
-    def read(self, param, layer, index):
-        """The gradients as a source of tensors."""
-        out = torch.full(param.size(axis_sizes(self.shape)), torch.nan)
-        for position, gradient in self.gradients[param.stacked_key, layer].items():
-            out[tuple(torch.from_numpy(i) for i in np.ix_(*position))] = gradient
-        return out[tuple(torch.from_numpy(i) for i in np.ix_(*index))]
+        self.gradients = Gradients(self.shape, [rank["gradients"] for rank in self.ranks])
 
 
 @pytest.fixture(scope="module")
@@ -231,12 +207,6 @@ def single(models):
 @pytest.fixture(scope="module", params=[name for name in LAYOUTS if name != "1x1"])
 def many(request, models):
     return Run(models, request.param)
-
-
-def close(a, b, tolerance=1e-5):
-    """Whether two tensors are equal, relative to the largest value."""
-    scale = max(b.abs().max().item(), 1e-12)
-    return (a - b).abs().max().item() <= tolerance * scale
 
 
 @pytest.mark.parametrize("name", SCORINGS)
@@ -260,9 +230,9 @@ def test_every_gradient_does_not_depend_on_the_layout(single, many):
     names = list(hf_tensors(single.shape))
     assert len(names) > 20
     for name, _, param, part, layer in names:
-        expected = read_hf_tensor(single, param, part, layer)
+        expected = read_hf_tensor(single.gradients, param, part, layer)
         assert expected.abs().max() > 0, name
-        assert close(read_hf_tensor(many, param, part, layer), expected), name
+        assert close(read_hf_tensor(many.gradients, param, part, layer), expected), name
 
 
 def test_the_step_is_the_plain_loss_on_transformers_models(models, single):
@@ -284,4 +254,4 @@ def test_the_step_is_the_plain_loss_on_transformers_models(models, single):
     assert LOSS.kd_logits_weight * kd_logits + LOSS.lm_weight * lm == pytest.approx(loss.item(), rel=1e-5)
     expected = {name: parameter.grad for name, parameter in student.named_parameters()}
     for name, _, param, part, layer in hf_tensors(single.shape):
-        assert close(read_hf_tensor(single, param, part, layer), expected[name], 1e-4), name
+        assert close(read_hf_tensor(single.gradients, param, part, layer), expected[name], 1e-4), name

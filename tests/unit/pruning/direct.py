@@ -16,10 +16,10 @@ from tests.tiny import Samples
 NUM_SAMPLES, SEQUENCE, MICRO_BATCH = 7, 16, 2  # the last micro-batch is filled up
 
 
-def build_ours(theirs, groups):
+def build_ours(theirs, groups, recompute=False):
     """A transformers model as one of ours, on this rank."""
     shape = shape_from_config(theirs.config.to_dict())
-    chunks = build.build_model(shape, groups, DType.FP32)
+    chunks = build.build_model(shape, groups, DType.FP32, recompute)
     load_weights(chunks, StateDict(shape, theirs.state_dict()), groups)
     return chunks, shape
 

@@ -1,0 +1,122 @@
+"""On a GPU, over NCCL: the same numbers as from transformers, torch and the CPU, in the memory that is promised."""
+
+import pytest
+import torch
+
+from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
+from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig
+from minitron_megatron.config.schema import DType, OptimizerConfig
+from minitron_megatron.data.samples import rank_batches
+from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
+from minitron_megatron.distillation.losses import distillation_loss
+from minitron_megatron.distillation.step import TeacherStudent
+from minitron_megatron.parallel.schedule import output_weight, run_forward
+from minitron_megatron.pruning.calibration import score_model
+from minitron_megatron.training.optimizer import optimization
+from tests.gradients import Gradients, close, local_gradients
+from tests.tiny import FAMILIES, Samples, hf_model
+from tests.unit.distillation.cases import Case
+from tests.unit.pruning.direct import build_ours, samples_for, score_config
+
+SEQUENCE, BATCH = 16, 4
+
+
+def on_gpu(batch):
+    return {key: value.cuda() for key, value in batch.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(groups, family):
+    theirs = hf_model(**FAMILIES[family])
+    chunks, shape = build_ours(theirs, groups)
+    [batch] = rank_batches(Samples(BATCH, SEQUENCE, shape.vocab), 0, BATCH, BATCH, 0, 1)
+    [hidden] = run_forward(chunks, [on_gpu(batch)], groups, on_output=lambda output, batch: output)
+    assert hidden.is_cuda
+    logits = (hidden @ output_weight(chunks[0]).T)[..., : shape.vocab].transpose(0, 1).cpu()
+    with torch.no_grad():
+        torch.testing.assert_close(logits, theirs(batch["tokens"]).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_is_that_of_autograd_on_transformers_models(groups, family, recompute):
+    teacher, student = hf_model(seed=1, **FAMILIES[family]), hf_model(seed=2, **FAMILIES[family])
+    teacher_chunks, _ = build_ours(teacher, groups)
+    chunks, shape = build_ours(student, groups, recompute=recompute)
+    for chunk in teacher_chunks:
+        chunk.requires_grad_(False)
+    training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+    pair = TeacherStudent(training.chunks, teacher_chunks, groups, LossConfig(0.7, 0.4, chunk_tokens=7), shape.vocab)
+    [batch] = rank_batches(Samples(BATCH, SEQUENCE, shape.vocab), 0, BATCH, BATCH, 0, 1)
+    training.zero_grad()
+    result = pair.train([on_gpu(batch)])
+    found = Gradients(shape, [local_gradients(chunks, shape, groups)])
+
+    with torch.no_grad():
+        target = teacher(batch["tokens"]).logits.flatten(0, 1)
+    logits = student(batch["tokens"]).logits.flatten(0, 1)
+    labels, mask = batch["labels"].flatten(), batch["loss_mask"].flatten()
+    loss = distillation_loss(logits, labels, mask, target, 0.7, 0.4) / mask.sum()
+    loss.backward()
+    assert 0.7 * result.kd_logits + 0.4 * result.lm == pytest.approx(loss.item(), rel=1e-4)
+    expected = {name: parameter.grad for name, parameter in student.named_parameters()}
+    for name, _, param, part, layer in hf_tensors(shape):
+        assert close(read_hf_tensor(found, param, part, layer), expected[name], 1e-3), name
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
+    assert training.grad_norm() == pytest.approx(norm, rel=1e-3)
+    training.step()
+    assert pair.train([on_gpu(batch)]).total(pair.loss) < result.total(pair.loss)
+
+
+def test_scores_are_those_of_hooks_on_a_transformers_model(groups):
+    theirs = hf_model(**FAMILIES["llama"])
+    chunks, shape = build_ours(theirs, groups)
+    samples = samples_for(theirs)
+    scores = score_model(chunks, shape, groups, samples, score_config())
+    seen = {}
+    for number, layer in enumerate(theirs.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(lambda m, args, n=number: seen.update({n: args[0]}))
+    with torch.no_grad():
+        theirs(samples.tokens[:, :-1])
+    for number, of_layer in seen.items():
+        # Mean of absolute values over a sequence's valid tokens, L2 over sequences.
+        of_sequences = [x[keep].abs().mean(0) for x, keep in zip(of_layer, samples.mask > 0) if keep.any()]
+        expected = torch.stack(of_sequences).norm(dim=0)
+        torch.testing.assert_close(scores.ffn[number].float(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("divergence", list(Divergence))
+def test_losses_are_those_of_whole_logits(groups, divergence, dtype, tolerance):
+    case = Case(dtype=torch.float64, config=LogitsConfig(divergence=divergence))
+    teacher = case.teacher
+    # What the number format makes of the inputs is no fault of the loss.
+    inputs = [x.to(dtype) for x in (case.hidden, case.weight, teacher.hidden, teacher.weight)]
+    case.hidden, case.weight, *of_teacher = (x.double() for x in inputs)
+    case.teacher = Teacher(*of_teacher)
+    expected = case.plain(0.7, 0.4)
+    case.hidden, case.weight, *of_teacher = (x.cuda() for x in inputs)
+    case.teacher = Teacher(*of_teacher)
+    case.labels, case.mask = case.labels.cuda(), case.mask.cuda()
+    found = case.linear(groups.collection.tp, 0.7, 0.4, 5)
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    assert close(found[1].double().cpu(), expected[1], tolerance)
+    assert close(found[2].double().cpu(), expected[2], tolerance)
+
+
+def test_the_losses_memory_does_not_grow_with_the_tokens(groups):
+    """At 8,192 tokens the logits of one model alone would take 4 GiB in float32."""
+    vocab, width, peaks = 131_072, 256, []
+    for tokens in (2048, 8192):
+        hidden, teacher_hidden = (torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        weight, teacher_weight = (torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        hidden.requires_grad_(), weight.requires_grad_()
+        labels, mask = torch.zeros(tokens, dtype=torch.long, device="cuda"), torch.ones(tokens, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        teacher = Teacher(teacher_hidden, teacher_weight)
+        loss, _ = linear_distillation_loss(hidden, weight, labels, mask, groups.collection.tp, vocab, teacher, 1.0, 0.0)
+        loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del hidden, weight, loss
+    assert peaks[1] < 1.1 * peaks[0] < 2**31
