@@ -48,7 +48,7 @@ def arguments(inputs) -> list[str]:
         "stages.corrected.dtype=fp32",
         "stages.distilled.steps=3",
         "stages.distilled.optimizer.warmup_steps=1",
-        "stages.distilled.dtype=fp32",
+        "stages.distilled.dtype=bf16",  # from a teacher of another number format
         "stages.evaluate_teacher.generate_tokens=4",
         "stages.evaluate_pruned.generate_tokens=0",
         "stages.evaluate_distilled.generate_tokens=4",

@@ -96,7 +96,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
         # Written over by every chunk: memory that is new to the process costs more than the matrix product.
         size = min(chunk_tokens, hidden.size(0)), num_rows
         logits_buffer = hidden.new_empty(size)
-        teacher_buffer = hidden.new_empty(size) if teacher else None
+        teacher_buffer = teacher.hidden.new_empty(size) if teacher else None
         # The ranks sum over their rows block by block, so that the block must not depend on how many of them are true.
         block = _block(chunk_tokens, weight.size(0), weight.is_cuda)
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from modelopt.torch.distill.losses import LogitsDistillationLoss
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minitron_megatron.config.loss import Divergence, LogitsConfig
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.distillation import linear_losses
 from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
@@ -45,6 +46,25 @@ def test_loss_and_gradients_are_those_of_whole_logits(weights, chunk_tokens, gro
     for term, alone in zip(terms.tolist(), ((1.0, 0.0), (0.0, 1.0)), strict=True):
         if alone[0] == 0 or weights[0]:  # without a teacher there is no divergence
             assert term == pytest.approx(case.plain(*alone)[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("divergence", [Divergence.FORWARD_KL, Divergence.MSE])
+@pytest.mark.parametrize("student, teacher", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_teacher_of_another_number_format(student, teacher, divergence, group):
+    case = Case(config=LogitsConfig(divergence=divergence))
+    # What each format makes of the inputs is no fault of the loss.
+    inputs = [x.to(student) for x in (case.hidden, case.weight)]
+    of_teacher = Teacher(*(x.to(teacher) for x in (case.teacher.hidden, case.teacher.weight)))
+    case.hidden, case.weight = (x.double() for x in inputs)
+    case.teacher = Teacher(of_teacher.hidden.double(), of_teacher.weight.double())
+    expected = case.plain(0.7, 0.4)
+    (case.hidden, case.weight), case.teacher = inputs, of_teacher
+    loss, grad_hidden, grad_weight, _ = case.linear(group, 0.7, 0.4, 7)
+    assert grad_hidden.dtype is grad_weight.dtype is student
+    # Logits of either side are rounded to 8 bits.
+    assert loss == pytest.approx(expected[0], rel=1e-2)
+    for found, exact in ((grad_hidden, expected[1]), (grad_weight, expected[2])):
+        torch.testing.assert_close(found.double(), exact, rtol=0.1, atol=0.03 * exact.abs().max().item())
 
 
 def test_a_vocabulary_without_padding(group):
