@@ -210,6 +210,32 @@ def test_a_step_is_the_plain_loss_on_transformers_models(case, single):
         assert found["steps"][1][2] == pytest.approx(alpha, rel=1e-5)
 
 
+def copies_after_rounding():
+    """On each of two stages: gradients of a shared projection whose sum over replicas was rounded otherwise there."""
+    from minitron_megatron.training import optimizer
+
+    hidden = CASES["cosine, shared"]
+    teacher, student = (source_of(model).shape for model in networks("cosine, shared"))
+    with process_groups(ParallelConfig(pipeline=2)) as groups:
+        chunks = build_model(student, groups, DType.FP32)
+        add_projections(chunks, hidden, student, teacher, groups, seed=5)
+        training = optimization(chunks, OptimizerConfig(), 4, DType.FP32, groups)
+        [projection] = getattr(chunks[0], PROJECTIONS).values()
+
+        def sum_over_replicas(*arguments, **options):
+            projection.weight.main_grad += 1e-6 * groups.pipeline_rank
+
+        optimizer.finalize_model_grads = sum_over_replicas
+        projection.weight.main_grad.fill_(1 + groups.pipeline_rank)
+        chunks[0].config.finalize_model_grads_func(training.chunks)
+        gradient = projection.weight.main_grad
+        assert (gradient == 3).all(), gradient  # the sum of both stages, as it is on the first one
+
+
+def test_copies_of_a_shared_projection_stay_equal():
+    run_on_ranks(2, copies_after_rounding)
+
+
 def test_maps_of_layers():
     def layers(student, teacher, **settings):
         return [(p.student, p.teacher) for p in resolve_pairs(HiddenConfig(1.0, **settings), student, teacher)]
