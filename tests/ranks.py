@@ -1,17 +1,24 @@
 """Runs a function on real gloo processes."""
 
+import multiprocessing
 import os
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Imported once, by a server that the ranks are forked from: it takes each of them several seconds otherwise.
+multiprocessing.set_forkserver_preload(
+    ["minitron_megatron.training.distill", "minitron_megatron.pruning.score", "minitron_megatron.evaluation.evaluate"]
+)
+
 
 def run_on_ranks(num_ranks: int, function, *args) -> None:
     """Call `function(*args)` in `num_ranks` processes that form one world."""
     # The ranks meet at a store that listens already: a port that is only looked up may be taken before they are up.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mp.spawn(_enter, (num_ranks, store.port, function, args), nprocs=num_ranks)
+    arguments = num_ranks, store.port, function, args
+    mp.start_processes(_enter, arguments, nprocs=num_ranks, start_method="forkserver")
 
 
 def _enter(rank: int, num_ranks: int, port: int, function, args) -> None:

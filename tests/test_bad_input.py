@@ -57,7 +57,7 @@ def inputs(tmp_path_factory):
     for name in ("foreign", "teacher", "student"):
         (folder / name / "checkpoint").rename(folder / f"{name}-checkpoint")
     teacher = folder / "teacher-checkpoint"
-    for damaged in ("other-tokenizer", "lost-shard", "short-shard", "other-keys"):
+    for damaged in ("other-tokenizer", "lost-shard", "short-shard", "flipped-shard", "other-keys"):
         shutil.copytree(teacher, folder / damaged)
     tokenizer = folder / "other-tokenizer/huggingface/tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"a"', '"ä"'))
@@ -68,6 +68,11 @@ def inputs(tmp_path_factory):
     (folder / "lost-shard/iter_0000000/__0_0.distcp").unlink()
     shard = folder / "short-shard/iter_0000000/__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1000])
+
+    shard = folder / "flipped-shard/iter_0000000/__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
 
     shape = Checkpoint(teacher).shape
     for name, scored in (("scores", shape), ("other-scores", shape.replace(hidden=40))):
@@ -264,6 +269,12 @@ def test_an_order_of_sublayers_that_cannot_be_built_is_named_before_any_work(
 def test_what_is_no_whole_checkpoint_is_named_before_any_work(command, key, bad, named, refused, monkeypatch, tmp_path):
     forbid(monkeypatch, BUILDS + READS + WRITES)
     assert named in refused(with_other(command, key, bad))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flipped_bit_is_named_and_leaves_nothing_behind(refused, tmp_path):
+    message = refused(with_other(f"{PRUNE} target.ffn=30", "checkpoint", "@flipped-shard"))
+    assert "flipped-shard/iter_0000000/__0_0.distcp is damaged at byte " in message
     assert list(tmp_path.iterdir()) == []
 
 

@@ -168,7 +168,7 @@ class ImportConfig:
 class TargetConfig:
     """The shape to prune to. What is null stays as it is.
 
-    A size may be a whole number, or a fraction of the source's below 1, as in 0.75; fractions are rounded.
+    A size may be a whole number, or a fraction of the source's, as in 0.75; fractions are rounded, and 1.0 is all.
 
     Attributes:
         layers: transformer layers to keep.
@@ -207,7 +207,9 @@ class TargetConfig:
         found = at_least(where, "round_to", self.round_to, 1)
         for name, size in self.sizes.items():
             if size <= 0 or (size != int(size) and size > 1):
-                found.append(f"{where}{name} = {size}: must be a whole number of at least 1, or a fraction below 1")
+                found.append(
+                    f"{where}{name} = {size}: must be a whole number of at least 1, or a fraction of at most 1.0"
+                )
         if self.keep_layers is not None:
             others = [name for name in ("layers", "attention", "mlp") if name in self.sizes]
             if others:

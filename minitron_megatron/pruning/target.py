@@ -74,16 +74,16 @@ def resolve_target(source: ModelShape, config: TargetConfig, parallel: ParallelC
         if wanted > has:
             owner = "the source's" if has == whole else "the kept groups'"
             problems.append(f"target.{name} = {wanted} is larger than {owner} {has}: pruning only removes")
-        share = wanted != int(wanted)
+        share = isinstance(wanted, float) and wanted <= 1
         found = whole * wanted if share else int(wanted)
-        if wanted != has and (share or not exact):
+        if found != has and (share or not exact):
             nearest = max(1, round(found / multiple)) * multiple
             nearest = min(nearest, has // multiple * multiple or has)
             if nearest != found or share:
                 why = f", a multiple of {multiple}" if multiple > 1 else ""
                 rounded.append(f"target.{name} = {wanted} of {whole} became {nearest}{why}")
             found = nearest
-        return found
+        return int(found)
 
     def multiple_of(has: int, shards: int) -> int:
         if config.round_to:

@@ -219,7 +219,7 @@ def copies_after_rounding():
     with process_groups(ParallelConfig(pipeline=2)) as groups:
         chunks = build_model(student, groups, DType.FP32)
         add_projections(chunks, hidden, student, teacher, groups, seed=5)
-        training = optimization(chunks, OptimizerConfig(), 4, DType.FP32, groups)
+        training = optimization(chunks, OptimizerConfig(warmup_steps=1), 4, DType.FP32, groups)
         [projection] = getattr(chunks[0], PROJECTIONS).values()
 
         def sum_over_replicas(*arguments, **options):

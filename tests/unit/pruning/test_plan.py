@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.config.schema import DepthCriterion, DepthSearch, TargetConfig, Unit
+from minitron_megatron.config.schema import DepthCriterion, DepthSearch, ParallelConfig, TargetConfig, Unit
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.pruning.plan import Plan, make_plan
 from minitron_megatron.pruning.scores import WIDTH, DepthSettings, Scores
+from minitron_megatron.pruning.target import resolve_target
 from tests.tiny import LLAMA
 
 SHAPE = shape_from_config(LLAMA)  # 4 layers, hidden 48, ffn 44, 2 groups of 3 heads
@@ -337,6 +338,19 @@ def test_scores_that_are_not_whole_are_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="scores.safetensors is not whole"):
         Scores.read(tmp_path)
+
+
+def test_all_of_everything_is_a_fraction_and_one_of_everything_a_number():
+    """41 channels are no multiple of what fractions are rounded to."""
+    source = random_scores().shape.replace(hidden=41)
+    names = ("layers", "hidden", "ffn", "groups", "heads")
+    whole = resolve_target(source, TargetConfig(**{name: 1.0 for name in names}), ParallelConfig())
+    assert whole.shape_of(source) == source and whole.rounded == []
+    one = resolve_target(source, TargetConfig(**{name: 1 for name in names}), ParallelConfig())
+    assert (one.attention, one.mlp, one.hidden, one.ffn, one.groups, one.heads_per_group) == (1,) * 6
+    # Of the heads of the groups that stay, which are fewer.
+    fewer = resolve_target(source, TargetConfig(groups=1, heads=1.0), ParallelConfig())
+    assert (fewer.groups, fewer.heads_per_group) == (1, source.heads_per_group)
 
 
 def test_targets_that_cannot_be_are_all_listed():

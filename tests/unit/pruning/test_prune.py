@@ -249,7 +249,11 @@ def test_a_dry_run_shows_what_would_be_done_and_writes_the_plan_alone(llama, tmp
     layer = plan.sublayers[0] // 2
     [shares] = [line for line in lines if line and line[0] == str(layer)]
     kept = scores.ffn[layer][plan.ffn[2 * layer + 1]].sum() / scores.ffn[layer].sum()
-    assert shares[1] == f"{kept:.1%}"
+    [group], [heads] = plan.group[2 * layer], plan.head[2 * layer]
+    kept_heads = scores.head[layer, group, heads].sum() / scores.head[layer].sum()
+    assert shares[1:] == [f"{kept:.1%}", f"{kept_heads:.1%}"]
+    channels = scores.hidden[plan.hidden].sum() / scores.hidden.sum()
+    assert f"hidden channels kept hold {channels:.1%} of all scores".split() in lines
     # Another plan does not write over one that somebody may have changed.
     edited = file.read_text().replace('"layer"', '"layer" ', 1)
     file.write_text(edited)

@@ -14,6 +14,7 @@ from torch.multiprocessing import ProcessExitedException
 
 import minitron_megatron
 from minitron_megatron.checkpoint.load import load_weights
+from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import (
     Criterion,
@@ -30,6 +31,7 @@ from minitron_megatron.config.schema import (
 from minitron_megatron.data.samples import training_samples
 from minitron_megatron.data.tokens import load_tokenizer, prepare_corpus
 from minitron_megatron.errors import ConfigError, DataError, UnsupportedModelError
+from minitron_megatron.model.axes import axis_sizes
 from minitron_megatron.model.shape import Llama3RopeScaling
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.ablation import Ablation
@@ -261,6 +263,21 @@ def test_rounds_are_scoring_pruning_and_scoring_by_hand(settings, tmp_path, targ
     assert replace(plan, checkpoint=None) == replace(by_hand, checkpoint=None)
 
 
+def test_rounds_on_several_ranks_are_those_of_one(settings, tmp_path):
+    wanted = dict(rounds=2, save_rounds=True, target=TargetConfig(layers=2, hidden=40, ffn=36))
+    expected = Scores.read(score(settings("one", **wanted)))
+    split = settings("many", **wanted, parallel=ParallelConfig(tensor=2, pipeline=2))
+    run_on_ranks(4, score, split)
+    found = Scores.read(tmp_path / "many")
+    assert_same(found, expected, 1e-6)
+    assert found.rounds["ffn"].unique().tolist() == [1, 2]
+    one, many = (Checkpoint(tmp_path / f"{name}.round_1") for name in ("one", "many"))
+    assert one.shape == many.shape != Checkpoint(split.checkpoint).shape
+    param = one._table[0]
+    index = [np.arange(n) for n in param.size(axis_sizes(one.shape))]
+    assert torch.equal(one.read(param, None, index), many.read(param, None, index))
+
+
 def test_finished_scores_are_left_alone_and_good_for_any_target(settings):
     first = score(settings())
     before = first.joinpath("manifest.json").stat().st_mtime_ns
@@ -269,51 +286,82 @@ def test_finished_scores_are_left_alone_and_good_for_any_target(settings):
     assert first.joinpath("manifest.json").stat().st_mtime_ns == before
 
 
-@pytest.fixture
-def own_model():
-    """A function that builds a GPTModel as somebody else would."""
+def build_own(first=True, last=True, **changes):
+    """A GPTModel as somebody else would build it, or the part of it on the first or the last stage."""
+    config = TransformerConfig(
+        num_layers=4,
+        hidden_size=48,
+        ffn_hidden_size=44,
+        num_attention_heads=6,
+        num_query_groups=2,
+        kv_channels=12,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        **changes,
+    )
+    return GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm),
+        vocab_size=128,
+        max_sequence_length=64,
+        pre_process=first,
+        post_process=last,
+        position_embedding_type="rope",
+        rotary_base=500,
+        share_embeddings_and_output_weights=False,
+    )
 
-    def build(**changes):
-        config = TransformerConfig(
-            num_layers=4,
-            hidden_size=48,
-            ffn_hidden_size=44,
-            num_attention_heads=6,
-            num_query_groups=2,
-            kv_channels=12,
-            normalization="RMSNorm",
-            gated_linear_unit=True,
-            activation_func=torch.nn.functional.silu,
-            add_bias_linear=False,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            use_cpu_initialization=True,
-            gradient_accumulation_fusion=False,
-            masked_softmax_fusion=False,
-            bias_dropout_fusion=False,
-            persist_layer_norm=False,
-            **changes,
+
+def score_own(config, output):
+    """Score such a model on one rank of a job of four."""
+    checkpoint = Checkpoint(config.checkpoint)
+    with process_groups(ParallelConfig(tensor=2, pipeline=2)) as place:
+        model = build_own(
+            first=place.is_first_stage,
+            last=place.is_last_stage,
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            pipeline_dtype=torch.float32,
         )
-        return GPTModel(
-            config,
-            get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm),
-            vocab_size=128,
-            max_sequence_length=64,
-            position_embedding_type="rope",
-            rotary_base=500,
-            share_embeddings_and_output_weights=False,
-        )
+        groups = minitron_megatron.current_groups()
+        shape = minitron_megatron.shape_of(model, vocab=101)
+        assert shape == checkpoint.shape
+        load_weights([model], checkpoint, groups)
+        corpus = prepare_corpus(config.data, checkpoint.huggingface_folder)
+        samples = training_samples(corpus, config.data, NUM_SAMPLES)
+        found = minitron_megatron.score_model([model], shape, groups, samples, config)
+        if groups.is_main:
+            found.write(output)
+            Manifest("scores").write(output)
 
-    return build
+
+def test_somebodys_own_job_of_several_ranks_has_the_scores_of_the_verb(settings, tmp_path):
+    config = settings(depth=DepthConfig([DepthCriterion.LOSS, DepthCriterion.BLOCK_INFLUENCE]))
+    expected = Scores.read(score(config))
+    (tmp_path / "own").mkdir()
+    run_on_ranks(4, score_own, config, tmp_path / "own")
+    found = Scores.read(tmp_path / "own")
+    for name in WIDTH:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.depth, expected.depth, rtol=1e-4, atol=1e-5)
 
 
-def test_somebodys_own_model_has_the_scores_of_the_verb(settings, own_model):
+def test_somebodys_own_model_has_the_scores_of_the_verb(settings):
     depth = DepthConfig([DepthCriterion.LOSS, DepthCriterion.BLOCK_INFLUENCE])
     config = settings(depth=depth)
     expected = Scores.read(score(config))
     checkpoint = Checkpoint(config.checkpoint)
     with process_groups(ParallelConfig()):
-        model = own_model()
+        model = build_own()
         groups = minitron_megatron.current_groups()
         shape = minitron_megatron.shape_of(model, vocab=101)
         assert shape == checkpoint.shape
@@ -334,10 +382,10 @@ def test_somebodys_own_model_has_the_scores_of_the_verb(settings, own_model):
     assert plan == replace(minitron_megatron.make_plan(expected, target), checkpoint=None)
 
 
-def test_somebodys_own_checkpoint_is_pruned_by_a_plan_of_its_live_model(settings, own_model, tmp_path):
+def test_somebodys_own_checkpoint_is_pruned_by_a_plan_of_its_live_model(settings, tmp_path):
     checkpoint = Checkpoint(settings().checkpoint)
     with process_groups(ParallelConfig()):
-        model, groups = own_model(), minitron_megatron.current_groups()
+        model, groups = build_own(), minitron_megatron.current_groups()
         load_weights([model], checkpoint, groups)
         shape = minitron_megatron.shape_of(model, vocab=101)
         scores = minitron_megatron.score_model([model], shape, groups, Samples(8, 16, 101), settings(num_samples=8))
@@ -347,18 +395,18 @@ def test_somebodys_own_checkpoint_is_pruned_by_a_plan_of_its_live_model(settings
     assert Checkpoint(minitron_megatron.prune(config)).shape == plan.target
 
 
-def test_groups_that_are_not_those_of_the_model_are_refused(settings, own_model):
+def test_groups_that_are_not_those_of_the_model_are_refused(settings):
     with process_groups(ParallelConfig()):
-        model, groups = own_model(), minitron_megatron.current_groups(sequence=True)
+        model, groups = build_own(), minitron_megatron.current_groups(sequence=True)
         shape = minitron_megatron.shape_of(model, vocab=101)
         with pytest.raises(ConfigError, match="sequence_parallel = False: give current_groups.sequence=False"):
             minitron_megatron.score_model([model], shape, groups, Samples(8, 16, 101), settings())
 
 
-def test_scaled_rotary_frequencies_have_to_be_given(own_model):
+def test_scaled_rotary_frequencies_have_to_be_given():
     scaling = Llama3RopeScaling(8.0, 1.0, 4.0, 32)
     with process_groups(ParallelConfig()):
-        model = own_model()
+        model = build_own()
         rotary = model.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, 8.0, 1.0, 4.0, 32)
         assert minitron_megatron.shape_of(model, 101, scaling).rotary_scaling == scaling
@@ -413,9 +461,9 @@ def test_questions_that_overflow_are_named(inputs, settings, tmp_path):
         score(settings(checkpoint=str(checkpoint), criterion=Criterion.RANDOM, depth=depth))
 
 
-def test_a_model_that_the_axis_table_does_not_describe_is_refused(own_model):
+def test_a_model_that_the_axis_table_does_not_describe_is_refused():
     with process_groups(ParallelConfig()), pytest.raises(UnsupportedModelError, match="config.qk_layernorm = True"):
-        minitron_megatron.shape_of(own_model(qk_layernorm=True))
+        minitron_megatron.shape_of(build_own(qk_layernorm=True))
 
 
 def test_a_choice_that_is_no_question_names_its_line(settings, tmp_path):
