@@ -1,6 +1,6 @@
 """What a student should minimise: losses, temperatures, hidden states and teacher correction, side by side.
 
-Two students of SmolLM2-135M, one of the demo's width and one of half the layers, learn in turn with every loss: the
+Two students of SmolLM2-135M, one of half the width and one of half the layers, learn in turn with every loss: the
 same starting weights, the same batches in the same order, the same number of steps. Then all are judged alike: by their
 cross-entropy and their KL from the original teacher, on held-out documents and on text of another kind. Runs that are
 done are skipped, and one that was interrupted goes on.
@@ -32,7 +32,7 @@ from common import (
 from controls import MEASURES, TEXTS, describe_text, judge_once, prepare_texts, train_and_judge
 
 NAME = "losses"
-TARGETS = {"width": {"hidden": 448, "ffn": 1152}, "depth": {"layers": 15}}
+TARGETS = {"width": {"hidden": 288, "ffn": 768}, "depth": {"layers": 15}}
 TEACHER, CORRECTED = "teacher", "corrected teacher"
 STUDENTS = {student: f"{student} student, untrained" for student in TARGETS}
 # A fifth of the rate that the teacher was trained with at most (2408.11796, section 2.1, of its own teacher).
