@@ -2,7 +2,8 @@
 
 `install_cpu_backend()` is called once by the entry point. Where CUDA exists it does nothing. Elsewhere it
 puts stand-ins under the names of `torch.cuda` that Megatron-Core calls without asking whether there is a
-device, and redirects literals such as `device="cuda"`. This is the only module that patches anything.
+device, and redirects literals such as `device="cuda"`. This is the only module that patches anything, or that
+sets anything for the whole process.
 """
 
 import contextlib
