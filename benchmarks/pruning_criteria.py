@@ -48,8 +48,8 @@ CRITERIA = {
     "logits": "change of the logits",
     "accuracy": "right answers lost",
 }
-# Which of so many texts goes on like this? One is the true end of a held-out window, the others are of other windows.
-QUESTIONS, CHOICES, CONTEXT_TOKENS, CHOICE_TOKENS = 50, 3, 80, 16
+# Which of so many texts goes on like this? One is the true end of a window, the others are of other windows.
+CHOICES, CONTEXT_TOKENS, CHOICE_TOKENS = 3, 80, 16
 WIDTH_COLUMNS = ["criterion", "over tokens", "over sequences", "held-out loss", "paper, 15B to 8B"]
 DEPTH_COLUMNS = ["criterion", *SEARCHES.values()]
 
@@ -61,6 +61,8 @@ def main() -> None:
     options.add_argument("--samples", type=int, default=64, help="calibration sequences of 512 tokens, for width")
     options.add_argument("--depth-samples", type=int, default=16, help="the same for depth")
     options.add_argument("--greedy-samples", type=int, default=4, help="the same for a greedy search")
+    options.add_argument("--questions", type=int, default=50, help="of a draw, for right answers lost")
+    options.add_argument("--greedy-questions", type=int, default=16, help="the same for a greedy search")
     args = options.parse_args()
     if args.docs:
         write_docs(NAME, in_markdown, draw)
@@ -142,7 +144,6 @@ def measure(teacher: Path, data, known: Known, args) -> None:
         load_weights(whole, checkpoint, groups)
         heldout = heldout_samples(corpus, data.sequence_length)
         tokenizer = load_tokenizer(checkpoint.huggingface_folder)
-        choices = ChoiceSamples(questions(heldout, tokenizer), tokenizer, 1)
 
         def judge(source) -> float:
             chunks = whole
@@ -155,11 +156,11 @@ def measure(teacher: Path, data, known: Known, args) -> None:
         per_draw = max(args.samples, args.depth_samples, args.greedy_samples)
         pool = training_samples(corpus, data, per_draw * max(args.seeds, args.depth_seeds))
 
-        def score(draw: int, num_samples: int, partial=None, **settings):
-            own = [pool[draw * per_draw + i] for i in range(num_samples)]
+        def score(draw: int, num_samples: int, num_questions=0, partial=None, **settings):
+            drawn = [pool[draw * per_draw + i] for i in range(per_draw)]
+            choices = ChoiceSamples(questions(drawn, tokenizer, num_questions), tokenizer, 1) if num_questions else None
             config = ScoreConfig(num_samples=num_samples, **settings)
-            asked = choices if DepthCriterion.ACCURACY in config.depth.criteria else None
-            return score_model(whole, checkpoint.shape, groups, own, config, asked, partial)
+            return score_model(whole, checkpoint.shape, groups, drawn[:num_samples], config, choices, partial)
 
         def loss_of(scores, criterion=None, **target) -> float:
             return judge(Pruned(checkpoint, make_plan(scores, TargetConfig(**target), depth_criterion=criterion)))
@@ -193,32 +194,31 @@ def measure(teacher: Path, data, known: Known, args) -> None:
                 scores = None
                 for criterion in criteria:
                     if (f"{criterion.value} {search}", seed) not in known.losses():
-                        scores = scores or score(seed, args.depth_samples, depth=depth, **shape)
+                        scores = scores or score(seed, args.depth_samples, args.questions, depth=depth, **shape)
                     known.get(
                         f"{criterion.value} {search}",
                         seed,
                         lambda scores=scores, criterion=criterion: loss_of(scores, criterion, layers=LAYERS),
                     )
             for criterion in criteria:
-                if criterion is DepthCriterion.ACCURACY:
-                    continue  # of so few questions, most of a long search would be decided by chance
                 depth = DepthConfig(criteria=[criterion], search=DepthSearch.GREEDY)
+                asked = args.greedy_questions if criterion is DepthCriterion.ACCURACY else 0
                 known.get(
                     f"{criterion.value} greedy",
                     seed,
-                    lambda seed=seed, depth=depth: loss_of(
-                        score(seed, args.greedy_samples, depth=depth, **shape), layers=LAYERS
+                    lambda seed=seed, depth=depth, asked=asked: loss_of(
+                        score(seed, args.greedy_samples, asked, depth=depth, **shape), layers=LAYERS
                     ),
                 )
 
 
-def questions(heldout, tokenizer) -> list:
+def questions(samples: list, tokenizer, count: int) -> list:
     """Questions whose right answer is always the first choice; the order plays no part in the losses of choices."""
     from minitron_megatron.data.choices import Question
 
     stride = CONTEXT_TOKENS + CHOICE_TOKENS
-    tokens = [token for i in range(len(heldout)) for token in heldout[i]["tokens"].tolist()]
-    pieces = [tokens[start : start + stride] for start in range(0, len(tokens) - stride, stride)][:QUESTIONS]
+    tokens = [token for sample in samples for token in sample["tokens"].tolist()]
+    pieces = [tokens[start : start + stride] for start in range(0, len(tokens) - stride, stride)][:count]
     ends = [tokenizer.decode(piece[CONTEXT_TOKENS:]) for piece in pieces]
     return [
         Question(
@@ -259,7 +259,8 @@ def in_markdown(results: dict) -> str:
             f"Held-out loss in nats per token, right after the cut: median (least-largest) over {asked['seeds']} draws "
             f"of {asked['samples']} calibration sequences of 512 tokens; for depth over {asked['depth_seeds']} of "
             f"{asked['depth_samples']}, and one after another of {asked['greedy_samples']}. "
-            f"Right answers are of {QUESTIONS} questions, which of {CHOICES} texts goes on like this. "
+            f"Right answers are of {asked['questions']} questions ({asked['greedy_questions']} one after another), which "
+            f"of {CHOICES} texts goes on like this. "
             f"{describe(results['machine'])}",
         ]
     )
