@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 # Bytecode is written when a module is first imported, which happens to few of those that are installed.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
+# Without bytecode every process compiles torch and Megatron-Core anew, which takes 20 seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv test demo bench wheel clean
 

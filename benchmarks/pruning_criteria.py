@@ -259,8 +259,8 @@ def in_markdown(results: dict) -> str:
             f"Held-out loss in nats per token, right after the cut: median (least-largest) over {asked['seeds']} draws "
             f"of {asked['samples']} calibration sequences of 512 tokens; for depth over {asked['depth_seeds']} of "
             f"{asked['depth_samples']}, and one after another of {asked['greedy_samples']}. "
-            f"Right answers are of {asked['questions']} questions ({asked['greedy_questions']} one after another), which "
-            f"of {CHOICES} texts goes on like this. "
+            f"Right answers are of {asked['questions']} questions ({asked['greedy_questions']} one after another), "
+            f"which of {CHOICES} texts goes on like this. "
             f"{describe(results['machine'])}",
         ]
     )

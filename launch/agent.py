@@ -9,10 +9,14 @@ import logging
 import signal
 import sys
 
+from minitron_megatron.errors import PREEMPTED
+
 USER_ERROR = 2
 
 
 def main(arguments: list[str]) -> int:
+    # Slurm's warning is for the ranks, which get it as well, and would end this process.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # By name, for the rest of this package must not need torch.
     launcher = importlib.import_module("torch.distributed.run")
     errors = importlib.import_module("torch.distributed.elastic.multiprocessing.errors")
@@ -29,6 +33,8 @@ def main(arguments: list[str]) -> int:
                 name = signal.Signals(-failure.exitcode).name
                 print(f"minitron: rank {rank} was ended by {name}: see whether the memory was enough", file=sys.stderr)
                 return 1
+        if any(failure.exitcode == PREEMPTED for failure in error.failures.values()):
+            return PREEMPTED
         for failure in error.failures.values():
             if failure.exitcode == USER_ERROR and isinstance(failure.message, dict):
                 print(failure.message["message"], file=sys.stderr)

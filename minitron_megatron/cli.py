@@ -10,17 +10,21 @@ import os
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from minitron_megatron import __version__
-from minitron_megatron.config.compose import compose, shipped, to_yaml, with_resolved_stages
+from minitron_megatron.config.compose import compose, read_settings, shipped, to_yaml, with_resolved_stages
 from minitron_megatron.config.describe import describe, summary
 from minitron_megatron.config.reader import near
-from minitron_megatron.config.verbs import DISTRIBUTED, SHARED, VERBS, verb_function
-from minitron_megatron.errors import ConfigError, UserError
+from minitron_megatron.config.schema import SCHEMAS
+from minitron_megatron.config.verbs import DISTRIBUTED, SHARED, verb_function
+from minitron_megatron.errors import PREEMPTED, ConfigError, Preempted, UserError
 from minitron_megatron.launch.local import ROLE, run_ranks
 from minitron_megatron.launch.world import ranks_to_start, slurm_environment
 from minitron_megatron.parallel.layout import Layout
+
+logger = logging.getLogger(__name__)
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -29,22 +33,39 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit status: 0; 2 when the user can mend what is wrong; 130 after Ctrl-C.
+        Exit status: 0; 2 when the user can mend what is wrong; 75 when a signal stopped a run that can go on; 130
+        after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    arguments, file = _without_file(arguments)
     options = {argument for argument in arguments if argument.startswith("-")}
     verb, *overrides = [argument for argument in arguments if argument not in options] or [None]
     try:
-        return _run(verb, overrides, options)
+        return _run(verb, overrides, options, file)
     except UserError as error:
         _tell(verb, error)
         return USER_ERROR
+    except Preempted as stop:
+        _set_up_logging()
+        logger.info("%s", stop)
+        return PREEMPTED
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-def _run(verb: str | None, overrides: list[str], options: set[str]) -> int:
-    if unknown := options - {"-h", "--help", "--cfg", "--version"}:
+def _without_file(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without `--config FILE` or `--config=FILE`, and the file."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return arguments[:index] + arguments[index + 1 :], argument.removeprefix("--config=")
+        if argument == "--config" and index + 1 < len(arguments):
+            return arguments[:index] + arguments[index + 2 :], arguments[index + 1]
+    return arguments, None
+
+
+def _run(verb: str | None, overrides: list[str], options: set[str], file: str | None) -> int:
+    known = {"-h", "--help", "--cfg", "--version", *(("-m", "--multirun") if verb == "launch" else ())}
+    if unknown := options - known:
         raise ConfigError([f"{option} is no option: {near(option, ['--help', '--cfg'])}" for option in sorted(unknown)])
     if "--version" in options:
         print(__version__)
@@ -52,24 +73,30 @@ def _run(verb: str | None, overrides: list[str], options: set[str]) -> int:
     if verb is None:
         print(_overview())
         return 0
-    if verb not in VERBS:
-        raise ConfigError([f"{verb!r} is no verb: {near(verb, list(VERBS))}"])
+    if verb not in SCHEMAS:
+        raise ConfigError([f"{verb!r} is no verb: {near(verb, list(SCHEMAS))}"])
     if options & {"-h", "--help"}:
         print(f"minitron {verb}: {summary(verb)}\n\n{describe(verb)}")
         return 0
-    settings = compose(verb, overrides)
+    if verb == "launch":
+        from minitron_megatron.launching import command
+
+        return command(overrides, bool(options & {"-m", "--multirun"}))
+    if file and overrides:
+        raise ConfigError([f"--config {file} has every setting of {verb}: leave out {' '.join(overrides)}"])
+    settings = read_settings(verb, Path(file)) if file else compose(verb, overrides)
     if "--cfg" in options:
         print(to_yaml(with_resolved_stages(settings) if verb == "compress" else settings), end="")
         return 0
-    return _start(verb, overrides, settings)
+    return _start(verb, ["--config", file] if file else overrides, settings)
 
 
-def _start(verb: str, overrides: list[str], settings: Any) -> int:
+def _start(verb: str, arguments: list[str], settings: Any) -> int:
     """Run a verb in the world that there is, or in one made for it."""
     os.environ.update(slurm_environment(os.environ))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" not in os.environ and ranks_to_start(verb, settings) > 1:
-        return run_ranks(ranks_to_start(verb, settings), [verb, *overrides])
+        return run_ranks(ranks_to_start(verb, settings), [verb, *arguments])
     if verb in DISTRIBUTED:
         Layout.from_config(settings.parallel, world_size)
     elif world_size > 1 and verb not in SHARED:
@@ -80,7 +107,7 @@ def _start(verb: str, overrides: list[str], settings: Any) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {verb:<10}{summary(verb)}" for verb in VERBS]
+    lines = [f"  {verb:<10}{summary(verb)}" for verb in SCHEMAS]
     return "\n".join(
         [
             "Usage: minitron VERB [key=value ...]",
@@ -121,7 +148,7 @@ def _tell(verb: str | None, error: UserError) -> None:
     if error_file:
         with open(error_file, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)
-    left_to_launcher = error_file and (os.environ["ROLE_NAME"] == ROLE or os.environ["RANK"] != "0")
+    left_to_launcher = error_file and (os.environ.get("ROLE_NAME") == ROLE or os.environ.get("RANK", "0") != "0")
     if not left_to_launcher:
         print(message, file=sys.stderr)
 

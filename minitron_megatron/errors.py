@@ -49,6 +49,14 @@ class WorkerError(UserError):
     """Another of the processes that share one piece of work failed, or was ended from outside."""
 
 
+PREEMPTED = 75
+"""Exit status of a run that a signal has stopped, and that can go on: EX_TEMPFAIL of sysexits.h."""
+
+
+class Preempted(Exception):
+    """A signal asked a run to stop. What it has done is saved, and the same command goes on from there."""
+
+
 def raise_if_any(problems: list[str]) -> None:
     """Raise one `ConfigError` that lists all `problems`, if there are any."""
     if problems:

@@ -2,15 +2,16 @@
 
 import json
 import logging
+import tempfile
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from minitron_megatron.config.compose import resolve_stages, to_overrides, to_yaml
+from minitron_megatron.config.compose import Stages, resolve_stages, to_yaml
 from minitron_megatron.config.schema import CompressConfig
 from minitron_megatron.config.verbs import verb_function
-from minitron_megatron.errors import ConfigError
+from minitron_megatron.errors import PREEMPTED, ConfigError, Preempted
 from minitron_megatron.launch.local import run_ranks
 from minitron_megatron.launch.world import ranks_to_start
 
@@ -31,10 +32,6 @@ def compress(config: CompressConfig) -> Path:
     Raises:
         UserError: of the stage that failed; what was done before stays, and is skipped the next time.
     """
-    from minitron_megatron.report.html import write_report
-    from minitron_megatron.report.results import Stage, read_evaluations
-    from minitron_megatron.report.table import summary_table
-
     run_dir = Path(config.run_dir)
     stages = resolve_stages(config)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -42,27 +39,44 @@ def compress(config: CompressConfig) -> Path:
     # Seconds of stages that were skipped this time are those of the run that made them.
     path = run_dir / SECONDS
     seconds = json.loads(path.read_text()) if path.exists() else {}
-    done = []
     for number, (name, (verb, settings)) in enumerate(stages.items(), start=1):
         logger.info("stage %d of %d: %s (%s)", number, len(stages), name, verb)
         before = _newest(Path(settings.output))
         started = time.perf_counter()
-        _run(name, verb, settings)
+        _run(run_dir, name, verb, settings)
         if _newest(Path(settings.output)) != before:
             seconds[name] = time.perf_counter() - started
             path.write_text(json.dumps(seconds, indent=2) + "\n")
-        done.append(Stage(name, verb, Path(settings.output), seconds.get(name)))
+    finish(config, stages)
+    return run_dir
+
+
+def finish(config: CompressConfig, stages: Stages) -> None:
+    """Write the report of what a recipe's stages have made, print the table, and mark the run as done."""
+    from minitron_megatron.report.html import write_report
+    from minitron_megatron.report.results import Stage, read_evaluations
+    from minitron_megatron.report.table import summary_table
+
+    run_dir = Path(config.run_dir)
+    path = run_dir / SECONDS
+    seconds = json.loads(path.read_text()) if path.exists() else {}
+    done = [Stage(name, verb, Path(s.output), seconds.get(name)) for name, (verb, s) in stages.items()]
     report = write_report(run_dir, config.title, done)
     console = Console()
     console.print(summary_table(read_evaluations(done)))
     console.print(f"report: {report}", soft_wrap=True)
     (run_dir / "DONE").touch()
-    return run_dir
 
 
-def _run(name: str, verb: str, settings) -> None:
+def _run(run_dir: Path, name: str, verb: str, settings) -> None:
     if ranks_to_start(verb, settings) > 1:
-        if run_ranks(ranks_to_start(verb, settings), [verb, *to_overrides(settings)]):
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix=f".{verb}.", dir=run_dir) as file:
+            file.write(to_yaml(settings))
+            file.flush()
+            status = run_ranks(ranks_to_start(verb, settings), [verb, "--config", file.name])
+        if status == PREEMPTED:
+            raise Preempted(f"stages.{name} ({verb}) was stopped by a signal, and goes on when this is run again")
+        if status:
             raise ConfigError([f"stages.{name} ({verb}) failed: mend what its messages above name, and run this again"])
         return
     verb_function(verb)(settings)

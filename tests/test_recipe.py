@@ -1,7 +1,5 @@
 """A whole recipe on a tiny model, as a user runs it."""
 
-import json
-import random
 import re
 import shlex
 import subprocess
@@ -11,19 +9,14 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.cli import main
-from tests.tiny import LLAMA, hf_model, literate, save_hf
+from tests.tiny import tiny_inputs
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipe")
-    save_hf(folder / "source", literate(hf_model(**LLAMA)))
-    choose = random.Random(0)
-    lines = ["".join(choose.choice("abcdefgh") for _ in range(80)) for _ in range(60)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return folder
+    return tiny_inputs(tmp_path_factory.mktemp("recipe"))
 
 
 def arguments(inputs) -> list[str]:

@@ -1,6 +1,7 @@
 """Tiny networks whose sizes are all different, so that a swapped axis shows."""
 
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -104,3 +105,12 @@ class Samples:
             "loss_mask": self.mask[index],
             "position_ids": torch.arange(length),
         }
+
+
+def tiny_inputs(folder: Path) -> Path:
+    """A model in `folder/source`, and a text that its tokenizer knows all letters of, `folder/text.jsonl`."""
+    save_hf(folder / "source", literate(hf_model(**LLAMA)))
+    choose = random.Random(0)
+    lines = ["".join(choose.choice("abcdefgh") for _ in range(80)) for _ in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return folder

@@ -5,7 +5,7 @@ command line, is listed in one `ConfigError`, and no DictConfig leaves this pack
 """
 
 import dataclasses
-import json
+import itertools
 import re
 from enum import Enum
 from pathlib import Path
@@ -23,10 +23,10 @@ from minitron_megatron.config.reader import Reader, keys, near, show
 from minitron_megatron.config.schema import SCHEMAS, CompressConfig
 from minitron_megatron.errors import ConfigError, raise_if_any
 
-GROUPS = ("experiment", "correction")
-"""Folders of `conf/` whose files make or change a recipe."""
+GROUPS = ("experiment", "correction", "cluster")
+"""Folders of `conf/` whose files make or change a recipe, or say where it runs."""
 
-STAGE_VERBS = [verb for verb in SCHEMAS if verb != "compress"]
+STAGE_VERBS = [verb for verb in SCHEMAS if verb not in ("compress", "launch")]
 
 INHERITED = ("target", "data", "parallel")
 """Sections of a recipe that its stages start from."""
@@ -66,6 +66,11 @@ def compose(verb: str, overrides: list[str]) -> Any:
             node = hydra_compose(config_name=verb, overrides=texts)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError([*problems, str(error).strip()]) from None
+    return _read(verb, node, problems)
+
+
+def _read(verb: str, node: DictConfig, problems: list[str]) -> Any:
+    """The settings in a node; `problems` are those that were found before."""
     reader = Reader()
     settings = reader.settings(SCHEMAS[verb], node)
     checks = settings.problems()
@@ -112,30 +117,60 @@ def to_plain(settings: Any) -> dict:
 
 
 def to_yaml(settings: Any) -> str:
-    """The settings as YAML, in the schema's order."""
-    return yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True, width=120)
+    """The settings as YAML, in the schema's order; `read_settings` makes the same of it again."""
+    text = yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True, width=120)
+    # What is written here is no interpolation.
+    return re.sub(r"(?<!\\)\$\{", r"\\${", text)
 
 
-def to_overrides(settings: Any) -> list[str]:
-    """Overrides from which `compose` makes the same settings again, in another process."""
+def as_value(text: str) -> str:
+    """Text as the value of an override, whatever it holds."""
+    # To Hydra a backslash means something before a quote alone.
+    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), text)
+    return f'"{escaped}"'
 
-    def quoted(value: Any) -> str:
-        if isinstance(value, list):
-            return f"[{','.join(map(quoted, value))}]"
-        if not isinstance(value, str):
-            return json.dumps(value)
-        # To Hydra a backslash means something before a quote alone.
-        escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
-        return f'"{escaped}"'
 
-    def flat(values: dict, where: str):
-        for name, value in values.items():
-            if isinstance(value, dict) and value:
-                yield from flat(value, f"{where}{name}.")
-            else:
-                yield f"{where}{name}={quoted(value)}"
+def sweep(overrides: list[str]) -> list[list[str]]:
+    """Every combination of overrides that give several values, as in `a=1,2`; the last one varies fastest.
 
-    return list(flat(to_plain(settings), ""))
+    Raises:
+        ConfigError: none of them does, or one cannot be read.
+    """
+    problems: list[str] = []
+    choices = []
+    for text in overrides:
+        try:
+            [override] = OverridesParser.create().parse_overrides([text])
+        except HydraException:
+            problems.append(_unreadable(text))
+            continue
+        if override.is_sweep_override():
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([text])
+    raise_if_any(problems)
+    if all(len(values) == 1 for values in choices):
+        raise ConfigError(["--multirun takes a setting with several values, as in stages.distilled.steps=100,200"])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def read_settings(verb: str, path: Path) -> Any:
+    """The settings of `verb` from a file that has all of them, as `to_yaml` writes it.
+
+    Raises:
+        ConfigError: listing every problem found.
+    """
+    try:
+        node = OmegaConf.load(path)
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError([f"--config {path} cannot be read: {error}"]) from None
+    if not OmegaConf.is_dict(node):
+        raise ConfigError([f"--config {path} holds no settings: write them as `minitron {verb} ... --cfg` does"])
+    return _read(verb, node, [])
+
+
+def _unreadable(text: str) -> str:
+    return f"{text!r} cannot be read: write key=value, and quote special characters: 'key=\"a=b\"'"
 
 
 def _read_override(text: str, problems: list[str]) -> list[str]:
@@ -143,7 +178,7 @@ def _read_override(text: str, problems: list[str]) -> list[str]:
     try:
         [override] = OverridesParser.create().parse_overrides([text])
     except HydraException:
-        problems.append(f"{text!r} cannot be read: write key=value, and quote special characters: 'key=\"a=b\"'")
+        problems.append(_unreadable(text))
         return []
     key = override.key_or_group
     if override.is_sweep_override():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from minitron_megatron.config.checks import at_least, nearest_multiples
+from minitron_megatron.config.cluster import LaunchConfig
 from minitron_megatron.config.loss import LossConfig
 
 
@@ -80,6 +81,7 @@ class ParallelConfig:
         data: replicas; null means all that the world has (one, when started by hand).
         virtual_pipeline: stages per pipeline rank (interleaved schedule); null for the plain one.
         sequence: sequence parallelism; norms and residuals are split over the tensor ranks.
+        timeout_min: ranks that wait for each other for so many minutes are ended, with their stacks in the log.
     """
 
     tensor: int = 1
@@ -87,12 +89,15 @@ class ParallelConfig:
     data: int | None = None
     virtual_pipeline: int | None = None
     sequence: bool = False
+    timeout_min: float = 30.0
 
     def problems(self, where: str = "parallel.") -> list[str]:
         found = []
         for name in ("tensor", "pipeline", "data"):
             found += at_least(where, name, getattr(self, name), 1)
         found += at_least(where, "virtual_pipeline", self.virtual_pipeline, 2)
+        if self.timeout_min <= 0:
+            found.append(f"{where}timeout_min = {self.timeout_min}: must be above 0")
         if self.virtual_pipeline and self.pipeline < 2:
             found.append(
                 f"{where}virtual_pipeline = {self.virtual_pipeline} needs {where}pipeline of at least 2, "
@@ -673,5 +678,6 @@ SCHEMAS = {
     "export": ExportConfig,
     "inspect": InspectConfig,
     "compress": CompressConfig,
+    "launch": LaunchConfig,
 }
 """Settings class by verb, in the order of the help text."""

@@ -24,6 +24,7 @@ from minitron_megatron.model.count import num_parameters
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
 from minitron_megatron.parallel.schedule import in_calls
+from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 
 FILE = "evaluation.json"
@@ -91,9 +92,11 @@ def _megatron_loss(
     model = TeacherStudent(chunks, None, groups, LossConfig(0.0, 1.0), checkpoint.shape.vocab)
     batches = rank_batches(samples, 0, len(samples), config.micro_batch, groups.data_rank, groups.layout.data)
     results = []
-    with progress("evaluate", -(-len(samples) // (config.micro_batch * groups.layout.data))) as advance:
+    num_batches = -(-len(samples) // (config.micro_batch * groups.layout.data))
+    with watchdog(config.parallel.timeout_min) as moved, progress("evaluate", num_batches) as advance:
         for call in in_calls(batches, groups):
             results.append(model.evaluate([{k: v.to(groups.device) for k, v in batch.items()} for batch in call]))
+            moved()
             advance(len(call))
     result = mean_of(results)
     return result.lm, result.num_tokens

@@ -13,14 +13,16 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.errors import ConfigError
 from minitron_megatron.parallel.cpu import install_cpu_backend
 from minitron_megatron.parallel.layout import Layout
 
 logger = logging.getLogger(__name__)
 
 # Ranks wait in the world's group while the first one tokenises a corpus, which can take longer than NCCL's 10 minutes.
-# Megatron-Core's own groups, in which models run, keep its 30 minutes.
+# The groups in which models run have the setting's, and a little more, so that the stacks are told before.
 _WORLD_TIMEOUT = timedelta(days=1)
+_AFTER_WATCHDOG_MIN = 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
     The backend is NCCL where CUDA exists, else gloo.
 
     Raises:
-        ConfigError: the world's size does not fit the layout.
+        ConfigError: the world's size does not fit the layout, or the port to meet at is taken.
     """
     install_cpu_backend()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -101,7 +103,7 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
         if world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=_WORLD_TIMEOUT)
+            _meet(backend)
     replicas = torch.cuda.device_count() // (layout.tensor * layout.pipeline)
     if replicas > layout.data:
         logger.info("parallel.data=%d would use all GPUs of this machine; %d of them are used", replicas, world_size)
@@ -110,6 +112,7 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+            distributed_timeout_minutes=config.timeout_min + _AFTER_WATCHDOG_MIN,
         )
         # Nothing here draws from it: there is no dropout, and weights are loaded. Megatron-Core wants it all the same.
         tensor_parallel.model_parallel_cuda_manual_seed(1234)
@@ -118,6 +121,22 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
         parallel_state.destroy_model_parallel()
         if owns_world:
             dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Join the other ranks.
+
+    Raises:
+        ConfigError: the port that they are to meet at is taken.
+    """
+    try:
+        dist.init_process_group(backend, timeout=_WORLD_TIMEOUT)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        problem = f"MASTER_PORT: something else listens at {where}: set another, or cluster.port of a launch"
+        raise ConfigError([problem]) from None
 
 
 def _local_device() -> int:

@@ -15,6 +15,7 @@ from minitron_megatron.errors import ConfigError, DataError
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch
+from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 from minitron_megatron.pruning.ablation import WHOLE, Ablation, Drops
 from minitron_megatron.pruning.capture import Capture, place_name
@@ -71,8 +72,14 @@ def score_model(
     search = Search(shape, config)
     sums: dict[str, Tensor] = {}
     num_steps = calibration.steps_per_sweep * search.num_sweeps(watch)
-    with _evaluating(chunks), torch.no_grad(), progress("score", num_steps) as advance:
-        calibration.advance = advance
+    timeout_min = config.parallel.timeout_min
+    with _evaluating(chunks), torch.no_grad(), watchdog(timeout_min) as moved, progress("score", num_steps) as advance:
+
+        def advance_all(steps: int = 1) -> None:
+            moved()
+            advance(steps)
+
+        calibration.advance = advance_all
         if watch or search.paths:
             sums = calibration.sweep(WHOLE, search.paths, watch)
         if search.paths:

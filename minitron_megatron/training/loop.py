@@ -13,12 +13,14 @@ from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.data.samples import Samples, rank_batches
 from minitron_megatron.distillation.step import StepResult, TeacherStudent, mean_of
-from minitron_megatron.errors import DataError, TrainingError
+from minitron_megatron.errors import DataError, Preempted, TrainingError
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import in_calls
+from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 from minitron_megatron.training.metrics import Metrics, memory_gib
 from minitron_megatron.training.optimizer import Optimization
+from minitron_megatron.training.preemption import stop_requests
 from minitron_megatron.training.state import RunState, save_state
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def train(
     metrics: Metrics | None,
     flops_per_token: float,
 ) -> None:
-    """Train to the end.
+    """Train to the end, or until a signal asks one of the ranks to stop.
 
     A step whose loss or gradient is not finite changes nothing but the count of such steps.
 
@@ -54,13 +56,20 @@ def train(
 
     Raises:
         DataError: the teacher knows no more of the text than chance does.
+        Preempted: after the step in which a signal came. The run is saved as it was then.
         TrainingError: too many steps in a row had no finite loss or gradient.
     """
     tokens_per_step = config.global_batch * config.data.sequence_length
     pair.alpha = run.alpha
-    with progress("distill" if pair.teacher else "train", config.steps) as advance:
+    title = "distill" if pair.teacher else "train"
+    with (
+        stop_requests() as asked_to_stop,
+        watchdog(config.parallel.timeout_min) as moved,
+        progress(title, config.steps) as advance,
+    ):
         advance(run.step)
         while run.step < config.steps:
+            moved()
             watch = _Watch()
             first = run.step * config.global_batch
             batches = _batches(samples, first, config, groups)
@@ -84,7 +93,8 @@ def train(
                 run.skipped_in_a_row += 1
             watch.lap("optimizer")
             run.alpha = pair.alpha
-            seconds = _largest({**watch.seconds, "step": watch.total}, groups)
+            seconds = _largest({**watch.seconds, "step": watch.total, "stop": float(asked_to_stop())}, groups)
+            stops = bool(seconds.pop("stop"))
             values |= {
                 "progress/step": run.step,
                 "progress/tokens": run.step * tokens_per_step,
@@ -116,8 +126,10 @@ def train(
                     f"{result.total(pair.loss)} and the gradient's norm {norms[0]}. The last checkpoint in "
                     f"{checkpoints} is whole: lower optimizer.lr, look at that text, or train in another dtype"
                 )
-            if last or best or (config.save_every and run.step % config.save_every == 0):
+            if last or best or stops or (config.save_every and run.step % config.save_every == 0):
                 save_state(checkpoints, run, models, config.keep_checkpoints, best)
+            if stops and not last:
+                raise Preempted(f"a signal asked to stop: {checkpoints} is saved at step {run.step} of {config.steps}")
 
 
 def _checked(lm: float, config: DistillConfig, vocab: int) -> float:

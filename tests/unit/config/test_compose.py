@@ -2,7 +2,15 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from minitron_megatron.config.compose import compose, resolve_stages, to_overrides, to_plain, to_yaml
+from minitron_megatron.config.compose import (
+    as_value,
+    compose,
+    read_settings,
+    resolve_stages,
+    sweep,
+    to_plain,
+    to_yaml,
+)
 from minitron_megatron.config.schema import (
     CompressConfig,
     DataConfig,
@@ -199,9 +207,46 @@ def test_settings_are_written_as_plain_values_in_order():
 @settings(max_examples=30, deadline=None)
 @given(st.text(min_size=1), st.lists(st.text(), min_size=1), st.floats(1e-12, 1))
 @example('C:\\a "b\\', ["x,y=[1]", "null", "", "a b", "\\\\'"], 1e-8)
-def test_to_overrides_is_read_back_as_the_same_settings(path, texts, lr):
-    assume("${" not in "".join([path, *texts]) and path != "???")  # which mean something to OmegaConf
+def test_a_file_of_settings_is_read_back_as_the_same_settings(tmp_path_factory, path, texts, lr):
+    assume(path != "???")  # which means something to OmegaConf
     settings = DistillConfig(None, path, "o", data=DataConfig(text=texts))
     settings.optimizer.lr, settings.optimizer.min_lr = lr, 0.0
     settings.loss.kd_logits_weight, settings.loss.lm_weight = 0.0, 1.0
-    assert compose("distill", to_overrides(settings)) == settings
+    file = tmp_path_factory.mktemp("settings") / "distill.yaml"
+    file.write_text(to_yaml(settings))
+    assert read_settings("distill", file) == settings
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
+def test_any_text_can_be_the_value_of_an_override(text):
+    assume("${" not in text and text != "???")
+    assert compose("inspect", [f"path={as_value(text)}"]).path == text
+
+
+def test_a_sweep_is_every_combination():
+    assert sweep(["a=1", "b=x,y", "c=[1,2],[3]"]) == [
+        ["a=1", f"b={b}", f"c={c}"] for b in "xy" for c in ("[1,2]", "[3]")
+    ]
+
+
+@pytest.mark.parametrize("overrides, problem", [(["a=1"], "--multirun takes"), (["a=1,2", "b=[1"], "cannot be read")])
+def test_a_sweep_needs_several_values(overrides, problem):
+    with pytest.raises(ConfigError, match=problem):
+        sweep(overrides)
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        (None, "cannot be read"),
+        ("- a", "holds no settings"),
+        ("path: p\nfigure: x", "figure is not a setting"),
+        ("figures: x", "path is missing"),
+    ],
+)
+def test_a_file_of_settings_that_is_wrong(tmp_path, text, problem):
+    file = tmp_path / "inspect.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        read_settings("inspect", file)

@@ -18,6 +18,7 @@ MANDATORY = {
     "export": ["checkpoint=c", "output=o"],
     "inspect": ["path=p"],
     "compress": ["run_dir=r", "source=s", "target.ffn=8"],
+    "launch": [],
 }
 
 

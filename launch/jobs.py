@@ -1,0 +1,81 @@
+"""What a recipe asks of a cluster: one job per stage, each with the ranks that it needs."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from minitron_megatron.config.cluster import ClusterConfig
+from minitron_megatron.config.verbs import DISTRIBUTED
+from minitron_megatron.errors import raise_if_any
+from minitron_megatron.launch.world import ranks_to_start, required_ranks
+
+Stages = dict[str, tuple[str, Any]]
+"""Verb and settings object of each stage, by name."""
+
+REPORT = "report"
+"""The last job of a recipe, which writes its report."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage on a cluster.
+
+    Attributes:
+        name: of the stage.
+        file: stem of the job's files in the run's folder.
+        verb: what it runs; `REPORT` for the end of a recipe.
+        nodes: how many.
+        ranks_per_node: on each of them.
+        gpus_per_node: on each of them.
+    """
+
+    name: str
+    file: str
+    verb: str
+    nodes: int = 1
+    ranks_per_node: int = 1
+    gpus_per_node: int = 0
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
+def jobs_of(stages: Stages, cluster: ClusterConfig, with_report: bool) -> list[Job]:
+    """The jobs of stages, in their order, and one for the report of a recipe.
+
+    A stage on several ranks fills its nodes, or takes a part of one.
+
+    Raises:
+        ConfigError: a layout and the cluster do not fit each other.
+    """
+    jobs, problems = [], []
+    for number, (name, (verb, settings)) in enumerate(stages.items(), start=1):
+        file = f"{number:02d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}"
+        ranks = ranks_of(verb, settings, cluster)
+        # Others fill whole nodes.
+        per_node = min(ranks, cluster.ranks_per_node)
+        if ranks % per_node:
+            problems.append(
+                f"stages.{name} needs {ranks} ranks, which do not fill nodes of cluster.ranks_per_node = {per_node}: "
+                f"change the layout, or set cluster.ranks_per_node to a divisor of {ranks}"
+            )
+        gpus = min(per_node, cluster.gpus) if verb in DISTRIBUTED else 0
+        jobs.append(Job(name, file, verb, ranks // per_node, per_node, gpus))
+    of_ranks = [job for job in jobs if job.verb in DISTRIBUTED]
+    if cluster.nodes and of_ranks and all(job.nodes != cluster.nodes for job in of_ranks):
+        needs = ", ".join(f"{job.name} {job.ranks}" for job in of_ranks)
+        problems.append(
+            f"cluster.nodes = {cluster.nodes} are {cluster.nodes * cluster.ranks_per_node} ranks, and the layouts need "
+            f"others ({needs}): set parallel.data to null or to fill them, or cluster.nodes to null"
+        )
+    raise_if_any(problems)
+    return [*jobs, Job(REPORT, f"{len(jobs) + 1:02d}_{REPORT}", REPORT)] if with_report else jobs
+
+
+def ranks_of(verb: str, settings: Any, cluster: ClusterConfig) -> int:
+    """Ranks of a stage: as many as its layout says, or all of the nodes asked for where it leaves that open."""
+    if verb in DISTRIBUTED and settings.parallel.data is None and cluster.nodes:
+        model = required_ranks(settings.parallel)
+        return max(1, cluster.nodes * cluster.ranks_per_node // model) * model
+    return ranks_to_start(verb, settings)

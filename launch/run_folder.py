@@ -1,0 +1,131 @@
+"""What `minitron launch` keeps in a run's folder: settings and script of every job, and which jobs there are.
+
+`launch/launch.json` names the jobs; `launch/NN_STAGE.yaml` holds the settings of a stage, every value resolved, and
+`launch/NN_STAGE.sh` its script. Jobs leave `NN_STAGE.state` and, at the end, `NN_STAGE.done`. The runs of a sweep have
+folders of their own below, by number, with all of these but the scripts and `launch.json`.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import yaml
+
+from minitron_megatron.config.compose import to_plain, to_yaml
+from minitron_megatron.config.reader import show
+from minitron_megatron.errors import ConfigError
+from minitron_megatron.launch.jobs import REPORT, Job, Stages
+
+FOLDER = "launch"
+RECIPE = "config.yaml"
+LOGS = "logs"
+
+
+@dataclass
+class Launched:
+    """What was launched into a folder.
+
+    Attributes:
+        jobs: in order.
+        work_dir: where relative paths of the settings begin.
+        ids: Slurm's id of each job that was submitted, by the job's file; none for jobs that were done.
+        num_runs: of a sweep; None for a single run.
+        cluster: its settings, as plain values.
+        code: see `version.code_version`.
+        cancelled: whether the chain was cancelled.
+    """
+
+    jobs: list[Job]
+    work_dir: str
+    ids: dict[str, str] = field(default_factory=dict)
+    num_runs: int | None = None
+    cluster: dict = field(default_factory=dict)
+    code: dict = field(default_factory=dict)
+    cancelled: bool = False
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "Launched":
+        """What was launched into `run_dir`.
+
+        Raises:
+            ConfigError: nothing was.
+        """
+        path = run_dir / FOLDER / "launch.json"
+        if not path.is_file():
+            raise ConfigError([f"{run_dir} is no folder that a run was launched into: it has no {FOLDER}/{path.name}"])
+        values = json.loads(path.read_text())
+        return cls(**{**values, "jobs": [Job(**job) for job in values["jobs"]]})
+
+    def write(self, run_dir: Path) -> None:
+        replace(run_dir / FOLDER / "launch.json", json.dumps(asdict(self), indent=2) + "\n")
+
+    def runs(self, run_dir: Path) -> list[Path]:
+        """The folder of each run."""
+        return [run_dir] if self.num_runs is None else [run_dir / str(number) for number in range(self.num_runs)]
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new text."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def other_run_problems(run: Path, jobs: list[Job], stages: Stages) -> list[str]:
+    """That `run` holds something else than these stages, as far as settings tell.
+
+    A stage that has left nothing yet may have other settings than before.
+    """
+    if run.is_dir() and any(run.iterdir()) and not (run / FOLDER).is_dir() and not (run / RECIPE).is_file():
+        return [f"{run} exists and is not a run: choose another folder"]
+    found = []
+    for job, (verb, settings) in zip(jobs, stages.values(), strict=False):
+        path = run / FOLDER / f"{job.file}.yaml"
+        if path.is_file() and Path(settings.output).exists():
+            before, now = yaml.safe_load(path.read_text()), to_plain(settings)
+            changes = _changes(before, now, verb)
+            if changes:
+                found.append(
+                    f"{run} holds another run: in its stage {job.name} {'; '.join(changes)}. Choose another folder, or "
+                    f"remove {settings.output}"
+                )
+    return found
+
+
+def _changes(before: dict, now: dict, where: str) -> list[str]:
+    found = []
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _changes(old, new, f"{where}.{key}")
+        elif old != new:
+            found.append(f"{where}.{key} was {show(old)} and is {show(new)}")
+    return found
+
+
+def write_settings(run: Path, jobs: list[Job], stages: Stages, recipe) -> None:
+    """Write what the jobs of one run read."""
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    (run / LOGS).mkdir(exist_ok=True)
+    for job, (_, settings) in zip(jobs, stages.values(), strict=False):
+        replace(folder / f"{job.file}.yaml", to_yaml(settings))
+    if recipe is not None:
+        replace(run / RECIPE, to_yaml(recipe))
+
+
+def read_stage(run: Path, job: Job, work_dir: str) -> tuple[dict, Path] | None:
+    """Settings of a job's stage and the folder that it makes; None of a job that has none, or not yet."""
+    path = run / FOLDER / f"{job.file}.yaml"
+    if not path.is_file():
+        return None
+    settings = yaml.safe_load(path.read_text())
+    return settings, Path(work_dir) / settings["output"]
+
+
+def is_done(run: Path, job: Job, work_dir: str) -> bool:
+    """Whether a job has ended well and what it made is still there."""
+    stage = read_stage(run, job, work_dir)
+    made = job.verb == REPORT or (stage is not None and (stage[1] / "manifest.json").is_file())
+    return made and (run / FOLDER / f"{job.file}.done").is_file()

@@ -1,0 +1,75 @@
+"""Slurm's commands: submit a chain of jobs, ask about them, cancel them."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from minitron_megatron.errors import ConfigError
+
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")
+"""States of jobs that are not over."""
+
+
+def require_slurm() -> None:
+    """Raise `ConfigError` where sbatch is not installed."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            ["cluster.kind = slurm, but there is no sbatch on the PATH: launch from a login node, or set cluster=local"]
+        )
+
+
+def submit_chain(scripts: list[Path], folder: Path, is_array: bool) -> list[str]:
+    """Submit scripts so that each begins when the one before has succeeded.
+
+    In a sweep a run's stage waits for the same run's stage before it. A job that waits for one that failed is
+    cancelled.
+
+    Args:
+        scripts: in order.
+        folder: where the jobs' logs go.
+        is_array: whether the jobs are arrays.
+
+    Returns:
+        the job's id of each script.
+
+    Raises:
+        ConfigError: sbatch refused one, in its own words. Those submitted before it are cancelled.
+    """
+    ids: list[str] = []
+    for script in scripts:
+        after = [f"--dependency={'aftercorr' if is_array else 'afterok'}:{ids[-1]}"] if ids else []
+        command = ["sbatch", "--parsable", f"--chdir={folder}", "--kill-on-invalid-dep=yes", *after, str(script)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            cancel(ids)
+            said = done.stderr.strip().removeprefix("sbatch: ")
+            raise ConfigError([f"sbatch refused {script.name}: {said}"])
+        # ID, or ID;CLUSTER
+        ids.append(done.stdout.strip().split(";")[0])
+    return ids
+
+
+def states(ids: list[str]) -> dict[str, list[tuple[str, str]]]:
+    """State and reason of the jobs that Slurm still knows, by id; several for the tasks of an array."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    if not ids:
+        return found
+    command = ["squeue", "--noheader", "--states=all", "--format=%F|%T|%r", f"--jobs={','.join(ids)}"]
+    # Ids that Slurm has forgotten are an error to it, and leave nothing to read.
+    for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
+        job, state, reason = line.split("|", 2)
+        found.setdefault(job, []).append((state, reason))
+    return found
+
+
+def cancel(ids: list[str]) -> None:
+    """Cancel jobs; what is over already stays as it is."""
+    if ids:
+        subprocess.run(["scancel", "--quiet", *ids], capture_output=True)
+
+
+def known_partitions() -> set[str]:
+    """Names of the partitions that there are."""
+    done = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True)
+    return set(re.findall(r"\S+", done.stdout))

@@ -1,0 +1,272 @@
+"""The verb `launch`: a verb or a recipe becomes jobs of a cluster, or ranks here. Needs no torch."""
+
+import dataclasses
+import itertools
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from minitron_megatron.config.cluster import ClusterConfig, ClusterKind, LaunchConfig
+from minitron_megatron.config.compose import as_value, compose, read_settings, resolve_stages, sweep, to_plain
+from minitron_megatron.config.reader import near
+from minitron_megatron.config.verbs import VERBS
+from minitron_megatron.errors import PREEMPTED, ConfigError, raise_if_any
+from minitron_megatron.launch import slurm
+from minitron_megatron.launch.jobs import REPORT, Job, Stages, jobs_of
+from minitron_megatron.launch.local import run_ranks
+from minitron_megatron.launch.run_folder import (
+    FOLDER,
+    LOGS,
+    RECIPE,
+    Launched,
+    is_done,
+    other_run_problems,
+    replace,
+    write_settings,
+)
+from minitron_megatron.launch.script import render
+from minitron_megatron.launch.status import status_table
+from minitron_megatron.launch.version import code_version
+
+OWN = ("cluster", "dry_run")
+"""Settings of a launch; all others are of what is launched."""
+
+LAUNCHED = [verb for verb in VERBS if verb != "inspect"]
+"""What can be launched."""
+
+
+@dataclass
+class Run:
+    """What one run does.
+
+    Attributes:
+        folder: of the run.
+        stages: in order; a verb by itself is one.
+        recipe: settings of the recipe, if it is one.
+    """
+
+    folder: Path
+    stages: Stages
+    recipe: Any = None
+
+
+def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
+    """Run a verb or a recipe where the cluster's settings say.
+
+    Args:
+        verb: what to run.
+        overrides: of its settings, and of `LaunchConfig`'s.
+        multirun: overrides with several values make a sweep, a run for each of their combinations.
+
+    Returns:
+        exit status.
+
+    Raises:
+        ConfigError: a setting is wrong, the layout does not fit the cluster, the folder holds another run, or Slurm
+            refuses.
+    """
+    own = [override for override in overrides if re.match(rf"\+*({'|'.join(OWN)})\b", override)]
+    config: LaunchConfig = compose("launch", own)
+    base, runs = _runs(verb, [override for override in overrides if override not in own], multirun)
+    jobs = _jobs(runs, config.cluster)
+    launched = Launched(
+        jobs, str(Path.cwd()), {}, len(runs) if multirun else None, to_plain(config.cluster), code_version()
+    )
+    if config.dry_run:
+        print("\n".join(_planned(launched, base, runs, config.cluster)))
+        return 0
+    if config.cluster.kind is ClusterKind.SLURM:
+        slurm.require_slurm()
+    raise_if_any([*_partition_problems(config.cluster), *_folder_problems(launched, base, runs)])
+    waiting = [job for job in jobs if not all(is_done(run.folder, job, launched.work_dir) for run in runs)]
+    if not waiting:
+        print(f"{base} is finished: nothing to do")
+        return 0
+    (base / FOLDER).mkdir(parents=True, exist_ok=True)
+    (base / LOGS).mkdir(exist_ok=True)
+    for run in runs:
+        for job in jobs:
+            if not is_done(run.folder, job, launched.work_dir):
+                for left in ("done", "state"):
+                    (run.folder / FOLDER / f"{job.file}.{left}").unlink(missing_ok=True)
+        write_settings(run.folder, jobs, run.stages, run.recipe)
+    if config.cluster.kind is ClusterKind.LOCAL:
+        launched.write(base)
+        return _run_here(launched, runs)
+    for file, text in _scripts(launched, base, config.cluster).items():
+        replace(base / FOLDER / f"{file}.sh", text)
+    ids = slurm.submit_chain([base / FOLDER / f"{job.file}.sh" for job in waiting], base / LOGS, multirun)
+    launched.ids = {job.file: job_id for job, job_id in zip(waiting, ids, strict=True)}
+    launched.write(base)
+    for job, job_id in zip(waiting, ids, strict=True):
+        print(f"job {job_id}: {job.name} on {job.nodes} x {job.ranks_per_node} ranks")
+    print(f"see how far it is: minitron launch status {shlex.quote(str(base))}")
+    return 0
+
+
+def status(run_dir: str) -> int:
+    """Print how far each stage of a launched run has come."""
+    Console().print(status_table(Path(run_dir)))
+    return 0
+
+
+def cancel(run_dir: str) -> int:
+    """Cancel all jobs of a launched run that are not over."""
+    launched = Launched.read(Path(run_dir))
+    slurm.cancel(list(launched.ids.values()))
+    launched.cancelled = True
+    launched.write(Path(run_dir))
+    return 0
+
+
+def report(run_dir: str) -> int:
+    """Write the report of a launched recipe, of the stages that are done."""
+    from minitron_megatron.recipe import finish
+
+    recipe = read_settings("compress", Path(run_dir) / RECIPE)
+    finish(recipe, resolve_stages(recipe))
+    return 0
+
+
+ACTIONS = {"status": status, "cancel": cancel, REPORT: report}
+"""What can be done with the folder of a launched run."""
+
+
+def command(arguments: list[str], multirun: bool) -> int:
+    """`minitron launch [VERB] key=value ...`, or `minitron launch ACTION RUN`.
+
+    Raises:
+        ConfigError: as `launch` does, or there is no such verb or action.
+    """
+    words = list(itertools.takewhile(lambda argument: "=" not in argument, arguments))
+    if words and words[0] in ACTIONS:
+        if len(arguments) != 2:
+            raise ConfigError([f"launch {words[0]} takes the folder of a run and nothing else"])
+        return ACTIONS[words[0]](arguments[1])
+    verb = words[0] if words else "compress"
+    if verb not in LAUNCHED or len(words) > 1:
+        known = [*LAUNCHED, *ACTIONS]
+        raise ConfigError(
+            [
+                f"launch {' '.join(words)}: give one verb, or one of {', '.join(ACTIONS)} and a folder; "
+                f"{near(verb, known)}"
+            ]
+        )
+    return launch(verb, arguments[len(words) :], multirun)
+
+
+def _runs(verb: str, overrides: list[str], multirun: bool) -> tuple[Path, list[Run]]:
+    """The folder of all that is launched, and every run; that of a run by itself is the same."""
+    if not multirun:
+        run = _run(verb, overrides)
+        return run.folder, [run]
+    combinations = sweep(overrides)
+    settings = compose(verb, combinations[0])
+    base = Path(settings.run_dir if verb == "compress" else settings.output).absolute()
+    runs = []
+    for number, given in enumerate(combinations):
+        folder = base / str(number)
+        place = f"run_dir={as_value(str(folder))}" if verb == "compress" else f"output={as_value(str(folder / verb))}"
+        runs.append(dataclasses.replace(_run(verb, [*given, place]), folder=folder))
+    return base, runs
+
+
+def _run(verb: str, overrides: list[str]) -> Run:
+    """One run. That of a verb by itself has its folder beside the verb's output."""
+    settings = compose(verb, overrides)
+    if verb == "compress":
+        return Run(Path(settings.run_dir).absolute(), resolve_stages(settings), settings)
+    output = Path(settings.output).absolute()
+    return Run(output.with_name(f"{output.name}.launch"), {verb: (verb, settings)})
+
+
+def _jobs(runs: list[Run], cluster: ClusterConfig) -> list[Job]:
+    """The jobs that every run has.
+
+    Raises:
+        ConfigError: as `jobs_of` does, or the runs of a sweep need jobs of different sizes.
+    """
+    if cluster.kind is ClusterKind.LOCAL:
+        cluster = dataclasses.replace(cluster, nodes=None, ranks_per_node=sys.maxsize)
+    jobs, *others = [jobs_of(run.stages, cluster, run.recipe is not None) for run in runs]
+    if any(other != jobs for other in others):
+        raise ConfigError(["the runs of a sweep must have the same stages on as many ranks: launch them one by one"])
+    return jobs
+
+
+def _scripts(launched: Launched, base: Path, cluster: ClusterConfig) -> dict[str, str]:
+    """The batch script of every job, by the stem of its file."""
+    own = "python" if cluster.venv else "python3" if cluster.container.image else sys.executable
+    python, digest = cluster.python or own, launched.code["digest"]
+    return {
+        job.file: render(job, cluster, base, Path(launched.work_dir), python, digest, launched.num_runs)
+        for job in launched.jobs
+    }
+
+
+def _command(run: Path, job: Job) -> list[str]:
+    """What a job does, as arguments of `minitron`."""
+    if job.verb == REPORT:
+        return ["launch", REPORT, str(run)]
+    return [job.verb, "--config", str(run / FOLDER / f"{job.file}.yaml")]
+
+
+def _planned(launched: Launched, base: Path, runs: list[Run], cluster: ClusterConfig) -> list[str]:
+    """What would be submitted, or run here."""
+    if cluster.kind is ClusterKind.SLURM:
+        return list(_scripts(launched, base, cluster).values())
+    return [
+        f"{shlex.join(['minitron', *_command(run.folder, job)])}  # {job.ranks} rank(s)"
+        for run in runs
+        for job in launched.jobs
+    ]
+
+
+def _run_here(launched: Launched, runs: list[Run]) -> int:
+    """Run all jobs of all runs on this machine, one after another, up to the first that fails."""
+    for run in runs:
+        for job in launched.jobs:
+            if is_done(run.folder, job, launched.work_dir):
+                continue
+            state = run.folder / FOLDER / f"{job.file}.state"
+            replace(state, "running - 0\n")
+            if status := run_ranks(job.ranks, _command(run.folder, job)):
+                replace(state, f"{'stopped' if status == PREEMPTED else 'failed'} - 0\n")
+                return status
+            state.with_suffix(".done").touch()
+    return 0
+
+
+def _partition_problems(cluster: ClusterConfig) -> list[str]:
+    names = {"partition": cluster.partition, "cpu_partition": cluster.cpu_partition}
+    if cluster.kind is ClusterKind.LOCAL or not any(names.values()):
+        return []
+    known = slurm.known_partitions()
+    return [
+        f"cluster.{name} = {value}: there is no such partition; {near(value, sorted(known))}"
+        for name, value in names.items()
+        if value and known and not set(value.split(",")) <= known
+    ]
+
+
+def _folder_problems(launched: Launched, base: Path, runs: list[Run]) -> list[str]:
+    """That something else lies in the folders, or is about to."""
+    found = [p for run in runs for p in other_run_problems(run.folder, launched.jobs, run.stages)]
+    if (base / FOLDER / "launch.json").is_file():
+        before = Launched.read(base)
+        if before.num_runs != launched.num_runs:
+            found.append(
+                f"{base} holds {'a single run' if before.num_runs is None else 'a sweep'}: choose another folder"
+            )
+        known = slurm.states(list(before.ids.values()))
+        if active := [job for job, found in known.items() if any(state in slurm.ACTIVE for state, _ in found)]:
+            found.append(
+                f"{base} is in the queue already, as jobs {', '.join(active)}: wait for them, or end them with "
+                f"`minitron launch cancel {shlex.quote(str(base))}`"
+            )
+    return found
