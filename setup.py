@@ -45,7 +45,7 @@ setup(
         # megatron-core 0.19, which is for these, imports it without requiring it; torch's CPU builds do not bring it.
         'triton; python_version >= "3.12" and platform_system == "Linux"',
         "hydra-core>=1.3,<2",
-        "wandb>=0.18",
+        "wandb>=0.31",
         "transformers>=5",
         "safetensors",
         "numpy",
@@ -60,6 +60,7 @@ setup(
         # its own requirements compile llama.cpp and only its GGUF file is read.
         "demo": ["gguf", "accelerate"],
         "eval": ["lm-eval"],
-        "test": ["pytest", "hypothesis", "ruff", "import-linter", "nvidia-modelopt"],
+        "tensorboard": ["tensorboard"],
+        "test": ["pytest", "hypothesis", "ruff", "import-linter", "nvidia-modelopt", "tensorboard"],
     },
 )

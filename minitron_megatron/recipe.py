@@ -53,19 +53,26 @@ def compress(config: CompressConfig) -> Path:
 
 def finish(config: CompressConfig, stages: Stages) -> None:
     """Write the report of what a recipe's stages have made, print the table, and mark the run as done."""
-    from minitron_megatron.report.html import write_report
+    from minitron_megatron.report.html import FIGURES, write_report
     from minitron_megatron.report.results import Stage, read_evaluations
     from minitron_megatron.report.table import summary_table
+    from minitron_megatron.report.tracked import log_figures
 
-    run_dir = Path(config.run_dir)
+    run_dir, marker = Path(config.run_dir), Path(config.run_dir) / "DONE"
+    finished = marker.stat().st_mtime_ns if marker.exists() else 0
     path = run_dir / SECONDS
     seconds = json.loads(path.read_text()) if path.exists() else {}
     done = [Stage(name, verb, Path(s.output), seconds.get(name)) for name, (verb, s) in stages.items()]
     report = write_report(run_dir, config.title, done)
+    # Trackers that have these figures already are not given them again.
+    is_new = any((_newest(stage.output) or 0) > finished for stage in done)
+    for verb, settings in stages.values():
+        if is_new and verb == "distill" and settings.tracking.trackers:
+            log_figures(settings, sorted((run_dir / FIGURES).glob("*.png")))
     console = Console()
     console.print(summary_table(read_evaluations(done)))
     console.print(f"report: {report}", soft_wrap=True)
-    (run_dir / "DONE").touch()
+    marker.touch()
 
 
 def _run(run_dir: Path, name: str, verb: str, settings) -> None:

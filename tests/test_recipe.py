@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.cli import main
+from minitron_megatron.training.metrics import read_metrics
+from tests.offline_wandb import history, rows, sessions
 from tests.tiny import tiny_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +44,7 @@ def arguments(inputs) -> list[str]:
         "stages.distilled.steps=3",
         "stages.distilled.optimizer.warmup_steps=1",
         "stages.distilled.dtype=bf16",  # from a teacher of another number format
+        "stages.distilled.tracking={trackers:[wandb],mode:offline}",
         "stages.evaluate_teacher.generate_tokens=4",
         "stages.evaluate_pruned.generate_tokens=0",
         "stages.evaluate_distilled.generate_tokens=4",
@@ -62,6 +65,16 @@ def test_a_recipe_runs_reports_and_skips_what_is_done(inputs):
     page = (run_dir / "report.html").read_text()
     assert "Tiny &lt;model&gt;" in page
     assert (run_dir / "exported" / "model.safetensors").is_file()
+    # The tracked run is still one run, and has the report's figures.
+    ids, found = history(run_dir / "distilled")
+    assert len(ids) == 1 and found == read_metrics(run_dir / "distilled")
+    own, with_report = map(rows, sessions(run_dir / "distilled"))
+    assert len(own) == len(with_report) == 3 + 1
+    drawn = {key.split("/")[1] for key in with_report[-1] if key.startswith("figures/")}
+    assert (
+        drawn == {path.stem for path in (run_dir / "figures").glob("*.png")} >= {"before_after", "loss", "pruned_ffn"}
+    )
+
     made = {path: path.stat().st_mtime_ns for path in run_dir.rglob("manifest.json")}
     assert len(made) >= 9
 
@@ -69,6 +82,7 @@ def test_a_recipe_runs_reports_and_skips_what_is_done(inputs):
     assert second.returncode == 0, second.stderr
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("manifest.json")} == made
     assert second.stderr.count("skipped") == 9
+    assert len(sessions(run_dir / "distilled")) == 2
 
 
 def readme_commands() -> list[str]:

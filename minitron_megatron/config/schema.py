@@ -67,8 +67,8 @@ class Unit(str, Enum):
 
 
 class Tracker(str, Enum):
-    NONE = "none"
     WANDB = "wandb"
+    TENSORBOARD = "tensorboard"
 
 
 @dataclass
@@ -456,21 +456,27 @@ class TrackingConfig:
     """Where metrics go beside `metrics.jsonl`, which is always written.
 
     Attributes:
-        tracker: wandb for Weights & Biases.
-        project: of the tracker.
-        name: of the run in the tracker; null takes the output folder's.
-        mode: online sends metrics as they come, offline keeps them for `wandb sync`, disabled does neither.
+        trackers: wandb for Weights & Biases; both may be asked for.
+        project: of the run in W&B.
+        name: of the run in W&B; null takes the output folder's.
+        mode: of W&B: online sends metrics as they come, offline keeps them for `wandb sync`, disabled does neither.
+        timeout_s: seconds to wait for W&B's server at the start, which fails then, and at the end.
     """
 
-    tracker: Tracker = Tracker.NONE
+    trackers: list[Tracker] = field(default_factory=list)
     project: str = "minitron_megatron"
     name: str | None = None
     mode: str = "online"
+    timeout_s: float = 60.0
 
     def problems(self, where: str = "tracking.") -> list[str]:
-        if self.mode in ("online", "offline", "disabled"):
-            return []
-        return [f"{where}mode = {self.mode!r}: must be online, offline or disabled"]
+        found = []
+        if len(set(self.trackers)) < len(self.trackers):
+            names = ", ".join(tracker.value for tracker in self.trackers)
+            found.append(f"{where}trackers = [{names}]: name each once")
+        if self.mode not in ("online", "offline", "disabled"):
+            found.append(f"{where}mode = {self.mode!r}: must be online, offline or disabled")
+        return [*found, *at_least(where, "timeout_s", self.timeout_s, 1)]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -41,17 +42,21 @@ logger = logging.getLogger(__name__)
 _BYTES_PER_PARAMETER = 2 + 3 * 4
 
 
-def distill(config: DistillConfig) -> Path:
+def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None = None) -> Path:
     """Train a student checkpoint, from a teacher or from the text alone.
 
     A run that was killed goes on from its last checkpoint when it is started again with the same settings.
+
+    Args:
+        config: settings of the run.
+        figures: draws PNG files of the run whose folder it is given, for the trackers.
 
     Returns:
         the run's folder; its `checkpoints/` is the trained checkpoint.
 
     Raises:
         CheckpointError: teacher or student is not whole.
-        ConfigError: they do not belong together, or the output holds another run.
+        ConfigError: they do not belong together, the output holds another run, or a tracker does not start.
         DataError: the text is too short, or the teacher is no better than chance on it.
         TrainingError: losses or gradients were not finite, again and again.
     """
@@ -75,8 +80,18 @@ def distill(config: DistillConfig) -> Path:
         heldout = heldout_samples(corpus, config.data.sequence_length)
         main_first(lambda: _prepare(output, config, student, manifest))
         with told_when_full(output):
-            # A teacher whose predictions count nothing is not loaded.
-            _run(config, output, teacher if config.loss.needs_teacher else None, student, samples, heldout, groups)
+            with ExitStack() as stack:
+                metrics = None
+                with failing_together():  # before anything is loaded, for a tracker may not start
+                    if groups.is_main:
+                        metrics = stack.enter_context(Metrics(output, config.tracking, manifest))
+                # A teacher whose predictions count nothing is not loaded.
+                needed = teacher if config.loss.needs_teacher else None
+                _run(config, output, needed, student, samples, heldout, groups, metrics)
+                if metrics and config.tracking.trackers:
+                    metrics.log_output(output.name, output / "checkpoints")
+                    if figures:
+                        metrics.log_figures(figures(output))
             if groups.is_main:
                 manifest.write(output)
                 (output / "DONE").touch()
@@ -91,6 +106,7 @@ def _run(
     samples: Samples,
     heldout: Samples,
     groups: Groups,
+    metrics: Metrics | None,
 ) -> None:
     chunks = build_model(student.shape, groups, config.dtype, recompute=config.recompute)
     load_weights(chunks, RandomWeights(student.shape, config.seed) if config.random_init else student, groups)
@@ -122,12 +138,8 @@ def _run(
     run = load_state(checkpoints, models)
     if run.step:
         logger.info("going on after step %d", run.step)
-    with ExitStack() as stack:
-        metrics = None
-        with failing_together():
-            if groups.is_main:
-                metrics = stack.enter_context(Metrics(output, run.step, config.tracking, to_plain(config)))
-        train(config, pair, models, samples, heldout, groups, run, checkpoints, metrics, flops)
+    main_first(lambda: metrics.go_on(run.step))
+    train(config, pair, models, samples, heldout, groups, run, checkpoints, metrics, flops)
 
 
 def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: DistillConfig) -> list[str]:

@@ -1,54 +1,83 @@
-"""Metrics of a run: always to `metrics.jsonl`, and to a tracker where one is asked for."""
+"""Metrics of a run: always to `metrics.jsonl`, and to the trackers that are asked for."""
 
 import json
-import uuid
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
 
-from minitron_megatron.checkpoint.manifest import write_atomically
-from minitron_megatron.config.schema import Tracker, TrackingConfig
-from minitron_megatron.errors import ConfigError
+from minitron_megatron.checkpoint.manifest import Manifest, Parent, write_atomically
+from minitron_megatron.config.schema import TrackingConfig
+from minitron_megatron.training.trackers import STEP, TensorBoard, Wandb, start_trackers
+
+logger = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
-WANDB_ID = "wandb_id"
 
 
 class Metrics:
     """The metrics of one run, over all of its restarts. A context manager; one process alone uses it.
 
+    Trackers start here, so that one that cannot is found before any work. Once they have, nothing that goes wrong with
+    one stops training: it is said once, and `metrics.jsonl` has everything.
+
     Args:
         folder: of the run.
-        step: the step the run goes on from; later lines, which will be made again, are dropped.
-        tracking: the tracker, if any.
-        config: the run's settings, for the tracker.
+        tracking: the trackers.
+        manifest: of the run, for the trackers: its settings and what it is made from.
 
     Raises:
-        ConfigError: the tracker that was asked for does not start.
+        ConfigError: a tracker that was asked for does not start.
     """
 
-    def __init__(self, folder: Path, step: int, tracking: TrackingConfig, config: dict):
-        path = folder / FILE
-        if path.exists():
-            kept = [json.dumps(values) + "\n" for values in read_metrics(folder) if values["progress/step"] <= step]
-            write_atomically(path, "".join(kept))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115
-        self._wandb = _start_wandb(folder, tracking, config) if tracking.tracker is Tracker.WANDB else None
+    def __init__(self, folder: Path, tracking: TrackingConfig, manifest: Manifest):
+        self._folder, self._file = folder, None
+        self._trackers = start_trackers(folder, tracking, manifest)
+        self._warned: set[str] = set()
 
     def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(exception[0] is not None))
+        if self._file is not None:
+            self._file.close()
+        self._tell(lambda tracker: tracker.finish(failed=exception[0] is not None))
+
+    def go_on(self, step: int) -> None:
+        """Begin to log, or go on after `step`; later lines, whose steps will be made again, are dropped."""
+        path, kept = self._folder / FILE, []
+        if path.exists():
+            kept = [values for values in read_metrics(self._folder) if values[STEP] <= step]
+            write_atomically(path, "".join(json.dumps(values) + "\n" for values in kept))
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115
+        self._tell(lambda tracker: tracker.go_on(kept))
 
     def log(self, values: dict[str, float]) -> None:
         """Write one line. `progress/step` must be among the values."""
         self._file.write(json.dumps(values) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(values, step=values["progress/step"])
+        self._tell(lambda tracker: tracker.log(values))
+
+    def log_figures(self, files: list[Path]) -> None:
+        """Hand PNG files to the trackers, which name each by its stem."""
+        self._tell(lambda tracker: tracker.log_figures(files))
+
+    def log_output(self, role: str, path: Path) -> None:
+        """Tell the trackers where the result lies, as which its content is known from now on."""
+        if self._trackers:
+            output = Parent.of(role, path)
+            self._tell(lambda tracker: tracker.log_output(output))
+
+    def _tell(self, call: Callable[[Wandb | TensorBoard], None]) -> None:
+        for tracker in self._trackers:
+            try:
+                call(tracker)
+            except Exception as error:
+                name = type(tracker).__name__
+                if name not in self._warned:
+                    self._warned.add(name)
+                    logger.warning("%s fails (%r): training goes on, and %s has everything", name, error, FILE)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -64,24 +93,3 @@ def memory_gib(device: torch.device) -> dict[str, float]:
         found["memory/allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         found["memory/reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return found
-
-
-def _start_wandb(folder: Path, tracking: TrackingConfig, config: dict):
-    import wandb
-
-    path = folder / WANDB_ID
-    if not path.exists():
-        write_atomically(path, uuid.uuid4().hex[:8])
-    try:
-        return wandb.init(
-            project=tracking.project,
-            name=tracking.name or folder.name,
-            mode=tracking.mode,
-            id=path.read_text(),
-            resume="allow",
-            dir=folder,
-            config=config,
-        )
-    except wandb.Error as e:
-        problem = f"tracking.tracker = wandb does not start ({e}): log in, or set tracking.mode=offline"
-        raise ConfigError([problem]) from e

@@ -120,10 +120,13 @@ def test_random_weights_do_not_depend_on_the_layout(inputs, tmp_path):
 
 def error_of_a_rank(inputs, folder):
     def fails(*arguments):
-        raise ConfigError(["tracking.tracker = wandb does not start"])
+        raise ConfigError(["tracking.trackers = [wandb]: wandb does not start"])
 
-    distill.Metrics, distill.train = fails, lambda *arguments: None
-    with pytest.raises(ConfigError, match="tracking.tracker = wandb does not start"):
+    def loaded(*arguments):
+        raise AssertionError("a model was built before the tracker had started")
+
+    distill.Metrics, distill.build_model = fails, loaded
+    with pytest.raises(ConfigError, match="wandb does not start"):
         distill.distill(settings(inputs, folder / "run", parallel=ParallelConfig(data=2)))
 
 

@@ -78,7 +78,8 @@ def test_the_help_text_shows_defaults_meanings_and_choices():
     lines = describe("distill", width=1000).splitlines()
     [steps] = [line for line in lines if line.strip().startswith("steps=")]
     assert steps.split() == ["steps=400", "optimiser", "steps."]
-    [tracker] = [line for line in lines if "tracking.tracker" in line]
-    assert tracker.endswith("  wandb for Weights & Biases. [none, wandb]")
+    [trackers] = [line for line in lines if "tracking.trackers" in line]
+    assert trackers.split()[0] == "tracking.trackers=[]"
+    assert trackers.endswith("  wandb for Weights & Biases; both may be asked for. [wandb, tensorboard]")
     [dtype] = [line for line in lines if line.strip().startswith("dtype=")]
     assert "fp32 main weights are kept for bf16. [bf16, fp16, fp32]" in dtype  # a meaning of two lines

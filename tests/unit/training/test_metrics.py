@@ -1,19 +1,76 @@
 import json
+import logging
+import multiprocessing
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+import wandb
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from minitron_megatron.checkpoint.manifest import Manifest, Parent
 from minitron_megatron.config.schema import Tracker, TrackingConfig
-from minitron_megatron.training.metrics import WANDB_ID, Metrics, read_metrics
+from minitron_megatron.errors import ConfigError
+from minitron_megatron.training.metrics import Metrics, read_metrics
+from minitron_megatron.training.trackers import TENSORBOARD, Wandb
+from tests.offline_wandb import artifacts, history, rows, sessions
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+WANDB, BOTH = [Tracker.WANDB], [Tracker.WANDB, Tracker.TENSORBOARD]
 
 
-def log_steps(folder, first, last, tracking=None, step=0):
-    with Metrics(folder, step, tracking or TrackingConfig(), {"lr": 1.0}) as metrics:
-        for step in range(first, last + 1):
-            metrics.log({"progress/step": step, "loss/total": 1 / step})
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """Set which server W&B is to find, and with which key. W&B reads its environment once per session."""
+
+    def choose(url, key=KEY):
+        wandb.teardown()
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("NETRC", str(tmp_path / "home/.netrc"))
+        if key:
+            monkeypatch.setenv("WANDB_API_KEY", key)
+        else:
+            monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+    yield choose
+    wandb.teardown()
+
+
+def start(folder, trackers=(), mode="offline", manifest=None, **settings):
+    return Metrics(folder, TrackingConfig(list(trackers), mode=mode, **settings), manifest or Manifest("run"))
+
+
+def log_steps(folder, first, last, *arguments, **settings):
+    with start(folder, *arguments, **settings) as metrics:
+        metrics.go_on(first - 1)
+        log(metrics, first, last)
+
+
+def log(metrics, first, last, scale=1.0):
+    for step in range(first, last + 1):
+        metrics.log({"progress/step": step, "loss/total": scale / step, "optim/grad_norm": float("inf")})
+
+
+def tensorboard(folder):
+    """The curves, by name, as steps and values."""
+    events = EventAccumulator(str(folder / TENSORBOARD)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_lines_are_on_disk_as_soon_as_they_are_logged(tmp_path):
-    with Metrics(tmp_path, 0, TrackingConfig(), {}) as metrics:
+    with start(tmp_path) as metrics:
+        metrics.go_on(0)
         metrics.log({"progress/step": 1, "loss/total": 2.5})
         assert read_metrics(tmp_path) == [{"progress/step": 1, "loss/total": 2.5}]
 
@@ -22,24 +79,210 @@ def test_going_on_drops_what_came_after_the_checkpoint(tmp_path):
     log_steps(tmp_path, 1, 5)
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"progress/step": 6, "loss/to')  # the run was killed here
-    log_steps(tmp_path, 4, 6, step=3)
+    log_steps(tmp_path, 4, 6)
     assert [line["progress/step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_one_wandb_run_over_all_restarts(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    tracking = TrackingConfig(tracker=Tracker.WANDB, project="test", mode="offline")
-    log_steps(tmp_path, 1, 2, tracking)
-    first_id = (tmp_path / WANDB_ID).read_text()
-    log_steps(tmp_path, 3, 4, tracking, step=2)
-    files = list((tmp_path / "wandb").glob(f"offline-run-*-{first_id}/run-{first_id}.wandb"))
-    assert len(files) >= 1
-    assert any(b"loss/total" in file.read_bytes() for file in files)
-    assert (tmp_path / WANDB_ID).read_text() == first_id
+def killed(folder):
+    """Log seven steps, as if the last checkpoint were at the fifth, and be killed: what is in memory is lost."""
+    metrics = start(folder, BOTH)
+    metrics.go_on(0)
+    log(metrics, 1, 7, scale=9.0)
+    signal.raise_signal(signal.SIGKILL)
 
 
-def test_the_tracker_does_not_replace_the_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    log_steps(tmp_path, 1, 2, TrackingConfig(tracker=Tracker.WANDB, mode="disabled"))
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["loss/total"] for line in lines] == pytest.approx([1, 0.5])
+def test_the_trackers_know_what_the_file_knows_after_a_kill(tmp_path):
+    process = multiprocessing.get_context("forkserver").Process(target=killed, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(read_metrics(tmp_path)) == 7
+    for first, last in ((6, 9), (8, 10)):  # of which the first is not killed, so that all it logged is there
+        with start(tmp_path, BOTH) as metrics:
+            metrics.go_on(first - 1)
+            log(metrics, first, last)
+        lines = read_metrics(tmp_path)
+        assert [line["progress/step"] for line in lines] == list(range(1, last + 1))
+        ids, found = history(tmp_path)
+        assert len(ids) == 1 and found == lines
+        # The newest folder has everything by itself, whatever became of the others.
+        assert len(rows(sessions(tmp_path)[-1])) == last
+        curves = tensorboard(tmp_path)
+        assert curves.keys() == lines[0].keys()
+        for name, curve in curves.items():
+            assert curve == [(line["progress/step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+    assert len(sessions(tmp_path)) == 3
+
+
+def test_online_sends_what_the_server_lacks(tmp_path):
+    """A server that had six lines, when the checkpoint was at the eighth step."""
+    sent = []
+
+    class Run:
+        summary = {"progress/step": 6}
+
+        def log(self, values):
+            sent.append(values["progress/step"])
+
+    tracker = object.__new__(Wandb)
+    tracker._run, tracker._parents = Run(), []
+    tracker.go_on([{"progress/step": step} for step in range(1, 9)])
+    assert sent == [7, 8]
+
+
+def test_the_trackers_are_told_what_the_run_is(tmp_path):
+    manifest = Manifest("run", config={"optimizer": {"lr": 0.5}})
+    log_steps(tmp_path, 1, 1, BOTH, manifest=manifest)
+    [session] = sessions(tmp_path)
+    [run] = [r.run for r in session if r.WhichOneof("record_type") == "run" and r.run.config.update][:1]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["optimizer"] == {"lr": 0.5}
+    assert run.display_name == tmp_path.name and run.resume
+    events = EventAccumulator(str(tmp_path / TENSORBOARD)).Reload()
+    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    assert '"lr": 0.5' in texts["config/text_summary"]
+    made_with = config["made_with"]
+    assert json.loads(texts["made_with/text_summary"]) == made_with
+    assert {"torch", "megatron-core", "minitron-megatron", "python"} <= made_with["versions"].keys()
+    root = Path(__file__).parents[3]
+    if (root / ".git").exists():
+        commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        assert made_with["git_revision"].removesuffix("-dirty") == commit.stdout.strip()
+
+
+def result(folder, kind, **parents):
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(folder.name.encode() * 10_000)
+    Manifest(kind, parents=[Parent.of(role, path) for role, path in parents.items()]).write(folder)
+    return folder
+
+
+def test_lineage_is_artifacts_by_reference(tmp_path):
+    teacher = result(tmp_path / "teacher", "checkpoint")
+    scores = result(tmp_path / "scores", "scores", checkpoint=teacher)
+    pruned = result(tmp_path / "pruned", "checkpoint", checkpoint=teacher, scores=scores)
+    output = result(tmp_path / "distilled/checkpoints", "checkpoint", student=pruned, teacher=teacher)
+    manifest = Manifest("run", parents=[Parent.of("student", pruned), Parent.of("teacher", teacher)])
+    with start(tmp_path / "distilled", WANDB, manifest=manifest) as metrics:
+        metrics.go_on(0)
+        log(metrics, 1, 1)
+        metrics.log_output("distilled", output)
+    [session] = sessions(tmp_path / "distilled")
+    found = {a.name.rpartition("-")[0]: a for a in artifacts(session)}
+    assert list(found) == ["pruned", "teacher", "scores", "distilled"]
+    assert {name for name, a in found.items() if a.use_after_commit} == {"pruned", "teacher", "scores"}
+    metadata = {name: json.loads(a.metadata) for name, a in found.items()}
+    ours = {name: values["fingerprint"] for name, values in metadata.items()}
+    assert (
+        ours["teacher"] == Parent.of("", teacher).fingerprint and ours["distilled"] == Parent.of("", output).fingerprint
+    )
+    assert metadata["pruned"]["parents"] == {"checkpoint": ours["teacher"], "scores": ours["scores"]}
+    assert metadata["distilled"]["parents"] == {"student": ours["pruned"], "teacher": ours["teacher"]}
+    assert {name: a.type for name, a in found.items()}["scores"] == "scores"
+    for artifact in found.values():
+        assert artifact.manifest.contents
+        assert all(entry.ref.startswith("file://") and not entry.local_path for entry in artifact.manifest.contents)
+    # Another run that sees the same result knows it by the same name.
+    assert found["teacher"].name.endswith(ours["teacher"][:12])
+
+
+def test_figures_are_images(tmp_path):
+    figure = Figure(figsize=(2, 1))
+    figure.savefig(tmp_path / "loss.png", dpi=50)
+    with start(tmp_path, BOTH) as metrics:
+        metrics.go_on(0)
+        log(metrics, 1, 2)
+        metrics.log_figures([tmp_path / "loss.png"])
+    [session] = sessions(tmp_path)
+    image = rows(session)[-1]
+    assert (image["figures/loss/width"], image["figures/loss/height"]) == (100, 50)
+    [file] = tmp_path.glob("wandb/offline-run-*/files/media/images/figures/loss*.png")
+    assert file.read_bytes() == (tmp_path / "loss.png").read_bytes()
+    assert history(tmp_path)[1] == read_metrics(tmp_path)
+    [image] = EventAccumulator(str(tmp_path / TENSORBOARD)).Reload().Images("figures/loss")
+    assert (image.width, image.height) == (100, 50)
+
+
+def test_a_disabled_tracker_writes_nothing_but_the_file(tmp_path):
+    log_steps(tmp_path, 1, 2, WANDB, mode="disabled")
+    assert [line["loss/total"] for line in read_metrics(tmp_path)] == pytest.approx([1, 0.5])
+    assert not list(tmp_path.rglob("*.wandb"))
+
+
+def test_a_tracker_that_fails_later_is_said_once_and_stops_nothing(tmp_path, monkeypatch, caplog):
+    def fails(*arguments, **settings):
+        raise ConnectionError("no route to host")
+
+    for name in ("log", "finish", "_log_artifact"):
+        monkeypatch.setattr(wandb.Run, name, fails)
+    with caplog.at_level(logging.WARNING):
+        log_steps(tmp_path, 1, 5, BOTH)
+    assert len(read_metrics(tmp_path)) == 5
+    assert len(tensorboard(tmp_path)["loss/total"]) == 5
+    [message] = [r.message for r in caplog.records if r.name.startswith("minitron_megatron")]
+    assert "Wandb fails" in message and "no route to host" in message
+
+
+@pytest.fixture(params=[401, 403])
+def refusing(request):
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(request.param)
+            self.end_headers()
+            self.wfile.write(b'{"errors": [{"message": "refused"}]}')
+
+        do_GET = do_POST
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", request.param
+    server.shutdown()
+
+
+def test_a_key_that_is_refused(tmp_path, server, refusing):
+    url, status = refusing
+    server(url)
+    message = rf"tracking.trackers = \[wandb\] with tracking.mode = online: wandb does not start.*{status}.*wandb login"
+    with pytest.raises(ConfigError, match=message):
+        start(tmp_path, WANDB, mode="online")
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
+
+
+def test_a_key_that_is_none(tmp_path, server):
+    server("http://127.0.0.1:9", key="short")
+    with pytest.raises(ConfigError, match="wandb does not start") as error:
+        start(tmp_path, WANDB, mode="online")
+    assert "short" not in str(error.value).replace("too short", "")
+
+
+def test_no_key(tmp_path, server):
+    server("http://127.0.0.1:9", key=None)
+    with pytest.raises(ConfigError, match="tracking.mode = online: wandb does not start.*set tracking.mode=offline"):
+        start(tmp_path, WANDB, mode="online")
+
+
+def test_a_server_that_does_not_answer(tmp_path, server):
+    server("http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="wandb does not start.*within tracking.timeout_s = 1"):
+        start(tmp_path, WANDB, mode="online", timeout_s=1.0)
+
+
+@pytest.mark.parametrize("tracker, module", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_package_that_is_missing(tmp_path, monkeypatch, tracker, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    message = rf"tracking.trackers = \[{tracker}\].*: {tracker} does not start.*pip install {tracker}"
+    with pytest.raises(ConfigError, match=message):
+        start(tmp_path, [Tracker(tracker)])
+
+
+def test_a_tracker_that_started_is_ended_when_the_next_one_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="tensorboard does not start"):
+        start(tmp_path, BOTH)
+    [session] = sessions(tmp_path)
+    [end] = [record.exit for record in session if record.WhichOneof("record_type") == "exit"]
+    assert end.exit_code == 1

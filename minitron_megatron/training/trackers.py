@@ -1,0 +1,203 @@
+"""Where a run's metrics go beside `metrics.jsonl`: Weights & Biases, TensorBoard.
+
+A tracker gets its whole history again from `metrics.jsonl` when a killed run goes on. Both of them hold what was logged
+last in memory for a while, W&B for 15 s and TensorBoard for 120 s, so a kill leaves them behind a checkpoint, or
+before it with lines of steps that will be made again.
+"""
+
+import json
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, Parent, write_atomically
+from minitron_megatron.config.schema import Tracker, TrackingConfig
+from minitron_megatron.errors import ConfigError
+from minitron_megatron.training.provenance import provenance
+
+WANDB_ID = "wandb_id"
+TENSORBOARD = "tensorboard"
+MADE_WITH = "made_with"
+STEP = "progress/step"
+
+
+class Wandb:
+    """One Weights & Biases run over all restarts, whose id lies in the run's folder.
+
+    Args:
+        folder: of the run.
+        tracking: its settings.
+        manifest: of the run, for its settings and its lineage.
+
+    Raises:
+        ConfigError: the package is missing, the key is missing or refused, or the server does not answer.
+    """
+
+    def __init__(self, folder: Path, tracking: TrackingConfig, manifest: Manifest):
+        try:
+            import wandb
+        except ImportError as e:
+            raise _does_not_start(Tracker.WANDB, tracking, e, "pip install wandb") from e
+        self._wandb, self._parents = wandb, manifest.parents
+        path = folder / WANDB_ID
+        if not path.exists():
+            write_atomically(path, uuid.uuid4().hex[:8])
+        try:
+            self._run = wandb.init(
+                project=tracking.project,
+                name=tracking.name or folder.name,
+                mode=tracking.mode,
+                id=path.read_text(),
+                resume="allow",
+                dir=folder,
+                config={**manifest.config, MADE_WITH: provenance()},
+                reinit="create_new",  # a run that the caller has open is not this one
+                settings=wandb.Settings(
+                    init_timeout=tracking.timeout_s,
+                    finish_timeout=tracking.timeout_s,
+                    allow_val_change=True,  # of the host, when the run goes on elsewhere
+                    # What others print, their code, and the address of a remote, which may hold a password.
+                    console="off",
+                    disable_code=True,
+                    disable_git=True,
+                ),
+            )
+        except (wandb.Error, ValueError, OSError) as e:
+            limit = f"tracking.timeout_s = {tracking.timeout_s:g}"
+            fix = f"run `wandb login`, see whether the server answers within {limit}, or set tracking.mode=offline"
+            raise _does_not_start(Tracker.WANDB, tracking, e, fix) from e
+        # W&B ignores lines whose `step=` is not above the last one, and those of steps made again are not. So it counts
+        # lines by itself, and curves are drawn over our steps, of which the last line counts.
+        self._run.define_metric("*", step_metric=STEP, step_sync=False)
+
+    def go_on(self, lines: list[dict[str, float]]) -> None:
+        """Log what W&B has not got of the lines so far, and the run's inputs.
+
+        Offline nothing is known of earlier sessions, so that each one's folder has everything and is enough to sync.
+        """
+        seen = self._run.summary.get(STEP) or 0
+        for values in lines:
+            if values[STEP] > seen:
+                self.log(values)
+        for role, parent in _ancestors(self._parents):
+            # `use_artifact` waits for the server, and refuses to work offline; this is what it does before it waits.
+            self._run._log_artifact(self._artifact(role, parent), is_user_created=True, use_after_commit=True)
+
+    def log(self, values: dict[str, float]) -> None:
+        self._run.log(values)
+
+    def log_figures(self, files: list[Path]) -> None:
+        self._run.log({f"figures/{file.stem}": self._wandb.Image(str(file)) for file in files})
+
+    def log_output(self, output: Parent) -> None:
+        self._run.log_artifact(self._artifact(output.role, output))
+
+    def finish(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+    def _artifact(self, role: str, parent: Parent):
+        """A reference to files that stay where they are, under a name that is the same in every run that sees them."""
+        path = Path(parent.path).resolve()
+        manifest = _manifest_of(path)
+        folder = path.parent.name if path.name == "checkpoints" else path.name
+        metadata = {
+            "role": role,
+            "path": str(path),
+            "fingerprint": parent.fingerprint,
+            "parents": {p.role: p.fingerprint for p in manifest.parents} if manifest else {},
+        }
+        # W&B takes no other characters, and no more than 128 of them.
+        name = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', folder)[:100]}-{parent.fingerprint[:12]}"
+        artifact = self._wandb.Artifact(name, type=manifest.kind if manifest else "source", metadata=metadata)
+        if path.exists():
+            # Without checksums W&B knows a version by the names in it alone.
+            artifact.add_reference(path.as_uri(), name=parent.fingerprint, checksum=False)
+        return artifact
+
+
+class TensorBoard:
+    """TensorBoard's event files, in `tensorboard/` of the run's folder. Values are float32 there."""
+
+    def __init__(self, folder: Path, tracking: TrackingConfig, manifest: Manifest):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as e:
+            raise _does_not_start(Tracker.TENSORBOARD, tracking, e, "pip install tensorboard") from e
+        # From step 0 on, which makes readers forget what earlier files say: `go_on` writes all of it again.
+        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=0)
+        self._writer.add_text("config", _as_text(manifest.config))
+        self._writer.add_text(MADE_WITH, _as_text(provenance()))
+
+    def go_on(self, lines: list[dict[str, float]]) -> None:
+        for values in lines:
+            self.log(values)
+
+    def log(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, values[STEP])
+
+    def log_figures(self, files: list[Path]) -> None:
+        from matplotlib.image import imread
+
+        for file in files:
+            self._writer.add_image(f"figures/{file.stem}", imread(file), dataformats="HWC")
+
+    def log_output(self, output: Parent) -> None:
+        """Nothing: TensorBoard knows no lineage."""
+
+    def finish(self, failed: bool) -> None:
+        self._writer.close()
+
+
+_KINDS = {Tracker.WANDB: Wandb, Tracker.TENSORBOARD: TensorBoard}
+
+
+def start_trackers(folder: Path, tracking: TrackingConfig, manifest: Manifest) -> list[Wandb | TensorBoard]:
+    """All trackers that are asked for.
+
+    Raises:
+        ConfigError: one of them does not start.
+    """
+    started = []
+    try:
+        for tracker in tracking.trackers:
+            started.append(_KINDS[tracker](folder, tracking, manifest))
+    except ConfigError:
+        for tracker in started:
+            tracker.finish(failed=True)
+        raise
+    return started
+
+
+def _does_not_start(tracker: Tracker, tracking: TrackingConfig, error: Exception, fix: str) -> ConfigError:
+    asked = ", ".join(t.value for t in tracking.trackers)
+    settings = f"tracking.trackers = [{asked}]"
+    if tracker is Tracker.WANDB:
+        settings += f" with tracking.mode = {tracking.mode}"
+    found = " ".join(str(error).split())  # of several lines, and a problem is one
+    return ConfigError([f"{settings}: {tracker.value} does not start ({found}): {fix}, or leave it out"])
+
+
+def _ancestors(parents: list[Parent]) -> Iterator[tuple[str, Parent]]:
+    """Role and place of everything that something was made from, and what that was made from, each once.
+
+    What has been moved since is known by its fingerprint, but not what it was made from.
+    """
+    seen, waiting = set(), list(parents)
+    while waiting:
+        parent = waiting.pop(0)
+        if parent.fingerprint not in seen:
+            seen.add(parent.fingerprint)
+            yield parent.role, parent
+            manifest = _manifest_of(Path(parent.path))
+            waiting += manifest.parents if manifest else []
+
+
+def _manifest_of(path: Path) -> Manifest | None:
+    return Manifest.read(path) if (path / MANIFEST).is_file() else None
+
+
+def _as_text(values: dict) -> str:
+    """Values as TensorBoard shows them, which takes text for Markdown: four spaces make a line code."""
+    return "".join(f"    {line}\n" for line in json.dumps(values, indent=2).splitlines())
