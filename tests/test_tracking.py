@@ -41,6 +41,7 @@ def config(tmp_path):
 
 def test_an_interrupted_run_is_one_run_without_secrets(config, tmp_path, monkeypatch, caplog, capfd):
     wandb.teardown()  # W&B reads the environment once
+    monkeypatch.setenv("WANDB_SILENT", "true")
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     log = Metrics.log
@@ -63,7 +64,7 @@ def test_an_interrupted_run_is_one_run_without_secrets(config, tmp_path, monkeyp
     assert len(rows(first)) == 3
     assert "figures/loss/width" in rows(last)[-1]
     names = [artifact.name.rpartition("-")[0] for artifact in artifacts(last)]
-    assert names[0] == "model" and names[-1] == "tiny"
+    assert names[0] == "checkpoint" and {"hf", "text"} < set(names) and names[-1] == "tiny"
     assert list((run / "tensorboard").iterdir())
 
     texts = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}

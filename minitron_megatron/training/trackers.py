@@ -63,7 +63,7 @@ class Wandb:
                     disable_git=True,
                 ),
             )
-        except (wandb.Error, ValueError, OSError) as e:
+        except Exception as e:  # whatever it is, the tracker that was asked for is not there
             limit = f"tracking.timeout_s = {tracking.timeout_s:g}"
             fix = f"run `wandb login`, see whether the server answers within {limit}, or set tracking.mode=offline"
             raise _does_not_start(Tracker.WANDB, tracking, e, fix) from e

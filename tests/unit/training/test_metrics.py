@@ -4,8 +4,6 @@ import multiprocessing
 import signal
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,9 @@ from minitron_megatron.checkpoint.manifest import Manifest, Parent
 from minitron_megatron.config.schema import Tracker, TrackingConfig
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.training.metrics import Metrics, read_metrics
-from minitron_megatron.training.trackers import TENSORBOARD, Wandb
+from minitron_megatron.training.trackers import TENSORBOARD, WANDB_ID
 from tests.offline_wandb import artifacts, history, rows, sessions
+from tests.wandb_server import Server
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 WANDB, BOTH = [Tracker.WANDB], [Tracker.WANDB, Tracker.TENSORBOARD]
@@ -31,20 +30,28 @@ def quiet(monkeypatch):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """Set which server W&B is to find, and with which key. W&B reads its environment once per session."""
+    """Set which server W&B finds, a stand-in unless another is named, and with which key."""
+    servers = []
 
-    def choose(url, key=KEY):
-        wandb.teardown()
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-        monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        monkeypatch.setenv("NETRC", str(tmp_path / "home/.netrc"))
+    def choose(url=None, key=KEY, status=200):
+        servers.append(Server(status))
+        wandb.teardown()  # the environment is read once per session
+        monkeypatch.setenv("WANDB_BASE_URL", url or servers[-1].url)
+        monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
         if key:
             monkeypatch.setenv("WANDB_API_KEY", key)
         else:
             monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        return servers[-1]
 
     yield choose
     wandb.teardown()
+    for started in servers:
+        started.close()
+
+
+def files_with_key(folder):
+    return [file for file in folder.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
 
 
 def start(folder, trackers=(), mode="offline", manifest=None, **settings):
@@ -92,7 +99,10 @@ def killed(folder):
 
 
 def test_the_trackers_know_what_the_file_knows_after_a_kill(tmp_path):
-    process = multiprocessing.get_context("forkserver").Process(target=killed, args=(tmp_path,))
+    wandb.teardown()  # or the fork would share W&B's process, which outlives it
+    process = multiprocessing.get_context("fork").Process(
+        target=killed, args=(tmp_path,)
+    )  # imports take long otherwise
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -114,20 +124,43 @@ def test_the_trackers_know_what_the_file_knows_after_a_kill(tmp_path):
     assert len(sessions(tmp_path)) == 3
 
 
-def test_online_sends_what_the_server_lacks(tmp_path):
-    """A server that had six lines, when the checkpoint was at the eighth step."""
-    sent = []
+def test_online_sends_what_the_server_lacks(tmp_path, server):
+    found = server()
+    log_steps(tmp_path, 1, 7, WANDB, mode="online")
+    assert found.history() == read_metrics(tmp_path)
+    # From a checkpoint at the fifth step.
+    with start(tmp_path, WANDB, mode="online") as metrics:
+        metrics.go_on(5)
+        log(metrics, 6, 8, scale=9.0)
+    assert len(found.lines) == 7 + 3 and found.history() == read_metrics(tmp_path)
+    # The last two were still in memory when the run was killed.
+    for _ in range(2):
+        found.lines.popitem()
+    found.summary["progress/step"] = 6
+    log_steps(tmp_path, 9, 10, WANDB, mode="online")
+    assert len(found.lines) == 8 + 2 + 2 and found.history() == read_metrics(tmp_path)
+    assert found.ids == {(tmp_path / WANDB_ID).read_text()}
+    assert not files_with_key(tmp_path)
 
-    class Run:
-        summary = {"progress/step": 6}
 
-        def log(self, values):
-            sent.append(values["progress/step"])
+def test_the_newest_offline_folder_is_enough_to_sync(tmp_path, server):
+    log_steps(tmp_path, 1, 7, WANDB)
+    log_steps(tmp_path, 6, 8, WANDB)
+    found = server()
+    sync = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb/latest-run")]
+    subprocess.run(sync, check=True, capture_output=True, cwd=tmp_path)  # where it leaves a log
+    assert found.history() == read_metrics(tmp_path) and len(found.lines) == 8
+    assert found.ids == {(tmp_path / WANDB_ID).read_text()}
 
-    tracker = object.__new__(Wandb)
-    tracker._run, tracker._parents = Run(), []
-    tracker.go_on([{"progress/step": step} for step in range(1, 9)])
-    assert sent == [7, 8]
+
+def test_a_connection_that_breaks_later_stops_nothing(tmp_path, server):
+    found = server()
+    with start(tmp_path, WANDB, mode="online", timeout_s=1.0) as metrics:
+        metrics.go_on(0)
+        log(metrics, 1, 1)
+        found.close()
+        log(metrics, 2, 5)
+    assert len(read_metrics(tmp_path)) == 5
 
 
 def test_the_trackers_are_told_what_the_run_is(tmp_path):
@@ -223,33 +256,13 @@ def test_a_tracker_that_fails_later_is_said_once_and_stops_nothing(tmp_path, mon
     assert "Wandb fails" in message and "no route to host" in message
 
 
-@pytest.fixture(params=[401, 403])
-def refusing(request):
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(request.param)
-            self.end_headers()
-            self.wfile.write(b'{"errors": [{"message": "refused"}]}')
-
-        do_GET = do_POST
-
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", request.param
-    server.shutdown()
-
-
-def test_a_key_that_is_refused(tmp_path, server, refusing):
-    url, status = refusing
-    server(url)
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_that_is_refused(tmp_path, server, status):
+    server(status=status)
     message = rf"tracking.trackers = \[wandb\] with tracking.mode = online: wandb does not start.*{status}.*wandb login"
     with pytest.raises(ConfigError, match=message):
         start(tmp_path, WANDB, mode="online")
-    assert not [file for file in tmp_path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
+    assert not files_with_key(tmp_path)
 
 
 def test_a_key_that_is_none(tmp_path, server):
