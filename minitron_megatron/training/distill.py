@@ -34,6 +34,7 @@ from minitron_megatron.parallel.groups import Groups, process_groups
 from minitron_megatron.training.loop import train
 from minitron_megatron.training.metrics import Metrics
 from minitron_megatron.training.optimizer import optimization
+from minitron_megatron.training.preemption import stop_requests
 from minitron_megatron.training.state import load_state
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
         CheckpointError: teacher or student is not whole.
         ConfigError: they do not belong together, the output holds another run, or a tracker does not start.
         DataError: the text is too short, or the teacher is no better than chance on it.
+        Preempted: a signal asked the run to stop; it is saved as it was after that step.
         TrainingError: losses or gradients were not finite, again and again.
     """
     student = Checkpoint(config.student)
@@ -71,7 +73,7 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
     parents = [Parent.of(role, checkpoint.root) for role, checkpoint in networks.items()]
     parents += Parent.of_text(config.data.text)
     manifest = Manifest("run", student.shape.to_dict(), parents, to_plain(config))
-    with process_groups(config.parallel) as groups:
+    with stop_requests() as asked_to_stop, process_groups(config.parallel) as groups:
         raise_if_any(_batch_problems(config, groups))
         if main_first(lambda: _is_finished(output, manifest)):
             return output
@@ -87,7 +89,7 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
                         metrics = stack.enter_context(Metrics(output, config.tracking, manifest))
                 # A teacher whose predictions count nothing is not loaded.
                 needed = teacher if config.loss.needs_teacher else None
-                _run(config, output, needed, student, samples, heldout, groups, metrics)
+                _run(config, output, needed, student, samples, heldout, groups, metrics, asked_to_stop)
                 if metrics and config.tracking.trackers:
                     metrics.log_output(output.name, output / "checkpoints")
                     if figures:
@@ -107,6 +109,7 @@ def _run(
     heldout: Samples,
     groups: Groups,
     metrics: Metrics | None,
+    asked_to_stop: Callable[[], bool],
 ) -> None:
     chunks = build_model(student.shape, groups, config.dtype, recompute=config.recompute)
     load_weights(chunks, RandomWeights(student.shape, config.seed) if config.random_init else student, groups)
@@ -139,7 +142,7 @@ def _run(
     if run.step:
         logger.info("going on after step %d", run.step)
     main_first(lambda: metrics.go_on(run.step))
-    train(config, pair, models, samples, heldout, groups, run, checkpoints, metrics, flops)
+    train(config, pair, models, samples, heldout, groups, run, checkpoints, metrics, flops, asked_to_stop)
 
 
 def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: DistillConfig) -> list[str]:

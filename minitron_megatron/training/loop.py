@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +20,6 @@ from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 from minitron_megatron.training.metrics import Metrics, memory_gib
 from minitron_megatron.training.optimizer import Optimization
-from minitron_megatron.training.preemption import stop_requests
 from minitron_megatron.training.state import RunState, save_state
 
 logger = logging.getLogger(__name__)
@@ -37,6 +36,7 @@ def train(
     checkpoints: Path,
     metrics: Metrics | None,
     flops_per_token: float,
+    asked_to_stop: Callable[[], bool],
 ) -> None:
     """Train to the end, or until a signal asks one of the ranks to stop.
 
@@ -53,6 +53,7 @@ def train(
         checkpoints: folder for checkpoints.
         metrics: where to log, on rank 0; None elsewhere.
         flops_per_token: of a step of student and teacher, for the throughput.
+        asked_to_stop: whether a signal has come to this rank.
 
     Raises:
         DataError: the teacher knows no more of the text than chance does.
@@ -62,11 +63,7 @@ def train(
     tokens_per_step = config.global_batch * config.data.sequence_length
     pair.alpha = run.alpha
     title = "distill" if pair.teacher else "train"
-    with (
-        stop_requests() as asked_to_stop,
-        watchdog(config.parallel.timeout_min) as moved,
-        progress(title, config.steps) as advance,
-    ):
+    with watchdog(config.parallel.timeout_min) as moved, progress(title, config.steps) as advance:
         advance(run.step)
         while run.step < config.steps:
             moved()

@@ -44,7 +44,7 @@ DISTILL = [
     "save_every=10",
     "dtype=fp32",
     "optimizer.warmup_steps=1",
-    "tracking={tracker:wandb,mode:offline}",
+    "tracking={trackers:[wandb],mode:offline}",
 ]
 
 
