@@ -161,7 +161,8 @@ def test_activations_are_those_that_a_model_keeps(switches, recompute):
     elif shape.gated and shape.activation is Activation.SILU:
         # The CPU's activation is one function here, which keeps no factor of its product; on CUDA it is two.
         expected -= shape.num_layers * 2 * 256 * shape.ffn * 2
-    assert expected == pytest.approx(measured, rel=0.1)
+    # Not counted are the tokens, the angles that cosines are of, and float32 copies of the norms' weights.
+    assert expected == pytest.approx(measured, rel=0.025 if recompute else 0.005)
 
 
 def test_the_loss_takes_what_it_took_on_an_h100():
