@@ -169,7 +169,7 @@ def nearest_layout(
 
     On the layout as it is come first recomputation, then the distributed optimiser, smaller micro-batches, and several
     of these; then the same with twice as many tensor ranks, within a node; then with twice as many stages. Replicas are
-    given up for ranks as long as there are some, and then GPUs are added.
+    given up for ranks as far as they divide, and where they do not, GPUs are added.
 
     Returns:
         settings by their dotted names, none where it fits already, and the memory with them; None if nothing helps.
@@ -235,11 +235,13 @@ def _memory_of_stage(
         weight_gradient=max(share for _, share in _held(student, layout, stage, outputs=False)) * size,
         loss=_loss(student, teacher, config, layout) if is_last else 0,
     )
-    if teacher is None or not config.loss.needs_teacher:
+    if teacher is None:
         return Memory(stage, **found)
     dtype = config.teacher_dtype or config.dtype
     numel = rank_parameters(teacher, layout, stage)
     found["teacher_weights"] = numel * _BYTES[dtype]
+    if not config.loss.needs_teacher:  # it is loaded all the same, and looked at once
+        return Memory(stage, **found)
     found["teacher_states"] = _teacher_states(student, teacher, config, layout, stage)
     if config.teacher_lr is None:
         found["teacher_activations"] = _largest_layer(teacher, dtype, config, layout)
@@ -375,7 +377,8 @@ def _doublings(first: int, last: int) -> Iterator[int]:
 def _with_ranks(layout: Layout, tensor: int, pipeline: int, sequence_length: int) -> Layout:
     # A larger tensor group without sequence parallelism would keep all norms and residuals on each of its ranks.
     sequence = layout.sequence or (tensor > layout.tensor and sequence_length % tensor == 0)
-    data = max(1, layout.world_size // (tensor * pipeline))
+    more = tensor * pipeline // (layout.tensor * layout.pipeline)
+    data = layout.data // math.gcd(layout.data, more)  # a divisor, so that the global batch still divides
     return dataclasses.replace(layout, tensor=tensor, pipeline=pipeline, data=data, sequence=sequence)
 
 

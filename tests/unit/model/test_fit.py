@@ -242,6 +242,9 @@ def test_the_nearest_layout_takes_one_change_before_two_and_ranks_from_replicas(
     assert changes == {"recompute": True, "optimizer.distributed": True}
     changes, _ = nearest_layout(STUDENT, TEACHER, replicas, Layout(data=8), GPUS["a100-40gb"], gpus_per_node=8)
     assert changes["parallel.tensor"] * changes["parallel.data"] == 8
+    three = replace(run, parallel=ParallelConfig(data=3))
+    changes, _ = nearest_layout(STUDENT, TEACHER, three, Layout(data=3), GPUS["a100-40gb"], gpus_per_node=8)
+    assert "parallel.tensor" in changes and "parallel.data" not in changes  # six GPUs or more for three replicas
     # Of three query groups, tensor parallelism of a power of two cannot take any.
     three = [shape.replace(num_heads=24, num_query_groups=3) for shape in (STUDENT, TEACHER)]
     changes, _ = nearest_layout(*three, run, Layout(), h100, gpus_per_node=8)
