@@ -1,7 +1,7 @@
 """What is checked on every node before the ranks start: `python -m minitron_megatron.launch.preflight`.
 
-One task per node. A node that is all right leaves `NODE.ok` in the folder of the checks; what is wrong with one is said
-in the job's log, under the node's name.
+One task per node. A node that is all right leaves `NODE.ok` in the folder of the checks, and the first one takes back
+that of a node which it does not meet; what is wrong with one is said in the job's log, under its name.
 """
 
 import importlib
@@ -35,12 +35,26 @@ def main(checks: str, run_dir: str, expected_digest: str, num_gpus: str) -> int:
     """
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     problems = [*code_problems(expected_digest), *folder_problems(Path(run_dir)), *gpu_problems(int(num_gpus))]
-    reached = meeting_problems(int(num_gpus) > 0)
-    for problem in [*problems, *reached]:
-        print(f"preflight: {node}: {problem}", flush=True)
-    if not problems and not any("did not come" not in problem for problem in reached):
-        (Path(checks) / f"{node}.ok").touch()
+    if is_first := os.environ["SLURM_PROCID"] == "0":
+        problems += port_problems(int(os.environ["MASTER_PORT"]))
+    _tell(node, problems)
+    own = Path(checks) / f"{node}.ok"
+    if not problems:
+        own.write_text(os.environ["SLURM_PROCID"])
+    if is_first and problems:
+        return 1  # and nobody to be met
+    missing, reached = meet(int(num_gpus) > 0)
+    _tell(node, reached)
+    if is_first:
+        for ok in Path(checks).glob("*.ok"):
+            if ok.read_text() in missing:
+                ok.unlink()
     return int(bool(problems or reached))
+
+
+def _tell(node: str, problems: list[str]) -> None:
+    for problem in problems:
+        print(f"preflight: {node}: {problem}", flush=True)
 
 
 def code_problems(expected: str) -> list[str]:
@@ -78,31 +92,38 @@ def gpu_problems(num_gpus: int) -> list[str]:
     return found
 
 
-def meeting_problems(on_gpus: bool) -> list[str]:
-    """That the port is taken, or that nodes do not come to a small all-reduce, or get a wrong sum from it."""
+def port_problems(port: int) -> list[str]:
+    """That the port at which ranks will meet on this node is taken."""
+    with socket.socket() as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            own.bind(("", port))
+        except OSError as error:
+            return [f"port {port} cannot be opened ({error.strerror}): set cluster.port to another"]
+    return []
+
+
+def meet(on_gpus: bool) -> tuple[list[str], list[str]]:
+    """Meet the other nodes for a small all-reduce.
+
+    Returns:
+        numbers of the nodes that did not come, and what is wrong.
+    """
     num_nodes, rank = int(os.environ["SLURM_STEP_NUM_TASKS"]), int(os.environ["SLURM_PROCID"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if rank == 0:
-        with socket.socket() as own:
-            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                own.bind(("", port))
-            except OSError as error:
-                return [f"port {port} cannot be opened ({error.strerror}): set cluster.port to another"]
     if num_nodes == 1:
-        return []
+        return [], []
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     torch = importlib.import_module("torch")
     dist = importlib.import_module("torch.distributed")
-    name, wait = os.environ.get("SLURMD_NODENAME", socket.gethostname()), timedelta(seconds=MEETING_S)
+    wait = timedelta(seconds=MEETING_S)
     try:
         store = dist.TCPStore(address, port, num_nodes, rank == 0, wait, wait_for_workers=False)
-        store.set(f"came/{rank}", name)
-        missing = _missing(store, num_nodes)
-        if missing:
-            return [f"the nodes number {missing} of the job did not come to port {port} of {address}"]
-        dist.init_process_group(
-            "nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=num_nodes, timeout=wait
-        )
+        store.set(f"came/{rank}", "")
+        if missing := _missing(store, num_nodes):
+            names = ", ".join(missing)
+            return missing, [f"of the job's nodes, counted from 0, number {names} did not come to {address}:{port}"]
+        world = {"store": store, "rank": rank, "world_size": num_nodes, "timeout": wait}
+        dist.init_process_group("nccl" if on_gpus else "gloo", **world)
         one = torch.ones(1, device="cuda" if on_gpus else "cpu")
         dist.all_reduce(one)
         dist.destroy_process_group()
@@ -111,15 +132,15 @@ def meeting_problems(on_gpus: bool) -> list[str]:
         if rank == 0:
             store.wait([f"left/{other}" for other in range(num_nodes)], wait)
     except RuntimeError as error:
-        return [f"does not reach the other nodes: {str(error).splitlines()[0]}"]
-    return [] if one.item() == num_nodes else [f"an all-reduce over {num_nodes} nodes gave {one.item()}"]
+        return [], [f"does not reach the other nodes: {str(error).splitlines()[0]}"]
+    return [], [] if one.item() == num_nodes else [f"an all-reduce over {num_nodes} nodes gave {one.item()}"]
 
 
-def _missing(store, num_nodes: int) -> list[int]:
-    """Ranks of the nodes that have not come in time."""
+def _missing(store, num_nodes: int) -> list[str]:
+    """Numbers of the nodes that have not come in time."""
     end = time.monotonic() + MEETING_S
     while True:
-        missing = [rank for rank in range(num_nodes) if not store.check([f"came/{rank}"])]
+        missing = [str(rank) for rank in range(num_nodes) if not store.check([f"came/{rank}"])]
         if not missing or time.monotonic() > end:
             return missing
         time.sleep(0.1)

@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         _tell(verb, error)
         return USER_ERROR
     except Preempted as stop:
-        _set_up_logging()
         logger.info("%s", stop)
+        _leave_word(str(stop), PREEMPTED)
         return PREEMPTED
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -139,18 +139,29 @@ def _set_up_logging() -> None:
 def _tell(verb: str | None, error: UserError) -> None:
     """Print an error once, whatever the number of ranks that find it.
 
-    torch's elastic launcher gives every rank a file for its last error. What a rank other than the first finds
-    alone is shown from there; ranks started by `run_ranks` leave even the first one's to it.
+    What a rank other than the first finds alone is shown by the launcher; ranks started by `run_ranks` leave even the
+    first one's to it.
     """
     start = f"minitron {verb}: " if verb else "minitron: "
     message = "\n".join(start + line for line in str(error).splitlines())
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
-        with open(error_file, "w", encoding="utf-8") as file:
-            json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)
-    left_to_launcher = error_file and (os.environ.get("ROLE_NAME") == ROLE or os.environ.get("RANK", "0") != "0")
+    has_launcher = _leave_word(message, USER_ERROR)
+    left_to_launcher = has_launcher and (os.environ.get("ROLE_NAME") == ROLE or os.environ.get("RANK", "0") != "0")
     if not left_to_launcher:
         print(message, file=sys.stderr)
+
+
+def _leave_word(message: str, status: int) -> bool:
+    """Tell the launcher why this rank ends, where there is one: in the file that torch's elastic launcher, and the
+    script of a Slurm job, give every rank for it.
+
+    A launcher ends the other ranks when the first one leaves, and knows no more than how those ended.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return False
+    extra = {"timestamp": str(int(time.time())), "exit_status": status}
+    Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
+    return True
 
 
 if __name__ == "__main__":

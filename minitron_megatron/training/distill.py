@@ -2,9 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import torch.distributed as dist
 
 from minitron_megatron.checkpoint.huggingface import copy_companions
 from minitron_megatron.checkpoint.load import load_weights
@@ -26,7 +28,7 @@ from minitron_megatron.data.tokens import prepare_corpus, tokenizer_fingerprint
 from minitron_megatron.disk import told_when_full
 from minitron_megatron.distillation.hidden import HiddenLosses, add_projections, hidden_problems
 from minitron_megatron.distillation.step import TeacherStudent
-from minitron_megatron.errors import ConfigError, raise_if_any
+from minitron_megatron.errors import ConfigError, Preempted, raise_if_any
 from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems, fp8_problems
 from minitron_megatron.model.count import forward_flops_per_token, num_parameters
 from minitron_megatron.parallel.collectives import failing_together, main_first
@@ -82,7 +84,7 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
         heldout = heldout_samples(corpus, config.data.sequence_length)
         main_first(lambda: _prepare(output, config, student, manifest))
         with told_when_full(output):
-            with ExitStack() as stack:
+            with _leaving_together(), ExitStack() as stack:
                 metrics = None
                 with failing_together():  # before anything is loaded, for a tracker may not start
                     if groups.is_main:
@@ -98,6 +100,19 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
                 manifest.write(output)
                 (output / "DONE").touch()
     return output
+
+
+@contextmanager
+def _leaving_together() -> Iterator[None]:
+    """A run that was asked to stop is left when all ranks are ready to.
+
+    Launchers end the ranks that are left when one goes, and the first rank has its trackers to finish.
+    """
+    try:
+        yield
+    except Preempted:
+        dist.barrier()
+        raise
 
 
 def _run(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,23 +254,24 @@ def test_a_chain_can_be_cancelled(inputs, tmp_path, minitron, job):
 def test_a_bad_node_is_named_and_left_out_on_request(done, tmp_path, minitron, job, ended):
     # An interpreter that finds other code on the first node.
     other = tmp_path / "other" / "minitron_megatron"
-    subprocess.run(["cp", "-rL", ROOT / "minitron_megatron", other.parent], check=True)
+    shutil.copytree(ROOT / "minitron_megatron", other, ignore=shutil.ignore_patterns("__pycache__"))
     (other / "errors.py").open("a").write("\n# changed\n")
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/bash\n[[ $SLURMD_NODENAME != n1 ]] || export PYTHONPATH={other.parent}\nexec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
+    # From another folder than the repository, whose own code Python would find first.
     arguments = [a for a in distill(done, tmp_path / "out") if not a.startswith("parallel")]
     arguments += ["parallel={tensor:2}", f"cluster.python={python}", "steps=2", "save_every=null"]
 
-    assert minitron("launch", *arguments).returncode == 0
+    assert minitron("launch", *arguments, cwd=tmp_path).returncode == 0
     [job_id] = launched(tmp_path / "out.launch").values()
     assert ended(job_id) == "FAILED"
     said = logs(tmp_path / "out.launch")
     assert "preflight: n1: has other code" in said and "preflight failed: n1" in said
 
-    assert minitron("launch", *arguments, "cluster.exclude_bad_nodes=true").returncode == 0
+    assert minitron("launch", *arguments, "cluster.exclude_bad_nodes=true", cwd=tmp_path).returncode == 0
     [job_id] = launched(tmp_path / "out.launch").values()
     assert ended(job_id) == "COMPLETED", logs(tmp_path / "out.launch")
     assert job(job_id)["NodeList"] == "n2" and job(job_id)["ExcNodeList"] == "n1"
@@ -294,7 +296,7 @@ def test_a_port_in_use_is_found_before_the_ranks_start(done, tmp_path, minitron,
     [
         ("cluster.partition=gpu", "cluster.partition = gpu: there is no such partition"),
         ("cluster.reservation=tomorrow", "sbatch refused 01_teacher.sh: .*reservation"),
-        ("cluster.extra=[--licenses=matlab]", "sbatch refused 01_teacher.sh: .*license"),
+        ('cluster.extra=["--licenses=matlab"]', "sbatch refused 01_teacher.sh: .*license"),
     ],
 )
 def test_what_slurm_refuses_is_told_in_its_words(inputs, tmp_path, minitron, setting, problem):
