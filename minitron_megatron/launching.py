@@ -16,6 +16,7 @@ from minitron_megatron.config.compose import as_value, compose, read_settings, r
 from minitron_megatron.config.reader import near
 from minitron_megatron.config.verbs import VERBS
 from minitron_megatron.errors import PREEMPTED, ConfigError, raise_if_any
+from minitron_megatron.fit_check import check_fit
 from minitron_megatron.launch import slurm
 from minitron_megatron.launch.jobs import REPORT, Job, Stages, jobs_of
 from minitron_megatron.launch.local import run_ranks
@@ -77,6 +78,10 @@ def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
     launched = Launched(
         jobs, str(Path.cwd()), {}, len(runs) if multirun else None, to_plain(config.cluster), code_version()
     )
+    told, problems = check_fit(runs[0].stages, jobs, config.cluster, runs[0].recipe)
+    raise_if_any(problems)
+    for line in told:
+        print(line, file=sys.stderr)
     if config.dry_run:
         print("\n".join(_planned(launched, base, runs, config.cluster)))
         return 0

@@ -652,6 +652,8 @@ class CompressConfig:
     Attributes:
         run_dir: folder of the run; stages write below it.
         source: what the recipe imports.
+        architecture: the source's `config.json`, as far as its sizes go: with it `minitron launch` sees whether the
+            layout fits where the source cannot be read.
         target: the shape to prune to.
         stages: by name, `{verb: VERB, ...that verb's settings}`, in the order they run. A stage set to
             null is left out.
@@ -661,6 +663,7 @@ class CompressConfig:
     run_dir: str = "???"
     source: str = "???"
     title: str = "Compression"
+    architecture: dict | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

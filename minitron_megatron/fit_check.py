@@ -1,0 +1,107 @@
+"""Whether the training stages of a run fit their GPUs, and what they cost, before anything is launched."""
+
+import json
+from pathlib import Path
+
+from minitron_megatron.config.cluster import ClusterConfig
+from minitron_megatron.config.reader import show
+from minitron_megatron.config.schema import CompressConfig
+from minitron_megatron.launch.jobs import Job, Stages
+from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.fit import GIB, GPUS, estimate_memory, estimate_step, nearest_layout
+from minitron_megatron.model.shape import ModelShape, layout_problems
+from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.pruning.target import resolve_target
+
+Shapes = dict[str, ModelShape]
+"""Shape of each network that is known, by its folder."""
+
+
+def check_fit(
+    stages: Stages, jobs: list[Job], cluster: ClusterConfig, recipe: CompressConfig | None
+) -> tuple[list[str], list[str]]:
+    """What every training stage will take of a GPU.
+
+    Args:
+        stages: by name.
+        jobs: with the ranks of each stage.
+        cluster: whose GPUs; with none named nothing is checked.
+        recipe: what the stages are of, if they are; its `architecture` stands for a source that is not here.
+
+    Returns:
+        what to tell the user, and the problems of stages that do not fit.
+
+    Raises:
+        UserError: a shape is not supported, or cannot be pruned to.
+    """
+    if cluster.gpu is None:
+        return [], []
+    if cluster.gpu not in GPUS:
+        return [], [f"cluster.gpu = {cluster.gpu!r} is not known: choose one of {', '.join(GPUS)}, or null"]
+    told, problems = [], []
+    shapes = shapes_of(stages, recipe)
+    gpu = GPUS[cluster.gpu]
+    for job in jobs:
+        if job.verb != "distill":
+            continue
+        settings = stages[job.name][1]
+        folders = [settings.student, *([settings.teacher] if settings.teacher else [])]
+        if unknown := [folder for folder in folders if folder not in shapes]:
+            told.append(f"{job.name}: not checked whether it fits, for {' and '.join(unknown)} cannot be read here")
+            continue
+        student, teacher = shapes[settings.student], shapes.get(settings.teacher or "")
+        layout = Layout.from_config(settings.parallel, job.ranks)
+        found = [p for shape in filter(None, (student, teacher)) for p in layout_problems(shape, layout, job.name)]
+        if found:
+            problems += found
+            continue
+        memory = estimate_memory(student, teacher, settings, layout)
+        if memory.fits(gpu):
+            step = estimate_step(student, teacher, settings, layout, gpu, price=cluster.gpu_hour_price)
+            cost = "" if step.cost is None else f", which cost {step.cost:,.0f}"
+            told.append(
+                f"{job.name}: about {memory.total / GIB:.1f} of {gpu.memory_gib} GiB on each of {job.ranks} "
+                f"{cluster.gpu}, {step.seconds:.1f} s a step, {step.gpu_hours:,.0f} GPU-hours{cost}"
+            )
+            continue
+        nearest = nearest_layout(student, teacher, settings, layout, gpu, cluster.ranks_per_node)
+        fix = "no layout does"
+        if nearest:
+            changes = " ".join(f"{name}={show(value)}" for name, value in nearest[0].items())
+            fix = f"it fits with {changes} ({nearest[1].total / GIB:.1f} GiB)"
+        problems.append(
+            f"stages.{job.name} needs about {memory.total / GIB:.0f} GiB on every GPU, and cluster.gpu = {cluster.gpu} "
+            f"has {gpu.memory_gib}: {fix}; cluster.gpu=null launches without looking"
+        )
+    return told, problems
+
+
+def shapes_of(stages: Stages, recipe: CompressConfig | None) -> Shapes:
+    """The shapes of what stages read and make, as far as they can be known before any of them has run."""
+    shapes: Shapes = {}
+    for verb, settings in stages.values():
+        if verb == "import":
+            path = Path(settings.source) / "config.json"
+            config = json.loads(path.read_text()) if path.is_file() else recipe and recipe.architecture
+            if config:
+                shapes[settings.output] = shape_from_config(config)
+        elif verb == "prune":
+            source = _known(settings.checkpoint, shapes)
+            if source and settings.plan is None:
+                target = resolve_target(source, settings.target, settings.parallel)
+                if not target.by_sublayer:
+                    shapes[settings.output] = target.shape_of(source)
+        elif verb == "distill":
+            for folder in filter(None, (settings.teacher, settings.student)):
+                _known(folder, shapes)
+            if settings.student in shapes:
+                shapes[settings.output] = shapes[settings.student]
+    return shapes
+
+
+def _known(folder: str, shapes: Shapes) -> ModelShape | None:
+    """The shape of a folder that a stage makes, or that has a manifest."""
+    for manifest in (Path(folder) / "manifest.json", Path(folder) / "checkpoints" / "manifest.json"):
+        if folder not in shapes and manifest.is_file() and (values := json.loads(manifest.read_text()).get("shape")):
+            shapes[folder] = ModelShape.from_dict(values)
+    return shapes.get(folder)
