@@ -1,0 +1,100 @@
+"""`minitron launch` where there is no Slurm, and on this machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitron_megatron.config.cluster import ClusterConfig, ContainerConfig
+from minitron_megatron.config.compose import shipped
+from tests.launch.conftest import ROOT
+
+# A login node: nothing but what reads settings and writes scripts.
+LOGIN_NODE = """
+import sys
+for name in ("torch", "megatron", "transformers", "safetensors", "wandb", "matplotlib"):
+    sys.modules[name] = None
+from minitron_megatron.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def on_login_node(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {"PATH": "/nowhere", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LOGIN_NODE, "launch", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("experiment", [name for name in shipped("experiment") if name != "smollm2_135m"])
+def test_a_recipe_for_gpus_is_planned_without_torch_and_slurm_and_touches_nothing(experiment, tmp_path):
+    found = on_login_node("dry_run=true", f"+experiment={experiment}", "cluster=slurm", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("#!/bin/bash") >= 9 and "--gpus-per-node=8" in found.stdout
+    assert "distilled: about" in found.stderr and "79.1 GiB on each of 8 h100" in found.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_sbatch_nothing_is_written(tmp_path):
+    found = on_login_node("+experiment=llama31_8b_width_4b", "cluster=slurm", cwd=tmp_path)
+    assert found.returncode == 2 and "there is no sbatch on the PATH" in found.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_layout_that_does_not_fit_the_gpu_is_refused_with_one_that_does():
+    recipe = ["+experiment=llama31_8b_width_4b", "cluster=slurm", "dry_run=true"]
+    greedy = ["stages.distilled.micro_batch=4", "stages.distilled.optimizer.distributed=false"]
+    refused = on_login_node(*recipe, *greedy)
+    assert refused.returncode == 2
+    assert "needs about 118 GiB" in refused.stderr and "it fits with recompute=true" in refused.stderr
+    assert on_login_node(*recipe, *greedy, "stages.distilled.recompute=true").returncode == 0
+    assert on_login_node(*recipe, *greedy, "cluster.gpu=null").returncode == 0
+    assert "is not known" in on_login_node(*recipe, "cluster.gpu=h1000").stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (["sing"], "give one verb"),
+        (["status"], "takes the folder of a run"),
+        (["status", "nowhere"], "nowhere is no folder that a run was launched into"),
+        (["cluster=mine"], "cluster = mine: not in"),
+        (["cluster.node=2"], "cluster.node is not a setting"),
+        (["--multirun", "+experiment=smollm2_135m"], "several values"),
+    ],
+)
+def test_what_is_wrong_is_told(arguments, problem):
+    found = on_login_node(*arguments)
+    assert found.returncode == 2 and problem in found.stderr
+
+
+@pytest.mark.parametrize(
+    "settings, problem",
+    [
+        ({"time": "soon"}, "time = 'soon'"),
+        ({"partition": "a\nb"}, "without line breaks"),
+        ({"extra": ["mail"]}, "--NAME"),
+        ({"extra": ["--array=1"]}, "which the job script sets"),
+        ({"extra": ["--comment=a\n#SBATCH --account=theirs"]}, "--NAME"),
+        ({"modules": ["cuda; rm"]}, "module load"),
+        ({"venv": "a", "python": "b"}, "both set"),
+        ({"gpus_per_node": 2, "ranks_per_node": 4}, "every rank takes one"),
+        ({"port": 80}, "from 1024"),
+        ({"container": ContainerConfig(mounts=["/a:/b"])}, "set cluster.container.image"),
+        ({"container": ContainerConfig("i", ["/a"])}, "HOST:CONTAINER"),
+        ({"container": ContainerConfig("i", environment=["A=b"])}, "not values"),
+    ],
+)
+def test_settings_of_a_cluster_that_are_wrong(settings, problem):
+    [found] = ClusterConfig(**settings).problems()
+    assert problem in found
+
+
+def test_a_verb_runs_here_and_is_not_run_again(inputs, tmp_path):
+    launch = [sys.executable, "-m", "minitron_megatron.cli", "launch"]
+    arguments = [*launch, "import", f"source={inputs / 'source'}", f"output={tmp_path / 'out'}", "workers=2"]
+    first = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    assert (tmp_path / "out" / "manifest.json").is_file() and (tmp_path / "out.launch" / "launch").is_dir()
+    again = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
