@@ -1,0 +1,42 @@
+import subprocess
+import sys
+
+HANGS = """
+import time
+from minitron_megatron.parallel.watchdog import watchdog
+
+def stuck():
+    time.sleep(60)
+
+with watchdog(1 / 60) as moved:
+    for _ in range(3):  # longer than the limit in all, and never at a time
+        time.sleep(0.5)
+        moved()
+    print("moved", flush=True)
+    stuck()
+"""
+ENDS = """
+import time
+from minitron_megatron.parallel.watchdog import watchdog
+
+with watchdog(1 / 60):
+    pass
+time.sleep(1.5)
+print("left", flush=True)
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+
+
+def test_a_process_that_hangs_is_ended_with_its_stack():
+    ended = run(HANGS)
+    assert ended.returncode == 1
+    assert ended.stdout == "moved\n"
+    assert "in stuck" in ended.stderr
+
+
+def test_nothing_is_ended_after_the_block():
+    left = run(ENDS)
+    assert left.returncode == 0 and left.stdout == "left\n"
