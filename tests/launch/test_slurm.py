@@ -14,7 +14,9 @@ import psutil
 import pytest
 import yaml
 
+from minitron_megatron.training.metrics import read_metrics
 from tests.launch.conftest import ROOT
+from tests.offline_wandb import history
 
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "SITE_PASSWORD": "correct-horse-battery"}
 # No folder of a user's is likely to be worse.
@@ -204,6 +206,8 @@ def test_a_job_that_is_interrupted_comes_back_and_ends_as_if_it_had_not_been(
     assert ended(job_id) == "COMPLETED", logs(tmp_path / "out.launch")
     assert job(job_id)["Restarts"] == "1"
     assert metrics(output) == metrics(done / "distilled")
+    wandb_ids, rows = history(output)
+    assert len(wandb_ids) == 1 and rows == read_metrics(output)
     said = logs(tmp_path / "out.launch")
     assert ("saved and stopped" in said) == (event == "preempted")
     assert ("going on after step 15" in said) == (event == "killed")
