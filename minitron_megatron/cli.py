@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron import __version__
-from minitron_megatron.config.compose import compose, read_settings, shipped, to_yaml, with_resolved_stages
+from minitron_megatron.config.compose import as_used, compose, read_settings, shipped
 from minitron_megatron.config.describe import describe, summary
 from minitron_megatron.config.reader import near
 from minitron_megatron.config.schema import SCHEMAS
@@ -81,12 +81,14 @@ def _run(verb: str | None, overrides: list[str], options: set[str], file: str | 
     if verb == "launch":
         from minitron_megatron.launching import command
 
-        return command(overrides, bool(options & {"-m", "--multirun"}))
+        if file:
+            raise ConfigError([f"--config {file} is of no use to launch: give settings as key=value"])
+        return command(overrides, bool(options & {"-m", "--multirun"}), "--cfg" in options)
     if file and overrides:
         raise ConfigError([f"--config {file} has every setting of {verb}: leave out {' '.join(overrides)}"])
     settings = read_settings(verb, Path(file)) if file else compose(verb, overrides)
     if "--cfg" in options:
-        print(to_yaml(with_resolved_stages(settings) if verb == "compress" else settings), end="")
+        print(as_used(settings), end="")
         return 0
     return _start(verb, ["--config", file] if file else overrides, settings)
 

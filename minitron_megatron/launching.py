@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from minitron_megatron.config.cluster import ClusterConfig, ClusterKind, LaunchConfig
-from minitron_megatron.config.compose import as_value, compose, read_settings, resolve_stages, sweep, to_plain
+from minitron_megatron.config.compose import as_used, as_value, compose, read_settings, resolve_stages, sweep, to_plain
 from minitron_megatron.config.reader import near
 from minitron_megatron.config.verbs import VERBS
 from minitron_megatron.errors import PREEMPTED, ConfigError, raise_if_any
@@ -71,9 +71,9 @@ def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
         ConfigError: a setting is wrong, the layout does not fit the cluster, the folder holds another run, or Slurm
             refuses.
     """
-    own = [override for override in overrides if re.match(rf"\+*({'|'.join(OWN)})\b", override)]
+    own, others = _of_launch(overrides)
     config: LaunchConfig = compose("launch", own)
-    base, runs = _runs(verb, [override for override in overrides if override not in own], multirun)
+    base, runs = _runs(verb, others, multirun)
     jobs = _jobs(runs, config.cluster)
     launched = Launched(
         jobs, str(Path.cwd()), {}, len(runs) if multirun else None, to_plain(config.cluster), code_version()
@@ -142,15 +142,20 @@ ACTIONS = {"status": status, "cancel": cancel, REPORT: report}
 """What can be done with the folder of a launched run."""
 
 
-def command(arguments: list[str], multirun: bool) -> int:
+def command(arguments: list[str], multirun: bool, show: bool) -> int:
     """`minitron launch [VERB] key=value ...`, or `minitron launch ACTION RUN`.
+
+    Args:
+        arguments: those.
+        multirun: as of `launch`.
+        show: print the settings as they would be used, and do nothing.
 
     Raises:
         ConfigError: as `launch` does, or there is no such verb or action.
     """
     words = list(itertools.takewhile(lambda argument: "=" not in argument, arguments))
     if words and words[0] in ACTIONS:
-        if len(arguments) != 2:
+        if len(arguments) != 2 or multirun or show:
             raise ConfigError([f"launch {words[0]} takes the folder of a run and nothing else"])
         return ACTIONS[words[0]](arguments[1])
     verb = words[0] if words else "compress"
@@ -162,7 +167,20 @@ def command(arguments: list[str], multirun: bool) -> int:
                 f"{near(verb, known)}"
             ]
         )
-    return launch(verb, arguments[len(words) :], multirun)
+    overrides = arguments[len(words) :]
+    if show:
+        own, others = _of_launch(overrides)
+        combinations = sweep(others) if multirun else [others]
+        shown = [compose("launch", own), *(compose(verb, given) for given in combinations)]
+        print("---\n".join(map(as_used, shown)), end="")
+        return 0
+    return launch(verb, overrides, multirun)
+
+
+def _of_launch(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """The overrides of a launch, and those of what is launched."""
+    own = [override for override in overrides if re.match(rf"\+*({'|'.join(OWN)})\b", override)]
+    return own, [override for override in overrides if override not in own]
 
 
 def _runs(verb: str, overrides: list[str], multirun: bool) -> tuple[Path, list[Run]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.cli import main
+from minitron_megatron.launching import ACTIONS
 from minitron_megatron.training.metrics import read_metrics
 from tests.offline_wandb import history, rows, sessions
 from tests.tiny import tiny_inputs
@@ -92,8 +93,10 @@ def readme_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_every_command_of_the_readme_composes(command, capsys):
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     words = words[words.index("minitron") + 1 :]
+    if words[1] in ACTIONS:
+        return
     assert main([*words, "--cfg"]) == 0, capsys.readouterr().err
 
 

@@ -97,10 +97,13 @@ def resolve_stages(settings: CompressConfig) -> Stages:
     return stages
 
 
-def with_resolved_stages(settings: CompressConfig) -> CompressConfig:
-    """The recipe with every setting of every stage written out as it will be used."""
-    stages = resolve_stages(settings).items()
-    return dataclasses.replace(settings, stages={name: {"verb": verb, **to_plain(s)} for name, (verb, s) in stages})
+def as_used(settings: Any) -> str:
+    """The settings as YAML, with every setting of every stage of a recipe written out as it will be used."""
+    if isinstance(settings, CompressConfig):
+        stages = resolve_stages(settings).items()
+        stages = {name: {"verb": verb, **to_plain(own)} for name, (verb, own) in stages}
+        settings = dataclasses.replace(settings, stages=stages)
+    return to_yaml(settings)
 
 
 def to_plain(settings: Any) -> dict:

@@ -43,7 +43,8 @@ def _rows(schema: type, defaults: dict, where: str) -> list[tuple[str, str]]:
             rows += _rows(kind, default, f"{where}{name}.")
             continue
         if kind is dict:
-            default, meaning = "...", f"{meaning} By default: {', '.join(default)}."
+            if default is not None:
+                default, meaning = "...", f"{meaning} By default: {', '.join(default)}."
         elif isinstance(kind, type) and issubclass(kind, Enum):
             meaning = f"{meaning} [{', '.join(member.value for member in kind)}]".strip()
         elif members := [member.value for a in get_args(kind) if issubclass(a, Enum) for member in a]:

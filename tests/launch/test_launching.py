@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from minitron_megatron.config.cluster import ClusterConfig, ContainerConfig
 from minitron_megatron.config.compose import shipped
@@ -35,6 +36,16 @@ def test_a_recipe_for_gpus_is_planned_without_torch_and_slurm_and_touches_nothin
     assert not any(tmp_path.iterdir())
 
 
+def test_cfg_shows_what_would_be_used_and_launches_nothing(tmp_path):
+    verb = ["distill", "teacher=t", "student=s", "output=o", "data.text=[x]"]
+    shown = on_login_node(*verb, "cluster=slurm", "steps=70", "--cfg", cwd=tmp_path)
+    own, settings = yaml.safe_load_all(shown.stdout)
+    assert (own["cluster"]["kind"], own["cluster"]["gpu"], settings["steps"]) == ("slurm", "h100", 70)
+    swept = on_login_node(*verb, "steps=70,80", "--multirun", "--cfg", cwd=tmp_path)
+    assert [settings["steps"] for settings in list(yaml.safe_load_all(swept.stdout))[1:]] == [70, 80]
+    assert not any(tmp_path.iterdir())
+
+
 def test_without_sbatch_nothing_is_written(tmp_path):
     found = on_login_node("+experiment=llama31_8b_width_4b", "cluster=slurm", cwd=tmp_path)
     assert found.returncode == 2 and "there is no sbatch on the PATH" in found.stderr
@@ -57,6 +68,8 @@ def test_a_layout_that_does_not_fit_the_gpu_is_refused_with_one_that_does():
     [
         (["sing"], "give one verb"),
         (["status"], "takes the folder of a run"),
+        (["status", "nowhere", "--cfg"], "takes the folder of a run"),
+        (["distill", "--config", "distill.yaml"], "--config distill.yaml is of no use to launch"),
         (["status", "nowhere"], "nowhere is no folder that a run was launched into"),
         (["cluster=mine"], "cluster = mine: not in"),
         (["cluster.node=2"], "cluster.node is not a setting"),

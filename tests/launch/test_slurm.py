@@ -21,7 +21,7 @@ from tests.offline_wandb import history
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "SITE_PASSWORD": "correct-horse-battery"}
 # No folder of a user's is likely to be worse.
 UGLY = 'it\'s a "run" of $HOME\n& `more`'
-CLUSTER = ["cluster=slurm", "cluster.ranks_per_node=2", "cluster.gpus_per_node=0", "cluster.gpu=null"]
+CLUSTER = ["cluster=slurm", "cluster={nodes:null,ranks_per_node:2,gpus_per_node:0,gpu:null}"]
 NOT_EXACT = ("time/", "throughput/", "memory/")
 STEPS = 30
 

@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ def test_the_trackers_know_what_the_file_knows_after_a_kill(tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert len(read_metrics(tmp_path)) == 7
+    time.sleep(1)  # TensorBoard reads files in the order of their seconds
     for first, last in ((6, 9), (8, 10)):  # of which the first is not killed, so that all it logged is there
         with start(tmp_path, BOTH) as metrics:
             metrics.go_on(first - 1)
