@@ -31,7 +31,10 @@ NEMOTRON = {
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
 }
-FAMILIES = {"llama": LLAMA, "nemotron": NEMOTRON}
+MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": None}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": True}
+QWEN3 = {**LLAMA, "model_type": "qwen3"}
+FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "nemotron": NEMOTRON, "qwen2": QWEN2, "qwen3": QWEN3}
 
 
 def hf_model(seed: int = 0, **settings):

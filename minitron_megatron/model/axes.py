@@ -221,7 +221,7 @@ def parameters(shape: ModelShape) -> list[Param]:
         Param("embedding.word_embeddings.weight", (VOCAB, HIDDEN), None, "vocab", (Part("model.embed_tokens.weight"),)),
         *_attention(shape),
         *_mlp(shape),
-        *_norm(shape, f"decoder.{final_norm}.", "model.norm.", None),
+        *_norm(shape, HIDDEN, f"decoder.{final_norm}.", "model.norm.", None),
         *([] if shape.tied else [_OUTPUT]),
     ]
 
@@ -229,9 +229,9 @@ def parameters(shape: ModelShape) -> list[Param]:
 _OUTPUT = Param("output_layer.weight", (VOCAB, HIDDEN), None, "vocab", (Part("lm_head.weight"),), matmul=True)
 
 
-def _norm(shape: ModelShape, prefix: str, hf_prefix: str, sublayer: str | None) -> list[Param]:
+def _norm(shape: ModelShape, dim: Dim, prefix: str, hf_prefix: str, sublayer: str | None) -> list[Param]:
     tensors = ["weight", "bias"] if shape.norm is NormKind.LAYERNORM else ["weight"]
-    return [Param(prefix + t, (HIDDEN,), sublayer, None, (Part(hf_prefix + t),)) for t in tensors]
+    return [Param(prefix + t, (dim,), sublayer, None, (Part(hf_prefix + t),)) for t in tensors]
 
 
 def _attention(shape: ModelShape) -> list[Param]:
@@ -248,11 +248,16 @@ def _attention(shape: ModelShape) -> list[Param]:
         return Param(f"self_attention.{name}", dims, ATTENTION, split, parts, matmul)
 
     rows = [
-        *_norm(shape, "self_attention.linear_qkv.layer_norm_", "model.layers.{layer}.input_layernorm.", ATTENTION),
+        *_norm(
+            shape, HIDDEN, "self_attention.linear_qkv.layer_norm_", "model.layers.{layer}.input_layernorm.", ATTENTION
+        ),
         param("linear_qkv.weight", (_QKV_ROWS, HIDDEN), "group", qkv("weight"), matmul=True),
     ]
     if shape.qkv_bias or shape.linear_bias:
         rows.append(param("linear_qkv.bias", (_QKV_ROWS,), "group", qkv("bias")))
+    if shape.qk_norm:
+        for one in "qk":
+            rows += _norm(shape, HEAD_DIM, f"self_attention.{one}_layernorm.", f"{hf}{one}_norm.", ATTENTION)
     rows.append(
         param("linear_proj.weight", (HIDDEN, _HEAD_COLUMNS), "group", (Part(f"{hf}o_proj.weight"),), matmul=True)
     )
@@ -274,7 +279,7 @@ def _mlp(shape: ModelShape) -> list[Param]:
         return Param(f"mlp.{name}", dims, MLP, split, parts, matmul)
 
     rows = [
-        *_norm(shape, "mlp.linear_fc1.layer_norm_", "model.layers.{layer}.post_attention_layernorm.", MLP),
+        *_norm(shape, HIDDEN, "mlp.linear_fc1.layer_norm_", "model.layers.{layer}.post_attention_layernorm.", MLP),
         param("linear_fc1.weight", (neurons, HIDDEN), "ffn", fc1("weight"), matmul=True),
     ]
     if shape.linear_bias:

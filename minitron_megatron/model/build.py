@@ -101,6 +101,7 @@ def transformer_config(
         gated_linear_unit=shape.gated,
         add_bias_linear=shape.linear_bias,
         add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -153,14 +154,17 @@ def layer_modules(config: TransformerConfig) -> tuple[ModuleSpec, type[torch.nn.
     if _uses_te():
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
     else:
         fused = torch.cuda.is_available() and HAVE_APEX and config.normalization == "LayerNorm"
         norm = FusedLayerNorm if fused else Norm
         layer = get_gpt_layer_local_spec(normalization=config.normalization)
         layer.submodules.input_layernorm = norm
         layer.submodules.pre_mlp_layernorm = norm
-        layer.submodules.self_attention.submodules.core_attention = CausalAttention
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = CausalAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = norm
         if config.use_te_activation_func:
             submodules_of(layer.submodules.mlp).activation_func = GatedActivation
     return layer, norm
@@ -232,7 +236,7 @@ def shape_of(model: GPTModel, vocab: int | None = None, rotary_scaling: Llama3Ro
     unsupported = {
         "num_moe_experts": config.num_moe_experts,
         "multi_latent_attention": config.multi_latent_attention or None,
-        "qk_layernorm": config.qk_layernorm or None,
+        "qk_l2_norm": config.qk_l2_norm or None,
         "normalization": None if config.normalization in norms else config.normalization,
         "activation_func": None if config.activation_func in activations else config.activation_func,
         "position_embedding_type": None if model.position_embedding_type == "rope" else model.position_embedding_type,
@@ -258,6 +262,7 @@ def shape_of(model: GPTModel, vocab: int | None = None, rotary_scaling: Llama3Ro
         gated=config.gated_linear_unit,
         qkv_bias=config.add_qkv_bias,
         linear_bias=config.add_bias_linear,
+        qk_norm=config.qk_layernorm,
         rotary_base=model.rotary_base,
         rotary_fraction=model.rotary_percent,
         rotary_scaling=rotary_scaling,

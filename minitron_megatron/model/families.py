@@ -38,6 +38,11 @@ class Family:
     read: Callable[[dict], dict]
 
 
+def _no_window(shape: ModelShape) -> dict:
+    """What Qwen's configs say of layers that all attend to the whole sequence."""
+    return dict(use_sliding_window=False, sliding_window=None, layer_types=["full_attention"] * shape.num_layers)
+
+
 _LLAMA = dict(norm=NormKind.RMSNORM, activation=Activation.SILU, gated=True)
 
 FAMILIES = {
@@ -57,6 +62,22 @@ FAMILIES = {
         lambda shape: dict(rms_norm_eps=shape.norm_eps, sliding_window=None),
         lambda config: dict(norm_eps=config["rms_norm_eps"]),
     ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        {**_LLAMA, "qkv_bias": True},
+        "silu",
+        dict(num_key_value_heads=32, use_sliding_window=False),
+        lambda shape: dict(rms_norm_eps=shape.norm_eps, **_no_window(shape)),
+        lambda config: dict(norm_eps=config["rms_norm_eps"]),
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {**_LLAMA, "qk_norm": True},
+        "silu",
+        dict(num_key_value_heads=32, head_dim=128, use_sliding_window=False),
+        lambda shape: dict(rms_norm_eps=shape.norm_eps, attention_bias=False, **_no_window(shape)),
+        lambda config: dict(norm_eps=config["rms_norm_eps"]),
+    ),
     "nemotron": Family(
         "NemotronForCausalLM",
         dict(norm=NormKind.LAYERNORM, norm_zero_centered=True, activation=Activation.SQUARED_RELU, gated=False),
@@ -72,6 +93,20 @@ FAMILIES = {
     ),
 }
 
+_EXPERTS = "mixtures of experts ('E')"
+_OTHER_LAYERS = {
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), _EXPERTS),
+    **dict.fromkeys(("mamba_d_state", "mamba_num_heads", "ssm_state_size", "state_size"), "Mamba ('M')"),
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads"), "gated linear attention ('G')"),
+    "kv_lora_rank": "multi-latent attention",
+}
+"""Kinds of layers that no axis table describes yet, by the field of a config that tells of them."""
+
+_GEMMA = (
+    "GPTModel of Megatron-Core has neither its scaled embeddings nor the norms behind its sublayers, and transformers "
+    "derives that scale from the width, so that a network of another width would not be the same there"
+)
+
 
 def shape_from_config(config: dict) -> ModelShape:
     """The shape of the network that a Hugging Face `config.json` describes.
@@ -82,8 +117,8 @@ def shape_from_config(config: dict) -> ModelShape:
     family = FAMILIES.get(config.get("model_type"))
     if family is None:
         raise UnsupportedModelError(
-            f"config.json: model_type = {config.get('model_type')!r} is not supported: choose a model of one of "
-            f"{', '.join(sorted(FAMILIES))}"
+            f"config.json: model_type = {config.get('model_type')!r} is not supported{_why_not(config)}: choose a "
+            f"model of one of {', '.join(sorted(FAMILIES))}"
         )
     config = {**family.defaults, **config}
     if (activation := config.get("hidden_act", family.activation)) != family.activation:
@@ -96,7 +131,7 @@ def shape_from_config(config: dict) -> ModelShape:
             f"config.json: {' and '.join(biases)} = true is not supported for this family: choose a model without"
         )
     window = config.get("sliding_window")
-    if window and window < config["max_position_embeddings"]:
+    if window and config.get("use_sliding_window", True) and window < config["max_position_embeddings"]:
         raise UnsupportedModelError(
             f"config.json: sliding_window = {window} is not supported, being shorter than max_position_embeddings = "
             f"{config['max_position_embeddings']}: lower that to {window} if longer sequences are not needed"
@@ -169,6 +204,14 @@ def config_from_shape(shape: ModelShape, original: dict) -> dict:
         "hidden_act": family.activation,
         **family.config(shape),
     }
+
+
+def _why_not(config: dict) -> str:
+    """What Megatron-Core or the axis tables lack for a family, as far as its config tells."""
+    if str(config.get("model_type")).startswith("gemma"):
+        return f" ({_GEMMA})"
+    kinds = {kind: None for field, kind in _OTHER_LAYERS.items() if config.get(field)}
+    return f" (it has layers of {' and of '.join(kinds)})" if kinds else ""
 
 
 def _rotary_scaling(scaling: dict) -> Llama3RopeScaling | None:

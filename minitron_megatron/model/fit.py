@@ -197,8 +197,9 @@ def sublayer_activations(
     """Bytes that a sublayer keeps of one micro-batch for its backward pass, on a rank.
 
     Per token in the number format: input and output of the norm; queries, keys, values and the context, or the MLP's
-    input of the activation and of the last matrix, and with a gate both factors. Beside it, in float32: the norm's
-    statistics and the attention's log-sums. No dropout, so no masks.
+    input of the activation and of the last matrix, and with a gate both factors. Beside it, in float32: the norms'
+    statistics and the attention's log-sums. Norms of queries and keys keep the projection as well, and
+    the queries by themselves. No dropout, so no masks.
 
     Args:
         shape: of the whole network.
@@ -214,6 +215,9 @@ def sublayer_activations(
     if symbol == ATTENTION:
         heads, groups = shape.num_heads // layout.tensor, shape.num_query_groups // layout.tensor
         kept = tokens * ((2 * heads + 2 * groups) * shape.head_dim * size + heads * _FLOAT32)
+        if shape.qk_norm:  # of queries where Megatron-Core reshapes them, which copies what a group has several of
+            copied = heads if shape.heads_per_group > 1 else 0
+            kept += tokens * ((heads + 2 * groups + copied) * shape.head_dim * size + (heads + groups) * statistics)
         # Cosines and sines, which Megatron-Core makes anew for queries and for keys; all sequences share them.
         rotary = 4 * sequence_length * int(shape.rotary_fraction * shape.head_dim) * size
         return norm + kept + rotary

@@ -53,6 +53,8 @@ class ModelShape:
         padded_vocab: rows of the embedding table, at least `vocab`.
         max_positions: longest sequence the model was made for, in tokens.
         norm_zero_centered: the norm multiplies by `1 + weight` (Nemotron, Gemma).
+        qkv_bias: of queries, keys and values alone; `linear_bias` is of every matrix.
+        qk_norm: every head's query and key are normalised, before the rotary embedding (Qwen3).
         rotary_fraction: share of each head's channels that is rotated, in (0, 1].
         tied: the output projection is the embedding table.
     """
@@ -73,6 +75,7 @@ class ModelShape:
     gated: bool = True
     qkv_bias: bool = False
     linear_bias: bool = False
+    qk_norm: bool = False
     rotary_base: float = 10000.0
     rotary_fraction: float = 1.0
     rotary_scaling: Llama3RopeScaling | None = None

@@ -30,7 +30,7 @@ from minitron_megatron.data.choices import ChoiceSamples, Question
 from minitron_megatron.data.samples import rank_batches
 from tests.gradients import Gradients, close, local_gradients
 from tests.ranks import run_on_ranks
-from tests.tiny import LLAMA, NEMOTRON, Samples, hf_model, import_hf
+from tests.tiny import NEMOTRON, QWEN3, Samples, hf_model, import_hf
 
 LAYOUTS = {
     "1x1": ParallelConfig(),
@@ -44,7 +44,7 @@ LAYOUTS = {
 LOSS = LossConfig(kd_logits_weight=0.7, lm_weight=0.4, chunk_tokens=7)
 # Seven and five layers divide by none of the pipelines.
 MODELS = {
-    "llama": (LLAMA, TargetConfig(hidden=40, ffn=36, heads=4)),
+    "qwen3": (QWEN3, TargetConfig(hidden=40, ffn=36, heads=4)),
     "nemotron": ({**NEMOTRON, "num_hidden_layers": 7}, TargetConfig(layers=5, hidden=40, ffn=36, heads=4)),
 }
 GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, CALIBRATION = 8, 2, 16, 13

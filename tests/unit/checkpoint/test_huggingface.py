@@ -22,7 +22,7 @@ from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.groups import process_groups
-from tests.tiny import LLAMA, NEMOTRON, hf_model, save_hf
+from tests.tiny import LLAMA, NEMOTRON, QWEN2, QWEN3, hf_model, save_hf
 
 INDEX = "model.safetensors.index.json"
 ALIGNED = {**LLAMA, "vocab_size": 128}  # no padding rows
@@ -60,8 +60,10 @@ def logits(model, tokens):
         (TIED, torch.bfloat16, True),
         (NEMOTRON, torch.float32, False),
         (MISTRAL, torch.bfloat16, True),
+        (QWEN2, torch.bfloat16, True),
+        (QWEN3, torch.float16, False),
     ],
-    ids=["llama", "llama without padding", "tied llama", "nemotron", "mistral"],
+    ids=["llama", "llama without padding", "tied llama", "nemotron", "mistral", "qwen2", "qwen3"],
 )
 def test_import_and_export_give_back_every_tensor_bit_for_bit(config, dtype, sharded, tmp_path):
     source = save_hf(tmp_path / "hf", hf_model(**config).to(dtype))

@@ -45,6 +45,8 @@ def test_a_config_says_what_the_shape_says():
         dict(rope_theta=7.0, rope_scaling=None, num_key_value_heads=None),
         dict(rope_parameters={"rope_type": "default", "rope_theta": 5.0}, rope_theta=7.0),
         dict(model_type="mistral", num_attention_heads=16, num_key_value_heads=...),
+        dict(model_type="qwen2", sliding_window=32),
+        dict(model_type="qwen3", sliding_window=32, num_attention_heads=32, num_key_value_heads=...),
         dict(model_type="nemotron", norm_eps=1e-5),
         dict(model_type="nemotron", norm_eps=1e-5, partial_rotary_factor=0.25),
         dict(
@@ -72,7 +74,19 @@ def test_a_llama_whose_width_is_no_multiple_of_the_heads_is_written_as_mistral()
 @pytest.mark.parametrize(
     "changes, named",
     [
-        (dict(model_type="gpt2"), "'gpt2' is not supported: choose a model of one of llama, mistral, nemotron"),
+        (
+            dict(model_type="gpt2"),
+            "'gpt2' is not supported: choose a model of one of llama, mistral, nemotron, qwen2, qwen3",
+        ),
+        (dict(model_type="mixtral", num_local_experts=8), "'mixtral' is not supported (it has layers of mixtures of"),
+        (
+            dict(model_type="jamba", num_experts=16, mamba_d_state=16),
+            "(it has layers of mixtures of experts ('E') and of Mamba ('M'))",
+        ),
+        (dict(model_type="deepseek_v3", n_routed_experts=256, kv_lora_rank=512), "multi-latent attention"),
+        (dict(model_type="qwen3_next", num_experts=512, linear_num_value_heads=32), "gated linear attention ('G')"),
+        (dict(model_type="gemma3_text"), "'gemma3_text' is not supported (GPTModel of Megatron-Core has neither"),
+        (dict(model_type="qwen2", use_sliding_window=True, sliding_window=32), "sliding_window = 32 is not supported"),
         (dict(model_type=None), "model_type = None"),
         (
             dict(attention_bias=True, mlp_bias=True),

@@ -130,11 +130,11 @@ def test_state_is_what_a_model_in_training_has(dtype, distributed):
 @pytest.mark.parametrize(
     "switches",
     [
-        {},
+        {"qk_norm": True},
         {"activation": Activation.GELU},
         {"activation": Activation.SQUARED_RELU, "gated": False, "rotary_fraction": 0.5, "linear_bias": True},
     ],
-    ids=["SwiGLU", "gated GELU", "squared ReLU"],
+    ids=["SwiGLU, norms of queries and keys", "gated GELU", "squared ReLU"],
 )
 def test_activations_are_those_that_a_model_keeps(switches, recompute):
     shape, config = SMALL.replace(**switches), settings(256, micro_batch=2, global_batch=2, recompute=recompute)

@@ -237,7 +237,8 @@ def direct_weights(model, outgoing):
         )
         found["ffn"].append(norm(mlp.down_proj.weight.T, *([] if outgoing else firsts)))
         by_head = attention.o_proj.weight.T.reshape(6, 12 * 48)
-        found["head"].append(norm(by_head, *([] if outgoing else [attention.q_proj.weight.view(6, 12 * 48)])))
+        queries = [] if outgoing else [p.view(6, -1) for p in attention.q_proj.parameters()]  # a bias as well
+        found["head"].append(norm(by_head, *queries))
     last = [columns(model.lm_head.weight)]
     if not outgoing:
         last += [p[:, None] for p in network.norm.parameters()]

@@ -32,6 +32,7 @@ SHAPES = {
     "nemotron": shape_from_config({**NEMOTRON, **SIZES}),
     "nemotron with biases": shape_from_config({**NEMOTRON, **SIZES}).replace(linear_bias=True),
     "biases of q, k and v": LLAMA_SHAPE.replace(qkv_bias=True),
+    "norms of q and k": LLAMA_SHAPE.replace(qk_norm=True),
     "all biases": LLAMA_SHAPE.replace(linear_bias=True, gated=False, activation=Activation.GELU),
 }
 needs_hybrid_model = pytest.mark.skipif(
@@ -119,7 +120,8 @@ def permute(source, scores, axis, order):
     if axis == "hidden":
         for (name, layer), tensor in tensors.items():
             dim = 0 if "layernorm" in name or "layer_norm" in name or "proj" in name or "fc2" in name else 1
-            if name not in ("self_attention.linear_qkv.bias", "mlp.linear_fc1.bias"):
+            # Neither what the rows of other axes add, nor norms of heads.
+            if dim < tensor.ndim and tensor.size(dim) == HIDDEN:
                 tensors[name, layer] = tensor.index_select(dim, order)
         scores.hidden = scores.hidden[order]
     elif axis == "ffn":

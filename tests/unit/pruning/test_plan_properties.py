@@ -48,6 +48,7 @@ def shapes(draw, tensor):
         gated=gated,
         qkv_bias=draw(st.booleans()),
         linear_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
         tied=draw(st.booleans()),
     )
 
@@ -218,10 +219,11 @@ def test_a_pruned_network_has_the_parameters_of_its_shape(problem):
     qkv = width + 2 * shape.num_query_groups * shape.head_dim
     neurons = shape.ffn * (2 if shape.gated else 1)
     matrices = (qkv + width + neurons + shape.ffn) * shape.hidden
+    of_heads = 2 * shape.head_dim * shape.qk_norm * (2 if shape.norm is NormKind.LAYERNORM else 1)
     biases = qkv * (shape.qkv_bias or shape.linear_bias) + (2 * shape.hidden + neurons) * shape.linear_bias
     tables = shape.vocab * shape.hidden * (1 if shape.tied else 2)
     if shape.is_uniform:
-        assert num_parameters(shape) == shape.num_layers * (matrices + biases + 2 * norm) + norm + tables
+        assert num_parameters(shape) == shape.num_layers * (matrices + biases + of_heads + 2 * norm) + norm + tables
 
 
 @PROPERTIES

@@ -462,8 +462,8 @@ def test_questions_that_overflow_are_named(inputs, settings, tmp_path):
 
 
 def test_a_model_that_the_axis_table_does_not_describe_is_refused():
-    with process_groups(ParallelConfig()), pytest.raises(UnsupportedModelError, match="config.qk_layernorm = True"):
-        minitron_megatron.shape_of(build_own(qk_layernorm=True))
+    with process_groups(ParallelConfig()), pytest.raises(UnsupportedModelError, match="config.num_moe_experts = 2"):
+        minitron_megatron.shape_of(build_own(num_moe_experts=2))
 
 
 def test_a_choice_that_is_no_question_names_its_line(settings, tmp_path):

@@ -1,0 +1,73 @@
+"""Every family, split over ranks, against transformers: logits, and every gradient of the plain loss."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from minitron_megatron.checkpoint.huggingface import StateDict, hf_tensors, read_hf_tensor
+from minitron_megatron.config.loss import LossConfig
+from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
+from minitron_megatron.data.samples import rank_batches
+from minitron_megatron.model.families import shape_from_config
+from tests.gradients import Gradients, local_gradients
+from tests.ranks import run_on_ranks
+from tests.tiny import FAMILIES, Samples, hf_model
+
+LAYOUTS = {"tp2": ParallelConfig(tensor=2), "pp2": ParallelConfig(pipeline=2)}
+SEQUENCE, BATCH = 20, 4
+
+
+def batch_of(config: dict) -> dict:
+    return next(rank_batches(Samples(BATCH, SEQUENCE, config["vocab_size"]), 0, BATCH, BATCH, 0, 1))
+
+
+def work(folder, name):
+    """Logits and gradients of all families, by one rank of a layout."""
+    from minitron_megatron.checkpoint.load import load_weights
+    from minitron_megatron.distillation.step import TeacherStudent
+    from minitron_megatron.model.build import build_model
+    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.schedule import output_weight, run_forward
+    from minitron_megatron.training.optimizer import optimization
+
+    found = {}
+    with process_groups(LAYOUTS[name]) as groups:
+        for family, config in FAMILIES.items():
+            model, batch = hf_model(**config), batch_of(config)
+            shape = shape_from_config(config)
+            chunks = build_model(shape, groups, DType.FP32)
+            load_weights(chunks, StateDict(shape, model.state_dict()), groups)
+            hidden = run_forward(chunks, [batch], groups, lambda hidden, _: hidden)
+            logits = [(last @ output_weight(chunks[-1]).T).transpose(0, 1) for last in hidden]
+            training = optimization(chunks, OptimizerConfig(warmup_steps=1), 4, DType.FP32, groups)
+            training.zero_grad()
+            TeacherStudent(training.chunks, None, groups, LossConfig(0.0, 1.0), shape.vocab).train([batch])
+            found[family] = logits, local_gradients(chunks, shape, groups)
+        torch.save(found, folder / f"{dist.get_rank()}.pt")
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    run_on_ranks(2, work, folder, request.param)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_those_of_transformers(ranks, family):
+    model, batch = hf_model(**FAMILIES[family]), batch_of(FAMILIES[family])
+    shape = shape_from_config(FAMILIES[family])
+    logits = model(batch["tokens"]).logits
+    found = torch.cat([of_rank[family][0][0] for of_rank in ranks if of_rank[family][0]], dim=-1)
+    assert logits.std() > 0.3  # or the tolerance below would say little
+    torch.testing.assert_close(found[..., : shape.vocab], logits, rtol=1e-4, atol=1e-4)
+
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
+    ((losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = Gradients(shape, [of_rank[family][1] for of_rank in ranks])
+    for name, _, param, part, layer in hf_tensors(shape):
+        # That a bias of all keys changes no attention is exact on paper alone.
+        scale = expected[name.replace("k_proj.bias", "q_proj.bias")].abs().max()
+        difference = read_hf_tensor(gradients, param, part, layer) - expected[name]
+        assert scale > 0 and difference.abs().max() <= 1e-4 * scale, name
