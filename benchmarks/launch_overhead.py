@@ -97,7 +97,8 @@ def _first_step(name: str, inputs: Path, folder: Path, environment: dict) -> dic
         )
         start = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", f"--output={folder}/log", str(script)]
     else:
-        cluster = ["cluster=slurm", "cluster={nodes:null,ranks_per_node:2,gpus_per_node:0,gpu:null}"]
+        cluster = ["cluster=slurm", "cluster.nodes=null", "cluster.ranks_per_node=2", "cluster.gpus_per_node=0"]
+        cluster += ["cluster.gpu=null", "cluster.cpus_per_rank=null", "cluster.memory=null"]
         start = [*MINITRON, "launch", *training, *cluster, f"cluster.preflight={str(name == CASES[2]).lower()}"]
     started = time.time()
     done = subprocess.run(start, env=environment, cwd=ROOT, capture_output=True, text=True)

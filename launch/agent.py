@@ -6,17 +6,35 @@ and exits with status 2. All ranks usually find the same error; one is shown.
 
 import importlib
 import logging
+import os
 import signal
 import sys
+
+import psutil
 
 from minitron_megatron.errors import PREEMPTED
 
 USER_ERROR = 2
+_FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
+"""What asks ranks to stop. Slurm may tell its direct children alone, which are the agents."""
 
 
 def main(arguments: list[str]) -> int:
-    # Slurm's warning is for the ranks, which get it as well, and would end this process.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    asked: list[int] = []
+
+    def forward(number: int, _) -> None:
+        asked.append(number)
+        for rank in psutil.Process().children():
+            rank.send_signal(number)
+
+    for number in _FORWARDED:
+        signal.signal(number, forward)
+    # torch's own answer to SIGTERM leaves ranks half a minute, and a large model takes longer to save.
+    arguments = ["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments]
+    if "SLURM_NODEID" in os.environ and any(a.startswith("--rdzv-endpoint") for a in arguments):
+        # torch finds out by name or address, which need not be those that the first node knows itself by.
+        is_host = os.environ["SLURM_NODEID"] == "0"
+        arguments = [f"--rdzv-conf=is_host={str(is_host).lower()}", *arguments]
     # By name, for the rest of this package must not need torch.
     launcher = importlib.import_module("torch.distributed.run")
     errors = importlib.import_module("torch.distributed.elastic.multiprocessing.errors")
@@ -28,13 +46,16 @@ def main(arguments: list[str]) -> int:
         launcher.main(arguments)
     except errors.ChildFailedError as error:
         # Other ranks may have failed since, for want of the one that left, or were ended by the launcher's SIGTERM.
-        for rank, failure in error.failures.items():
-            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
-                name = signal.Signals(-failure.exitcode).name
+        statuses = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if any(status == PREEMPTED for status in statuses.values()):
+            return PREEMPTED
+        if asked and any(status == -asked[0] for status in statuses.values()):
+            return 128 + asked[0]
+        for rank, status in statuses.items():
+            if status < 0 and status != -signal.SIGTERM:
+                name = signal.Signals(-status).name
                 print(f"minitron: rank {rank} was ended by {name}: see whether the memory was enough", file=sys.stderr)
                 return 1
-        if any(failure.exitcode == PREEMPTED for failure in error.failures.values()):
-            return PREEMPTED
         for failure in error.failures.values():
             if failure.exitcode == USER_ERROR and isinstance(failure.message, dict):
                 print(failure.message["message"], file=sys.stderr)

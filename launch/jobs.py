@@ -60,6 +60,8 @@ def jobs_of(stages: Stages, cluster: ClusterConfig, with_report: bool) -> list[J
                 f"stages.{name} needs {ranks} ranks, which do not fill nodes of cluster.ranks_per_node = {per_node}: "
                 f"change the layout, or set cluster.ranks_per_node to a divisor of {ranks}"
             )
+        if verb == "distill":
+            problems += settings.batch_problems(ranks // required_ranks(settings.parallel), f"stages.{name}.")
         gpus = min(per_node, cluster.gpus) if verb in DISTRIBUTED else 0
         jobs.append(Job(name, file, verb, ranks // per_node, per_node, gpus))
     of_ranks = [job for job in jobs if job.verb in DISTRIBUTED]

@@ -8,7 +8,7 @@ import sys
 ROLE = "minitron"
 """What the launcher tells each rank it is. Such ranks leave the last word to `launch.agent`."""
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run_ranks(num_ranks: int, arguments: list[str]) -> int:

@@ -1,7 +1,7 @@
 """What is checked on every node before the ranks start: `python -m minitron_megatron.launch.preflight`.
 
-One task per node. A node that is all right leaves `NODE.ok` in the folder of the checks, and the first one takes back
-that of a node which it does not meet; what is wrong with one is said in the job's log, under its name.
+One task per node. A node leaves `NODE.ok` or `NODE.bad` in the folder of the checks; where all are right, they meet.
+What is wrong with one is said in the job's log, under its name.
 """
 
 import importlib
@@ -17,8 +17,8 @@ from pathlib import Path
 from minitron_megatron.launch.version import digest
 
 MIN_FREE_GIB = 1.0
-MEETING_S = 60
-"""So long a node waits for the others."""
+MEETING_S = 300
+"""So long a node waits for the others, whose file system may be cold."""
 
 
 def main(checks: str, run_dir: str, expected_digest: str, num_gpus: str) -> int:
@@ -35,26 +35,13 @@ def main(checks: str, run_dir: str, expected_digest: str, num_gpus: str) -> int:
     """
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     problems = [*code_problems(expected_digest), *folder_problems(Path(run_dir)), *gpu_problems(int(num_gpus))]
-    if is_first := os.environ["SLURM_PROCID"] == "0":
+    if os.environ["SLURM_PROCID"] == "0":
         problems += port_problems(int(os.environ["MASTER_PORT"]))
-    _tell(node, problems)
-    own = Path(checks) / f"{node}.ok"
-    if not problems:
-        own.write_text(os.environ["SLURM_PROCID"])
-    if is_first and problems:
-        return 1  # and nobody to be met
-    missing, reached = meet(int(num_gpus) > 0)
-    _tell(node, reached)
-    if is_first:
-        for ok in Path(checks).glob("*.ok"):
-            if ok.read_text() in missing:
-                ok.unlink()
-    return int(bool(problems or reached))
-
-
-def _tell(node: str, problems: list[str]) -> None:
+    (Path(checks) / f"{node}.{'bad' if problems else 'ok'}").touch()
+    problems = problems or absence_problems(Path(checks)) or meeting_problems(int(num_gpus) > 0)
     for problem in problems:
         print(f"preflight: {node}: {problem}", flush=True)
+    return int(bool(problems))
 
 
 def code_problems(expected: str) -> list[str]:
@@ -103,25 +90,30 @@ def port_problems(port: int) -> list[str]:
     return []
 
 
-def meet(on_gpus: bool) -> tuple[list[str], list[str]]:
-    """Meet the other nodes for a small all-reduce.
+def absence_problems(checks: Path) -> list[str]:
+    """That there is no other node to meet, because it is bad or has said nothing in time."""
+    num_nodes, end = int(os.environ["SLURM_STEP_NUM_TASKS"]), time.monotonic() + MEETING_S
+    while True:
+        bad = sorted(path.stem for path in checks.glob("*.bad"))
+        num_ok = len(list(checks.glob("*.ok")))
+        if bad or num_ok == num_nodes:
+            return [f"does not meet the others, because of {', '.join(bad)}"] if bad else []
+        if time.monotonic() > end:
+            return [f"waited {MEETING_S} seconds, and {num_nodes - num_ok} of {num_nodes} nodes have said nothing"]
+        time.sleep(0.2)
 
-    Returns:
-        numbers of the nodes that did not come, and what is wrong.
-    """
+
+def meeting_problems(on_gpus: bool) -> list[str]:
+    """What goes wrong in a small all-reduce with the other nodes."""
     num_nodes, rank = int(os.environ["SLURM_STEP_NUM_TASKS"]), int(os.environ["SLURM_PROCID"])
     if num_nodes == 1:
-        return [], []
+        return []
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     torch = importlib.import_module("torch")
     dist = importlib.import_module("torch.distributed")
     wait = timedelta(seconds=MEETING_S)
     try:
         store = dist.TCPStore(address, port, num_nodes, rank == 0, wait, wait_for_workers=False)
-        store.set(f"came/{rank}", "")
-        if missing := _missing(store, num_nodes):
-            names = ", ".join(missing)
-            return missing, [f"of the job's nodes, counted from 0, number {names} did not come to {address}:{port}"]
         world = {"store": store, "rank": rank, "world_size": num_nodes, "timeout": wait}
         dist.init_process_group("nccl" if on_gpus else "gloo", **world)
         one = torch.ones(1, device="cuda" if on_gpus else "cpu")
@@ -132,18 +124,8 @@ def meet(on_gpus: bool) -> tuple[list[str], list[str]]:
         if rank == 0:
             store.wait([f"left/{other}" for other in range(num_nodes)], wait)
     except RuntimeError as error:
-        return [], [f"does not reach the other nodes: {str(error).splitlines()[0]}"]
-    return [], [] if one.item() == num_nodes else [f"an all-reduce over {num_nodes} nodes gave {one.item()}"]
-
-
-def _missing(store, num_nodes: int) -> list[str]:
-    """Numbers of the nodes that have not come in time."""
-    end = time.monotonic() + MEETING_S
-    while True:
-        missing = [str(rank) for rank in range(num_nodes) if not store.check([f"came/{rank}"])]
-        if not missing or time.monotonic() > end:
-            return missing
-        time.sleep(0.1)
+        return [f"does not reach the other nodes: {str(error).splitlines()[0]}"]
+    return [] if one.item() == num_nodes else [f"an all-reduce over {num_nodes} nodes gave {one.item()}"]
 
 
 if __name__ == "__main__":

@@ -111,6 +111,10 @@ def write_settings(run: Path, jobs: list[Job], stages: Stages, recipe) -> None:
     (run / LOGS).mkdir(exist_ok=True)
     for job, (_, settings) in zip(jobs, stages.values(), strict=False):
         replace(folder / f"{job.file}.yaml", to_yaml(settings))
+        # By which a script finds what the job has made.
+        made = folder / f"{job.file}.output"
+        made.unlink(missing_ok=True)
+        made.symlink_to(Path(settings.output).absolute())
     if recipe is not None:
         replace(run / RECIPE, to_yaml(recipe))
 

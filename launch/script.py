@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from minitron_megatron.config.cluster import ClusterConfig
+from minitron_megatron.config.cluster import ClusterConfig, Rendezvous
 from minitron_megatron.launch.jobs import Job
 
 
@@ -41,6 +41,7 @@ def render(
         python=python,
         digest=digest,
         is_array=num_runs is not None,
+        cpus=_cpus(job, cluster),
         container="".join(f" {shlex.quote(option)}" for option in _container(cluster, run_dir, work_dir)),
     )
 
@@ -60,6 +61,7 @@ def _options(job: Job, cluster: ClusterConfig, num_runs: int | None) -> list[str
         "ntasks-per-node": job.ranks_per_node,
         "gpus-per-node": job.gpus_per_node or None,
         "cpus-per-task": cluster.cpus_per_rank,
+        "mem": cluster.memory if job.ranks > 1 or on_gpus else None,
         "partition": partition,
         "account": cluster.account,
         "qos": cluster.qos,
@@ -71,6 +73,12 @@ def _options(job: Job, cluster: ClusterConfig, num_runs: int | None) -> list[str
     flags = ["--exclusive"] if cluster.exclusive and job.ranks > 1 else []
     given = [f"--{name}={_quoted(str(value))}" for name, value in values.items() if value is not None]
     return [*given, *flags, "--requeue", *map(_quoted, cluster.extra)]
+
+
+def _cpus(job: Job, cluster: ClusterConfig) -> str:
+    """The option of srun for the cores of a task, which is a rank or, with torchrun, a node."""
+    per_task = 1 if cluster.rendezvous is Rendezvous.SRUN else job.ranks_per_node
+    return f" --cpus-per-task={per_task * cluster.cpus_per_rank}" if cluster.cpus_per_rank else ""
 
 
 def _quoted(value: str) -> str:

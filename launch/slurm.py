@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from minitron_megatron.errors import ConfigError
@@ -19,45 +20,53 @@ def require_slurm() -> None:
         )
 
 
-def submit_chain(scripts: list[Path], folder: Path, is_array: bool) -> list[str]:
+def submit_chain(scripts: list[Path], folder: Path, is_array: bool, on_id: Callable[[Path, str], None]) -> None:
     """Submit scripts so that each begins when the one before has succeeded.
 
     In a sweep a run's stage waits for the same run's stage before it. A job that waits for one that failed is
-    cancelled.
+    cancelled. Where not all can be submitted, those that were are cancelled.
 
     Args:
         scripts: in order.
         folder: where the jobs' logs go.
         is_array: whether the jobs are arrays.
-
-    Returns:
-        the job's id of each script.
+        on_id: called with a script and the id of its job, as soon as that is known.
 
     Raises:
-        ConfigError: sbatch refused one, in its own words. Those submitted before it are cancelled.
+        ConfigError: sbatch refused one, in its own words.
     """
     ids: list[str] = []
-    for script in scripts:
-        after = [f"--dependency={'aftercorr' if is_array else 'afterok'}:{ids[-1]}"] if ids else []
-        command = ["sbatch", "--parsable", f"--chdir={folder}", "--kill-on-invalid-dep=yes", *after, str(script)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            cancel(ids)
-            said = done.stderr.strip().removeprefix("sbatch: ")
-            raise ConfigError([f"sbatch refused {script.name}: {said}"])
-        # ID, or ID;CLUSTER
-        ids.append(done.stdout.strip().split(";")[0])
-    return ids
+    try:
+        for script in scripts:
+            after = [f"--dependency={'aftercorr' if is_array else 'afterok'}:{ids[-1]}"] if ids else []
+            command = ["sbatch", "--parsable", f"--chdir={folder}", "--kill-on-invalid-dep=yes", *after, str(script)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                said = done.stderr.strip().removeprefix("sbatch: ")
+                raise ConfigError([f"sbatch refused {script.name}: {said}"])
+            # ID, or ID;CLUSTER
+            ids.append(done.stdout.strip().split(";")[0])
+            on_id(script, ids[-1])
+    except BaseException:
+        cancel(ids)
+        raise
 
 
 def states(ids: list[str]) -> dict[str, list[tuple[str, str]]]:
-    """State and reason of the jobs that Slurm still knows, by id; several for the tasks of an array."""
+    """State and reason of the jobs that Slurm still knows, by id; several for the tasks of an array.
+
+    Raises:
+        ConfigError: Slurm does not answer.
+    """
     found: dict[str, list[tuple[str, str]]] = {}
     if not ids:
         return found
     command = ["squeue", "--noheader", "--states=all", "--format=%F|%T|%r", f"--jobs={','.join(ids)}"]
+    done = subprocess.run(command, capture_output=True, text=True)
     # Ids that Slurm has forgotten are an error to it, and leave nothing to read.
-    for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise ConfigError([f"squeue does not say how jobs {', '.join(ids)} are: {done.stderr.strip()}"])
+    for line in done.stdout.splitlines():
         job, state, reason = line.split("|", 2)
         found.setdefault(job, []).append((state, reason))
     return found

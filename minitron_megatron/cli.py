@@ -26,7 +26,7 @@ from minitron_megatron.parallel.layout import Layout
 
 logger = logging.getLogger(__name__)
 
-USER_ERROR, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(verb, overrides, options, file)
     except UserError as error:
         _tell(verb, error)
-        return USER_ERROR
+        return error.exit_status
     except Preempted as stop:
         logger.info("%s", stop)
         _leave_word(str(stop), PREEMPTED)
@@ -146,7 +146,7 @@ def _tell(verb: str | None, error: UserError) -> None:
     """
     start = f"minitron {verb}: " if verb else "minitron: "
     message = "\n".join(start + line for line in str(error).splitlines())
-    has_launcher = _leave_word(message, USER_ERROR)
+    has_launcher = _leave_word(message, error.exit_status)
     left_to_launcher = has_launcher and (os.environ.get("ROLE_NAME") == ROLE or os.environ.get("RANK", "0") != "0")
     if not left_to_launcher:
         print(message, file=sys.stderr)

@@ -1,12 +1,14 @@
 """What a user can get wrong, by name.
 
 Every class here is a `ValueError` whose message names the field, the value and the fix. The command
-line prints the message alone and exits with status 2; anything else is a defect and keeps its traceback.
+line prints the message alone and exits with its status; anything else is a defect and keeps its traceback.
 """
 
 
 class UserError(ValueError):
     """Something the user can mend. The message says what, where and how."""
+
+    exit_status = 2
 
 
 class ConfigError(UserError):
@@ -46,7 +48,13 @@ class DiskSpaceError(UserError):
 
 
 class WorkerError(UserError):
-    """Another of the processes that share one piece of work failed, or was ended from outside."""
+    """Another of the processes that share one piece of work failed."""
+
+
+class LostWorkerError(WorkerError):
+    """Another of the processes that share one piece of work was ended from outside."""
+
+    exit_status = 1  # the same settings may do the next time
 
 
 PREEMPTED = 75

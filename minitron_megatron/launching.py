@@ -78,16 +78,19 @@ def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
     launched = Launched(
         jobs, str(Path.cwd()), {}, len(runs) if multirun else None, to_plain(config.cluster), code_version()
     )
-    told, problems = check_fit(runs[0].stages, jobs, config.cluster, runs[0].recipe)
-    raise_if_any(problems)
-    for line in told:
+    checked = [check_fit(run.stages, jobs, config.cluster, run.recipe) for run in runs]
+    raise_if_any(list(dict.fromkeys(problem for _, problems in checked for problem in problems)))
+    for line in dict.fromkeys(line for told, _ in checked for line in told):
         print(line, file=sys.stderr)
     if config.dry_run:
         print("\n".join(_planned(launched, base, runs, config.cluster)))
         return 0
     if config.cluster.kind is ClusterKind.SLURM:
         slurm.require_slurm()
-    raise_if_any([*_partition_problems(config.cluster), *_folder_problems(launched, base, runs)])
+    raise_if_any(
+        [*_partition_problems(config.cluster), *_name_problems(launched, base, config.cluster)]
+        or _folder_problems(launched, base, runs)
+    )
     waiting = [job for job in jobs if not all(is_done(run.folder, job, launched.work_dir) for run in runs)]
     if not waiting:
         print(f"{base} is finished: nothing to do")
@@ -97,7 +100,7 @@ def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
     for run in runs:
         for job in jobs:
             if not is_done(run.folder, job, launched.work_dir):
-                for left in ("done", "state"):
+                for left in ("done", "state", "restarts"):
                     (run.folder / FOLDER / f"{job.file}.{left}").unlink(missing_ok=True)
         write_settings(run.folder, jobs, run.stages, run.recipe)
     if config.cluster.kind is ClusterKind.LOCAL:
@@ -105,11 +108,14 @@ def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
         return _run_here(launched, runs)
     for file, text in _scripts(launched, base, config.cluster).items():
         replace(base / FOLDER / f"{file}.sh", text)
-    ids = slurm.submit_chain([base / FOLDER / f"{job.file}.sh" for job in waiting], base / LOGS, multirun)
-    launched.ids = {job.file: job_id for job, job_id in zip(waiting, ids, strict=True)}
-    launched.write(base)
-    for job, job_id in zip(waiting, ids, strict=True):
-        print(f"job {job_id}: {job.name} on {job.nodes} x {job.ranks_per_node} ranks")
+
+    def keep(script: Path, job_id: str) -> None:
+        launched.ids[script.stem] = job_id
+        launched.write(base)
+
+    slurm.submit_chain([base / FOLDER / f"{job.file}.sh" for job in waiting], base / LOGS, multirun, keep)
+    for job in waiting:
+        print(f"job {launched.ids[job.file]}: {job.name} on {job.nodes} x {job.ranks_per_node} ranks")
     print(f"see how far it is: minitron launch status {shlex.quote(str(base))}")
     return 0
 
@@ -274,6 +280,21 @@ def _partition_problems(cluster: ClusterConfig) -> list[str]:
         f"cluster.{name} = {value}: there is no such partition; {near(value, sorted(known))}"
         for name, value in names.items()
         if value and known and not set(value.split(",")) <= known
+    ]
+
+
+def _name_problems(launched: Launched, base: Path, cluster: ClusterConfig) -> list[str]:
+    """Folders whose names Slurm or pyxis would take for something else."""
+    if cluster.kind is ClusterKind.LOCAL:
+        return []
+    taken = [(base, "%\\", "Slurm, which replaces it in the names of logs")]
+    if cluster.container.image:
+        taken += [(folder, ":,", "the list of a container's mounts") for folder in (base, Path(launched.work_dir))]
+    return [
+        f"{folder} has {character!r} in it, which is special to {whom}: choose another folder"
+        for folder, characters, whom in taken
+        for character in characters
+        if character in str(folder)
     ]
 
 

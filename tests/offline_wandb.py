@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,9 +29,13 @@ def records(file: Path) -> Iterator[Record]:
 
 
 def sessions(folder: Path) -> list[list[Record]]:
-    """The records of every start of a run, oldest first."""
+    """The records of every start of a run, oldest first, once W&B's process has written the end of the newest."""
     files = folder.glob("wandb/*run-*/run-*.wandb")
-    return [list(records(file)) for file in sorted(files, key=lambda file: file.parent.name)]  # which begins with time
+    files = sorted(files, key=lambda file: file.parent.name)  # which begins with time
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not any(r.WhichOneof("record_type") == "exit" for r in records(files[-1])):
+        time.sleep(0.1)
+    return [list(records(file)) for file in files]
 
 
 def rows(session: list[Record]) -> list[dict]:

@@ -12,8 +12,17 @@ _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
 _OWN_OPTIONS = {
     *("job-name", "output", "error", "open-mode", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "signal"),
     *("requeue", "no-requeue", "array", "dependency", "chdir", "partition", "account", "qos", "time", "constraint"),
-    *("exclusive", "reservation", "cpus-per-task"),
+    *("exclusive", "reservation", "cpus-per-task", "mem"),
 }
+
+
+def _seconds(time: str) -> int:
+    """A time limit in seconds."""
+    days, _, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    # Minutes come first, unless days do or all three are there.
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units))
 
 
 class ClusterKind(str, Enum):
@@ -68,6 +77,8 @@ class ClusterConfig:
         ranks_per_node: ranks on a node, one per GPU where there are GPUs.
         gpus_per_node: GPUs to ask for on each node of such stages; null for one per rank, 0 on a cluster without.
         cpus_per_rank: cores to ask for per rank; null leaves it to the cluster.
+        memory: to ask for on each node of stages on several ranks or GPUs, as Slurm writes it: 200G, or 0 for all that
+            a node has; null leaves it to the cluster.
         partition: as Slurm names it; null for the cluster's own choice, as for the four below.
         cpu_partition: of stages that need no GPU; null for the same.
         account: to charge.
@@ -80,7 +91,8 @@ class ClusterConfig:
         rendezvous: one task of srun per rank, or torchrun on every node.
         port: at which ranks meet on the first node; null derives one from the job's id.
         signal_s: so many seconds before the end the ranks are told to save and stop.
-        max_restarts: how often a job that was preempted, lost a rank or timed out is put back into the queue.
+        max_restarts: how often in a row a job that was preempted, lost a rank or timed out is put back into the queue
+            without having come further; a checkpoint in between starts the count anew.
         max_parallel: how many runs of a sweep go at a time; null for all of them.
         preflight: check every node before the ranks start.
         exclude_bad_nodes: go on without nodes that fail it, by putting the job back into the queue.
@@ -98,6 +110,7 @@ class ClusterConfig:
     ranks_per_node: int = 8
     gpus_per_node: int | None = None
     cpus_per_rank: int | None = None
+    memory: str | None = None
     partition: str | None = None
     cpu_partition: str | None = None
     account: str | None = None
@@ -155,8 +168,16 @@ class ClusterConfig:
         for module in self.modules:
             if not re.fullmatch(r"[\w./+-]+", module):
                 found.append(f"{where}modules has {module!r}: give names as `module load` takes them")
-        if self.venv and self.python:
-            found.append(f"{where}venv and {where}python are both set: set one of them")
+        others = {"venv": self.venv, "python": self.python, "container.image": self.container.image}
+        if self.venv and len(given := [name for name, value in others.items() if value]) > 1:
+            found.append(f"{' and '.join(where + name for name in given)} are all set: set one interpreter alone")
+        if self.memory is not None and not re.fullmatch(r"\d+[KMGT]?", self.memory):
+            found.append(f"{where}memory = {self.memory!r}: write it as Slurm does, 200G, or 0 for all of a node")
+        if _TIME.fullmatch(self.time) and (seconds := _seconds(self.time)) <= self.signal_s:
+            found.append(
+                f"{where}time = {self.time!r} is {seconds} seconds, and ranks stop {where}signal_s = {self.signal_s} "
+                f"before the end: raise the one or lower the other"
+            )
         return [*found, *self.container.problems(f"{where}container.")]
 
 

@@ -563,17 +563,33 @@ class DistillConfig:
             )
         if self.dtype is DType.FP16:
             found.append(f"{where}dtype = fp16: training needs bf16 or fp32, whose gradients do not underflow")
-        if self.micro_batch >= 1 and self.global_batch % self.micro_batch:
-            found.append(
-                f"{where}global_batch = {self.global_batch} is not a multiple of {where}micro_batch = "
-                f"{self.micro_batch}: set it to {nearest_multiples(self.global_batch, self.micro_batch)}"
-            )
+        if not found:
+            found += self.batch_problems(self.parallel.data or 1, where)
         if self.optimizer.warmup_steps >= self.steps:
             found.append(
                 f"{where}optimizer.warmup_steps = {self.optimizer.warmup_steps} must be below {where}steps = "
                 f"{self.steps}: set it to {self.steps // 10}"
             )
         return found
+
+    def batch_problems(self, data: int, where: str = "") -> list[str]:
+        """Why `data` replicas cannot share a batch."""
+        per_round = self.micro_batch * data
+        replicas = f" x {where}parallel.data" if data > 1 else ""
+        if self.global_batch % per_round:
+            return [
+                f"{where}global_batch = {self.global_batch} is not a multiple of {where}micro_batch{replicas} = "
+                f"{self.micro_batch}{f' x {data}' if replicas else ''}: set it to "
+                f"{nearest_multiples(self.global_batch, per_round)}"
+            ]
+        layout, own = self.parallel, self.global_batch // per_round
+        if (layout.virtual_pipeline or 1) > 1 and own % layout.pipeline:
+            return [
+                f"{where}global_batch = {self.global_batch} makes {own} micro-batches per rank; with "
+                f"{where}parallel.virtual_pipeline they must be a multiple of {where}parallel.pipeline = "
+                f"{layout.pipeline}: set it to {nearest_multiples(self.global_batch, per_round * layout.pipeline)}"
+            ]
+        return []
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from minitron_megatron.errors import UserError, WorkerError
+from minitron_megatron.errors import LostWorkerError, UserError, WorkerError
 from minitron_megatron.parallel.collectives import gather_objects
 
 T = TypeVar("T")
@@ -40,7 +40,8 @@ class Workers:
             what it returned on each of them, by rank.
 
         Raises:
-            WorkerError: it failed on another worker, or that worker is gone. What fails on this one is raised as it is.
+            WorkerError: it failed on another worker; `LostWorkerError` if that worker is gone. What fails on this one
+                is raised as it is.
         """
         if self.size == 1:
             return [work()]
@@ -52,7 +53,7 @@ class Workers:
         try:
             outcomes = _in_a_thread(lambda: gather_objects((result, told), self.group))
         except RuntimeError as e:
-            raise error or WorkerError(
+            raise error or LostWorkerError(
                 f"one of the {self.size} processes that share this work was ended from outside: see whether the memory "
                 f"was enough, and run it again"
             ) from e

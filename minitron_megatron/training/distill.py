@@ -20,7 +20,6 @@ from minitron_megatron.checkpoint.manifest import (
 )
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.checkpoint.sharded import HUGGINGFACE, TEACHER, Checkpoint
-from minitron_megatron.config.checks import nearest_multiples
 from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.data.samples import Samples, heldout_samples, training_samples
@@ -75,15 +74,16 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
     parents = [Parent.of(role, checkpoint.root) for role, checkpoint in networks.items()]
     parents += Parent.of_text(config.data.text)
     manifest = Manifest("run", student.shape.to_dict(), parents, to_plain(config))
-    with stop_requests() as asked_to_stop, process_groups(config.parallel) as groups:
-        raise_if_any(_batch_problems(config, groups))
+    with process_groups(config.parallel) as groups:
+        raise_if_any(config.batch_problems(groups.layout.data))
         if main_first(lambda: _is_finished(output, manifest)):
             return output
         corpus = main_first(lambda: prepare_corpus(config.data, student.huggingface_folder))
         samples = training_samples(corpus, config.data, config.steps * config.global_batch)
         heldout = heldout_samples(corpus, config.data.sequence_length)
         main_first(lambda: _prepare(output, config, student, manifest))
-        with told_when_full(output):
+        # A signal that comes earlier ends the process, for there is nothing to save.
+        with told_when_full(output), stop_requests() as asked_to_stop:
             with _leaving_together(), ExitStack() as stack:
                 metrics = None
                 with failing_together():  # before anything is loaded, for a tracker may not start
@@ -185,23 +185,6 @@ def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: Distill
                 f"they must share one"
             )
     return found
-
-
-def _batch_problems(config: DistillConfig, groups: Groups) -> list[str]:
-    layout = groups.layout
-    per_round = config.micro_batch * layout.data
-    if config.global_batch % per_round:
-        return [
-            f"global_batch = {config.global_batch} is not a multiple of micro_batch x parallel.data = "
-            f"{config.micro_batch} x {layout.data}: set it to {nearest_multiples(config.global_batch, per_round)}"
-        ]
-    if layout.virtual_pipeline > 1 and config.global_batch // per_round % layout.pipeline:
-        return [
-            f"global_batch = {config.global_batch} makes {config.global_batch // per_round} micro-batches per rank; "
-            f"with parallel.virtual_pipeline they must be a multiple of parallel.pipeline = {layout.pipeline}: "
-            f"set it to {nearest_multiples(config.global_batch, per_round * layout.pipeline)}"
-        ]
-    return []
 
 
 def _is_finished(output: Path, manifest: Manifest) -> bool:

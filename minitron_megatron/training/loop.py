@@ -111,6 +111,7 @@ def train(
                 values |= _losses("val", found, pair.loss)
                 # The weights of a sum may change over the run, and its terms do not.
                 loss = found.kd_logits if pair.loss.kd_logits_weight else found.lm
+                stops |= bool(_largest({"stop": float(asked_to_stop())}, groups)["stop"])  # it takes a while
                 best = loss < run.best_loss
                 run.best_loss = min(loss, run.best_loss)
             if metrics:

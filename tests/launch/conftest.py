@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,15 @@ from tests.launch.cluster import missing_programs, slurm
 from tests.tiny import tiny_inputs
 
 ROOT = Path(__file__).parents[2]
+
+
+def wait_for(condition, seconds: float = 240, what: str = ""):
+    """What `condition` returns as soon as it is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what or condition} did not come"
+        time.sleep(0.2)
+    return found
 
 
 @pytest.fixture(scope="session")

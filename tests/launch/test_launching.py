@@ -90,7 +90,7 @@ def test_what_is_wrong_is_told(arguments, problem):
         ({"extra": ["--array=1"]}, "which the job script sets"),
         ({"extra": ["--comment=a\n#SBATCH --account=theirs"]}, "--NAME"),
         ({"modules": ["cuda; rm"]}, "module load"),
-        ({"venv": "a", "python": "b"}, "both set"),
+        ({"venv": "a", "python": "b"}, "all set"),
         ({"gpus_per_node": 2, "ranks_per_node": 4}, "every rank takes one"),
         ({"port": 80}, "from 1024"),
         ({"container": ContainerConfig(mounts=["/a:/b"])}, "set cluster.container.image"),

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -15,13 +14,17 @@ import pytest
 import yaml
 
 from minitron_megatron.training.metrics import read_metrics
-from tests.launch.conftest import ROOT
+from tests.launch.conftest import ROOT, wait_for
 from tests.offline_wandb import history
 
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "SITE_PASSWORD": "correct-horse-battery"}
 # No folder of a user's is likely to be worse.
 UGLY = 'it\'s a "run" of $HOME\n& `more`'
-CLUSTER = ["cluster=slurm", "cluster={nodes:null,ranks_per_node:2,gpus_per_node:0,gpu:null}"]
+CLUSTER = [
+    "cluster=slurm",
+    *("cluster.nodes=null", "cluster.ranks_per_node=2", "cluster.gpus_per_node=0", "cluster.gpu=null"),
+    *("cluster.cpus_per_rank=null", "cluster.memory=null"),
+]
 NOT_EXACT = ("time/", "throughput/", "memory/")
 STEPS = 30
 
@@ -53,15 +56,6 @@ DISTILL = [
 
 def quoted(path: Path) -> str:
     return '"' + str(path).replace('"', '\\"') + '"'
-
-
-def wait_for(condition, seconds: float = 240, what: str = ""):
-    """What `condition` returns as soon as it is true."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what or condition} did not come"
-        time.sleep(0.2)
-    return found
 
 
 @pytest.fixture

@@ -217,6 +217,7 @@ def test_a_file_of_settings_is_read_back_as_the_same_settings(tmp_path_factory, 
     assert read_settings("distill", file) == settings
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
 def test_any_text_can_be_the_value_of_an_override(text):
     assume("${" not in text and text != "???")

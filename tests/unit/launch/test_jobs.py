@@ -13,7 +13,10 @@ def stages(**parallel) -> dict:
         "teacher": ("import", ImportConfig("s", "t")),
         "scores": ("score", ScoreConfig("t", "s", parallel=ParallelConfig(tensor=2, data=1))),
         "a b/c": ("prune", PruneConfig("t", "p", workers=3)),
-        "distilled": ("distill", DistillConfig("t", "p", "d", parallel=ParallelConfig(**parallel))),
+        "distilled": (
+            "distill",
+            DistillConfig("t", "p", "d", global_batch=60, micro_batch=1, parallel=ParallelConfig(**parallel)),
+        ),
     }
 
 
@@ -43,6 +46,7 @@ def test_a_cluster_without_gpus_is_asked_for_none():
     [
         (CLUSTER, {"tensor": 2, "data": 3}, "stages.distilled needs 6 ranks, which do not fill nodes"),
         (ClusterConfig(ranks_per_node=4, nodes=2), {"tensor": 2, "data": 1}, r"8 ranks, and the layouts need others"),
+        (ClusterConfig(ranks_per_node=4, nodes=7), {}, "stages.distilled.global_batch = 60 is not a multiple of"),
     ],
 )
 def test_ranks_that_do_not_fit(cluster, parallel, problem):

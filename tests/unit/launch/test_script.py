@@ -21,7 +21,7 @@ def cluster(**settings) -> ClusterConfig:
 
 VARIANTS = {
     "srun": (TRAIN, cluster(), None),
-    "torchrun": (TRAIN, cluster(rendezvous=Rendezvous.TORCHRUN, port=29500), None),
+    "torchrun": (TRAIN, cluster(rendezvous=Rendezvous.TORCHRUN, port=29500, cpus_per_rank=6), None),
     "one_process": (IMPORT, cluster(partition="gpu", cpu_partition="cpu", exclusive=True), None),
     "report": (Job(REPORT, "09_report", REPORT), cluster(), None),
     "array": (TRAIN, cluster(max_parallel=2), 4),
@@ -36,6 +36,7 @@ VARIANTS = {
             reservation="mine",
             exclusive=True,
             cpus_per_rank=12,
+            memory="0",
             time="1-00:00:00",
             extra=["--mail-type=FAIL", '--comment=it\'s "ours"'],
             signal_s=120,

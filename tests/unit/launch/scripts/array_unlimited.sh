@@ -18,44 +18,75 @@ run='/runs/it'"'"'s $HOME'"/$SLURM_ARRAY_TASK_ID"
 stage=01_teacher
 restart=${SLURM_RESTART_COUNT:-0}
 log=$run/logs/$stage-$SLURM_JOB_ID-r$restart
+# The id of an array's last task by itself means all of the array.
+job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 mkdir -p "$run/logs"
 
 say() { printf '%s: %s\n' "$(date +%FT%T)" "$*"; }
-become() { printf '%s %s %s\n' "$1" "$SLURM_JOB_ID" "$restart" > "$run/launch/$stage.state"; }
+put() { printf '%s\n' "$2" > "$run/launch/.$stage.$1" && mv "$run/launch/.$stage.$1" "$run/launch/$stage.$1"; }
+become() { put state "$1 $SLURM_JOB_ID $restart"; }
+fail() { say "$1"; become failed; exit "${2:-1}"; }
+field() { scontrol --oneliner show job "$job" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
 
 if [[ -e $run/launch/$stage.done ]]; then
     say "done already"
     exit 0
 fi
 
-again() {
-    if (( restart >= 3 )); then
-        say "$1, after $restart restarts: giving up"
-        become failed
-        exit 1
-    fi
-    say "$1: back into the queue"
+requeue() {
     become requeued
-    scontrol requeue "$SLURM_JOB_ID"
+    # Slurm's controller may be away for a while.
+    for _ in {1..20}; do
+        scontrol requeue "$job" && return 0
+        sleep 15
+    done
+    return 1
+}
+
+again() {
+    # Restarts in a row from one and the same checkpoint.
+    local count=0 last='' here=''
+    [[ ! -e $run/launch/$stage.restarts ]] || read -r count last < "$run/launch/$stage.restarts"
+    here=$(cat "$run/launch/$stage.output/checkpoints/latest_checkpointed_iteration.txt" 2> /dev/null)
+    [[ $here == "$last" ]] || count=0
+    (( count < 3 )) || fail "$1, and has come no further in $count restarts: giving up"
+    put restarts "$((count + 1)) $here"
+    say "$1: back into the queue"
+    requeue || fail "Slurm does not put the job back: launch it again"
     exit 1  # to be ended by Slurm first
 }
 
+# Slurm ends a job whose time is up in the same way as one that was cancelled.
+ended() {
+    trap '' TERM
+    [[ $(field Reason) != TimeLimit ]] || again "the time is up"
+    say "ended by Slurm"
+    become ended
+    exit 1
+}
+trap ended TERM
+# Waits in a way that lets the trap work at once.
+step() { srun "$@" & wait $!; }
+
 become running
-cd '/work dir' || exit 1
+cd '/work dir' || fail "cannot go to the folder that it was launched from"
 python=python3
+# Steps have the job's environment, whatever sbatch was told of its own.
+export SLURM_EXPORT_ENV=ALL
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} PYTHONUNBUFFERED=1
 # One queue of kernels, so that communication starts in the order in which Megatron-Core issues it.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 
 # Every rank has a log of its own.
 own_log='exec "$@" > "$0-${RANK:-$SLURM_PROCID}.log" 2>&1'
-command=("$python" -m minitron_megatron.cli import --config "$run/launch/$stage.yaml")
-# Where a rank says why it ends, as under torchrun: srun ends the others, and knows no more than how those ended.
+# Where a rank says why it ends: srun ends the others, and knows no more than how those ended.
 export TORCHELASTIC_ERROR_FILE=$log.error
-srun --kill-on-bad-exit=1 --ntasks=1 --ntasks-per-node=1 \
+command=("$python" -m minitron_megatron.cli import --config "$run/launch/$stage.yaml")
+step --kill-on-bad-exit=1 --wait=0 --ntasks=1 --ntasks-per-node=1 \
     bash -c "$own_log" "$log" "${command[@]}"
 status=$?
-[[ ! -s $TORCHELASTIC_ERROR_FILE ]] || status=$(sed 's/.*"exit_status": \([0-9]*\).*/\1/' "$TORCHELASTIC_ERROR_FILE")
+[[ ! -s $TORCHELASTIC_ERROR_FILE ]] ||
+    status=$(sed 's/.*"exit_status": \([0-9]*\).*/\1/' "$TORCHELASTIC_ERROR_FILE" | grep -Ex '[0-9]+' || echo "$status")
 
 case $status in
 0)
@@ -64,9 +95,7 @@ case $status in
     ;;
 2)
     tail -n 20 "$log-0.log"
-    say "this takes a change of settings: see $log-*.log"
-    become failed
-    exit 2
+    fail "this takes a change of settings: see $log-*.log" 2
     ;;
 75) again "saved and stopped, as a signal asked" ;;
 *)
