@@ -430,6 +430,7 @@ class OptimizerConfig:
         eps: added to the square root of the latter.
         clip_grad: largest L2 norm of the whole gradient; 0 switches clipping off.
         distributed: replicas share the optimiser's state and its work, each taking a part of every parameter.
+        overlap: replicas add up gradients while the backward pass goes on, layer by layer.
     """
 
     lr: float = 1e-4
@@ -441,6 +442,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0
     distributed: bool = False
+    overlap: bool = False
 
     def problems(self, where: str = "optimizer.") -> list[str]:
         found = []

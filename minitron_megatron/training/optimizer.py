@@ -65,7 +65,9 @@ def optimization(
         dtype: of the weights.
         groups: this rank's place.
     """
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed, overlap_grad_reduce=config.overlap
+    )
     wrapped = [
         DistributedDataParallel(
             config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=i > 0, pg_collection=groups.collection
@@ -121,6 +123,9 @@ def optimization(
             own.make_equal(groups)
 
     for chunk in chunks:
+        if config.overlap:  # after the last micro-batch alone
+            no_sync = [own.no_sync for own in wrapped]
+            chunk.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
         chunk.config.finalize_model_grads_func = finalize
         chunk.config.grad_scale_func = optimizer.scale_loss
     return Optimization(wrapped, optimizer, schedule)

@@ -127,7 +127,9 @@ def work(folder, layout: ParallelConfig):
         chunks = build_model(student.shape, groups, DType.FP32, recompute=layout.sequence)
         load_weights(chunks, student, groups)
         teacher_chunks = [chunk.requires_grad_(False) for chunk in teacher_chunks]
-        training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+        # Nor does it matter when gradients are added up.
+        optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1, overlap=layout.data is not None)
+        training = optimization(chunks, optimizer, 4, DType.FP32, groups)
         pair = TeacherStudent(training.chunks, teacher_chunks, groups, LOSS, student.shape.vocab)
         samples = Samples(2 * GLOBAL_BATCH, SEQUENCE, student.shape.vocab, seed=3)
         found["steps"] = []
