@@ -51,7 +51,7 @@ def jobs_of(stages: Stages, cluster: ClusterConfig, with_report: bool) -> list[J
     """
     jobs, problems = [], []
     for number, (name, (verb, settings)) in enumerate(stages.items(), start=1):
-        file = f"{number:02d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}"
+        file = file_stem(number, name)
         ranks = ranks_of(verb, settings, cluster)
         # Others fill whole nodes.
         per_node = min(ranks, cluster.ranks_per_node)
@@ -72,7 +72,12 @@ def jobs_of(stages: Stages, cluster: ClusterConfig, with_report: bool) -> list[J
             f"others ({needs}): set parallel.data to null or to fill them, or cluster.nodes to null"
         )
     raise_if_any(problems)
-    return [*jobs, Job(REPORT, f"{len(jobs) + 1:02d}_{REPORT}", REPORT)] if with_report else jobs
+    return [*jobs, Job(REPORT, file_stem(len(jobs) + 1, REPORT), REPORT)] if with_report else jobs
+
+
+def file_stem(number: int, name: str) -> str:
+    """The stem of a stage's files, by its place in the order."""
+    return f"{number:02d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}"
 
 
 def ranks_of(verb: str, settings: Any, cluster: ClusterConfig) -> int:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
+import json
 import re
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from minitron_megatron.config.verbs import VERBS
 from minitron_megatron.errors import PREEMPTED, ConfigError, raise_if_any
 from minitron_megatron.fit_check import check_fit
 from minitron_megatron.launch import slurm
-from minitron_megatron.launch.jobs import REPORT, Job, Stages, jobs_of
+from minitron_megatron.launch.jobs import REPORT, Job, Stages, file_stem, jobs_of
 from minitron_megatron.launch.local import run_ranks
 from minitron_megatron.launch.run_folder import (
     FOLDER,
@@ -100,7 +102,7 @@ def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
     for run in runs:
         for job in jobs:
             if not is_done(run.folder, job, launched.work_dir):
-                for left in ("done", "state", "restarts"):
+                for left in ("done", "state", "restarts", "spent"):
                     (run.folder / FOLDER / f"{job.file}.{left}").unlink(missing_ok=True)
         write_settings(run.folder, jobs, run.stages, run.recipe)
     if config.cluster.kind is ClusterKind.LOCAL:
@@ -137,10 +139,14 @@ def cancel(run_dir: str) -> int:
 
 def report(run_dir: str) -> int:
     """Write the report of a launched recipe, of the stages that are done."""
-    from minitron_megatron.recipe import finish
+    from minitron_megatron.recipe import SECONDS, finish
 
     recipe = read_settings("compress", Path(run_dir) / RECIPE)
-    finish(recipe, resolve_stages(recipe))
+    stages = resolve_stages(recipe)
+    done = {name: Path(run_dir) / FOLDER / f"{file_stem(n, name)}.done" for n, name in enumerate(stages, start=1)}
+    seconds = {name: float(path.read_text()) for name, path in done.items() if path.is_file()}
+    replace(Path(run_dir) / SECONDS, json.dumps(seconds, indent=2) + "\n")
+    finish(recipe, stages)
     return 0
 
 
@@ -264,10 +270,11 @@ def _run_here(launched: Launched, runs: list[Run]) -> int:
                 continue
             state = run.folder / FOLDER / f"{job.file}.state"
             replace(state, "running - 0\n")
+            started = time.perf_counter()
             if status := run_ranks(job.ranks, _command(run.folder, job)):
                 replace(state, f"{'stopped' if status == PREEMPTED else 'failed'} - 0\n")
                 return status
-            state.with_suffix(".done").touch()
+            replace(state.with_suffix(".done"), f"{time.perf_counter() - started:.0f}\n")
     return 0
 
 

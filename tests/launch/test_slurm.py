@@ -124,6 +124,8 @@ def test_a_recipe_is_a_chain_of_jobs_on_as_many_ranks_as_each_needs(done, minitr
     assert nodes.pop("distilled") == ("2", "4") and set(nodes.values()) == {("1", "1")}
     assert len(metrics(done / "distilled")) == STEPS
     assert (done / "report.html").is_file() and (done / "DONE").is_file()
+    seconds = json.loads((done / "seconds.json").read_text())
+    assert list(seconds) == list(ids)[:-1] and min(seconds.values()) >= 1
     assert (done / "exported" / "model.safetensors").is_file()
     shown = minitron("launch", "status", str(done), COLUMNS="200").stdout
     assert shown.count(" done ") == 7 and f"{STEPS} of {STEPS}" in shown

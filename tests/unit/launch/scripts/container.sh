@@ -33,8 +33,12 @@ if [[ -e $run/launch/$stage.done ]]; then
     exit 0
 fi
 
+# Seconds of all starts so far.
+spent() { echo $(( $(cat "$run/launch/$stage.spent" 2> /dev/null || echo 0) + SECONDS )); }
+
 requeue() {
     become requeued
+    put spent "$(spent)"
     # Slurm's controller may be away for a while.
     for _ in {1..20}; do
         scontrol requeue "$job" && return 0
@@ -94,7 +98,7 @@ status=$?
 
 case $status in
 0)
-    : > "$run/launch/$stage.done"
+    put done "$(spent)"
     become done
     ;;
 2)
