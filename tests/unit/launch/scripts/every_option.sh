@@ -112,7 +112,7 @@ if (( status )); then
         [[ -e $checks/$node.ok ]] || printf '%s\n' "$node"
     done | paste -sd ,)
     say "preflight failed: ${bad:-the nodes do not reach each other}"
-    # What all nodes have in common is not mended by others.
+    # What several nodes have in common, all of them, is not mended by others.
     num_bad=$(tr ',' '\n' <<< "$bad" | wc -l)
     if [[ -n $bad ]] && (( num_bad < 2 && restart < 7 )); then
         excluded=$(field ExcNodeList)
