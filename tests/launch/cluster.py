@@ -47,7 +47,11 @@ SlurmdTimeout=300
 JobRequeue=1
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=UNKNOWN
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+# A job of the second partition takes the nodes from those of the first.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -110,7 +114,9 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
 
 def _idle_nodes(environment: dict[str, str]) -> int:
     found = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--states=idle"], env={**os.environ, **environment}, capture_output=True
+        ["sinfo", "--noheader", "--Node", "--states=idle", "--partition=all"],
+        env={**os.environ, **environment},
+        capture_output=True,
     )
     return len(found.stdout.splitlines())
 

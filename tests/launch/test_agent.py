@@ -1,5 +1,6 @@
 """The launcher of ranks, with ranks that are small scripts."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from minitron_megatron.errors import PREEMPTED
 from tests.launch.conftest import ROOT, wait_for
 
+AGENT = [sys.executable, "-m", "minitron_megatron.launch.agent", "--standalone", "--nproc-per-node=2"]
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
@@ -27,8 +29,7 @@ time.sleep(60)
 
 def start(folder: Path, source: str) -> subprocess.Popen:
     (folder / "rank.py").write_text(source)
-    agent = [sys.executable, "-m", "minitron_megatron.launch.agent", "--standalone", "--nproc-per-node=2"]
-    return subprocess.Popen([*agent, str(folder / "rank.py"), str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*AGENT, str(folder / "rank.py"), str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def files(folder: Path, name: str) -> int:
@@ -49,3 +50,33 @@ def test_a_signal_that_ends_ranks_ends_the_agent_alike(tmp_path):
     wait_for(lambda: files(tmp_path, "up") == 1, what="a rank")
     agent.send_signal(signal.SIGUSR1)
     assert agent.wait(60) == 128 + signal.SIGUSR1
+
+
+HANGS = """
+import os, time
+import torch, torch.distributed as dist
+from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.watchdog import watchdog
+
+def elsewhere():
+    time.sleep(600)
+
+with process_groups(ParallelConfig()) as groups, watchdog(0.1) as moved:
+    for step in range(5):
+        if step == 3 and groups.data_rank == 1:
+            elsewhere()
+        dist.all_reduce(torch.ones(1))
+        moved()
+"""
+
+
+def test_a_hung_collective_ends_with_the_stack_of_every_rank_in_its_log(tmp_path):
+    (tmp_path / "rank.py").write_text(HANGS)
+    log = f'exec "{sys.executable}" "$0" > "{tmp_path}/$RANK.log" 2>&1'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*AGENT, "--no-python", "bash", "-c", log, str(tmp_path / "rank.py")]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    first, second = ((tmp_path / f"{rank}.log").read_text() for rank in range(2))
+    assert "in all_reduce" in first and "in elsewhere" in second

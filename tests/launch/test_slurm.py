@@ -185,7 +185,7 @@ def kill_a_rank(output: Path) -> None:
     os.kill(ranks[-1].pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("event, rendezvous", [("preempted", "srun"), ("killed", "torchrun")])
+@pytest.mark.parametrize("event, rendezvous", [("preempted", "srun"), ("warned", "torchrun"), ("killed", "torchrun")])
 def test_a_job_that_is_interrupted_comes_back_and_ends_as_if_it_had_not_been(
     done, tmp_path, minitron, job, ended, ask, event, rendezvous
 ):
@@ -193,8 +193,10 @@ def test_a_job_that_is_interrupted_comes_back_and_ends_as_if_it_had_not_been(
     arguments = [*distill(done, output), f"cluster.rendezvous={rendezvous}"]
     assert minitron("launch", *arguments).returncode == 0
     [job_id] = launched(tmp_path / "out.launch").values()
-    wait_for(lambda: training(output, 5 if event == "preempted" else 17), what="some steps")
-    if event == "preempted":
+    wait_for(lambda: training(output, 17 if event == "killed" else 5), what="some steps")
+    if event == "preempted":  # by Slurm, for another job that takes its nodes
+        ask("sbatch", "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
+    elif event == "warned":  # as before the end of its time
         ask("scancel", "--signal=USR1", job_id)
     else:
         kill_a_rank(output)
@@ -205,7 +207,7 @@ def test_a_job_that_is_interrupted_comes_back_and_ends_as_if_it_had_not_been(
     wandb_ids, rows = history(output)
     assert len(wandb_ids) == 1 and rows == read_metrics(output)
     said = logs(tmp_path / "out.launch")
-    assert ("saved and stopped" in said) == (event == "preempted")
+    assert ("saved and stopped" in said) == (event != "killed")
     assert ("going on after step 15" in said) == (event == "killed")
 
 
