@@ -30,7 +30,8 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 test: $(STAMP)  ## lint, import contracts, tests
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+# Two processes, and a file's tests in one of them, for many tests start several ranks of their own.
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 demo: $(STAMP)  ## prune and distill SmolLM2-135M on this machine's CPU, with a report
 	CUDA_VISIBLE_DEVICES= $(BIN)/minitron compress +experiment=smollm2_135m

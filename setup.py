@@ -61,6 +61,6 @@ setup(
         "demo": ["gguf", "accelerate"],
         "eval": ["lm-eval"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest", "hypothesis", "ruff", "import-linter", "nvidia-modelopt", "tensorboard"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "nvidia-modelopt", "tensorboard"],
     },
 )
