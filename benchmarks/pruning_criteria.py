@@ -126,8 +126,9 @@ def measure(teacher: Path, data, known: Known, args) -> None:
         TargetConfig,
     )
     from minitron_megatron.data.choices import ChoiceSamples
+    from minitron_megatron.data.encoding import load_tokenizer
     from minitron_megatron.data.samples import heldout_samples, rank_batches, training_samples
-    from minitron_megatron.data.tokens import load_tokenizer, prepare_corpus
+    from minitron_megatron.data.tokens import prepare_corpus
     from minitron_megatron.distillation.step import TeacherStudent, mean_of
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
@@ -142,7 +143,7 @@ def measure(teacher: Path, data, known: Known, args) -> None:
     with process_groups(ParallelConfig()) as groups:
         whole = build_model(checkpoint.shape, groups, DType.BF16)
         load_weights(whole, checkpoint, groups)
-        heldout = heldout_samples(corpus, data.sequence_length)
+        heldout = heldout_samples(corpus, data)
         tokenizer = load_tokenizer(checkpoint.huggingface_folder)
 
         def judge(source) -> float:

@@ -30,6 +30,7 @@ _SAMPLE_BYTES = 64 * 1024
 _NOT_CONTENT = (
     "output",
     "data.cache_dir",
+    "data.workers",
     "parallel",
     "workers",
     "micro_batch",

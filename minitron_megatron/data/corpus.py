@@ -1,36 +1,54 @@
-"""Where documents come from: text files, JSON-lines files, folders of these, or Python's own prose."""
+"""Where documents come from: text files, JSON lines, Parquet, saved datasets, folders of these, or Python's prose."""
 
-import ast
 import json
-import sys
-import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from pydoc_data.topics import topics
 
+from minitron_megatron.data.builtin import builtin_documents
+from minitron_megatron.data.indexed import is_indexed
+from minitron_megatron.data.tables import is_dataset, read_dataset, read_parquet
 from minitron_megatron.errors import DataError
 
 BUILTIN = "builtin"
-# A shorter docstring is a label rather than prose, and would weigh the corpus towards fragments.
-_MIN_DOCSTRING = 80
-# Test suites hold hardly any prose. The rest is what Linux distributions strip or package apart (Debian's
-# python3-tk, python3-distutils, python3-venv ...), so that it is missing on some machines.
-_SKIPPED = {"test", "tests", "idlelib", "turtledemo", "tkinter", "distutils", "lib2to3", "ensurepip", "macholib"}
+_MESSAGES = "messages"
 
 
-def documents(text: list[str]) -> Iterator[str]:
+@dataclass(frozen=True)
+class Document:
+    """One document.
+
+    Attributes:
+        content: text, or the messages of a conversation, each with a `role`.
+        where: file and line that it stands in.
+    """
+
+    content: str | list[dict]
+    where: str
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.content, str)
+
+    @property
+    def text(self) -> str:
+        """What tells it from others."""
+        return json.dumps(self.content, sort_keys=True) if self.is_chat else self.content
+
+
+def documents(text: list[str], text_field: str = "text") -> Iterator[Document]:
     """The documents of all sources, in the order of the list. Documents without a word are left out.
 
     Args:
-        text: as in `DataConfig.text`.
+        text, text_field: as in `DataConfig`.
 
     Raises:
-        DataError: a source does not exist, a file is not UTF-8 text, or a JSON line has no `text`.
+        DataError: a source does not exist or cannot be read, or a row of one is no document.
     """
     text_paths(text)
-    sources = [builtin_documents() if name == BUILTIN else _path_documents(Path(name)) for name in text]
-    return (document for document in chain.from_iterable(sources) if document.strip())
+    found = chain.from_iterable(_source(name, text_field) for name in text)
+    return (document for document in found if document.is_chat or document.content.strip())
 
 
 def text_paths(text: list[str]) -> list[Path]:
@@ -39,82 +57,96 @@ def text_paths(text: list[str]) -> list[Path]:
     Raises:
         DataError: one does not exist.
     """
-    paths = [Path(name) for name in text if name != BUILTIN]
+    paths = []
+    for name in text:
+        if is_indexed(name):
+            paths += [Path(f"{name}.bin"), Path(f"{name}.idx")]
+        elif name != BUILTIN:
+            paths.append(Path(name))
     for path in paths:
         if not path.exists():
-            raise DataError(f"data.text names {path}, which does not exist: name a file, a folder or `{BUILTIN}`")
+            raise DataError(
+                f"data.text names {path}, which does not exist: name a file, a folder, the prefix of a .bin and .idx "
+                f"file, or `{BUILTIN}`"
+            )
     return paths
 
 
-def _path_documents(path: Path) -> Iterator[str]:
-    return chain.from_iterable(
-        _json_lines(file) if file.suffix == ".jsonl" else _text_file(file)
-        for file in (_visible_files(path) if path.is_dir() else [path])
-    )
+def _source(name: str, text_field: str) -> Iterator[Document]:
+    if name == BUILTIN:
+        return (Document(text, BUILTIN) for text in builtin_documents())
+    return _path_documents(Path(name), text_field)
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    """Files below a folder, sorted. Names with a leading dot (`.git`, `.DS_Store`) are not text."""
-    below = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    visible = (path for path in below if not any(part.startswith(".") for part in path.parts))
-    return [folder / path for path in sorted(visible, key=Path.as_posix)]
+def _path_documents(path: Path, text_field: str) -> Iterator[Document]:
+    if is_dataset(path):
+        return _rows(read_dataset(path, [text_field, _MESSAGES]), text_field)
+    if path.is_dir():
+        return chain.from_iterable(_path_documents(below, text_field) for below in _visible(path))
+    if path.suffix == ".jsonl":
+        return _rows(_json_lines(path), text_field)
+    if path.suffix == ".parquet":
+        return _rows(read_parquet(path, [text_field, _MESSAGES]), text_field)
+    return _text_file(path)
 
 
-def _text_file(file: Path) -> Iterator[str]:
+def _visible(folder: Path) -> list[Path]:
+    """Files and folders in a folder, in the order of whole paths. Names with a leading dot are no text, and links to
+    folders could lead around in circles."""
+    below = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    below = [path for path in below if path.is_file() or (path.is_dir() and not path.is_symlink())]
+    return sorted(below, key=lambda path: path.as_posix() + "/" * path.is_dir())
+
+
+def _text_file(file: Path) -> Iterator[Document]:
     try:
-        yield file.read_text(encoding="utf-8")
+        yield Document(file.read_text(encoding="utf-8"), str(file))
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{file} is not UTF-8 text ({error}): data.text reads text files, .jsonl files and folders of these, so "
-            f"convert it or leave it out"
+            f"{file} is not UTF-8 text ({error}): data.text reads text files, .jsonl and .parquet files, folders of "
+            f"these, and .bin/.idx by their prefix, so convert it or leave it out"
         ) from error
 
 
-def _json_lines(file: Path) -> Iterator[str]:
+def _json_lines(file: Path) -> Iterator[tuple[str, object]]:
+    """Place and value of every line."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-                text.encode()  # lone surrogates are valid JSON, but no text
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f'{file}, line {number}: not a document ({error!r}): every line must be {{"text": "..."}}'
-                ) from error
-            yield text
+            if line.strip():
+                where = f"{file}, line {number}"
+                try:
+                    yield where, json.loads(line)
+                except ValueError as error:
+                    raise _no_document(where, repr(error)) from error
 
 
-def builtin_documents() -> Iterator[str]:
-    """The Python standard library's prose: the topics of `help()`, then the docstrings of each module.
-
-    The source files are parsed, not imported. A text that occurs twice is given once. The result depends
-    on the Python version alone.
-    """
-    seen = set()
-    for _, topic in sorted(topics.items()):
-        if topic not in seen:
-            seen.add(topic)
-            yield topic
-    for file in _standard_library():
-        fresh = [docstring for docstring in _docstrings(file.read_bytes()) if docstring not in seen]
-        seen.update(fresh)
-        if fresh:
-            yield "\n\n".join(dict.fromkeys(fresh))
-
-
-def _standard_library() -> Iterator[Path]:
-    """Source files of the standard library, sorted by module; never what was installed beside it."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for name in sorted(sys.stdlib_module_names):
-        files = [root / f"{name}.py", *sorted((root / name).rglob("*.py"), key=Path.as_posix)]
-        yield from (file for file in files if file.is_file() and not _SKIPPED & set(file.relative_to(root).parts))
+def _rows(rows: Iterable[tuple[str, object]], text_field: str) -> Iterator[Document]:
+    """The documents of rows, each with its text or its messages."""
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise _no_document(where, f"{type(row).__name__} instead of fields", text_field)
+        if _MESSAGES in row and text_field not in row:
+            yield Document(_messages(row[_MESSAGES], where), where)
+            continue
+        if not isinstance(row.get(text_field), str):
+            raise _no_document(where, f"{text_field} = {row.get(text_field)!r}", text_field)
+        try:
+            row[text_field].encode()
+        except UnicodeEncodeError as error:  # lone surrogates are valid JSON, but no text
+            raise _no_document(where, repr(error), text_field) from error
+        yield Document(row[text_field], where)
 
 
-def _docstrings(source: bytes) -> list[str]:
-    """Docstrings long enough to be prose, in the order of the source."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # the module itself has no line
-    found = (ast.get_docstring(node) for node in nodes)
-    return [docstring for docstring in found if docstring and len(docstring) > _MIN_DOCSTRING]
+def _messages(value: object, where: str) -> list[dict]:
+    rows = value if isinstance(value, list) else []
+    if not rows or not all(isinstance(row, dict) and isinstance(row.get("role"), str) for row in rows):
+        raise DataError(f'{where}: messages must be a list of {{"role": "...", "content": "..."}}, none of them empty')
+    # Parquet has every field in every row.
+    return [{name: part for name, part in row.items() if part is not None} for row in rows]
+
+
+def _no_document(where: str, found: str, text_field: str = "text") -> DataError:
+    return DataError(
+        f'{where}: not a document ({found}): every line must be {{{json.dumps(text_field)}: "..."}} or '
+        f'{{"messages": [...]}}; data.text_field says what the text is called'
+    )

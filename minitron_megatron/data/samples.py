@@ -1,7 +1,8 @@
 """Token files become samples, and samples become each rank's micro-batches.
 
 A sample is a dict of `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each
-`[sequence]`; `labels[i]` is the token that follows `tokens[i]`. A micro-batch has the same keys, each
+`[sequence]`; `labels[i]` is the token that follows `tokens[i]`. Where documents are kept apart there are
+`document_ids` (int64) as well, and positions begin anew with each. A micro-batch has the same keys, each
 `[micro_batch, sequence]`.
 """
 
@@ -11,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -28,11 +30,12 @@ class Samples(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
 
 
-def training_samples(corpus: Corpus, config: DataConfig, num_samples: int) -> GPTDataset:
+def training_samples(corpus: Corpus, config: DataConfig, num_samples: int) -> "TrainingSamples":
     """Megatron-Core's own shuffled samples of the training tokens, over as many epochs as it takes.
 
-    Every rank of an initialised `torch.distributed` has to call it: the first one writes the order to
-    `corpus.folder`, the others read it.
+    Several token files are blended by Megatron-Core as well: a sample is of one of them, and of each there are as many
+    as its weight says. Every rank of an initialised `torch.distributed` has to call it: the first one writes the order
+    to `corpus.folder`, the others read it.
 
     Args:
         corpus: the tokens.
@@ -48,45 +51,114 @@ def training_samples(corpus: Corpus, config: DataConfig, num_samples: int) -> GP
     tokenizer = SimpleNamespace(
         unique_identifiers={"fingerprint": corpus.tokenizer_fingerprint}, vocab_size=None, eod=None
     )
+    prefixes = [files.prefix for files in corpus.train]
     settings = GPTDatasetConfig(
         random_seed=config.seed,
         sequence_length=config.sequence_length,
-        blend_per_split=[([corpus.train_prefix], None), None, None],
+        blend_per_split=[(prefixes, corpus.weights if len(prefixes) > 1 else None), None, None],
         path_to_cache=str(corpus.folder / "index"),
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        mid_level_dataset_surplus=_surplus(corpus.weights, num_samples),
     )
     train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, settings).build()
-    return train
+    return TrainingSamples(train, config.document_mask)
 
 
-def heldout_samples(corpus: Corpus, sequence_length: int, num_samples: int | None = None) -> "HeldoutSamples":
+def _surplus(weights: list[float], num_samples: int) -> float:
+    """How many samples more than its share each part of a blend needs, so that none runs out.
+
+    Megatron-Core rounds every part's share up, fills the blend to their sum and then takes parts by their weights.
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    return max((share * len(shares) + 1) / max(1, share * num_samples) for share in shares)
+
+
+class TrainingSamples:
+    """Samples of Megatron-Core's dataset, with the mask of what is not learned; see `encoding`."""
+
+    def __init__(self, dataset: GPTDataset | BlendedDataset, document_mask: bool):
+        self.dataset = dataset
+        self.document_mask = document_mask
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        dataset = self.dataset
+        if isinstance(dataset, BlendedDataset):
+            dataset, index = dataset.datasets[dataset.dataset_index[index]], int(dataset.dataset_sample_index[index])
+        found = dataset[index]
+        window = torch.cat([found["tokens"], found["labels"][-1:]])
+        lengths = _document_lengths(dataset, index) if self.document_mask else None
+        # Megatron-Core takes ~0, which is -1, for padding: it gives 0 and a mask of 0, which is what is meant.
+        return _sample(window, found["loss_mask"].bool(), lengths)
+
+
+def _document_lengths(dataset: GPTDataset, index: int) -> list[int]:
+    """Tokens of each document in the window of a sample."""
+    index = dataset.shuffle_index[index]
+    (first, begin), (last, end) = dataset.sample_index[index].tolist(), dataset.sample_index[index + 1].tolist()
+    lengths = dataset.dataset.sequence_lengths[dataset.document_index[first : last + 1]].astype(np.int64)
+    lengths[-1] = end + 1  # the window's last token is the next one's first
+    lengths[0] -= begin
+    return lengths.tolist()
+
+
+def _sample(window: Tensor, counts: Tensor, lengths: list[int] | None) -> dict[str, Tensor]:
+    """A sample from a window of tokens.
+
+    Args:
+        window: `[sequence + 1]`, negative where a token is not learned.
+        counts: bool `[sequence]`, false where there is nothing to predict.
+        lengths: tokens of each document in the window, if documents are kept apart.
+    """
+    counts = counts & (window[1:] >= 0)
+    tokens = torch.where(window < 0, ~window, window)
+    positions = torch.arange(len(window) - 1)
+    sample = {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": counts.float(), "position_ids": positions}
+    if lengths is not None:
+        lengths = torch.tensor(lengths)
+        ids = torch.arange(len(lengths)).repeat_interleave(lengths)
+        starts = lengths.cumsum(0) - lengths
+        # Of another document nothing is known, so that its first token cannot be predicted.
+        sample["loss_mask"] *= ids[1:] == ids[:-1]
+        sample["position_ids"] = positions - starts[ids[:-1]]
+        sample["document_ids"] = ids[:-1]
+    return sample
+
+
+def heldout_samples(corpus: Corpus, config: DataConfig, num_samples: int | None = None) -> "HeldoutSamples":
     """The held-out tokens as windows in which every token but the first is predicted exactly once.
 
     Args:
         corpus: the tokens.
-        sequence_length: tokens per window.
+        config: its sequence length, and whether documents are kept apart.
         num_samples: keep at most so many, from the beginning; null for all.
 
     Raises:
         DataError: the corpus is too short.
     """
-    check_enough(corpus, sequence_length)
-    return HeldoutSamples(corpus, sequence_length, num_samples)
+    check_enough(corpus, config.sequence_length)
+    return HeldoutSamples(corpus, config.sequence_length, config.document_mask, num_samples)
 
 
 class HeldoutSamples:
     """Windows of `sequence_length + 1` tokens at a stride of `sequence_length`; the last one is padded."""
 
-    def __init__(self, corpus: Corpus, sequence_length: int, num_samples: int | None = None):
+    def __init__(self, corpus: Corpus, sequence_length: int, document_mask: bool, num_samples: int | None = None):
         self.sequence_length = sequence_length
+        self.document_mask = document_mask
         self.num_tokens = corpus.num_heldout_tokens
         num_windows = -(-(self.num_tokens - 1) // sequence_length)
         self.num_samples = num_windows if num_samples is None else min(num_samples, num_windows)
-        self.indexed = IndexedDataset(corpus.heldout_prefix)
+        self.files = [IndexedDataset(files.prefix) for files in corpus.heldout]
+        self.firsts = np.cumsum([0, *(len(file) for file in self.files)])
+        # Where each document ends in the tokens of all files.
+        self.ends = np.cumsum(np.concatenate([file.sequence_lengths for file in self.files]), dtype=np.int64)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -96,22 +168,26 @@ class HeldoutSamples:
             raise IndexError(f"sample {index} of {len(self)}")
         first = index * self.sequence_length
         num_predicted = min(self.sequence_length, self.num_tokens - 1 - first)
-        window = np.zeros(self.sequence_length + 1, dtype=np.int64)
-        window[: num_predicted + 1] = self._tokens(first, num_predicted + 1)
-        window = torch.from_numpy(window)
-        positions = torch.arange(self.sequence_length)
-        return {
-            "tokens": window[:-1],
-            "labels": window[1:],
-            "loss_mask": (positions < num_predicted).float(),
-            "position_ids": positions,
-        }
+        parts = list(self._parts(first, first + num_predicted + 1))
+        padding = np.zeros(self.sequence_length - num_predicted, dtype=np.int64)
+        window = np.concatenate([*parts, padding], dtype=np.int64)
+        counts = torch.arange(self.sequence_length) < num_predicted
+        lengths = [*map(len, parts), len(padding)] if self.document_mask else None
+        return _sample(torch.from_numpy(window), counts, lengths)
 
-    def _tokens(self, first: int, count: int) -> np.ndarray:
-        # Documents lie one behind the other in the file, so that the stream needs no index. The caller copies:
-        # the array reads a file map that Megatron-Core closes with the dataset, and would crash after that.
-        dtype = self.indexed.index.dtype
-        return self.indexed.bin_reader.read(dtype=dtype, count=count, offset=first * dtype().itemsize)
+    def _parts(self, first: int, end: int) -> Iterator[np.ndarray]:
+        """The documents between two places, the first and the last one cut off there.
+
+        The caller copies: the arrays read a file map that Megatron-Core closes with the dataset.
+        """
+        document = int(np.searchsorted(self.ends, first, side="right"))
+        while first < end:
+            file = int(np.searchsorted(self.firsts, document, side="right")) - 1
+            last = int(min(self.ends[document], end))
+            length = int(self.files[file].sequence_lengths[document - self.firsts[file]])
+            offset = first - (int(self.ends[document]) - length)
+            yield self.files[file].get(document - self.firsts[file], offset, last - first)
+            first, document = last, document + 1
 
 
 def rank_batches(

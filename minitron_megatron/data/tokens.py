@@ -1,10 +1,12 @@
-"""Documents become two token files in Megatron's own format: one to train on, one held out.
+"""Sources become token files in Megatron's own format: some to train on, some held out.
 
-A corpus is a folder that is named by its content:
+All text together is one folder, and so is every corpus that somebody else has tokenised. Both are named by their
+content, or by place, size and time of what is only linked to:
 
     CACHE_DIR/FINGERPRINT/
         manifest.json
-        train.bin   train.idx       one sequence per document, each closed by the end-of-sequence token
+        train.bin   train.idx       one sequence per document, each closed by the end-of-sequence token;
+                                    of weighted sources train_0, train_1, ...
         heldout.bin heldout.idx
         index/                      sample orders, written by Megatron-Core
 """
@@ -14,25 +16,45 @@ import json
 import logging
 import shutil
 import uuid
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, repeat
 from pathlib import Path
 
+import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from minitron_megatron import __version__
 from minitron_megatron.config.schema import DataConfig
-from minitron_megatron.data.corpus import documents
+from minitron_megatron.data.corpus import Document, documents
+from minitron_megatron.data.encoding import encode, load_tokenizer, num_token_ids, num_workers, tokenizer_fingerprint
+from minitron_megatron.data.indexed import is_indexed, read_index, scan_documents
 from minitron_megatron.disk import told_when_full
 from minitron_megatron.errors import DataError
 from minitron_megatron.progress import progress
 
 logger = logging.getLogger(__name__)
 
-_SIDES = ("train", "heldout")
-_FORMAT = 1  # part of the fingerprint: raise it when equal documents would be written differently
-_BATCH = 64  # documents per tokenizer call, enough to keep its threads busy
+_HELDOUT = "heldout"
+_FORMAT = 2  # part of the fingerprint: raise it when equal documents would be written differently
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """A pair of token files.
+
+    Attributes:
+        prefix: their path without `.bin` and `.idx`.
+        num_tokens: end-of-sequence tokens included.
+        num_documents: each one sequence.
+    """
+
+    prefix: str
+    num_tokens: int
+    num_documents: int
 
 
 @dataclass(frozen=True)
@@ -40,33 +62,35 @@ class Corpus:
     """A tokenised corpus on disk.
 
     Attributes:
-        folder: holds the token files, absolute.
+        folder: for sample orders, absolute.
         fingerprint: of the documents, their split and the tokenizer.
         tokenizer_fingerprint: of the tokenizer that made it.
-        num_train_tokens: end-of-sequence tokens included.
+        train, heldout: its token files.
+        weights: of `train`, how often samples come from each.
     """
 
     folder: Path
     fingerprint: str
     tokenizer_fingerprint: str
-    num_train_tokens: int
-    num_heldout_tokens: int
-    num_train_documents: int
-    num_heldout_documents: int
+    train: list[TokenFiles]
+    heldout: list[TokenFiles]
+    weights: list[float]
 
     @property
-    def train_prefix(self) -> str:
-        """Path of the training tokens, without `.bin` and `.idx`."""
-        return str(self.folder / "train")
+    def num_train_tokens(self) -> int:
+        return sum(files.num_tokens for files in self.train)
 
     @property
-    def heldout_prefix(self) -> str:
-        """Path of the held-out tokens, without `.bin` and `.idx`."""
-        return str(self.folder / "heldout")
+    def num_heldout_tokens(self) -> int:
+        return sum(files.num_tokens for files in self.heldout)
 
     def num_sequences(self, length: int) -> int:
         """How many training sequences there are without repeating any; the last one needs a token more."""
-        return (self.num_train_tokens - 1) // length
+        total = sum(self.weights)
+        counts = ((files.num_tokens - 1) // length for files in self.train)
+        if len(self.train) == 1:
+            return next(counts)
+        return min(int(count * total / weight) for count, weight in zip(counts, self.weights, strict=True))
 
 
 def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
@@ -80,50 +104,47 @@ def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
         tokenizer_dir: Hugging Face folder of the tokenizer.
 
     Raises:
-        DataError: a source, the tokenizer or the corpus is not whole, or there are fewer than two documents.
+        DataError: a source, the tokenizer or the corpus is not whole, there are fewer than two documents, or tokens of
+            another tokenizer.
         DiskSpaceError: the disk of the cache is full.
+        WorkerError: a process that tokenised was ended from outside.
     """
-    tokenizer_hash = tokenizer_fingerprint(tokenizer_dir)
+    fingerprint = tokenizer_fingerprint(tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"the tokenizer in {tokenizer_dir} has no end-of-sequence token: set eos_token in tokenizer_config.json"
         )
-    keys = [_split_key(text, config.seed) for text in documents(config.text)]
     settings = {
         "format": _FORMAT,
         "heldout_pct": float(config.heldout_pct),
         "seed": config.seed,
-        "tokenizer_fingerprint": tokenizer_hash,
+        "tokenizer_fingerprint": fingerprint,
         "eos_token_id": tokenizer.eos_token_id,
-        "documents": hashlib.sha256(b"".join(keys)).hexdigest(),
     }
-    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = Path(config.cache_dir).resolve() / fingerprint
-    if not folder.exists():
-        with told_when_full(folder):
-            _write(folder, config, tokenizer, keys, settings)
-    return _read(folder)
+    texts = [name for name in config.text if not is_indexed(name)]
+    indexed = [name for name in config.text if is_indexed(name)]
+    folders = []
+    if texts:
+        parts = [[name] for name in texts] if config.weights else [texts]
+        folders.append(_prepare_text(parts, config, tokenizer_dir, tokenizer, settings))
+    folders += [_prepare_indexed(Path(name).resolve(), config, tokenizer, settings) for name in indexed]
 
-
-def load_tokenizer(folder: Path):
-    """The tokenizer in a Hugging Face folder, without running any code that lies there."""
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
-    """Hash of a tokenizer: equal for two folders only if they give every text the same tokens.
-
-    Raises:
-        DataError: the folder holds no `tokenizer.json`.
-    """
-    file = Path(tokenizer_dir) / "tokenizer.json"
-    if not file.is_file():
-        raise DataError(
-            f"{file} does not exist: put the tokenizer there, as the files tokenizer.json and tokenizer_config.json "
-            f"that a fast tokenizer's `save_pretrained` writes"
-        )
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    train, heldout = [], []
+    for folder in folders:
+        *own, last = _read(folder)
+        train += own
+        heldout.append(last)
+    if config.weights:
+        by_source = zip(config.text, config.weights, strict=True)
+        weights = [weight for _, weight in sorted(by_source, key=lambda pair: is_indexed(pair[0]))]  # as `train`
+    else:
+        weights = [float(files.num_tokens) for files in train]
+    folder = folders[0]
+    if len(folders) > 1:
+        names = " ".join(folder.name for folder in folders)
+        folder = folder.with_name(hashlib.sha256(names.encode()).hexdigest())
+    return Corpus(folder, folder.name, fingerprint, train, heldout, weights)
 
 
 def check_enough(corpus: Corpus, sequence_length: int) -> None:
@@ -132,84 +153,144 @@ def check_enough(corpus: Corpus, sequence_length: int) -> None:
     Raises:
         DataError: one side is too short.
     """
-    for side, num_tokens in (("training", corpus.num_train_tokens), ("held-out", corpus.num_heldout_tokens)):
+    sides = [("training", files.num_tokens) for files in corpus.train] + [("held-out", corpus.num_heldout_tokens)]
+    for side, num_tokens in sides:
         if num_tokens < sequence_length + 1:
             raise DataError(
-                f"the corpus has {num_tokens} {side} tokens, but data.sequence_length = {sequence_length} needs "
-                f"{sequence_length + 1}: add text, shorten the sequences or change data.heldout_pct"
+                f"the corpus has {num_tokens} {side} tokens{' in one of its parts' * (len(sides) > 2)}, but "
+                f"data.sequence_length = {sequence_length} needs {sequence_length + 1}: add text, shorten the "
+                f"sequences or change data.heldout_pct"
             )
 
 
-def _split_key(text: str, seed: int) -> bytes:
-    """A document's place in the seed's order of all possible documents; equal texts share one."""
-    return hashlib.sha256(f"{seed}\n{text}".encode()).digest()
+def _prepare_text(
+    parts: list[list[str]], config: DataConfig, tokenizer_dir: Path, tokenizer: PreTrainedTokenizerBase, settings: dict
+) -> Path:
+    """The folder with the documents of all parts, each with training files of its own."""
+    keys, num_characters, has_chat = [], 0, False
+    for part in parts:
+        own = array("Q")
+        for document in documents(part, config.text_field):
+            own.append(_split_key(document, config.seed))
+            num_characters += len(document.text)
+            has_chat |= document.is_chat
+        keys.append(np.array(own, dtype=np.uint64))
+    settings = settings | {"documents": [hashlib.sha256(own.tobytes()).hexdigest() for own in keys]}
+    if has_chat:
+        settings["chat_template"] = str(tokenizer.chat_template)
+    folder = _folder(config, settings)
+    if folder.exists():
+        return folder
+    heldout = _heldout_keys(np.concatenate(keys), config, str(config.text))
+    for part, own in zip(parts, keys, strict=True):
+        if np.isin(own, heldout).all():
+            raise DataError(
+                f"data.text names {part[0]}, of which nothing is left to train on: its documents are all held out, or "
+                f"there are none"
+            )
+    chosen = set(heldout.tolist())
+    dtype = np.int32 if has_chat else DType.optimal_dtype(num_token_ids(tokenizer))
+    workers = num_workers(config.workers, num_characters)
+    names = ["train"] if len(parts) == 1 else [f"train_{number}" for number in range(len(parts))]
+    with _making(folder, config, settings) as (partial, counts):
+        files = {name: _Files(partial / name, dtype) for name in [*names, _HELDOUT]}
+        with progress("tokenising documents", sum(map(len, keys))) as advance:
+            everything = chain.from_iterable(documents(part, config.text_field) for part in parts)
+            places = chain.from_iterable(repeat(name, len(own)) for name, own in zip(names, keys, strict=True))
+            for name, (document, row) in zip(places, encode(everything, tokenizer_dir, dtype, workers), strict=True):
+                files[_HELDOUT if _split_key(document, config.seed) in chosen else name].add(document, row)
+                advance()
+        counts.update({name: own.close() for name, own in files.items()})
+    return folder
 
 
-def _heldout_keys(keys: list[bytes], config: DataConfig) -> set[bytes]:
-    """The split keys of the held-out documents: the first `heldout_pct` of the distinct ones."""
-    distinct = sorted(set(keys))
-    if not distinct:
-        raise DataError(f"data.text = {config.text} has no text in it: name other files")
+def _prepare_indexed(prefix: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, settings: dict) -> Path:
+    """The folder with the split of a corpus that somebody else has tokenised. Its tokens stay where they are."""
+    read_index(prefix)
+    stats = [Path(f"{prefix}.{suffix}").stat() for suffix in ("bin", "idx")]
+    settings = settings | {"prefix": str(prefix), "files": [[stat.st_size, stat.st_mtime_ns] for stat in stats]}
+    folder = _folder(config, settings)
+    if not folder.exists():
+        found = scan_documents(prefix, config.seed, num_token_ids(tokenizer), tokenizer.eos_token_id)
+        is_heldout = np.isin(found.keys, _heldout_keys(found.keys, config, str(prefix)))
+        with _making(folder, config, settings) as (partial, counts):
+            counts["train"] = found.write(partial / "train", ~is_heldout)
+            counts[_HELDOUT] = found.write(partial / _HELDOUT, is_heldout)
+    return folder
+
+
+def _split_key(document: Document, seed: int) -> int:
+    """A document's place in the seed's order of all possible documents; equal ones share one."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{document.text}".encode()).digest()[:8], "big")
+
+
+def _heldout_keys(keys: np.ndarray, config: DataConfig, source: str) -> np.ndarray:
+    """The keys of the held-out documents: the first `heldout_pct` of the distinct ones."""
+    distinct = np.unique(keys)
+    if not len(distinct):
+        raise DataError(f"data.text = {source} has no text in it: name other files")
     if len(distinct) == 1:
         raise DataError(
-            f"data.text = {config.text} is one document, so that none could be held out: add others or cut it up"
+            f"data.text = {source} is one document, so that none could be held out: add others or cut it up"
         )
-    return set(distinct[: max(1, round(len(distinct) * config.heldout_pct / 100))])
+    return distinct[: max(1, round(len(distinct) * config.heldout_pct / 100))]
 
 
-class _Side:
+class _Files:
     """One pair of token files while it is written, and its counts."""
 
-    def __init__(self, prefix: Path, vocab: int):
+    def __init__(self, prefix: Path, dtype: type[np.integer]):
         self.prefix = prefix
-        self.builder = IndexedDatasetBuilder(f"{prefix}.bin", DType.optimal_dtype(vocab))
+        self.builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype)
         self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
 
-    def add(self, text: str, tokens: list[int]) -> None:
-        self.builder.add_document(tokens, [len(tokens)])
+    def add(self, document: Document, row: np.ndarray) -> None:
+        self.builder.add_document(row, [len(row)])
         self.counts["documents"] += 1
-        self.counts["tokens"] += len(tokens)
-        self.counts["bytes"] += len(text.encode())
+        self.counts["tokens"] += len(row)
+        self.counts["bytes"] += len(document.text.encode())
 
     def close(self) -> dict[str, int]:
         self.builder.finalize(f"{self.prefix}.idx")
         return self.counts
 
 
-def _write(folder: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, keys: list[bytes], settings: dict):
-    """Write a whole corpus beside `folder`, then move it there in one step."""
-    heldout = _heldout_keys(keys, config)
+def _folder(config: DataConfig, settings: dict) -> Path:
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return Path(config.cache_dir).resolve() / fingerprint
+
+
+@contextmanager
+def _making(folder: Path, config: DataConfig, settings: dict) -> Iterator[tuple[Path, dict]]:
+    """Yields a folder beside `folder`, which it becomes in one step, and the counts of its files, to be filled."""
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    partial.mkdir(parents=True)
-    logger.info("tokenising %d documents into %s", len(keys), folder)
-    try:
-        sides = {name: _Side(partial / name, len(tokenizer)) for name in _SIDES}
-        texts = documents(config.text)
-        with progress("tokenising documents", len(keys)) as advance:
-            while batch := list(islice(texts, _BATCH)):
-                rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-                for text, tokens in zip(batch, rows):
-                    side = "heldout" if _split_key(text, config.seed) in heldout else "train"
-                    sides[side].add(text, [*tokens, tokenizer.eos_token_id])
-                advance(len(batch))
-        details = {"fingerprint": folder.name, **{name: side.close() for name, side in sides.items()}}
-        made_of = {"text": config.text, **settings}
-        manifest = {"kind": "corpus", "config": made_of, "details": details, "version": __version__}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    logger.info("preparing tokens in %s", folder)
+    counts: dict[str, dict[str, int]] = {}
+    with told_when_full(folder):
+        partial.mkdir(parents=True)
         try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, and its corpus is the same one
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            yield partial, counts
+            made_of = {"text": config.text, **settings}
+            details = {"fingerprint": folder.name, "files": counts}
+            manifest = {"kind": "corpus", "config": made_of, "details": details, "version": __version__}
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster, and its corpus is the same one
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _read(folder: Path) -> Corpus:
-    files = ["manifest.json", *(f"{side}.{suffix}" for side in _SIDES for suffix in ("bin", "idx"))]
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise DataError(f"{folder} is not a whole corpus, it lacks {', '.join(missing)}: delete it")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    details = manifest["details"]
-    counts = {f"num_{side}_{unit}": details[side][unit] for side in _SIDES for unit in ("tokens", "documents")}
-    return Corpus(folder, details["fingerprint"], manifest["config"]["tokenizer_fingerprint"], **counts)
+def _read(folder: Path) -> list[TokenFiles]:
+    """The token files of a folder, those that are held out last."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found = []
+        for name, counts in manifest["details"]["files"].items():
+            read_index(folder / name, contiguous=False)
+            found.append(TokenFiles(str(folder / name), counts["tokens"], counts["documents"]))
+    except (OSError, DataError, ValueError, KeyError) as error:
+        raise DataError(f"{folder} is not a whole corpus, {error}: delete it") from error
+    return found

@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         if is_folder and groups.layout.world_size > 1:
             raise CheckpointError(f"model = {path} is a Hugging Face folder, which runs on one rank: import it first")
         corpus = main_first(lambda: prepare_corpus(config.data, tokenizer))
-        samples = heldout_samples(corpus, config.data.sequence_length, config.num_samples)
+        samples = heldout_samples(corpus, config.data, config.num_samples)
         if checkpoint:
             loss, num_tokens = _megatron_loss(checkpoint, samples, config, groups)
         if groups.is_main:

@@ -15,8 +15,9 @@ from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import ScoreConfig, Unit
 from minitron_megatron.data.choices import ChoiceSamples, read_questions
+from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.data.samples import training_samples
-from minitron_megatron.data.tokens import load_tokenizer, prepare_corpus
+from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
 from minitron_megatron.model.build import build_model, build_problems
 from minitron_megatron.model.count import num_parameters

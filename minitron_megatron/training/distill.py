@@ -22,8 +22,9 @@ from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.checkpoint.sharded import HUGGINGFACE, TEACHER, Checkpoint
 from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.schema import DistillConfig
+from minitron_megatron.data.encoding import tokenizer_fingerprint
 from minitron_megatron.data.samples import Samples, heldout_samples, training_samples
-from minitron_megatron.data.tokens import prepare_corpus, tokenizer_fingerprint
+from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.disk import told_when_full
 from minitron_megatron.distillation.hidden import HiddenLosses, add_projections, hidden_problems
 from minitron_megatron.distillation.step import TeacherStudent
@@ -80,7 +81,7 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
             return output
         corpus = main_first(lambda: prepare_corpus(config.data, student.huggingface_folder))
         samples = training_samples(corpus, config.data, config.steps * config.global_batch)
-        heldout = heldout_samples(corpus, config.data.sequence_length)
+        heldout = heldout_samples(corpus, config.data)
         main_first(lambda: _prepare(output, config, student, manifest))
         # A signal that comes earlier ends the process, for there is nothing to save.
         with told_when_full(output), stop_requests() as asked_to_stop:

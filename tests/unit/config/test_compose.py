@@ -66,7 +66,8 @@ def test_null_counts_as_given_where_the_schema_allows_it():
         ("parallel.tensr=2", "parallel.tensr is not a setting: did you mean parallel.tensor?"),
         (
             "data.zzz=2",
-            "data.zzz is not a setting: there are text, cache_dir, sequence_length, heldout_pct, seed",
+            "data.zzz is not a setting: there are text, cache_dir, sequence_length, heldout_pct, seed, weights, "
+            "text_field, document_mask, workers",
         ),
         ("num_samples=many", "num_samples = 'many': must be a whole number"),
         ("num_samples=2.5", "num_samples = 2.5: must be a whole number"),

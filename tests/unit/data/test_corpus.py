@@ -5,11 +5,16 @@ import sys
 
 import pytest
 
-from minitron_megatron.data import corpus
-from minitron_megatron.data.corpus import builtin_documents, documents
+from minitron_megatron.data import builtin
+from minitron_megatron.data.builtin import builtin_documents
+from minitron_megatron.data.corpus import documents
 from minitron_megatron.errors import DataError
 
 PROSE = "This sentence stands for a docstring that is long enough to be worth reading, number "
+
+
+def contents(sources, **options):
+    return [document.content for document in documents(sources, **options)]
 
 
 def test_sources_keep_their_order_and_folders_are_sorted(tmp_path):
@@ -23,7 +28,7 @@ def test_sources_keep_their_order_and_folders_are_sorted(tmp_path):
     (tmp_path / "a.txt").write_text("first\nand still first")
     (tmp_path / "blank.txt").write_text(" \n")
     sources = [str(tmp_path / name) for name in ("b", "blank.txt", "a.txt")]
-    assert list(documents(sources)) == ["ä", "one", "two", "z", "first\nand still first"]
+    assert contents(sources) == ["ä", "one", "two", "z", "first\nand still first"]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +49,7 @@ def test_a_missing_source_is_named_before_anything_is_read(tmp_path):
 def test_a_binary_file_is_named(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     with pytest.raises(
-        DataError, match=r"picture.png is not UTF-8 .*: data.text reads text files, \.jsonl files and folders"
+        DataError, match=r"picture.png is not UTF-8 .*: data.text reads text files, \.jsonl and \.parquet files"
     ):
         list(documents([str(tmp_path)]))
 
@@ -58,18 +63,18 @@ def test_docstrings_come_once_and_in_the_order_of_the_source(tmp_path, monkeypat
     second.write_text(f'raise SystemExit("imported")\ndef j():\n    """{PROSE}3"""\ndef k():\n    """{PROSE}5"""\n')
     nothing_new = tmp_path / "third.py"
     nothing_new.write_text(f'"""{PROSE}5"""')
-    monkeypatch.setattr(corpus, "_standard_library", lambda: [first, second, nothing_new])
-    monkeypatch.setattr(corpus, "topics", {"b": "topic b", "c": "topic a", "a": "topic a"})
+    monkeypatch.setattr(builtin, "_standard_library", lambda: [first, second, nothing_new])
+    monkeypatch.setattr(builtin, "topics", {"b": "topic b", "c": "topic a", "a": "topic a"})
     numbered = [PROSE + str(number) for number in range(6)]
     assert list(builtin_documents()) == ["topic a", "topic b", "\n\n".join(numbered[1:5]), numbered[5]]
 
 
 def test_builtin_is_prose_of_the_standard_library_alone():
-    text = list(documents(["builtin"]))
+    text = contents(["builtin"])
     assert len(text) > 400
     assert sum(map(len, text)) > 1_500_000
     assert any(json.__doc__.strip() in document for document in text)
-    files = [file.as_posix() for file in corpus._standard_library()]
+    files = [file.as_posix() for file in builtin._standard_library()]
     assert not [file for file in files if "/test/" in file or "/idlelib/" in file or "/site-packages/" in file]
 
 
@@ -77,9 +82,10 @@ def test_builtin_is_the_same_in_a_process_that_hashes_differently_and_imports_no
     script = (
         "import hashlib, sys\n"
         "from minitron_megatron.data.corpus import documents\n"
-        "print(hashlib.sha256('|'.join(documents(['builtin'])).encode()).hexdigest(), 'this' in sys.modules)"
+        "text = '|'.join(document.text for document in documents(['builtin']))\n"
+        "print(hashlib.sha256(text.encode()).hexdigest(), 'this' in sys.modules)"
     )
     env = {"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(path for path in sys.path if path)}
     run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
-    here = hashlib.sha256("|".join(documents(["builtin"])).encode()).hexdigest()
+    here = hashlib.sha256("|".join(contents(["builtin"])).encode()).hexdigest()
     assert run.stdout.split() == [here, "False"]

@@ -58,7 +58,7 @@ def test_an_epoch_of_training_samples_is_the_training_text(corpus, config, token
         assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
     # No token is lost or given twice, but for the remainder that fills no sample.
     given = np.bincount(torch.cat([sample["tokens"] for sample in samples]), minlength=300)
-    stored = np.bincount(stored_tokens(corpus.train_prefix), minlength=300)
+    stored = np.bincount(stored_tokens(corpus.train[0].prefix), minlength=300)
     assert (given <= stored).all() and (stored - given).sum() <= SEQUENCE
     # Nothing that was held out is trained on, read as text.
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
@@ -66,10 +66,10 @@ def test_an_epoch_of_training_samples_is_the_training_text(corpus, config, token
         set(re.findall(r"<\d+>", tokenizer.decode(part)))
         for part in (
             torch.cat([sample["tokens"] for sample in samples]),
-            stored_tokens(corpus.heldout_prefix),
+            stored_tokens(corpus.heldout[0].prefix),
         )
     ]
-    assert len(named[1]) == corpus.num_heldout_documents
+    assert len(named[1]) == corpus.heldout[0].num_documents
     assert len(named[0]) > 25
     assert not named[0] & named[1]
 
@@ -102,12 +102,12 @@ def test_two_ranks_see_the_order_of_one_process(corpus, config, tmp_path):
     assert torch.equal(torch.load(tmp_path / "1.pt"), alone)
 
 
-def test_every_heldout_token_is_predicted_once(corpus):
-    stream = stored_tokens(corpus.heldout_prefix).tolist()
+def test_every_heldout_token_is_predicted_once(corpus, config):
+    stream = stored_tokens(corpus.heldout[0].prefix).tolist()
     num_predicted = len(stream) - 1
     # The last two: a single window that ends with the text, and one that leaves a single token to the next.
     for length in (7, SEQUENCE, num_predicted // 2, num_predicted, num_predicted - 1):
-        samples = list(heldout_samples(corpus, length))
+        samples = list(heldout_samples(corpus, dataclasses.replace(config, sequence_length=length)))
         for sample in samples:
             assert_sample(sample, length)
         kept = torch.cat([sample["loss_mask"] for sample in samples]).bool()
@@ -116,16 +116,16 @@ def test_every_heldout_token_is_predicted_once(corpus):
         assert all(sample["loss_mask"].any() for sample in samples)
 
 
-def test_heldout_samples_can_be_fewer(corpus):
-    full = heldout_samples(corpus, SEQUENCE)
-    part = heldout_samples(corpus, SEQUENCE, 2)
-    assert len(list(part)) == len(part) == 2 < len(full) == len(heldout_samples(corpus, SEQUENCE, 10**6))
+def test_heldout_samples_can_be_fewer(corpus, config):
+    full = heldout_samples(corpus, config)
+    part = heldout_samples(corpus, config, 2)
+    assert len(list(part)) == len(part) == 2 < len(full) == len(heldout_samples(corpus, config, 10**6))
     assert torch.equal(part[1]["tokens"], full[1]["tokens"])
 
 
 def test_too_short_a_corpus_is_refused(corpus, config):
     with pytest.raises(DataError, match="held-out tokens"):
-        heldout_samples(corpus, corpus.num_heldout_tokens)
+        heldout_samples(corpus, dataclasses.replace(config, sequence_length=corpus.num_heldout_tokens))
     with pytest.raises(DataError, match="training tokens"):
         training_samples(corpus, dataclasses.replace(config, sequence_length=corpus.num_train_tokens), 1)
 
@@ -163,8 +163,8 @@ def test_ranks_share_the_samples(first, count, micro_batch, data_size):
     assert sorted(seen) == list(range(first, end))
 
 
-def test_padding_leaves_the_samples_alone(corpus):
-    samples = [dict(sample) for sample in heldout_samples(corpus, SEQUENCE, 3)]
+def test_padding_leaves_the_samples_alone(corpus, config):
+    samples = [dict(sample) for sample in heldout_samples(corpus, config, 3)]
     (batch,) = rank_batches(samples, 0, 3, 4, 0, 1)
     assert batch["loss_mask"].dtype == torch.float32 and batch["tokens"].dtype == torch.int64
     assert batch["loss_mask"].sum(dim=1).tolist() == [SEQUENCE] * 3 + [0]

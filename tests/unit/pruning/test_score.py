@@ -28,8 +28,9 @@ from minitron_megatron.config.schema import (
     ScoreConfig,
     TargetConfig,
 )
+from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.data.samples import training_samples
-from minitron_megatron.data.tokens import load_tokenizer, prepare_corpus
+from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.errors import ConfigError, DataError, UnsupportedModelError
 from minitron_megatron.model.axes import axis_sizes
 from minitron_megatron.model.shape import Llama3RopeScaling

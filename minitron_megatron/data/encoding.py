@@ -1,0 +1,151 @@
+"""Documents become rows of token ids, in one process or in several.
+
+A token that is not learned, as those of a conversation that the assistant has not said, is stored as its bitwise
+complement: `~t`, which is negative. So one file holds tokens and mask, in any order that Megatron-Core reads it.
+"""
+
+import hashlib
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from minitron_megatron.data.chat import render_chat
+from minitron_megatron.data.corpus import Document
+from minitron_megatron.errors import DataError, WorkerError
+
+_BATCH = 64  # documents per tokenizer call, enough to keep its threads busy
+# A process takes seconds to start, in which the tokenizer's own threads do about as much.
+_CHARACTERS_PER_WORKER = 2**24
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a Hugging Face folder, without running any code that lies there."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
+    """Hash of a tokenizer: equal for two folders only if they give every text the same tokens.
+
+    Raises:
+        DataError: the folder holds no `tokenizer.json`.
+    """
+    file = Path(tokenizer_dir) / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(
+            f"{file} does not exist: put the tokenizer there, as the files tokenizer.json and tokenizer_config.json "
+            f"that a fast tokenizer's `save_pretrained` writes"
+        )
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def num_workers(asked: int | None, num_characters: int) -> int:
+    """How many processes tokenise so much text, where the settings leave it open: up to one per core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or max(1, min(cores, num_characters // _CHARACTERS_PER_WORKER))
+
+
+class Encoder:
+    """Makes documents into rows of token ids, each closed by the end-of-sequence token.
+
+    Args:
+        tokenizer: with such a token.
+        dtype: of the rows; signed if there are conversations.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, dtype: type[np.integer]):
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+
+    def __call__(self, batch: list[Document]) -> list[np.ndarray]:
+        """The rows of some documents.
+
+        Raises:
+            DataError: the chat template and a conversation do not go together.
+        """
+        texts = [document.content for document in batch if not document.is_chat]
+        rows = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
+        eos = self.tokenizer.eos_token_id
+        return [
+            self._chat(document) if document.is_chat else np.array([*next(rows), eos], dtype=self.dtype)
+            for document in batch
+        ]
+
+    def _chat(self, document: Document) -> np.ndarray:
+        tokens, mask = render_chat(self.tokenizer, document.content, document.where)
+        if tokens[-1] != self.tokenizer.eos_token_id:
+            tokens, mask = [*tokens, self.tokenizer.eos_token_id], [*mask, 0]
+        tokens = np.array(tokens, dtype=self.dtype)
+        return np.where(mask, tokens, ~tokens)
+
+
+def encode(
+    documents: Iterable[Document], tokenizer_dir: Path, dtype: type[np.integer], workers: int
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Every document and its row, in the order of the documents, whatever the number of processes.
+
+    Args:
+        documents: read as far ahead as the processes need them.
+        tokenizer_dir: Hugging Face folder of the tokenizer.
+        dtype: see `Encoder`.
+        workers: processes; with one it is this process, and the tokenizer's own threads.
+
+    Raises:
+        DataError: see `Encoder`.
+        WorkerError: a process was ended from outside.
+    """
+    documents = iter(documents)
+    batches = iter(lambda: list(islice(documents, _BATCH)), [])
+    if workers == 1:
+        encoder = Encoder(load_tokenizer(tokenizer_dir), dtype)
+        for batch in batches:
+            yield from zip(batch, encoder(batch), strict=True)
+        return
+    # Threads, of which there are many here, do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_dir, dtype)) as pool:
+        pending: deque = deque()
+        try:
+            for batch in batches:
+                pending.append((batch, pool.submit(_encode_here, batch)))
+                if len(pending) >= 4 * workers:
+                    yield from _finished(pending)
+            while pending:
+                yield from _finished(pending)
+        except BrokenProcessPool as error:
+            raise WorkerError(
+                f"one of the data.workers = {workers} processes that tokenise was ended from outside: see whether the "
+                f"memory was enough, and run it again"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _finished(pending: deque) -> Iterator[tuple[Document, np.ndarray]]:
+    batch, future = pending.popleft()
+    yield from zip(batch, future.result(), strict=True)
+
+
+_encoder: Encoder  # of a process that `encode` has started
+
+
+def _start_worker(tokenizer_dir: Path, dtype: type[np.integer]) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are enough for the cores
+    _encoder = Encoder(load_tokenizer(tokenizer_dir), dtype)
+
+
+def _encode_here(batch: list[Document]) -> list[np.ndarray]:
+    return _encoder(batch)
