@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minitron_megatron.checkpoint.convert import as_transformers_model
 from minitron_megatron.checkpoint.load import load_weights
@@ -23,7 +24,7 @@ from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_probl
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
-from minitron_megatron.parallel.schedule import in_calls
+from minitron_megatron.parallel.schedule import Batch, in_calls
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 
@@ -108,7 +109,7 @@ def _transformers_loss(model, samples: Samples, config: EvaluateConfig) -> tuple
     with torch.no_grad(), progress("evaluate", -(-len(samples) // config.micro_batch)) as advance:
         for batch in rank_batches(samples, 0, len(samples), config.micro_batch, 0, 1):
             batch = {key: value.to(model.device) for key, value in batch.items()}
-            logits = model(batch["tokens"]).logits
+            logits = model(batch["tokens"], **_documents(batch)).logits
             # A sequence at a time: float32 logits of a whole batch would be gigabytes.
             for row, labels, mask in zip(logits, batch["labels"], batch["loss_mask"], strict=True):
                 loss = torch.nn.functional.cross_entropy(row.float(), labels, reduction="none")
@@ -116,6 +117,15 @@ def _transformers_loss(model, samples: Samples, config: EvaluateConfig) -> tuple
                 num_tokens += int(mask.sum())
             advance()
     return total / num_tokens, num_tokens
+
+
+def _documents(batch: Batch) -> dict[str, Tensor]:
+    """What tells a transformers model that documents are apart."""
+    if "document_ids" not in batch:
+        return {}
+    documents = batch["document_ids"]
+    mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    return {"attention_mask": mask, "position_ids": batch["position_ids"]}
 
 
 def _transformers_model(checkpoint: Checkpoint | None, path: Path, config: EvaluateConfig):

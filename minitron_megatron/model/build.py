@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
+from minitron_megatron.model.documents import documents_apart
 from minitron_megatron.model.local import CausalAttention, GatedActivation, Norm
 from minitron_megatron.model.shape import (
     Activation,
@@ -152,9 +153,11 @@ def layer_modules(config: TransformerConfig) -> tuple[ModuleSpec, type[torch.nn.
     linear layers around our attention and norm, or around Apex's fused LayerNorm where that imports.
     """
     if _uses_te():
-        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 
         layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
+        attention = documents_apart(TEDotProductAttention)
+        layer.submodules.self_attention.submodules.core_attention = attention
     else:
         fused = torch.cuda.is_available() and HAVE_APEX and config.normalization == "LayerNorm"
         norm = FusedLayerNorm if fused else Norm

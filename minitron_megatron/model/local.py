@@ -141,16 +141,24 @@ class CausalAttention(MegatronModule):
         Args:
             query: `[seq, batch, heads/tp, head_dim]`.
             key, value: `[seq, batch, groups/tp, head_dim]`.
-            attention_mask: must be None; the mask is causal.
+            attention_mask: `[batch, seq]`, the number of each token's document, which it attends to alone; None for
+                one document. The mask is causal in either case.
 
         Returns:
             `[seq, batch, heads/tp * head_dim]`.
         """
-        assert attention_mask is None
+        if attention_mask is not None:
+            attention_mask = (attention_mask[:, None, :, None] == attention_mask[:, None, None, :]).tril()
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         # A view would keep the whole QKV projection alive for the backward pass.
         value = value.contiguous()
         context = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.size(1) != key.size(1)
+            query,
+            key,
+            value,
+            attention_mask,
+            is_causal=attention_mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(1) != key.size(1),
         )
         return context.permute(2, 0, 1, 3).flatten(2)

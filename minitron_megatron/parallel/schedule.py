@@ -60,7 +60,8 @@ def forward_hidden(model: torch.nn.Module, batch: Batch) -> Tensor:
 
     Args:
         model: anybody's GPTModel or HybridModel, or Megatron's wrapper around one for training.
-        batch: with `tokens` and `position_ids` `[batch, seq]`.
+        batch: with `tokens` and `position_ids` `[batch, seq]`, and with `document_ids` if documents are kept apart,
+            which takes the layers of `build_model`.
 
     Returns:
         `[seq(/tp), batch, hidden]`; on all but the last stage what goes to the next one.
@@ -68,7 +69,7 @@ def forward_hidden(model: torch.nn.Module, batch: Batch) -> Tensor:
     network = unwrap_model(model)
     post_process, network.post_process = network.post_process, False
     try:
-        return model(batch["tokens"], batch["position_ids"], attention_mask=None)
+        return model(batch["tokens"], batch["position_ids"], attention_mask=batch.get("document_ids"))
     finally:
         network.post_process = post_process
 

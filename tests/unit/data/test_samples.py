@@ -1,5 +1,7 @@
 import dataclasses
 import re
+from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -100,6 +102,136 @@ def test_two_ranks_see_the_order_of_one_process(corpus, config, tmp_path):
     assert torch.equal(all_tokens(training_samples(corpus, config, 100), 100), alone)
     assert torch.equal(torch.load(tmp_path / "0.pt"), alone)
     assert torch.equal(torch.load(tmp_path / "1.pt"), alone)
+
+
+@pytest.fixture
+def blend(tmp_path, write_documents, stories):
+    """Three sources whose documents tell where they are from, by what all of their words begin with."""
+    sources = [
+        str(write_documents([" ".join(name + word for word in text.split()) for text in part], name))
+        for name, part in zip("XYZ", (stories[:20], stories[20:36], stories[36:]))
+    ]
+    return DataConfig(sources, str(tmp_path / "cache"), SEQUENCE, heldout_pct=10, weights=[6, 3, 1])
+
+
+@contextmanager
+def one_rank(folder):
+    """Megatron-Core's blending asks for a process group."""
+    (folder / "alone").unlink(missing_ok=True)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/alone", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sources_of(dataset, num_samples, tokenizer_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    found = [set(re.findall("[XYZ]", tokenizer.decode(dataset[index]["tokens"]))) for index in range(num_samples)]
+    assert all(len(names) == 1 for names in found)
+    return ["".join(names) for names in found]
+
+
+def test_a_blend_has_its_weights_and_one_order_for_all_ranks(blend, tokenizer_dir, tmp_path):
+    corpus = prepare_corpus(blend, tokenizer_dir)
+    assert corpus.weights == [6, 3, 1] and len(corpus.train) == 3
+    torch.multiprocessing.spawn(save_order, (corpus, blend, 200, str(tmp_path)), nprocs=2)
+    with one_rank(tmp_path):
+        dataset = training_samples(corpus, blend, 200)
+        tokens = all_tokens(dataset, 200)
+    assert torch.equal(torch.load(tmp_path / "0.pt"), tokens) and torch.equal(torch.load(tmp_path / "1.pt"), tokens)
+    counts = Counter(sources_of(dataset, 200, tokenizer_dir))
+    assert {name: counts[name] for name in "XYZ"} == pytest.approx({"X": 120, "Y": 60, "Z": 20}, abs=1)
+    assert set(dataset[0]) == {"tokens", "labels", "loss_mask", "position_ids"}
+
+
+def test_what_is_held_out_does_not_depend_on_weights(blend, tokenizer_dir):
+    weighted = prepare_corpus(blend, tokenizer_dir)
+    plain = prepare_corpus(dataclasses.replace(blend, weights=None), tokenizer_dir)
+    assert len(plain.train) == 1
+    assert stored_tokens(weighted.heldout[0].prefix).tolist() == stored_tokens(plain.heldout[0].prefix).tolist()
+    assert weighted.num_train_tokens == plain.num_train_tokens
+    reweighted = prepare_corpus(dataclasses.replace(blend, weights=[1, 1, 1]), tokenizer_dir)
+    assert reweighted.train == weighted.train  # nothing is tokenised again
+
+
+def test_as_many_samples_of_a_blend_as_repeat_none(blend, tokenizer_dir, tmp_path):
+    corpus = prepare_corpus(blend, tokenizer_dir)
+    most = corpus.num_sequences(SEQUENCE)
+    limits = [(files.num_tokens - 1) // SEQUENCE / share for files, share in zip(corpus.train, (0.6, 0.3, 0.1))]
+    assert most == int(min(limits))
+    with one_rank(tmp_path):
+        dataset = training_samples(corpus, blend, most).dataset
+    for part, files in enumerate(corpus.train):
+        own = dataset.dataset_sample_index[:most][dataset.dataset_index[:most] == part]
+        places = dataset.datasets[part].shuffle_index[own]
+        assert len(set(places)) == len(places) and max(places) < (files.num_tokens - 1) // SEQUENCE
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 100])
+@pytest.mark.parametrize("weights", [[1000, *[1] * 19], [1] * 20, [0.001, *[7.3] * 19], list(range(1, 21))])
+def test_no_part_of_a_blend_runs_out(tmp_path, tokenizer_dir, write_documents, stories, weights, num_samples):
+    sources = [str(write_documents([text, text + "!"], str(number))) for number, text in enumerate(stories[:20])]
+    config = DataConfig(sources, str(tmp_path / "cache"), 8, heldout_pct=1, weights=weights)
+    corpus = prepare_corpus(config, tokenizer_dir)
+    with one_rank(tmp_path):
+        dataset = training_samples(corpus, config, num_samples)
+        assert len(dataset) >= num_samples and all(len(dataset[index]["tokens"]) == 8 for index in range(num_samples))
+
+
+def test_a_source_that_is_held_out_altogether_is_named(tmp_path, tokenizer_dir, write_documents, stories):
+    sources = [str(write_documents(stories[:30], "many")), str(write_documents(stories[30:32], "few"))]
+    for seed in range(100):
+        config = DataConfig(sources, str(tmp_path / "cache"), 8, heldout_pct=40, seed=seed, weights=[1, 1])
+        try:
+            prepare_corpus(config, tokenizer_dir)
+        except DataError as error:
+            assert "few, of which nothing is left to train on" in str(error)
+            return
+    raise AssertionError("no seed holds both documents out")
+
+
+def assert_documents(sample):
+    """Documents end with the end-of-sequence token, and nowhere else."""
+    ids = [0]
+    for token in sample["tokens"].tolist()[:-1]:
+        ids.append(ids[-1] + (token == 1))
+    assert sample["document_ids"].tolist() == ids
+    starts = {number: ids.index(number) for number in ids}
+    assert sample["position_ids"].tolist() == [place - starts[number] for place, number in enumerate(ids)]
+    assert sample["loss_mask"].tolist() == [float(token != 1) for token in sample["tokens"].tolist()]
+
+
+def test_documents_of_a_training_sample_are_numbered(corpus, config):
+    apart = training_samples(corpus, dataclasses.replace(config, document_mask=True), 200)
+    together = training_samples(corpus, config, 200)
+    for index in range(200):
+        assert_documents(apart[index])
+        assert torch.equal(apart[index]["tokens"], together[index]["tokens"])
+    assert {int(apart[index]["document_ids"].max()) for index in range(200)} >= {0, 1}
+
+
+def test_documents_of_a_blend_are_numbered(blend, tokenizer_dir, tmp_path):
+    blend = dataclasses.replace(blend, document_mask=True)
+    with one_rank(tmp_path):
+        dataset = training_samples(prepare_corpus(blend, tokenizer_dir), blend, 100)
+    for index in range(100):
+        assert_documents(dataset[index])
+
+
+@pytest.mark.parametrize("length", [7, SEQUENCE, 200])
+def test_documents_of_a_heldout_sample_are_numbered(corpus, config, length):
+    settings = dataclasses.replace(config, sequence_length=length)
+    together = heldout_samples(corpus, settings)
+    apart = heldout_samples(corpus, dataclasses.replace(settings, document_mask=True))
+    for plain, sample in zip(together, apart, strict=True):
+        used = int(plain["loss_mask"].sum())
+        assert torch.equal(sample["tokens"], plain["tokens"])
+        assert_documents({key: value[:used] for key, value in sample.items()})
+        assert not sample["loss_mask"][used:].any()
+    total = sum(int(sample["loss_mask"].sum()) for sample in apart)
+    boundaries = corpus.heldout[0].num_documents - 1
+    assert total == corpus.num_heldout_tokens - 1 - boundaries
 
 
 def test_every_heldout_token_is_predicted_once(corpus, config):

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from minitron_megatron.config.schema import DataConfig
 from minitron_megatron.data import tokens
-from minitron_megatron.data.encoding import tokenizer_fingerprint
+from minitron_megatron.data.encoding import num_workers, tokenizer_fingerprint
 from minitron_megatron.data.tokens import check_enough, prepare_corpus
 from minitron_megatron.errors import DataError
 
@@ -91,6 +91,33 @@ def test_fingerprint_depends_on_everything_that_is_written(config, make_tokenize
     assert len({corpus.fingerprint, *(other.fingerprint for other in others)}) == 6
     assert corpus.tokenizer_fingerprint == others[0].tokenizer_fingerprint == tokenizer_fingerprint(tokenizer_dir)
     assert corpus.tokenizer_fingerprint != others[3].tokenizer_fingerprint
+
+
+def test_several_processes_write_what_one_does(config, tokenizer_dir, tmp_path, stories):
+    lines = [{"text": text} for text in stories * 9]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = dataclasses.replace(config, text=[*config.text, str(tmp_path / "more.jsonl")], workers=1)
+    alone = prepare_corpus(config, tokenizer_dir).folder
+    shared = dataclasses.replace(config, cache_dir=str(tmp_path / "shared"), workers=2)
+    together = prepare_corpus(shared, tokenizer_dir).folder
+    assert together.name == alone.name
+    for name in ("train.bin", "train.idx", "heldout.bin", "heldout.idx"):
+        assert (together / name).read_bytes() == (alone / name).read_bytes()
+
+
+def test_an_error_in_another_process_is_this_ones(tmp_path, tokenizer_dir):
+    line = json.dumps({"messages": [{"role": "user", "content": "x"}]}) + "\n"
+    (tmp_path / "chat.jsonl").write_text('{"text": "good"}\n' + line)
+    config = DataConfig([str(tmp_path / "chat.jsonl")], str(tmp_path / "cache"), workers=2)
+    with pytest.raises(DataError, match=r"jsonl, line 2 is a conversation, and the tokenizer has no chat template"):
+        prepare_corpus(config, tokenizer_dir)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_workers_are_as_many_as_the_text_is_worth(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert [num_workers(None, size) for size in (0, 2**24, 2**25, 2**26, 2**40)] == [1, 1, 2, 4, 8]
+    assert num_workers(3, 0) == 3
 
 
 def test_a_corpus_is_made_once_for_all_sequence_lengths(config, tokenizer_dir):

@@ -25,10 +25,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, model, output):
+def run(folder, model, output, **options):
     from minitron_megatron.evaluation.evaluate import evaluate
 
-    data = DataConfig([str(folder / "text")], str(folder / "corpora"), sequence_length=32, heldout_pct=20.0)
+    data = DataConfig([str(folder / "text")], str(folder / "corpora"), sequence_length=32, heldout_pct=20.0, **options)
     config = EvaluateConfig(
         str(folder / model), str(folder / output), generate_tokens=5, micro_batch=3, dtype=DType.FP32, data=data
     )
@@ -42,6 +42,14 @@ def test_a_checkpoint_and_its_export_have_the_same_loss(folder):
     assert ours["parameters"] == theirs["parameters"]
     assert ours["parameters_without_embeddings"] == theirs["parameters_without_embeddings"]
     assert ours["generation"]["text"] == theirs["generation"]["text"]
+
+
+def test_documents_apart_have_the_same_loss_in_both(folder):
+    ours, theirs = (run(folder, model, f"{model}_apart", document_mask=True) for model in ("checkpoint", "exported"))
+    assert ours["heldout"]["loss"] == pytest.approx(theirs["heldout"]["loss"], rel=1e-5)
+    # Of each of eight documents the first token is not predicted.
+    assert ours["heldout"]["num_tokens"] == theirs["heldout"]["num_tokens"] == 8 * 100
+    assert ours["heldout"]["loss"] != pytest.approx(run(folder, "checkpoint", "ours")["heldout"]["loss"], rel=1e-5)
 
 
 def test_perplexity_is_the_exponential_of_the_loss(folder):
