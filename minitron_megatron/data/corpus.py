@@ -87,6 +87,8 @@ def _path_documents(path: Path, text_field: str) -> Iterator[Document]:
         return _rows(_json_lines(path), text_field)
     if path.suffix == ".parquet":
         return _rows(read_parquet(path, [text_field, _MESSAGES]), text_field)
+    if path.suffix in (".bin", ".idx"):
+        raise DataError(f"{path} holds no text: name tokenised corpora by their prefix, {path.with_suffix('')}")
     return _text_file(path)
 
 

@@ -54,6 +54,27 @@ def test_a_binary_file_is_named(tmp_path):
         list(documents([str(tmp_path)]))
 
 
+def test_token_files_are_named_by_their_prefix(tmp_path):
+    """The bytes of small token ids would be text."""
+    for name in ("own.bin", "own.idx"):
+        (tmp_path / name).write_bytes(b"a\0b\0")
+        with pytest.raises(DataError, match=rf"{name} holds no text: name tokenised corpora by their prefix, .*own$"):
+            contents([str(tmp_path / name)])
+
+
+def test_rows_may_call_their_text_otherwise(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x", "text": "y"}\n{"messages": [{"role": "user"}], "body": "z"}\n')
+    assert contents([str(tmp_path)], text_field="body") == ["x", "z"]
+    with pytest.raises(DataError, match=r"line 1: not a document \(other = None\): every line must be \{\"other\""):
+        contents([str(tmp_path)], text_field="other")
+
+
+def test_links_to_folders_are_not_followed(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert contents([str(tmp_path)]) == ["a"]
+
+
 def test_docstrings_come_once_and_in_the_order_of_the_source(tmp_path, monkeypatch):
     methods = f'    def f(self):\n        """{PROSE}3"""\n    def g(self):\n        """short"""\n'
     functions = f'async def h():\n    """{PROSE}4"""\ndef i():\n    """{PROSE}2"""\n'

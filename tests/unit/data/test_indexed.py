@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from transformers import AutoTokenizer
 
+from minitron_megatron.checkpoint.manifest import Parent
 from minitron_megatron.config.schema import DataConfig
 from minitron_megatron.data.indexed import is_indexed, read_index
 from minitron_megatron.data.samples import heldout_samples, training_samples
@@ -101,6 +102,25 @@ def test_text_and_tokens_together(tmp_path, config, tokenizer_dir, rows, stories
     stream = [token for files in corpus.heldout for row in read(files) for token in row]
     windows = [sample["labels"][sample["loss_mask"].bool()] for sample in heldout_samples(corpus, config)]
     assert torch.cat(windows).tolist() == stream[1:]
+
+
+def test_weights_find_their_sources(tmp_path, config, tokenizer_dir, rows, stories, write_documents):
+    """Token files come behind all text."""
+    write(tmp_path / "own", [[row] for row in rows[:20]])
+    sources = [str(tmp_path / "own"), str(write_documents(stories[20:])), str(write_documents(stories[:20], "more"))]
+    corpus = prepare_corpus(dataclasses.replace(config, text=sources, weights=[1.0, 2.0, 3.0]), tokenizer_dir)
+    assert corpus.weights == [2.0, 3.0, 1.0]
+    found = [read(files) for files in corpus.train]
+    assert set(found[0]) <= set(map(tuple, rows[20:])) and set(found[1]) | set(found[2]) <= set(map(tuple, rows[:20]))
+    assert corpus.train[2].prefix.startswith(str(tmp_path / "cache")) and (tmp_path / "cache").is_dir()
+
+
+def test_a_run_knows_its_token_files(tmp_path, config, rows):
+    write(tmp_path / "own", [[row] for row in rows])
+    parents = Parent.of_text(config.text)
+    assert [parent.path for parent in parents] == [f"{tmp_path}/own.bin", f"{tmp_path}/own.idx"]
+    write(tmp_path / "own", [[row[::-1]] for row in rows])
+    assert Parent.of_text(config.text)[0].fingerprint != parents[0].fingerprint
 
 
 @pytest.mark.parametrize("token", [284, 60000])
