@@ -39,6 +39,7 @@ from minitron_megatron.progress import progress
 logger = logging.getLogger(__name__)
 
 _HELDOUT = "heldout"
+_LOG_EVERY = 2**17  # documents of a part, while nobody knows how many there are
 _FORMAT = 2  # part of the fingerprint: raise it when equal documents would be written differently
 
 
@@ -174,6 +175,8 @@ def _prepare_text(
             own.append(_split_key(document, config.seed))
             num_characters += len(document.text)
             has_chat |= document.is_chat
+            if len(own) % _LOG_EVERY == 0:
+                logger.info("reading documents: %d", len(own))
         keys.append(np.array(own, dtype=np.uint64))
     settings = settings | {"documents": [hashlib.sha256(own.tobytes()).hexdigest() for own in keys]}
     if has_chat:

@@ -14,6 +14,7 @@ from minitron_megatron.config.schema import DataConfig
 from minitron_megatron.data.samples import heldout_samples, rank_batches, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.errors import DataError
+from tests.ranks import run_on_ranks
 
 SEQUENCE = 24
 
@@ -85,14 +86,15 @@ def test_training_order_follows_the_seed_and_goes_on_over_epochs(corpus, config)
     assert not torch.equal(tokens, all_tokens(reseeded, 3 * per_epoch))
 
 
-def save_order(rank, corpus, config, num_samples, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(all_tokens(training_samples(corpus, config, num_samples), num_samples), f"{folder}/{rank}.pt")
+def save_order(corpus, config, num_samples, folder):
+    dist.init_process_group("gloo")
+    samples = training_samples(corpus, config, num_samples)
+    torch.save(all_tokens(samples, num_samples), folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
 def test_two_ranks_see_the_order_of_one_process(corpus, config, tmp_path):
-    torch.multiprocessing.spawn(save_order, (corpus, config, 100, str(tmp_path)), nprocs=2)
+    run_on_ranks(2, save_order, corpus, config, 100, tmp_path)
     written = sorted((corpus.folder / "index").iterdir())
     alone = all_tokens(training_samples(corpus, config, 100), 100)
     assert sorted((corpus.folder / "index").iterdir()) == written
@@ -135,7 +137,7 @@ def sources_of(dataset, num_samples, tokenizer_dir):
 def test_a_blend_has_its_weights_and_one_order_for_all_ranks(blend, tokenizer_dir, tmp_path):
     corpus = prepare_corpus(blend, tokenizer_dir)
     assert corpus.weights == [6, 3, 1] and len(corpus.train) == 3
-    torch.multiprocessing.spawn(save_order, (corpus, blend, 200, str(tmp_path)), nprocs=2)
+    run_on_ranks(2, save_order, corpus, blend, 200, tmp_path)
     with one_rank(tmp_path):
         dataset = training_samples(corpus, blend, 200)
         tokens = all_tokens(dataset, 200)
@@ -143,6 +145,7 @@ def test_a_blend_has_its_weights_and_one_order_for_all_ranks(blend, tokenizer_di
     counts = Counter(sources_of(dataset, 200, tokenizer_dir))
     assert {name: counts[name] for name in "XYZ"} == pytest.approx({"X": 120, "Y": 60, "Z": 20}, abs=1)
     assert set(dataset[0]) == {"tokens", "labels", "loss_mask", "position_ids"}
+    assert torch.equal(tokens, all_tokens(dataset.dataset, 200))  # Megatron-Core's own
 
 
 def test_what_is_held_out_does_not_depend_on_weights(blend, tokenizer_dir):
