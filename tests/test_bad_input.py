@@ -281,7 +281,7 @@ def test_a_flipped_bit_is_named_and_leaves_nothing_behind(refused, tmp_path):
 @pytest.mark.parametrize(
     "text, length, named",
     [
-        ("@nowhere", 32, "nowhere, which does not exist: name a file, a folder or `builtin`"),
+        ("@nowhere", 32, "nowhere, which does not exist: name a file, a folder, the prefix"),
         ("@empty.jsonl", 32, "has no text in it: name other files"),
         ("@one.jsonl", 32, "is one document, so that none could be held out"),
         ("@text.jsonl", 512, "held-out tokens, but data.sequence_length = 512 needs 513: add text, shorten"),
