@@ -62,6 +62,15 @@ setup(
         "data": ["pyarrow"],
         "eval": ["lm-eval"],
         "tensorboard": ["tensorboard"],
-        "test": ["datasets", "hypothesis", "import-linter", "nvidia-modelopt", "pytest", "ruff", "tensorboard"],
+        "test": [
+            "datasets",
+            "hypothesis",
+            "import-linter",
+            "nvidia-modelopt",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "tensorboard",
+        ],
     },
 )

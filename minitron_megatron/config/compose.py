@@ -7,6 +7,7 @@ command line, is listed in one `ConfigError`, and no DictConfig leaves this pack
 import dataclasses
 import itertools
 import re
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,20 @@ def to_plain(settings: Any) -> dict:
 
 def to_yaml(settings: Any) -> str:
     """The settings as YAML, in the schema's order; `read_settings` makes the same of it again."""
-    text = yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True, width=120)
+    plain = to_plain(settings)
+    # Unicode's own line breaks would be read as such.
+    is_safe = not re.search("[\x85\u2028\u2029]", "".join(_texts(plain)))
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=is_safe, width=120)
     # What is written here is no interpolation.
     return re.sub(r"(?<!\\)\$\{", r"\\${", text)
+
+
+def _texts(value) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def as_value(text: str) -> str:
