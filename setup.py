@@ -60,12 +60,14 @@ setup(
         # its own requirements compile llama.cpp and only its GGUF file is read.
         "demo": ["gguf", "accelerate"],
         "data": ["pyarrow"],
-        "eval": ["lm-eval"],
+        # lm-eval runs Hugging Face folders through accelerate, which it does not require.
+        "eval": ["lm-eval>=0.4.13,<0.5", "accelerate"],
         "tensorboard": ["tensorboard"],
         "test": [
             "datasets",
             "hypothesis",
             "import-linter",
+            "lm-eval>=0.4.13,<0.5",
             "nvidia-modelopt",
             "pytest",
             "pytest-xdist",

@@ -39,7 +39,7 @@ from minitron_megatron.launch.version import code_version
 OWN = ("cluster", "dry_run")
 """Settings of a launch; all others are of what is launched."""
 
-LAUNCHED = [verb for verb in VERBS if verb != "inspect"]
+LAUNCHED = [verb for verb in VERBS if verb not in ("compare", "inspect")]
 """What can be launched."""
 
 

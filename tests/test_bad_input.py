@@ -220,7 +220,12 @@ def with_other(command, key, value):
             ["model_type = 'gpt2' is not supported: choose a model of one of llama,"],
         ),
         (with_other(SCORE, "checkpoint", "@other-order"), 1, ["shape.pattern = '*-*--*-', and only '*-' repeated is"]),
-        (with_other(EVALUATE, "model", "@other-order"), 1, ["generate_tokens = 64 takes a Hugging Face model"]),
+        (
+            f"{EVALUATE} tasks=[arc_easy] task_dir=@nowhere",
+            1,
+            ["nowhere is no folder: name one with the YAML files of tasks"],
+        ),
+        ("compare evaluations=[@teacher-checkpoint,@nowhere]", 1, ["teacher-checkpoint is not an evaluation: it has"]),
         ("import source=@nowhere output=out", 1, ["nowhere does not exist: name a Hugging Face folder or a .gguf"]),
         ("import source=@scores output=out", 1, ["scores is not a Hugging Face folder: it has no config.json"]),
     ],

@@ -27,7 +27,7 @@ from minitron_megatron.errors import ConfigError, raise_if_any
 GROUPS = ("experiment", "correction", "cluster")
 """Folders of `conf/` whose files make or change a recipe, or say where it runs."""
 
-STAGE_VERBS = [verb for verb in SCHEMAS if verb not in ("compress", "launch")]
+STAGE_VERBS = [verb for verb in SCHEMAS if verb not in ("compare", "compress", "launch")]
 
 INHERITED = ("target", "data", "parallel")
 """Sections of a recipe that its stages start from."""

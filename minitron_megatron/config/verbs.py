@@ -16,6 +16,7 @@ VERBS = {
     "distill": "minitron_megatron.report.tracked:distill",
     "evaluate": "minitron_megatron.evaluation.evaluate:evaluate",
     "export": "minitron_megatron.checkpoint.convert:export",
+    "compare": "minitron_megatron.report.compare:compare",
     "inspect": "minitron_megatron.report.inspect:inspect",
     "compress": "minitron_megatron.recipe:compress",
 }

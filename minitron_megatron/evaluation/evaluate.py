@@ -1,25 +1,34 @@
-"""The verb `evaluate`: held-out loss and perplexity, and generation speed, of a checkpoint or a Hugging Face folder."""
+"""The verb `evaluate`: held-out loss, generation and tasks, of a checkpoint or a Hugging Face folder."""
 
 import json
 import math
 import statistics
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from minitron_megatron.checkpoint.convert import as_transformers_model
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done, write_atomically, writing
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import EvaluateConfig
+from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.data.samples import Samples, heldout_samples, rank_batches
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.distillation.step import TeacherStudent, mean_of
 from minitron_megatron.errors import CheckpointError, raise_if_any
+from minitron_megatron.evaluation.decoding import Decoding
+from minitron_megatron.evaluation.driver import driven
+from minitron_megatron.evaluation.inference import Inference
+from minitron_megatron.evaluation.tasks import Tasks, task_problems, task_table
 from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.parallel.collectives import main_first
@@ -28,69 +37,148 @@ from minitron_megatron.parallel.schedule import Batch, in_calls
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 
+T = TypeVar("T")
+
 FILE = "evaluation.json"
 _PROMPT_TOKENS = 32
 _GENERATION_REPEATS = 3
 
 
 def evaluate(config: EvaluateConfig) -> Path:
-    """Measure a model on text that neither calibration nor training has seen.
+    """Measure a model on text that neither calibration nor training has seen, and on tasks.
 
     A Megatron checkpoint runs under Megatron-Core in the layout of the settings, a Hugging Face folder under
-    transformers. Generation runs under transformers for both, on the first rank.
+    transformers, on one rank. Virtual pipeline stages and sequence parallelism are for training, which keeps
+    activations: a model that only runs forward goes without them.
 
     Returns:
         the folder with `evaluation.json`.
 
     Raises:
         CheckpointError: the model is neither, or not whole.
-        DataError: there is no held-out text.
+        ConfigError: a layout or a task does not suit the model.
+        DataError: there is no held-out text, or no data of a task.
     """
     path, output = Path(config.model), Path(config.output)
+    layout = replace(config.parallel, virtual_pipeline=None, sequence=False)
     is_folder = (path / "config.json").is_file()
     checkpoint = None if is_folder else Checkpoint(path)
-    if checkpoint:
-        problems = build_problems(checkpoint.shape, config.parallel, "model")
-        raise_if_any(problems + _generation_problems(checkpoint, config))
+    problems = task_problems(config)
+    raise_if_any(problems + (build_problems(checkpoint.shape, layout, "model") if checkpoint else []))
     parents = [Parent.of("model", checkpoint.root if checkpoint else path)]
     parents += Parent.of_text(config.data.text)
+    parents += [Parent.of("task_dir", Path(config.task_dir))] if config.task_dir else []
     shape = checkpoint.shape.to_dict() if checkpoint else None
     manifest = Manifest("evaluation", shape, parents, to_plain(config))
     if is_done(output, manifest):
         return output
-    tokenizer = checkpoint.huggingface_folder if checkpoint else path
-    with process_groups(config.parallel) as groups:
+    with process_groups(layout) as groups:
         if is_folder and groups.layout.world_size > 1:
             raise CheckpointError(f"model = {path} is a Hugging Face folder, which runs on one rank: import it first")
-        corpus = main_first(lambda: prepare_corpus(config.data, tokenizer))
+        companions = checkpoint.huggingface_folder if checkpoint else path
+        tasks = _on_main(lambda: Tasks(config, companions)) if config.tasks else None
+        corpus = main_first(lambda: prepare_corpus(config.data, companions))
         samples = heldout_samples(corpus, config.data, config.num_samples)
-        if checkpoint:
-            loss, num_tokens = _megatron_loss(checkpoint, samples, config, groups)
+        measure = _measure_checkpoint if checkpoint else _measure_folder
+        found = measure(checkpoint or path, samples, tasks, config, groups)
         if groups.is_main:
-            model = None
-            if is_folder or config.generate_tokens:
-                model = _transformers_model(checkpoint, path, config)
-            if is_folder:
-                loss, num_tokens = _transformers_loss(model, samples, config)
-            result = {
-                "model": str(path),
-                "name": path.name,
-                **_counts(checkpoint, model),
-                "heldout": {"loss": loss, "perplexity": math.exp(loss), "num_tokens": num_tokens},
-                "generation": _generation(model, tokenizer, samples, config) if config.generate_tokens else None,
-            }
+            result = {"model": str(path), "name": path.name, **found}
             with writing(output, manifest) as folder:
                 write_atomically(folder / FILE, json.dumps(result, indent=2) + "\n")
+            if found["tasks"]:
+                # Output that goes into a file has no width, and broken lines cannot be searched.
+                Console(width=None if sys.stdout.isatty() else 200).print(task_table(found["tasks"]))
     return output
 
 
-def _megatron_loss(
-    checkpoint: Checkpoint, samples: Samples, config: EvaluateConfig, groups: Groups
-) -> tuple[float, int]:
-    """Mean cross-entropy per held-out token, in nats, and the number of tokens."""
+def _measure_checkpoint(
+    checkpoint: Checkpoint, samples: Samples, tasks: Tasks | None, config: EvaluateConfig, groups: Groups
+) -> dict:
+    """What goes into `evaluation.json`, of a model in the ranks' layout."""
     chunks = build_model(checkpoint.shape, groups, config.dtype)
     load_weights(chunks, checkpoint, groups)
-    model = TeacherStudent(chunks, None, groups, LossConfig(0.0, 1.0), checkpoint.shape.vocab)
+    found = _results(
+        num_parameters(checkpoint.shape),
+        num_parameters(checkpoint.shape, embeddings=False),
+        *_megatron_loss(chunks, checkpoint.shape.vocab, samples, config, groups),
+    )
+    tokenizer = load_tokenizer(checkpoint.huggingface_folder)
+    defaults = generation_defaults(checkpoint.huggingface_folder)
+    inference = Inference(
+        chunks,
+        groups,
+        checkpoint.shape.vocab,
+        tokenizer,
+        _end_tokens(defaults, tokenizer),
+        config.micro_batch,
+        config.parallel.timeout_min,
+    )
+
+    def run_tasks(call: Callable) -> dict:
+        from minitron_megatron.evaluation.lm import MegatronLM
+
+        return tasks.run(MegatronLM(call, tokenizer, checkpoint.shape.max_positions, defaults))
+
+    if config.generate_tokens:
+        decoding = Decoding(config.generate_tokens, min_new_tokens=config.generate_tokens)
+        found["generation"] = _generation(lambda p: inference.generate([p], decoding)[0], tokenizer, samples, config)
+    if config.tasks:
+        found["tasks"] = driven(inference, run_tasks)
+    return found
+
+
+def _measure_folder(
+    folder: Path, samples: Samples, tasks: Tasks | None, config: EvaluateConfig, groups: Groups
+) -> dict:
+    """The same of a Hugging Face folder, on this rank alone."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = TORCH_DTYPES[config.dtype]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    model = model.eval().to(groups.device)
+    total = model.num_parameters()
+    ends = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())}
+    found = _results(total, total - sum(ends.values()), *_transformers_loss(model, samples, config))
+    tokenizer = load_tokenizer(folder)
+
+    def generate(prompt: list[int]) -> list[int]:
+        tokens = torch.tensor([prompt], device=model.device)
+        options = dict(min_new_tokens=config.generate_tokens, max_new_tokens=config.generate_tokens)
+        made = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+            **options,
+        )
+        return made[0, len(prompt) :].tolist()
+
+    if config.generate_tokens:
+        found["generation"] = _generation(generate, tokenizer, samples, config)
+    if config.tasks:
+        from lm_eval.models.huggingface import HFLM
+
+        # In the model's own number format log-probabilities of likely tokens would all be the same.
+        lm = HFLM(model, "causal", tokenizer=tokenizer, batch_size=config.micro_batch, softmax_dtype="float32")
+        found["tasks"] = tasks.run(lm)
+    return found
+
+
+def _results(parameters: int, body: int, loss: float, num_tokens: int) -> dict:
+    return {
+        "parameters": parameters,
+        "parameters_without_embeddings": body,
+        "heldout": {"loss": loss, "perplexity": math.exp(loss), "num_tokens": num_tokens},
+        "generation": None,
+        "tasks": {},
+    }
+
+
+def _megatron_loss(
+    chunks: list[torch.nn.Module], vocab: int, samples: Samples, config: EvaluateConfig, groups: Groups
+) -> tuple[float, int]:
+    """Mean cross-entropy per held-out token, in nats, and the number of tokens."""
+    model = TeacherStudent(chunks, None, groups, LossConfig(0.0, 1.0), vocab)
     batches = rank_batches(samples, 0, len(samples), config.micro_batch, groups.data_rank, groups.layout.data)
     results = []
     num_batches = -(-len(samples) // (config.micro_batch * groups.layout.data))
@@ -128,57 +216,42 @@ def _documents(batch: Batch) -> dict[str, Tensor]:
     return {"attention_mask": mask, "position_ids": batch["position_ids"]}
 
 
-def _transformers_model(checkpoint: Checkpoint | None, path: Path, config: EvaluateConfig):
-    from transformers import AutoModelForCausalLM
+def generation_defaults(folder: Path):
+    """The settings of transformers' `generate` that a model brings along: end tokens, and how it samples."""
+    from transformers import AutoConfig, GenerationConfig
 
-    dtype = TORCH_DTYPES[config.dtype]
-    device = torch.device(torch.cuda.current_device())
-    if checkpoint:
-        return as_transformers_model(checkpoint).to(dtype).to(device)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).eval().to(device)
-
-
-def _counts(checkpoint: Checkpoint | None, model) -> dict[str, int]:
-    if checkpoint:
-        total, body = num_parameters(checkpoint.shape), num_parameters(checkpoint.shape, embeddings=False)
-    else:
-        total = model.num_parameters()
-        ends = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())}
-        body = total - sum(ends.values())
-    return {"parameters": total, "parameters_without_embeddings": body}
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(
+        AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    )
 
 
-def _generation_problems(checkpoint: Checkpoint, config: EvaluateConfig) -> list[str]:
-    if checkpoint.shape.is_uniform or not config.generate_tokens:
-        return []
-    return [
-        f"generate_tokens = {config.generate_tokens} takes a Hugging Face model, and there is none of model.pattern = "
-        f"{checkpoint.shape.pattern!r}: set generate_tokens=0"
-    ]
+def _end_tokens(defaults, tokenizer) -> list[int]:
+    tokens = defaults.eos_token_id if defaults.eos_token_id is not None else tokenizer.eos_token_id
+    return tokens if isinstance(tokens, list) else [tokens]
 
 
-def _generation(model, tokenizer_folder: Path, samples: Samples, config: EvaluateConfig) -> dict:
+def _generation(
+    generate: Callable[[list[int]], list[int]], tokenizer, samples: Samples, config: EvaluateConfig
+) -> dict:
     """Greedy generation for one prompt of held-out text: median speed, prompt included, and the text."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
-    prompt = samples[0]["tokens"][None, :_PROMPT_TOKENS].to(model.device)
-    count = config.generate_tokens
+    prompt = samples[0]["tokens"][:_PROMPT_TOKENS].tolist()
     seconds = []
     for _ in range(_GENERATION_REPEATS):
         started = time.perf_counter()
-        tokens = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            min_new_tokens=count,
-            max_new_tokens=count,
-            pad_token_id=tokenizer.eos_token_id,
-        )
+        tokens = generate(prompt)
         seconds.append(time.perf_counter() - started)
     return {
-        "tokens_per_s": count / statistics.median(seconds),
-        "num_tokens": count,
-        "prompt": tokenizer.decode(prompt[0]),
-        "text": tokenizer.decode(tokens[0, prompt.size(1) :]),
+        "tokens_per_s": config.generate_tokens / statistics.median(seconds),
+        "num_tokens": config.generate_tokens,
+        "prompt": tokenizer.decode(prompt),
+        "text": tokenizer.decode(tokens),
     }
+
+
+def _on_main(work: Callable[[], T]) -> T | None:
+    """What `work` returns, on the first rank alone; its error reaches every rank."""
+    kept: list[T] = []
+    main_first(lambda: kept.append(work()))
+    return kept[0] if kept else None

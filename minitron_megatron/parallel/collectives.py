@@ -60,6 +60,13 @@ def gather_dim(tensor: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torc
     return torch.cat(parts, dim=dim)
 
 
+def broadcast_from_last(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Fill `tensor` with that of the last rank of `group`, in place."""
+    if group.size() > 1:
+        dist.broadcast(tensor, dist.get_global_rank(group, group.size() - 1), group=group)
+    return tensor
+
+
 def gather_objects(value: T, group: dist.ProcessGroup) -> list[T]:
     """The `value` of every rank of `group`, in rank order, on every rank."""
     values: list = [None] * group.size()

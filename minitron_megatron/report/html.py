@@ -11,6 +11,7 @@ from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, write_atom
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.pruning import plan as plans
 from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.report.compare import header, task_measures
 from minitron_megatron.report.gallery import gallery, write_pictures
 from minitron_megatron.report.results import (
     Evaluation,
@@ -61,6 +62,8 @@ def write_report(run_dir: Path, title: str, stages: list[Stage]) -> Path:
         headline=headline(evaluations, stages),
         columns=COLUMNS,
         rows=cells(evaluations),
+        task_columns=header(evaluations),
+        task_rows=[measure.cells for measure in task_measures(evaluations, find_teacher(evaluations))],
         num_tokens=sorted({f"{e.num_tokens:,}" for e in evaluations}),
         pictures=pictures,
         samples=[e for e in evaluations if e.generation],

@@ -26,8 +26,9 @@ from minitron_megatron.pruning.plan import FILE as PLAN
 from minitron_megatron.pruning.plan import Plan, to_ranges
 from minitron_megatron.pruning.scores import FILE as SCORES
 from minitron_megatron.pruning.scores import Scores, descending
+from minitron_megatron.report.compare import task_measures
 from minitron_megatron.report.gallery import Picture, loss_pictures, pruning_pictures, scores_of, write_pictures
-from minitron_megatron.report.results import EVALUATION, read_evaluation
+from minitron_megatron.report.results import EVALUATION, Evaluation, read_evaluation
 from minitron_megatron.report.style import short
 from minitron_megatron.training import metrics
 
@@ -189,6 +190,8 @@ def _evaluation(folder: Path) -> Found:
     }
     if values["generation"]:
         facts["generation"] = f"{values['generation']['tokens_per_s']:,.1f} tokens/s"
+    evaluation = Evaluation.read(folder, folder.name)
+    facts |= {measure.name: measure.cells[1] for measure in task_measures([evaluation], teacher=None)}
     return Found("evaluation", facts=facts)
 
 

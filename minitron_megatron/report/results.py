@@ -1,7 +1,7 @@
 """What the stages of a recipe left behind, in the form in which tables and figures want it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minitron_megatron.errors import CheckpointError
@@ -40,6 +40,7 @@ class Evaluation:
         perplexity: held-out.
         num_tokens: that the two are a mean over.
         generation: `tokens_per_s`, `num_tokens`, `prompt` and `text`, if any was asked for.
+        tasks: what lm-eval measured, by task: see `evaluation.tasks.Tasks.run`.
     """
 
     name: str
@@ -50,17 +51,37 @@ class Evaluation:
     perplexity: float
     num_tokens: int
     generation: dict | None = None
+    tasks: dict[str, dict] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path, name: str, made_by: str | None = None) -> "Evaluation":
+        """What lies in the output of `evaluate`; see `read_evaluation`."""
+        values = read_evaluation(folder)
+        return cls(
+            name=name,
+            made_by=made_by,
+            parameters=values["parameters"],
+            parameters_without_embeddings=values["parameters_without_embeddings"],
+            loss=values["heldout"]["loss"],
+            perplexity=values["heldout"]["perplexity"],
+            num_tokens=values["heldout"]["num_tokens"],
+            generation=values["generation"],
+            tasks=values["tasks"],
+        )
 
 
 def read_evaluation(folder: Path) -> dict:
     """The content of a folder's `evaluation.json`.
 
     Raises:
-        CheckpointError: it is not of an evaluation, or not whole.
+        CheckpointError: there is none, or it is not of an evaluation, or not whole.
     """
     path = folder / EVALUATION
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not an evaluation: it has no {EVALUATION}; name an output of `evaluate`")
     try:
-        values = json.loads(path.read_text())
+        # Earlier releases knew no tasks.
+        values = {"tasks": {}} | json.loads(path.read_text())
     except ValueError as e:
         raise CheckpointError(f"{path} is not JSON: {e}") from e
     if missing := _FIELDS - set(values):
@@ -73,20 +94,9 @@ def read_evaluations(stages: list[Stage]) -> list[Evaluation]:
     found = []
     for stage in stages:
         if stage.verb == "evaluate" and (stage.output / EVALUATION).is_file():
-            values = read_evaluation(stage.output)
-            maker = stage_of(Path(values["model"]), stages)
-            found.append(
-                Evaluation(
-                    name=stage.name.removeprefix("evaluate_"),
-                    made_by=maker.verb if maker else None,
-                    parameters=values["parameters"],
-                    parameters_without_embeddings=values["parameters_without_embeddings"],
-                    loss=values["heldout"]["loss"],
-                    perplexity=values["heldout"]["perplexity"],
-                    num_tokens=values["heldout"]["num_tokens"],
-                    generation=values["generation"],
-                )
-            )
+            maker = stage_of(Path(read_evaluation(stage.output)["model"]), stages)
+            name = stage.name.removeprefix("evaluate_")
+            found.append(Evaluation.read(stage.output, name, maker.verb if maker else None))
     return found
 
 

@@ -200,3 +200,40 @@ def test_a_step_does_not_depend_on_the_layout_and_is_saved(folder, single, name)
     shape = Checkpoint(folder / "student").shape
     (folder / name / SHAPE).write_text(json.dumps(shape.to_dict()))
     assert Checkpoint(folder / name).iteration == 1  # and whole, or it would not open
+
+
+def write_on(folder, name):
+    """What a model writes after prompts of several lengths, in a layout."""
+    from minitron_megatron.evaluation.decoding import Decoding
+    from minitron_megatron.evaluation.inference import Inference
+
+    checkpoint = Checkpoint(folder / "student")
+    with process_groups(LAYOUTS[name]) as groups:
+        chunks = build_model(checkpoint.shape, groups, DType.FP32)
+        load_weights(chunks, checkpoint, groups)
+        inference = Inference(chunks, groups, checkpoint.shape.vocab, None, [], batch=2)
+        made = inference.generate(PROMPTS, Decoding(max_new_tokens=12))
+        (folder / f"{name}_{dist.get_rank()}.json").write_text(json.dumps(made))
+
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5]]
+
+
+@pytest.mark.parametrize("name", ["1x1", "tp2", "tp2_pp2"])
+def test_what_is_written_is_what_whole_sequences_predict(folder, name):
+    num_ranks = LAYOUTS[name].tensor * LAYOUTS[name].pipeline
+    run_on_ranks(num_ranks, write_on, folder, name)
+    checkpoint = Checkpoint(folder / "student")
+    with process_groups(ParallelConfig()) as groups, torch.no_grad():
+        [model] = build_model(checkpoint.shape, groups, DType.FP32)
+        load_weights([model], checkpoint, groups)
+        expected = []
+        for prompt in PROMPTS:
+            tokens = torch.tensor([prompt])
+            for _ in range(12):
+                logits = model(tokens, torch.arange(tokens.size(1))[None], attention_mask=None)[0, -1]
+                tokens = torch.cat([tokens, logits[: checkpoint.shape.vocab].argmax().view(1, 1)], dim=1)
+            expected.append(tokens[0, len(prompt) :].tolist())
+    assert len({token for made in expected for token in made}) > 2
+    for rank in range(num_ranks):
+        assert json.loads((folder / f"{name}_{rank}.json").read_text()) == expected

@@ -16,6 +16,7 @@ MANDATORY = {
     "distill": ["teacher=t", "student=s", "output=o"],
     "evaluate": ["model=m", "output=o"],
     "export": ["checkpoint=c", "output=o"],
+    "compare": ["evaluations=[a,b]"],
     "inspect": ["path=p"],
     "compress": ["run_dir=r", "source=s", "target.ffn=8"],
     "launch": [],

@@ -1,0 +1,112 @@
+"""A key-value cache for generation: each new token costs one position, and not all of those before it again."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.attention import Attention
+from torch import Tensor
+
+
+@dataclass
+class Cursor:
+    """Where the tokens of the next forward pass stand in their sequences.
+
+    Attributes:
+        length: longest sequence that there is room for, in tokens.
+        positions: of one new token per sequence `[batch]`; None for whole prompts, which begin at 0.
+        seen: which positions each of them attends to `[batch, 1, 1, end]`.
+    """
+
+    length: int
+    positions: Tensor | None = None
+    seen: Tensor | None = None
+
+    def move_to(self, positions: Tensor) -> None:
+        """Stand at one new token per sequence."""
+        self.positions = positions
+        places = torch.arange(int(positions.max()) + 1, device=positions.device)
+        self.seen = (places <= positions[:, None])[:, None, None]
+
+
+@contextmanager
+def key_value_cache(chunks: Sequence[torch.nn.Module], length: int) -> Iterator[Cursor]:
+    """Have a model's attention remember keys and values while the block runs.
+
+    The place of a token in the cache is its position in its own sequence. Prompts are padded on the right, where causal
+    attention does not see the padding, and what a sequence goes on with overwrites it. So the prompts run through the
+    model's own attention, and no sequence depends on those beside it.
+
+    (Megatron-Core's StaticInferenceContext has one position for the whole batch, and turns all keys of the cache by
+    their rotary angles again for every new token.)
+
+    Args:
+        chunks: this rank's model, anybody's GPTModel or HybridModel with rotary positions.
+        length: longest sequence, prompt and what follows it, in tokens.
+
+    Yields:
+        the cursor. The model takes prompts `[batch, seq]` first, and after each `move_to` tokens `[batch, 1]`.
+    """
+    cursor = Cursor(length)
+    attentions = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Attention)]
+    cores = [attention.core_attention for attention in attentions]
+    hooks = [chunk.rotary_pos_emb.register_forward_hook(_angles_at(cursor)) for chunk in chunks]
+    try:
+        for attention, core in zip(attentions, cores, strict=True):
+            attention.core_attention = _CachedAttention(core, cursor, attention.config.softmax_scale)
+        yield cursor
+    finally:
+        for attention, core in zip(attentions, cores, strict=True):
+            attention.core_attention = core
+        for hook in hooks:
+            hook.remove()
+
+
+def _angles_at(cursor: Cursor):
+    """A hook that gives the rotary angles of the cursor's positions, `[1, batch, 1, rotated]`, instead of the first."""
+
+    def hook(module: RotaryEmbedding, args: tuple, angles: Tensor) -> Tensor:
+        if cursor.positions is None:
+            return angles
+        return module.get_emb(cursor.length)[cursor.positions].transpose(0, 1)
+
+    return hook
+
+
+class _CachedAttention(torch.nn.Module):
+    """The attention of one sublayer, with the keys and values `[batch, groups/tp, length, head_dim]` that it has seen.
+
+    Args:
+        core: attends within prompts.
+        cursor: where new tokens stand.
+        softmax_scale: that scores are multiplied by; None for `head_dim ** -0.5`.
+    """
+
+    def __init__(self, core: torch.nn.Module, cursor: Cursor, softmax_scale: float | None):
+        super().__init__()
+        self.core, self.cursor, self.softmax_scale = core, cursor, softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options) -> Tensor:
+        """See `CausalAttention.forward`; `seq` is 1 once the prompts have been seen."""
+        positions = self.cursor.positions
+        if positions is None:
+            seq, batch, groups, head_dim = key.shape
+            # Zeros, for what no sequence has reached is multiplied by zero, and may not be NaN.
+            self.keys, self.values = (key.new_zeros(batch, groups, self.cursor.length, head_dim) for _ in range(2))
+            self.keys[:, :, :seq], self.values[:, :, :seq] = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+            return self.core(query, key, value, attention_mask, **options)
+        rows = torch.arange(len(positions), device=positions.device)
+        self.keys[rows, :, positions], self.values[rows, :, positions] = key[0], value[0]
+        end = self.cursor.seen.size(-1)
+        context = F.scaled_dot_product_attention(
+            # The query heads of a group, which share a key, as if they were the tokens of a sequence.
+            query[0].unflatten(1, (key.size(2), -1)),
+            self.keys[:, :, :end],
+            self.values[:, :, :end],
+            attn_mask=self.cursor.seen,
+            scale=self.softmax_scale,
+        )
+        return context.flatten(1).unsqueeze(0)

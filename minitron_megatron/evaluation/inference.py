@@ -1,0 +1,212 @@
+"""A Megatron model that scores and continues sequences of tokens, in batches and in any layout."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitron_megatron.evaluation.cache import key_value_cache
+from minitron_megatron.evaluation.decoding import Chooser, Decoding, Ending
+from minitron_megatron.parallel.collectives import broadcast_from_last, gather_dim, gather_objects
+from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.schedule import Batch, output_weight, run_forward
+from minitron_megatron.parallel.watchdog import watchdog
+from minitron_megatron.progress import progress
+
+T = TypeVar("T")
+
+# So many tokens' full-vocabulary logits exist at a time, in float32.
+_CHUNK_TOKENS = 256
+
+
+class Inference:
+    """A model that only runs forward. Every rank makes the same calls in the same order, and gets all results.
+
+    Args:
+        chunks: this rank's model, without virtual pipeline stages.
+        groups: this rank's place, without sequence parallelism.
+        vocab: tokens of the tokenizer.
+        tokenizer: of transformers.
+        end_tokens: that end a sequence.
+        batch: sequences per forward pass and rank.
+        timeout_min: ranks that wait for each other for so many minutes are ended.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        groups: Groups,
+        vocab: int,
+        tokenizer,
+        end_tokens: list[int],
+        batch: int,
+        timeout_min: float = 30.0,
+    ):
+        assert len(chunks) == 1 and not groups.layout.sequence
+        self.chunks, self.groups, self.vocab = chunks, groups, vocab
+        self.tokenizer, self.end_tokens = tokenizer, end_tokens
+        self.batch, self.timeout_min = batch, timeout_min
+
+    def score(self, sequences: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """How likely sequences end as they do.
+
+        Args:
+            sequences: tokens, and how many of the last ones are scored.
+
+        Returns:
+            of each, the sum of the log-probabilities of the scored tokens, given all tokens before them, in nats; and
+            whether each of them is the likeliest one.
+        """
+
+        # Sequences that differ in their last token alone, as short choices do, are one to the model.
+        same: dict[tuple[int, ...], list[int]] = {}
+        for index, (tokens, _) in enumerate(sequences):
+            same.setdefault(tuple(tokens[:-1]), []).append(index)
+        inputs = list(same)
+
+        def score(batches: list[list[int]]) -> list[list[list[tuple[float, bool]]]]:
+            size, length = max(map(len, batches)), max(len(inputs[i]) for batch in batches for i in batch)
+            filled = []
+            for batch in batches:
+                targets = _targets([[sequences[index] for index in same[inputs[i]]] for i in batch])
+                filled.append({**_padded([inputs[i] for i in batch], size, length), **targets})
+            return self._run(filled, self._score)
+
+        # A pipeline is kept busy by several batches at a time.
+        per_call = 1 if self.groups.layout.pipeline == 1 else 4 * self.groups.layout.pipeline
+        of_inputs = self._in_batches("score", list(map(len, inputs)), per_call, score)
+        found = {}
+        for indices, scores in zip(same.values(), of_inputs, strict=True):
+            found.update(zip(indices, scores, strict=True))
+        return [found[index] for index in range(len(sequences))]
+
+    def generate(self, prompts: Sequence[list[int]], decoding: Decoding) -> list[list[int]]:
+        """Continue sequences.
+
+        Args:
+            prompts: of at least one token each.
+
+        Returns:
+            the new tokens of each, up to and with the one that ends it.
+        """
+
+        def generate(batches: list[list[int]]) -> list[list[list[int]]]:
+            return [self._generate([prompts[index] for index in batch], batch[0], decoding) for batch in batches]
+
+        return self._in_batches("generate", [len(prompt) for prompt in prompts], 1, generate)
+
+    def _in_batches(
+        self,
+        title: str,
+        lengths: list[int],
+        per_call: int,
+        work: Callable[[list[list[int]]], list[Iterable[T]]],
+    ) -> list[T]:
+        """What `work` finds for items of these lengths, whose indices it is given in batches of like lengths."""
+        # The longest first: what takes too much memory fails at once.
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
+        own = batches[self.groups.data_rank :: self.groups.layout.data]
+        found: dict[int, T] = {}
+        with watchdog(self.timeout_min) as moved, progress(title, len(own)) as advance:
+            for start in range(0, len(own), per_call):
+                call = own[start : start + per_call]
+                # All but the last stage may find nothing.
+                for indices, results in zip(call, work(call), strict=False):
+                    found.update(zip(indices, results, strict=False))
+                moved()
+                advance(len(call))
+        everywhere = {
+            index: result for part in gather_objects(found, dist.group.WORLD) for index, result in part.items()
+        }
+        return [everywhere[index] for index in range(len(lengths))]
+
+    def _run(self, batches: list[Batch], on_output: Callable[[Tensor, Batch], T]) -> list[T]:
+        batches = [{key: value.to(self.groups.device) for key, value in batch.items()} for batch in batches]
+        return run_forward(self.chunks, batches, self.groups, on_output)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Last hidden states `[token, hidden]` to float32 logits `[token, vocab]`, on the last stage."""
+        logits = F.linear(hidden, output_weight(self.chunks[-1]))
+        return gather_dim(logits, self.groups.collection.tp, dim=1)[:, : self.vocab].float()
+
+    def _score(self, hidden: Tensor, batch: Batch) -> list[list[tuple[float, bool]]]:
+        """The scores of the sequences of each of a batch's rows, from the last hidden states `[seq, batch, hidden]`."""
+        num_sequences = len(batch["row_of_sequence"])
+        total = torch.zeros(num_sequences, dtype=torch.float64, device=hidden.device)
+        misses = torch.zeros_like(total)
+        targets = (batch["rows"], batch["positions"], batch["labels"], batch["sequences"])
+        for rows, positions, labels, numbers in zip(*(part.split(_CHUNK_TOKENS) for part in targets), strict=True):
+            logits = self._logits(hidden[positions, rows])
+            misses.index_add_(0, numbers, (logits.argmax(-1) != labels).double())
+            total.index_add_(0, numbers, -F.cross_entropy(logits, labels, reduction="none").double())
+        found: list[list[tuple[float, bool]]] = [[] for _ in range(hidden.size(1))]
+        scores = zip(batch["row_of_sequence"].tolist(), total.tolist(), misses.tolist(), strict=True)
+        for row, log_prob, missed in scores:
+            found[row].append((log_prob, missed == 0))
+        return found
+
+    def _generate(self, prompts: list[list[int]], number: int, decoding: Decoding) -> list[list[int]]:
+        """The continuations of one batch, the `number`-th."""
+        device = self.groups.device
+        choose = Chooser(decoding, self.end_tokens, number, device)
+        ends = Ending(decoding, self.end_tokens, self.tokenizer)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        rows = torch.arange(len(prompts), device=device)
+
+        def next_tokens(batch: Batch, num_made: int) -> Tensor:
+            """The tokens that follow a batch `[batch]`, on every rank."""
+
+            def on_output(hidden: Tensor, batch: Batch) -> Tensor:
+                return choose(self._logits(hidden[batch["last"], rows]), num_made)
+
+            # All but the last stage have a place for them.
+            tokens = [*self._run([batch], on_output), torch.empty_like(lengths)][0]
+            return broadcast_from_last(tokens, self.groups.collection.pp)
+
+        made: list[list[int]] = [[] for _ in prompts]
+        open_rows = set(range(len(prompts)))
+        batch = {**_padded(prompts, len(prompts), int(lengths.max())), "last": lengths - 1}
+        with key_value_cache(self.chunks, int(lengths.max()) + decoding.max_new_tokens) as cursor:
+            for num_made in range(decoding.max_new_tokens):
+                tokens = next_tokens(batch, num_made)
+                for row, token in enumerate(tokens.tolist()):
+                    if row in open_rows:
+                        made[row].append(token)
+                        if ends(made[row]):
+                            open_rows.remove(row)
+                if not open_rows:
+                    break
+                positions = lengths + num_made
+                cursor.move_to(positions)
+                batch = {"tokens": tokens[:, None], "position_ids": positions[:, None], "last": torch.zeros_like(rows)}
+        return made
+
+
+def _padded(sequences: list[list[int]], size: int, length: int) -> Batch:
+    """Sequences as one batch, filled up on the right and at the bottom."""
+    tokens = torch.zeros(size, length, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = torch.tensor(sequence)
+    return {"tokens": tokens, "position_ids": torch.arange(length).expand(size, length)}
+
+
+def _targets(rows: list[list[tuple[list[int], int]]]) -> Batch:
+    """What is to be predicted where in a batch: the last tokens of the sequences of each of its rows.
+
+    Returns:
+        `rows`, `positions`, `labels` and `sequences` (the number within the batch) of every scored token `[token]`, and
+        `row_of_sequence` `[sequence]`.
+    """
+    found: list[tuple[int, int, int, int]] = []
+    row_of_sequence = []
+    for row, sequences in enumerate(rows):
+        for tokens, count in sequences:
+            found += [(row, at - 1, tokens[at], len(row_of_sequence)) for at in range(len(tokens) - count, len(tokens))]
+            row_of_sequence.append(row)
+    columns = torch.tensor(found).unbind(1)
+    names = ("rows", "positions", "labels", "sequences")
+    return {**dict(zip(names, columns, strict=True)), "row_of_sequence": torch.tensor(row_of_sequence)}
