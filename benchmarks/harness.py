@@ -71,9 +71,9 @@ def make_requests(tokenizer, args) -> dict[str, list]:
     """Instances of lm-eval by kind, alike for both cases."""
     from lm_eval.api.instance import Instance
 
-    from minitron_megatron.data.corpus import documents
+    from minitron_megatron.data.builtin import builtin_documents
 
-    words = [word for document in documents(["builtin"]) for word in document.split()]
+    words = [word for document in builtin_documents() for word in document.split()]
 
     def text(number: int, start: int) -> str:
         start = (start * 7919) % (len(words) - number)
