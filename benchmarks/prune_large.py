@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -73,6 +73,13 @@ def targets(layers: int) -> dict[str, dict]:
     return {"4B-Width": {"hidden": 3072, "ffn": 9216}, "4B-Depth": {"layers": layers // 2}}
 
 
+def require_disk(work: Path, num_bytes: int, left: float = LEAST_FREE_GB) -> None:
+    """End the measurement if less than `left` GB would stay free."""
+    free = shutil.disk_usage(work).free
+    if free - num_bytes < left * 1e9:
+        raise SystemExit(f"{work} has {free / 1e9:.0f} GB free: {num_bytes / 1e9:.0f} are needed, and {left} stay free")
+
+
 def make_source(work: Path, layers: int) -> None:
     """Write the checkpoint `source` and the folder `scores`."""
     import torch
@@ -87,11 +94,7 @@ def make_source(work: Path, layers: int) -> None:
     shape = ModelShape(layers_pattern(layers), **sizes, vocab=128256, padded_vocab=128256, max_positions=131072)
     results = [shape.replace(hidden=3072, ffn=9216), shape.replace(pattern=layers_pattern(layers // 2))]
     num_bytes = 2 * (num_parameters(shape) + max(map(num_parameters, results)))
-    free = shutil.disk_usage(work).free
-    if free - num_bytes < LEAST_FREE_GB * 1e9:
-        raise SystemExit(
-            f"{work} has {free / 1e9:.0f} GB free: {num_bytes / 1e9:.0f} are needed, and {LEAST_FREE_GB} stay free"
-        )
+    require_disk(work, num_bytes)
 
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2**28, generator=generator, dtype=torch.bfloat16).mul_(0.02)
@@ -120,16 +123,23 @@ def make_source(work: Path, layers: int) -> None:
 
 def measure(work: Path, target: dict, repeats: int, case: str) -> dict[str, list[dict]]:
     """Seconds, bytes and memory of every repeat, of plain copies and of each number of workers, in turn."""
+    folders = work / "source", work / "result"
     runs: dict[str, list[dict]] = {PLAIN: [], **{show_workers(n): [] for n in WORKERS}}
     for repeat in range(repeats):
         for num_workers in WORKERS:
             name = show_workers(num_workers)
-            with console.status(f"{case}, {name}, repeat {repeat + 1} of {repeats}"), cold(work):
-                workers = prune_by(num_workers, work, target)
+            with (
+                console.status(f"{case}, {name}, repeat {repeat + 1} of {repeats}"),
+                cold(*folders),
+            ):
+                workers = in_ranks(num_workers, prune_as, work, target)
                 seconds = max(worker["seconds"] for worker in workers)
                 runs[name].append({"seconds": seconds, "peak_gb": [worker["peak_gb"] for worker in workers]})
                 written = size_of(work / "result")
-        with console.status(f"{case}, {PLAIN}, repeat {repeat + 1} of {repeats}"), cold(work):
+        with (
+            console.status(f"{case}, {PLAIN}, repeat {repeat + 1} of {repeats}"),
+            cold(*folders),
+        ):
             runs[PLAIN].append(in_fresh_process(copy_plainly, work, target, written))
     return runs
 
@@ -139,28 +149,28 @@ def show_workers(num_workers: int) -> str:
 
 
 @contextmanager
-def cold(work: Path) -> Iterator[None]:
+def cold(source: Path, result: Path) -> Iterator[None]:
     """Begin with nothing of the source in the page cache, and leave no result behind."""
     os.sync()
-    for path in (work / "source").rglob("*"):
+    for path in source.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     try:
         yield
     finally:
-        shutil.rmtree(work / "result", ignore_errors=True)
+        shutil.rmtree(result, ignore_errors=True)
 
 
-def prune_by(num_workers: int, work: Path, target: dict) -> list[dict]:
-    """Prune by fresh processes that share the work, as the ranks that `minitron prune workers=N` starts."""
+def in_ranks(num_workers: int, function: Callable[..., dict], *args) -> list[dict]:
+    """Call `function(rank, *args)` in fresh processes that share the work, as those that `workers=N` starts."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     sizes = {"WORLD_SIZE": num_workers, "LOCAL_WORLD_SIZE": num_workers}
     world = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        ranks = [pool.submit(prune_as, {**world, "RANK": rank}, work, target) for rank in range(num_workers)]
+        ranks = [pool.submit(function, {**world, "RANK": rank}, *args) for rank in range(num_workers)]
         return [rank.result() for rank in ranks]
 
 

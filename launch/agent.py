@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
         statuses = {rank: failure.exitcode for rank, failure in error.failures.items()}
         if any(status == PREEMPTED for status in statuses.values()):
             return PREEMPTED
-        if asked and any(status == -asked[0] for status in statuses.values()):
+        if asked:
             return 128 + asked[0]
         for rank, status in statuses.items():
             if status < 0 and status != -signal.SIGTERM:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minitron_megatron import cli
-from minitron_megatron.checkpoint import convert, manifest
+from minitron_megatron.checkpoint import convert, huggingface, manifest
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint
 from minitron_megatron.checkpoint.writer import write_checkpoint
@@ -65,11 +65,11 @@ def inputs(tmp_path_factory):
     said = json.loads(manifest.read_text())
     said["shape"] |= {"tied": True, "qkv_bias": True}
     manifest.write_text(json.dumps(said))
-    (folder / "lost-shard/iter_0000000/__0_0.distcp").unlink()
-    shard = folder / "short-shard/iter_0000000/__0_0.distcp"
+    (folder / "lost-shard/release/__0_0.distcp").unlink()
+    shard = folder / "short-shard/release/__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1000])
 
-    shard = folder / "flipped-shard/iter_0000000/__0_0.distcp"
+    shard = folder / "flipped-shard/release/__0_0.distcp"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
@@ -160,7 +160,7 @@ def with_other(command, key, value):
             with_other(DISTILL, "teacher", "@other-keys"),
             1,
             [
-                "other-keys/iter_0000000 does not hold the network of its shape",
+                "other-keys/release does not hold the network of its shape",
                 "missing: decoder.layers.self_attention.linear_qkv.bias [4, 120]",
                 "unknown: output_layer.weight [128, 48]",
             ],
@@ -255,8 +255,8 @@ def test_an_order_of_sublayers_that_cannot_be_built_is_named_before_any_work(
     [
         ("@nowhere", "nowhere does not exist: name the folder of a checkpoint"),
         ("@scores", f"scores is not a checkpoint: it has no {TRACKER}"),
-        ("@lost-shard", "lost-shard/iter_0000000/__0_0.distcp is missing: the checkpoint is not whole"),
-        ("@short-shard", "short-shard/iter_0000000/__0_0.distcp has "),
+        ("@lost-shard", "lost-shard/release/__0_0.distcp is missing: the checkpoint is not whole"),
+        ("@short-shard", "short-shard/release/__0_0.distcp has "),
     ],
 )
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_what_is_no_whole_checkpoint_is_named_before_any_work(command, key, bad,
 
 def test_a_flipped_bit_is_named_and_leaves_nothing_behind(refused, tmp_path):
     message = refused(with_other(f"{PRUNE} target.ffn=30", "checkpoint", "@flipped-shard"))
-    assert "flipped-shard/iter_0000000/__0_0.distcp is damaged at byte " in message
+    assert "flipped-shard/release/__0_0.distcp is damaged at byte " in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -315,7 +315,7 @@ def test_a_text_that_is_not_enough_is_named_before_a_model_is_built(
 def test_a_disk_that_is_too_small_is_named_before_anything_is_written(command, refused, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30, 5000))
-    forbid(monkeypatch, [*BUILDS, (convert, "write_huggingface")])
+    forbid(monkeypatch, [*BUILDS, (huggingface, "write_shards")])
     assert "has 0.00 GB free" in refused(command)
     assert {path.name for path in tmp_path.iterdir()} <= {"corpora"}
 

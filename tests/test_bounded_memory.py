@@ -1,5 +1,5 @@
-"""The memory that pruning takes depends on the size of a chunk and not on that of the model, and layers that go cost
-nothing.
+"""The memory that pruning and exporting take depends on the size of a chunk and not on that of the model, and layers
+that go cost nothing.
 """
 
 import json
@@ -26,17 +26,18 @@ CHUNK, BLOCK, THREADS = 4 * 2**20, 2**20, 2
 BOUND = THREADS * (2 * CHUNK + 3 * BLOCK) + 4 * 2**20
 LAYERS = {"small": 4, "large": 8}
 
-_PRUNE = f"""
+_RUN = f"""
 import json, sys
 from pathlib import Path
 
-from minitron_megatron.checkpoint import rows, sharded, writer
-from minitron_megatron.config.schema import PruneConfig, TargetConfig
+from minitron_megatron.checkpoint import rows, sharded, shards, writer
+from minitron_megatron.checkpoint.convert import export
+from minitron_megatron.config.schema import ExportConfig, PruneConfig, TargetConfig
 from minitron_megatron.pruning.prune import prune
 
-folder, name, hoards = sys.argv[1:]
-rows.BLOCK_BYTES, writer.CHUNK_BYTES, num_threads = {BLOCK}, {CHUNK}, {THREADS}
-writer._num_threads = lambda: num_threads
+folder, verb, name, hoards = sys.argv[1:]
+rows.BLOCK_BYTES, writer.CHUNK_BYTES, shards.BLOCK_BYTES, num_threads = {BLOCK}, {CHUNK}, {CHUNK}, {THREADS}
+writer.num_threads = shards.num_threads = lambda: num_threads
 if hoards == "True":
     read, hoard = sharded.Checkpoint.read, []
     sharded.Checkpoint.read = lambda *args: hoard.append(read(*args)) or hoard[-1]
@@ -47,7 +48,10 @@ def memory():
 
 def run(name):
     paths = [f"{{folder}}/{{part}}" for part in (name, f"{{name}}-pruned", f"{{name}}-scores")]
-    prune(PruneConfig(*paths, target=TargetConfig(hidden=768, ffn=3072)))
+    if verb == "export":
+        export(ExportConfig(*paths[:2], max_shard_gb=0.05))
+    else:
+        prune(PruneConfig(*paths, target=TargetConfig(hidden=768, ffn=3072)))
 
 run("tiny")
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -71,9 +75,12 @@ class RandomWeights:
 def models(tmp_path_factory):
     """Checkpoints of 140 and 270 MB, one of which has the layers of the other twice; and a tiny one."""
     folder = tmp_path_factory.mktemp("models")
+    (folder / "companions").mkdir()
+    (folder / "companions/config.json").write_text('{"model_type": "llama"}')
     for name, num_layers in {"tiny": 1, **LAYERS}.items():
         shape = ModelShape(layers_pattern(num_layers), 1024, 4096, 8, 4, 128, vocab=1024, padded_vocab=1024)
-        write_checkpoint(folder / name, RandomWeights(shape), torch.bfloat16, Manifest("checkpoint"), None)
+        manifest = Manifest("checkpoint")
+        write_checkpoint(folder / name, RandomWeights(shape), torch.bfloat16, manifest, folder / "companions")
         (folder / f"{name}-scores").mkdir()
         sizes = [(1024,), (num_layers, 4096), (num_layers, 4, 2), (num_layers,)]
         *width, depth = (torch.rand(size) for size in sizes)
@@ -82,17 +89,17 @@ def models(tmp_path_factory):
     return folder
 
 
-def peak(models, tmp_path, name, hoards=False) -> int:
-    """Bytes that a process needs at most while it prunes, beyond those that it needs anyway."""
+def peak(models, tmp_path, verb, name, hoards=False) -> int:
+    """Bytes that a process needs at most for its work, beyond those that it needs anyway."""
     for each in models.iterdir():
         (tmp_path / each.name).symlink_to(each)
-    command = [sys.executable, "-c", _PRUNE, str(tmp_path), name, str(hoards)]
+    command = [sys.executable, "-c", _RUN, str(tmp_path), verb, name, str(hoards)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_the_peak_is_bounded_by_the_chunks_and_not_by_the_model(name, models, tmp_path):
-    assert peak(models, tmp_path, name) < BOUND
+@pytest.mark.parametrize("verb, name", [("prune", "small"), ("prune", "large"), ("export", "large")])
+def test_the_peak_is_bounded_by_the_chunks_and_not_by_the_model(verb, name, models, tmp_path):
+    assert peak(models, tmp_path, verb, name) < BOUND
 
 
 def test_a_layer_that_goes_is_not_read_and_the_others_are_once(models, tmp_path, monkeypatch):
@@ -104,4 +111,4 @@ def test_a_layer_that_goes_is_not_read_and_the_others_are_once(models, tmp_path,
 
 
 def test_who_reads_the_whole_model_would_be_noticed(models, tmp_path):
-    assert peak(models, tmp_path, "large", hoards=True) > 4 * BOUND
+    assert peak(models, tmp_path, "prune", "large", hoards=True) > 4 * BOUND

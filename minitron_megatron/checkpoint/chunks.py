@@ -17,8 +17,24 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minitron_megatron.checkpoint.rows import BLOCK_BYTES, bits, copy_rows, take_bits
+from minitron_megatron.checkpoint.plain import PlainUnpickler, load_plain, open_archive
+from minitron_megatron.checkpoint.rows import bits, copy_rows, take_bits
 from minitron_megatron.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """What is no tensor, pickled: the bytes of a file that it is stored in."""
+
+    path: Path
+    position: int
+    length: int
+
+    def read(self) -> bytes:
+        """The pickle as it is. Nothing in it is run."""
+        with open(self.path, "rb") as file:
+            file.seek(self.position)
+            return file.read(self.length)
 
 
 @dataclass(eq=False)
@@ -67,10 +83,8 @@ class Chunk:
 
     def _read_first(self, file: FileIO, index: list[np.ndarray], out: np.ndarray) -> None:
         window = _Window(file, self.position, self.length)
-        with zipfile.ZipFile(window) as archive:
+        with open_archive(window) as archive:
             records = {info.filename.split("/", 1)[1]: info for info in archive.infolist()}
-            for info in records.values():
-                info.CRC = info.CRC or None  # 0 where `torch.serialization.set_crc32_options` switched it off
             if _is_plain(archive, records, self):
                 start = self.position + _content_offset(window, records["data/0"])
                 crc = copy_rows(file, start, self.sizes, index, out, whole=True)
@@ -78,12 +92,10 @@ class Chunk:
                     raise ValueError(f"its checksum is {crc:08x} and should be {records['data/0'].CRC:08x}")
                 self._start = start
                 return
-            for info in records.values():
-                with archive.open(info) as content:  # which raises for a wrong checksum when it comes to the end
-                    while content.read(BLOCK_BYTES):
-                        pass
         window.seek(0)
-        tensor = torch.load(window, map_location="cpu", weights_only=True)
+        tensor = load_plain(window)
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"it holds a {type(tensor).__name__} and should hold a tensor")
         if (tensor.dtype, tuple(tensor.shape)) != (self.dtype, self.sizes):
             raise ValueError(f"it holds {tensor.dtype} {list(tensor.shape)}, and the index says {self.dtype}")
         out[...] = take_bits(bits(tensor.detach()), index)
@@ -134,7 +146,7 @@ class _Tensor(NamedTuple):
     metadata: dict | None = None
 
 
-class _TensorUnpickler(pickle.Unpickler):
+class _TensorUnpickler(PlainUnpickler):
     """Reads what a chunk says of its tensor, without making one. Nothing else can be in it, so that nothing can run."""
 
     _FOUND = {
@@ -161,8 +173,7 @@ def _is_plain(archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], chu
     if "byteorder" not in records or archive.read(records["byteorder"]) != sys.byteorder.encode():
         return False
     try:
-        with archive.open(records["data.pkl"]) as file:
-            found = _TensorUnpickler(file).load()
+        found = _TensorUnpickler(archive.read(records["data.pkl"])).load()
         content = records[f"data/{found.storage.record}"]
         contiguous = torch.empty_strided(found.size, found.stride, device="meta").is_contiguous()
     except (KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError):
@@ -171,7 +182,6 @@ def _is_plain(archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], chu
         (found.storage.dtype, tuple(found.size), found.storage_offset) == (chunk.dtype, chunk.sizes, 0)
         and contiguous
         and content.filename.endswith("data/0")
-        and content.compress_type == zipfile.ZIP_STORED
         and content.file_size == math.prod(chunk.sizes) * chunk.dtype.itemsize
     )
 

@@ -1,7 +1,6 @@
 """The verbs `import` and `export`: between Hugging Face or GGUF and Megatron checkpoints."""
 
 import importlib.util
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,21 +8,23 @@ from pathlib import Path
 
 import torch
 
+from minitron_megatron.checkpoint.companions import copy_companions, num_tokens, original_config, read_config
+from minitron_megatron.checkpoint.gguf import check_gguf
 from minitron_megatron.checkpoint.huggingface import (
     HuggingFaceFolder,
     StateDict,
-    copy_companions,
     hf_tensors,
     read_hf_tensor,
     write_huggingface,
 )
-from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done, writing
+from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done
+from minitron_megatron.checkpoint.model_card import model_card
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import ExportConfig, ImportConfig
-from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError
+from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError, UserError
 from minitron_megatron.model.build import TORCH_DTYPES
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.families import FAMILIES, config_from_shape, shape_from_config
@@ -54,23 +55,32 @@ def import_checkpoint(config: ImportConfig) -> Path:
 
 
 def export(config: ExportConfig) -> Path:
-    """Turn a Megatron checkpoint into a Hugging Face folder that transformers loads without custom code.
+    """Turn a Megatron checkpoint into a Hugging Face folder that transformers loads without custom code. Collective.
 
     Returns:
         the folder.
 
     Raises:
-        CheckpointError: the checkpoint is not whole, or carries no Hugging Face config.
+        CheckpointError: the checkpoint is not whole, or has no tokenizer and is given none.
+        DiskSpaceError: the disk is or gets full.
+        UnsupportedModelError: no family of transformers has its network.
+        WorkerError: another rank failed or was ended.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
-    companions = companions_of(checkpoint)
+    companions = Path(config.huggingface) if config.huggingface else companions_of(checkpoint)
+    if not companions.is_dir():
+        raise ConfigError([f"huggingface = {companions} is no folder: name one with the model's tokenizer"])
+    config_from_shape(checkpoint.shape, original_config(companions))  # before any work, whether there is one
     parents = [Parent.of("checkpoint", checkpoint.root)]
-    manifest = Manifest("huggingface", checkpoint.shape.to_dict(), parents, to_plain(config))
+    if config.huggingface:
+        parents.append(Parent.of("huggingface", companions))
+        if tokens := num_tokens(companions, checkpoint.shape.padded_vocab):
+            checkpoint.shape = checkpoint.shape.replace(vocab=tokens)
+    manifest = Manifest("huggingface", parents=parents, config=to_plain(config))
     if is_done(output, manifest):
         return output
-    num_bytes = num_parameters(checkpoint.shape) * checkpoint.dtype.itemsize
-    with writing(output, manifest, num_bytes) as folder:
-        write_huggingface(folder, checkpoint, companions, config.max_shard_gb * 1e9)
+    card = model_card(parents[0], checkpoint.shape, companions)
+    write_huggingface(output, checkpoint, companions, config.max_shard_gb * 1e9, manifest, card)
     return output
 
 
@@ -81,10 +91,10 @@ def companions_of(checkpoint: Checkpoint) -> Path:
         CheckpointError: it carries none.
     """
     folder = checkpoint.huggingface_folder
-    if not (folder / "config.json").is_file():
+    if not folder.is_dir():
         raise CheckpointError(
-            f"{checkpoint.root} carries no Hugging Face config and tokenizer: put config.json and the tokenizer's "
-            f"files of the original model into {folder}"
+            f"{checkpoint.root} carries no tokenizer: put the tokenizer's files and config.json of the original model "
+            f"into {folder}, or name a folder that has them with huggingface=FOLDER where something is exported"
         )
     return folder
 
@@ -93,8 +103,7 @@ def as_transformers_model(checkpoint: Checkpoint):
     """A checkpoint as a transformers model in memory, in the checkpoint's number format."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    original = json.loads((companions_of(checkpoint) / "config.json").read_text())
-    values = config_from_shape(checkpoint.shape, original)
+    values = config_from_shape(checkpoint.shape, original_config(companions_of(checkpoint)))
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype)
     tensors = {n: read_hf_tensor(checkpoint, p, part, layer) for n, _, p, part, layer in hf_tensors(checkpoint.shape)}
@@ -138,13 +147,25 @@ def _read_gguf(path: Path, companions: Path) -> StateDict:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name, trust_remote_code=False)
-    config = AutoConfig.from_pretrained(**where)
+    num_tensors = check_gguf(path)
+    try:
+        config = AutoConfig.from_pretrained(**where)
+    except Exception as e:  # as many kinds as there are ways to be damaged
+        raise CheckpointError(f"{path} cannot be read as a GGUF file: {e!r}") from e
     if config.model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"{path}: model_type = {config.model_type!r} is not supported: choose a model of one of "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    config.save_pretrained(companions)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(companions)
-    return StateDict(shape_from_config(json.loads((companions / "config.json").read_text())), model.state_dict())
+    try:
+        config.save_pretrained(companions)
+        shape = shape_from_config(read_config(companions))
+        if shape.num_layers > num_tensors:
+            raise CheckpointError(f"{path} says that it has {shape.num_layers} layers, and holds {num_tensors} tensors")
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(companions)
+        return StateDict(shape, model.state_dict())
+    except UserError:
+        raise
+    except Exception as e:
+        raise CheckpointError(f"{path} cannot be read as a GGUF file: {e!r}") from e

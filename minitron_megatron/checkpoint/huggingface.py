@@ -1,44 +1,34 @@
 """Hugging Face folders as sources of weights, and any source as a Hugging Face folder."""
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from minitron_megatron.checkpoint.companions import COMPANIONS, original_config, read_config
+from minitron_megatron.checkpoint.manifest import Manifest, writing
+from minitron_megatron.checkpoint.model_card import CARD
+from minitron_megatron.checkpoint.plain import read_json
 from minitron_megatron.checkpoint.rows import bits, copy_rows
+from minitron_megatron.checkpoint.shards import Tensor, cut_into_shards, write_shards
 from minitron_megatron.checkpoint.source import TensorSource, instances, take
+from minitron_megatron.disk import told_when_full
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import Param, Part, axis_sizes, parameters
 from minitron_megatron.model.families import config_from_shape, shape_from_config
 from minitron_megatron.model.shape import ModelShape
-from minitron_megatron.progress import progress
+from minitron_megatron.parallel.workers import Workers, join_workers
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SHOWN_PROBLEMS = 10
-# What travels beside the weights, where it is there. Weights and code never do.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
-
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -74,14 +64,14 @@ class HuggingFaceFolder:
     """
 
     def __init__(self, folder: Path):
-        config = folder / "config.json"
-        if not config.is_file():
+        if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no config.json")
         self.folder = folder
+        config = read_config(folder)
         try:
-            self.shape = shape_from_config(json.loads(config.read_text()))
-        except (json.JSONDecodeError, KeyError) as e:
-            raise CheckpointError(f"{config} is not the whole config of a model: {e!r}") from e
+            self.shape = shape_from_config(config)
+        except (KeyError, TypeError, AttributeError, ArithmeticError) as e:
+            raise CheckpointError(f"{folder / 'config.json'} is not the whole config of a model: {e!r}") from e
         names = _weight_files(folder)
         there = {file: _tensors_in(folder / file) for file in set(names.values())}
         self._tensors = {name: there[file][name] for name, file in names.items() if name in there[file]}
@@ -140,69 +130,81 @@ class StateDict:
 
 def hf_tensors(shape: ModelShape) -> Iterator[tuple[str, list[int], Param, Part, int | None]]:
     """Every tensor of the Hugging Face layout: name, size, and the row of the axis table it lies in."""
-    sizes = axis_sizes(shape)
+    sizes = axis_sizes(shape) | {"vocab": shape.vocab}
     for param in parameters(shape):
-        for layer in instances(param, shape):
-            for part in param.parts:
-                rows = len(_true_rows(param, part, shape))
-                yield part.name.format(layer=layer), [rows, *param.size(sizes)[1:]], param, part, layer
+        for part in param.parts:
+            size = list(param.size(sizes | dict.fromkeys(part.dropped, 0)))
+            for layer in instances(param, shape):
+                yield part.name.format(layer=layer), size, param, part, layer
 
 
 def read_hf_tensor(source: TensorSource, param: Param, part: Part, layer: int | None) -> torch.Tensor:
     """One tensor of the Hugging Face layout, out of any source."""
+    return _read_rows(source, param, part, layer, 0, None)
+
+
+def _read_rows(
+    source: TensorSource, param: Param, part: Part, layer: int | None, low: int, high: int | None
+) -> torch.Tensor:
+    rows = _true_rows(param, part, source.shape)[low:high]
     columns = [np.arange(n) for n in param.size(axis_sizes(source.shape))[1:]]
-    return source.read(param, layer, [_true_rows(param, part, source.shape), *columns])
+    return source.read(param, layer, [rows, *columns])
 
 
-def write_huggingface(folder: Path, source: TensorSource, companions: Path, max_shard_bytes: float) -> None:
-    """Write a network as a Hugging Face folder, one tensor at a time.
+def write_huggingface(
+    output: Path, source: TensorSource, companions: Path, max_shard_bytes: float, manifest: Manifest, card: str
+) -> None:
+    """Write a network as a Hugging Face folder, a block of rows at a time. Collective.
+
+    The folder appears whole or not at all. The ranks that torchrun or srun started share its weight files; each of them
+    calls this with an equal source.
 
     Args:
-        folder: an existing empty folder.
-        source: where the weights come from.
-        companions: folder with the tokenizer and the original `config.json`.
+        output: the folder to make.
+        source: where the weights come from, read by several threads.
+        companions: folder with the tokenizer and, where there is one, the original `config.json`.
         max_shard_bytes: largest size of one safetensors file, unless one tensor alone is larger.
+        manifest: of the result; its shape is set here.
+        card: text of its `README.md`.
+
+    Raises:
+        DiskSpaceError: the disk is or gets full.
+        WorkerError: another rank failed or was ended.
     """
-    for name in COMPANIONS:
-        if (companions / name).is_file():
-            shutil.copy(companions / name, folder / name)
-    original = json.loads((companions / "config.json").read_text())
-    config = config_from_shape(source.shape, original)
+    config = config_from_shape(source.shape, original_config(companions))
     # transformers 5 writes `dtype`; earlier readers know `torch_dtype`.
     config["dtype"] = config["torch_dtype"] = str(source.dtype).removeprefix("torch.")
     config["transformers_version"] = transformers.__version__
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-    itemsize = source.dtype.itemsize
-    shards: list[list] = [[]]
-    filled = 0
-    for entry in hf_tensors(source.shape):
-        size = itemsize * math.prod(entry[1])
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += size
-    weight_map, total = {}, 0
-    with progress("write files", len(shards)) as advance:
-        for number, shard in enumerate(shards, start=1):
-            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {name: read_hf_tensor(source, p, part, layer).contiguous() for name, _, p, part, layer in shard}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file)
-            total += sum(t.nbytes for t in tensors.values())
-            advance()
+    tensors = [
+        Tensor(name, tuple(size), partial(_read_rows, source, param, part, layer))
+        for name, size, param, part, layer in hf_tensors(source.shape)
+    ]
+    shards = cut_into_shards(tensors, source.dtype, max_shard_bytes)
+    names = [SINGLE]
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
 
+    def write_share(folder: Path, workers: Workers) -> None:
+        share = list(zip(names, shards, strict=True))[workers.rank :: workers.size]
+        with told_when_full(output):
+            write_shards({folder / name: shard for name, shard in share}, source.dtype)
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer and config, the small files beside the weights, into a new folder."""
-    target.mkdir(parents=True)
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copy(source / name, target / name)
+    def write_rest(folder: Path) -> None:
+        for name in COMPANIONS:
+            if (companions / name).is_file():
+                shutil.copy(companions / name, folder / name)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CARD).write_text(card)
+        if len(shards) > 1:
+            weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    manifest.shape = source.shape.to_dict()
+    num_bytes = sum(tensor.num_bytes(source.dtype) for tensor in tensors)
+    with join_workers() as workers, writing(output, manifest, num_bytes, workers) as folder:
+        workers.run(lambda: write_share(folder, workers))
+        workers.run_on_main(lambda: write_rest(folder))
 
 
 def _true_rows(param: Param, part: Part, shape: ModelShape) -> np.ndarray:
@@ -220,9 +222,11 @@ def _tensors_in(path: Path) -> dict[str, _StoredTensor]:
         with safe_open(path, framework="pt"), open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(length))
+    except IsADirectoryError as e:
+        raise CheckpointError(f"{path} is a folder and should be a safetensors file") from e
     except FileNotFoundError as e:
         raise CheckpointError(f"{path} is missing: the folder is not whole") from e
-    except SafetensorError as e:
+    except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"{path} is not a whole safetensors file: {e}") from e
     entries.pop("__metadata__", None)
     return {
@@ -233,10 +237,10 @@ def _tensors_in(path: Path) -> dict[str, _StoredTensor]:
 
 def _weight_files(folder: Path) -> dict[str, str]:
     if (folder / INDEX).is_file():
-        try:
-            return json.loads((folder / INDEX).read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as e:
-            raise CheckpointError(f"{folder / INDEX} is not a whole index of weights: {e!r}") from e
+        files = read_json(folder / INDEX, "a whole index of weights").get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
+            raise CheckpointError(f"{folder / INDEX} is not a whole index of weights: weight_map must name files")
+        return files
     if not (folder / SINGLE).is_file():
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors weights are read")
     return dict.fromkeys(_tensors_in(folder / SINGLE), SINGLE)

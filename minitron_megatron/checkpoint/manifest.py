@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from minitron_megatron import __version__
+from minitron_megatron.checkpoint.plain import read_json
 from minitron_megatron.config.reader import show
 from minitron_megatron.data.corpus import text_paths
 from minitron_megatron.disk import require_space, told_when_full
@@ -25,6 +26,8 @@ from minitron_megatron.parallel.workers import ALONE, Workers
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# What an evaluation measured, beside its manifest.
+EVALUATION = "evaluation.json"
 _SAMPLE_BYTES = 64 * 1024
 # Settings that say where and how a result is made, and not what it is. Results do not depend on the layout.
 _NOT_CONTENT = (
@@ -105,13 +108,18 @@ class Manifest:
             CheckpointError: there is none, or it cannot be understood.
         """
         path = folder / MANIFEST
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a finished result")
+        values = read_json(path, "a manifest")
         try:
-            values = json.loads(path.read_text())
-            return cls(**{**values, "parents": [Parent(**parent) for parent in values.get("parents", [])]})
-        except FileNotFoundError as e:
-            raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a finished result") from e
-        except (ValueError, TypeError) as e:
-            raise CheckpointError(f"{path} cannot be understood: {e}") from e
+            found = cls(**{**values, "parents": [Parent(**parent) for parent in values.get("parents", [])]})
+        except TypeError as e:
+            raise CheckpointError(f"{path} is not a manifest: {e}") from e
+        kinds = {"kind": str, "shape": dict | None, "config": dict, "details": dict, "version": str}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(found, name), kind):
+                raise CheckpointError(f"{path} is not a manifest: {name} = {show(getattr(found, name))}")
+        return found
 
     @property
     def essence(self) -> tuple[str, dict[str, str], dict[str, object]]:

@@ -6,9 +6,12 @@ and touches only the chunks they lie in, block by block. So memory is bounded by
 
 import argparse
 import dataclasses
-import json
+import io
+import itertools
 import math
 import pickle
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,21 +20,29 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from minitron_megatron.checkpoint.chunks import Chunk
+from minitron_megatron.checkpoint.bridge import RUN_CONFIG, args_of_bridge
+from minitron_megatron.checkpoint.chunks import Chunk, StoredObject
+from minitron_megatron.checkpoint.companions import num_tokens
 from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest
+from minitron_megatron.checkpoint.plain import PlainUnpickler, load_plain, read_json
 from minitron_megatron.checkpoint.rows import bits
 from minitron_megatron.checkpoint.saved_args import read_args
-from minitron_megatron.errors import CheckpointError
+from minitron_megatron.errors import CheckpointError, UnsupportedModelError, UserError
 from minitron_megatron.model.axes import PROJECTIONS, Param, axis_sizes, parameters
+from minitron_megatron.model.megatron_args import shape_of_args
 from minitron_megatron.model.shape import ModelShape
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HUGGINGFACE = "huggingface"
 SHAPE = "shape.json"
+# Megatron-LM's name, in the place of an iteration, for weights that no run has trained on yet.
+RELEASE = "release"
 # Keys of a teacher that is trained beside its student begin with it.
 TEACHER = "teacher."
 # Tensors of a training run that are not weights of its network.
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", f"{PROJECTIONS}.", TEACHER)
+# Of an iteration, that int() may take.
+_MAX_DIGITS = 18
 
 
 def iteration_folder(iteration: int) -> str:
@@ -51,6 +62,54 @@ def checkpoint_root(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name the folder of a checkpoint")
     raise CheckpointError(f"{path} is not a checkpoint: it has no {TRACKER}")
+
+
+def latest_iteration(root: Path) -> int | None:
+    """What the tracker of a checkpoint says; None for weights that no run goes on from.
+
+    Raises:
+        CheckpointError: it is neither a number nor `RELEASE`.
+    """
+    text = (root / TRACKER).read_text(errors="replace").strip()
+    if text == RELEASE:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
+        raise CheckpointError(
+            f"{root / TRACKER} says {text[:40]!r}: expected the number of an iteration, or {RELEASE!r}"
+        )
+    return int(text)
+
+
+def latest_folder(root: Path) -> Path:
+    """The folder that the tracker of a checkpoint names.
+
+    Raises:
+        CheckpointError: as `latest_iteration`.
+    """
+    iteration = latest_iteration(root)
+    return root / (RELEASE if iteration is None else iteration_folder(iteration))
+
+
+def require_plain(folder: Path) -> None:
+    """See that Megatron-Core, which trusts what it reads, can read an iteration: it is whole, and none of it would run.
+
+    Args:
+        folder: of the iteration.
+
+    Raises:
+        CheckpointError: its index, `common.pt`, or one of the objects beside its tensors is damaged, or holds more
+            than plain values.
+    """
+    _, objects = _read_index(folder)
+    common = folder / "common.pt"
+    if common.is_file():
+        objects["its values"] = StoredObject(common, 0, common.stat().st_size)
+    for key, stored in objects.items():
+        try:
+            load_plain(io.BytesIO(stored.read()))
+        except Exception as e:  # as many kinds as there are ways to be damaged
+            place = f"{stored.path} is damaged at byte {stored.position}"
+            raise CheckpointError(f"{place}, where {key} is kept: {e}") from e
 
 
 @dataclass(frozen=True)
@@ -76,15 +135,16 @@ class Checkpoint:
 
     def __init__(self, path: Path | str):
         self.root = checkpoint_root(Path(path))
-        tracker = (self.root / TRACKER).read_text().strip()
-        if not tracker.isdigit():
-            raise CheckpointError(f"{self.root / TRACKER} says {tracker!r}: expected the number of an iteration")
-        self.iteration = int(tracker)
-        self.folder = self.root / iteration_folder(self.iteration)
+        self.iteration = latest_iteration(self.root) or 0
+        self.folder = latest_folder(self.root)
+        if any(self.folder.glob("mp_rank_*")):
+            raise CheckpointError(
+                f"{self.folder} is in Megatron-LM's old format, a file per rank: save it with --ckpt-format torch_dist"
+            )
         if not (self.folder / "metadata.json").is_file():
             raise CheckpointError(f"{self.folder} is not whole: it has no metadata.json, which is written last")
-        self.shape = _read_shape(self.root)
-        self.tensors = _read_index(self.folder)
+        self.tensors, self._objects = _read_index(self.folder)
+        self.shape = self._read_shape()
         self._table = parameters(self.shape)
         self._stacked = any(p.stacked_key in self.tensors for p in self._table if p.sublayer)
         self._check_tensors()
@@ -101,7 +161,7 @@ class Checkpoint:
 
     def megatron_args(self) -> argparse.Namespace | None:
         """The `args` that Megatron-LM saved beside the weights, see `read_args`."""
-        return read_args(self.folder / "common.pt")
+        return read_args(self.folder, self._objects)
 
     def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`."""
@@ -127,6 +187,32 @@ class Checkpoint:
                 wanted = [p[s] - start for p, s, start in zip(index, inside, chunk.offsets, strict=True)]
                 chunk.read(wanted, bits(out)[tuple(inside)])
         return out
+
+    def _read_shape(self) -> ModelShape:
+        """The shape as this package or a user wrote it down, or else as the args of a Megatron-LM run tell."""
+        file = next((self.root / name for name in (MANIFEST, SHAPE) if (self.root / name).exists()), None)
+        if file is None:
+            return self._shape_of_args()
+        values = read_json(file, "the description of a network")
+        try:
+            return ModelShape.from_dict(values["shape"] if file.name == MANIFEST else values)
+        except (TypeError, ValueError, KeyError) as e:
+            raise CheckpointError(f"{file} does not describe a network: {e}") from e
+
+    def _shape_of_args(self) -> ModelShape:
+        describe = f"describe the network in {self.root / SHAPE} (the fields of ModelShape, as JSON)"
+        args = self.megatron_args() or args_of_bridge(self.folder)
+        if args is None:
+            raise CheckpointError(
+                f"{self.root} does not say what its network is: it has neither {MANIFEST} nor args of Megatron-LM nor "
+                f"{RUN_CONFIG} of Megatron-Bridge; {describe}"
+            )
+        try:
+            shape = shape_of_args(args)
+        except UserError as e:
+            raise UnsupportedModelError(f"{self.folder}: {e}\nif they do not tell the truth, {describe}") from e
+        known = num_tokens(self.huggingface_folder, shape.padded_vocab)
+        return shape.replace(vocab=known) if known else shape
 
     def _check_tensors(self) -> None:
         sizes, count = axis_sizes(self.shape), {s: len(self.shape.sublayers(s)) for s in set(self.shape.pattern)}
@@ -154,31 +240,25 @@ class Checkpoint:
 
 
 def _is_whole(tensor: StoredTensor) -> bool:
-    """Whether its chunks, none of them named twice, lie inside of it and fill it."""
-    starts = {chunk.offsets for chunk in tensor.chunks}
-    ends = ((o + s for o, s in zip(chunk.offsets, chunk.sizes, strict=True)) for chunk in tensor.chunks)
-    return (
-        len(starts) == len(tensor.chunks)
-        and all(end <= size for corner in ends for end, size in zip(corner, tensor.shape, strict=True))
-        and sum(math.prod(chunk.sizes) for chunk in tensor.chunks) == math.prod(tensor.shape)
-    )
+    """Whether its chunks are there and fill it, each position once.
+
+    They do if their corners, of alternating sign, add up to those of the whole: all others come in pairs.
+    """
+    left = Counter(_corners((0,) * len(tensor.shape), tensor.shape))
+    for chunk in tensor.chunks:
+        if min(chunk.sizes) < 1 or math.prod(chunk.sizes) * chunk.dtype.itemsize > chunk.length:
+            return False
+        left.subtract(_corners(chunk.offsets, chunk.sizes))
+    return not any(left.values())
 
 
-def _read_shape(root: Path) -> ModelShape:
-    file = next((root / name for name in (MANIFEST, SHAPE) if (root / name).exists()), None)
-    if file is None:
-        raise CheckpointError(
-            f"{root} does not say what its network is: it has no {MANIFEST}. Describe the network in {root / SHAPE} "
-            f"(the fields of ModelShape, as JSON)"
-        )
-    try:
-        values = json.loads(file.read_text())
-        return ModelShape.from_dict(values["shape"] if file.name == MANIFEST else values)
-    except (TypeError, ValueError, KeyError) as e:
-        raise CheckpointError(f"{file} does not describe a network: {e}") from e
+def _corners(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> dict[tuple[int, ...], int]:
+    """The corners of a box of any number of dimensions, and the sign of each."""
+    ends = [((offset, 1), (offset + size, -1)) for offset, size in zip(offsets, sizes, strict=True)]
+    return {tuple(at for at, _ in corner): math.prod(sign for _, sign in corner) for corner in itertools.product(*ends)}
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class _IndexUnpickler(PlainUnpickler):
     """Unpickles a checkpoint's index and nothing else: plain records, so that nothing can run."""
 
     _RECORDS = (
@@ -205,11 +285,11 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's index")
 
 
-def _read_index(folder: Path) -> dict[str, StoredTensor]:
+def _read_index(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:
+    """The tensors of an iteration by key, and the other objects."""
     path = folder / ".metadata"
     try:
-        with open(path, "rb") as f:
-            tensors, needed = _tensors_and_files(_IndexUnpickler(f).load(), folder)
+        tensors, objects, needed = _stored(_IndexUnpickler(path.read_bytes()).load(), folder)
     except Exception as e:  # as many kinds as there are ways to be damaged
         raise CheckpointError(f"{path} cannot be read as a checkpoint's index: {e!r}") from e
     for path, size in needed.items():
@@ -217,26 +297,41 @@ def _read_index(folder: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{path} is missing: the checkpoint is not whole")
         if path.stat().st_size < size:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes and needs {size}: it was cut short")
-    return tensors
+    return tensors, objects
 
 
-def _tensors_and_files(metadata: Metadata, folder: Path) -> tuple[dict[str, StoredTensor], dict[Path, int]]:
-    """What an index says: every tensor, and every file with the bytes that it must have at least."""
+def _whole_numbers(values: Iterable[int]) -> tuple[int, ...]:
+    found = tuple(values)
+    if any(type(value) is not int for value in found):
+        raise TypeError(f"{found!r} are no whole numbers")
+    return found
+
+
+def _stored(
+    metadata: Metadata, folder: Path
+) -> tuple[dict[str, StoredTensor], dict[str, StoredObject], dict[Path, int]]:
+    """What an index says: all tensors, all other objects, and every file with the bytes that it must have at least."""
     needed: dict[Path, int] = {}
     places = {}
     for index, info in metadata.storage_data.items():
+        if Path(info.relative_path).name != info.relative_path or info.offset < 0 or info.length < 1:
+            raise ValueError(f"{index.fqn} is kept in {info.length} bytes from {info.offset} of {info.relative_path!r}")
         path = folder / info.relative_path
         needed[path] = max(needed.get(path, 0), info.offset + info.length)
         places[index.fqn, tuple(index.offset) if index.offset is not None else None] = info
-    tensors = {}
+    tensors, objects = {}, {}
     for key, stored in metadata.state_dict_metadata.items():
         if isinstance(stored, BytesStorageMetadata):
+            if info := places.get((key, None)):
+                objects[key] = StoredObject(folder / info.relative_path, info.offset, info.length)
             continue
+        if not isinstance(stored.properties.dtype, torch.dtype):
+            raise TypeError(f"{key} is of {stored.properties.dtype!r}")
         chunks = []
         for chunk in stored.chunks:
             info = places[key, tuple(chunk.offsets)]
             path = folder / info.relative_path
-            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            offsets, sizes = _whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)
             chunks.append(Chunk(key, offsets, sizes, stored.properties.dtype, path, info.offset, info.length))
-        tensors[key] = StoredTensor(tuple(stored.size), stored.properties.dtype, chunks)
-    return tensors, needed
+        tensors[key] = StoredTensor(_whole_numbers(stored.size), stored.properties.dtype, chunks)
+    return tensors, objects, needed

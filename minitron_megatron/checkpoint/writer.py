@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from minitron_megatron.checkpoint.manifest import Manifest, writing
-from minitron_megatron.checkpoint.sharded import HUGGINGFACE, TRACKER, iteration_folder
+from minitron_megatron.checkpoint.sharded import HUGGINGFACE, RELEASE, TRACKER
 from minitron_megatron.checkpoint.source import TensorSource, instances
 from minitron_megatron.disk import told_when_full
 from minitron_megatron.model.axes import Param, axis_sizes, parameters
@@ -109,14 +109,15 @@ def write_checkpoint(
     share the work; each of them calls this with an equal source.
 
     Args:
-        output: the folder to make; `iter_0000000/` below it holds the tensors.
+        output: the folder to make; `release/` below it holds the tensors. So Megatron-LM calls weights that no run has
+            trained on yet: it begins at iteration 0 and looks for no optimiser, without `--finetune`.
         source: where the weights come from, read a chunk at a time, by several threads.
         dtype: of the written weights.
         manifest: of the result; its shape is set here.
         huggingface: tokenizer and Hugging Face config that shall travel with the checkpoint.
         files: writes what else belongs into the folder.
         tensor_ranks: chunks end where the shares of so many tensor-parallel ranks do, so that each reads its own.
-        args: of the Megatron-LM run that the weights come from; those of the new shape are written.
+        args: of the Megatron-LM run that the weights come from, if any; those of the new shape are written.
 
     Raises:
         DiskSpaceError: the disk is or gets full.
@@ -128,7 +129,7 @@ def write_checkpoint(
     jobs = _jobs(shape, tensor_ranks, dtype)
     num_bytes = dtype.itemsize * sum(map(_num_elements, jobs))
     with join_workers() as workers, writing(output, manifest, num_bytes, workers) as temporary:
-        folder = temporary / iteration_folder(0)
+        folder = temporary / RELEASE
 
         def write_share() -> list[_Place]:
             folder.mkdir(exist_ok=True)
@@ -139,9 +140,7 @@ def write_checkpoint(
 
         def write_rest() -> None:
             _write_index(folder, shape, dtype, jobs, places)
-            common = {"iteration": 0, "checkpoint_version": 3.0}
-            if args is not None:
-                common["args"] = args_of_shape(args, shape)
+            common = {"iteration": 0, "checkpoint_version": 3.0, "args": args_of_shape(args, shape)}
             torch.save(common, folder / "common.pt")
             backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
             (folder / "metadata.json").write_text(
@@ -150,7 +149,7 @@ def write_checkpoint(
             if huggingface is not None:
                 shutil.copytree(huggingface, temporary / HUGGINGFACE)
             files(temporary)
-            (temporary / TRACKER).write_text("0")
+            (temporary / TRACKER).write_text(RELEASE)
 
         workers.run_on_main(write_rest)
 
@@ -207,7 +206,7 @@ def _write_files(
 ) -> list[_Place]:
     """Write this process's share of the chunks, a file per thread. What fails in one thread stops the others."""
     stop = Event()
-    hands = [list(itertools.chain(*hand)) for hand in _deal(jobs, _num_threads()) if hand]
+    hands = [list(itertools.chain(*hand)) for hand in _deal(jobs, num_threads()) if hand]
 
     def write_file(name: str, items: list[_Item]) -> list[_Place]:
         places: list[_Place] = []
@@ -233,7 +232,7 @@ def _write_files(
             stop.set()
 
 
-def _num_threads() -> int:
+def num_threads() -> int:
     """One more than the cores of this process, so that none waits for the disk."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MAX_THREADS, 1 + cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

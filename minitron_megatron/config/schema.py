@@ -681,16 +681,22 @@ class ExportConfig:
         checkpoint: folder of the checkpoint.
         output: Hugging Face folder to write.
         max_shard_gb: largest size of one safetensors file, in 10^9 bytes.
+        huggingface: Hugging Face folder with the model's tokenizer and `config.json`, for a checkpoint that carries
+            none. Without a `config.json` in it, one of the first family that is the same network is written.
+        workers: processes that share the files.
     """
 
     checkpoint: str = "???"
     output: str = "???"
     max_shard_gb: float = 5.0
+    huggingface: str | None = None
+    workers: int = 1
 
     def problems(self, where: str = "") -> list[str]:
-        if self.max_shard_gb > 0:
-            return []
-        return [f"{where}max_shard_gb = {self.max_shard_gb}: must be above 0"]
+        found = at_least(where, "workers", self.workers, 1)
+        if not self.max_shard_gb > 0:
+            found.append(f"{where}max_shard_gb = {self.max_shard_gb}: must be above 0")
+        return found
 
 
 @dataclass
@@ -718,10 +724,13 @@ class InspectConfig:
     Attributes:
         path: folder of a result, or the file of a plan.
         figures: folder that gets the figures of scores, a plan, a pruned checkpoint or a training run as PNG files.
+        other: checkpoint or Hugging Face folder to compare that of `path` with: what tells their shapes apart or, of
+            equal ones, how far each tensor is from the other's.
     """
 
     path: str = "???"
     figures: str | None = None
+    other: str | None = None
 
     def problems(self, where: str = "") -> list[str]:
         return []

@@ -25,7 +25,7 @@ VERBS = {
 DISTRIBUTED = ("score", "distill", "evaluate")
 """Verbs whose `parallel` says how many ranks run them."""
 
-SHARED = ("import", "prune")
+SHARED = ("import", "prune", "export")
 """Verbs whose work any number of ranks can share; `workers` says how many when there are none."""
 
 

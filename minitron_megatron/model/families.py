@@ -160,18 +160,28 @@ def shape_from_config(config: dict) -> ModelShape:
 
 
 def config_from_shape(shape: ModelShape, original: dict) -> dict:
-    """The `config.json` of a network, keeping what `original` says beside sizes (token ids and the like)."""
+    """The `config.json` of a network, keeping what `original` says beside sizes (token ids and the like).
+
+    Without a family in `original` it is of the first one that is the same network.
+
+    Raises:
+        UnsupportedModelError: no network of transformers is this one, or none of that family.
+    """
     if not shape.is_uniform:
         raise UnsupportedModelError(
             f"shape.pattern = {shape.pattern!r} is not '*-' repeated, and transformers has no such network: export "
             f"what keeps or drops attention and MLP of a layer together"
         )
-    model_type = original["model_type"]
+    model_type = original.get("model_type") or _family_of(shape)
     if model_type == "llama" and shape.hidden % shape.num_heads:
         # LlamaConfig refuses a width that is no multiple of the heads. Mistral's is the same network without
         # that restriction (no sliding window, no biases).
         model_type = "mistral"
     family = FAMILIES[model_type]
+    if others := _other_switches(family, shape):
+        raise UnsupportedModelError(
+            f"the checkpoint is no {model_type} network, by {', '.join(others)}: give the config.json of its own family"
+        )
     rope = {"rope_type": "default", "rope_theta": shape.rotary_base}
     if scaling := shape.rotary_scaling:
         rope = {
@@ -204,6 +214,26 @@ def config_from_shape(shape: ModelShape, original: dict) -> dict:
         "hidden_act": family.activation,
         **family.config(shape),
     }
+
+
+def _other_switches(family: Family, shape: ModelShape) -> list[str]:
+    """The fields of a shape that have another value in every model of a family, as `shape.NAME = VALUE`."""
+    switches = {"qkv_bias": False, "linear_bias": False, "qk_norm": False, "norm_zero_centered": False}
+    if "partial_rotary_factor" not in family.defaults:
+        switches["rotary_fraction"] = 1.0
+    wrong = [name for name, value in {**switches, **family.switches}.items() if getattr(shape, name) != value]
+    return [f"shape.{name} = {getattr(shape, name)}" for name in wrong]
+
+
+def _family_of(shape: ModelShape) -> str:
+    """The first family that is the same network."""
+    missing = {}
+    for name, family in FAMILIES.items():
+        if not (others := _other_switches(family, shape)):
+            return name
+        missing[name] = others
+    listed = "\n  ".join(f"not {name}: {', '.join(others)}" for name, others in missing.items())
+    raise UnsupportedModelError(f"transformers has no network of this shape that this package writes:\n  {listed}")
 
 
 def _why_not(config: dict) -> str:

@@ -1,8 +1,16 @@
-"""A network's shape in the words of Megatron-LM's command line, which it keeps in its checkpoints as `args`."""
+"""A network's shape in the words of Megatron-LM's command line, which it keeps in its checkpoints as `args`.
+
+The names and defaults are those of `megatron/training/arguments.py`. A newer Megatron-LM takes some of the names from
+`TransformerConfig`; both are read, and both are written.
+"""
 
 import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
-from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.errors import UnsupportedModelError
+from minitron_megatron.model.shape import Activation, Llama3RopeScaling, ModelShape, NormKind, layers_pattern
 
 _BY_STAGE = (
     "decoder_first_pipeline_num_layers",
@@ -12,15 +20,180 @@ _BY_STAGE = (
     "pipeline_model_parallel_layout",
     "virtual_pipeline_model_parallel_size",
 )
+_NULL_TOKENIZERS = ("NullTokenizer", "NullMultimodalTokenizer")
+"""Tokenizers of a number of tokens alone. To that number, `vocab_size`, they add one that ends a document."""
+
+_NORMS = {"RMSNorm": NormKind.RMSNORM, "LayerNorm": NormKind.LAYERNORM}
+_SYMBOLS = {"M": "Mamba", "E": "mixtures of experts", "G": "gated linear attention", "D": "sparse attention"}
+_GPT_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+"""What GPTModel stretches the rotary embedding with, beside `rope_scaling_factor`: Llama 3.1's numbers."""
 
 
-def args_of_shape(args: argparse.Namespace, shape: ModelShape) -> argparse.Namespace:
-    """The saved args of a network after it got another shape: fresh weights, which no run has trained on yet.
+_FRESH = dict(
+    add_position_embedding=True,
+    rotary_interleaved=False,
+    apply_query_key_layer_scaling=False,
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    make_vocab_size_divisible_by=128,
+    tokenizer_type="HuggingFaceTokenizer",
+    tensor_model_parallel_size=1,
+    pipeline_model_parallel_size=1,
+    expert_model_parallel_size=1,
+    ckpt_format="torch_dist",
+)
+"""Args that follow from no field of `ModelShape`, for weights that Megatron-LM did not train."""
+
+_OTHER_NETWORKS = (
+    "num_layers_per_virtual_pipeline_stage",
+    "virtual_pipeline_model_parallel_size",
+    "mtp_hybrid_override_pattern",
+    "mtp_num_layers",
+    "mtp_use_repeated_layer",
+    "spec",
+    "num_experts",
+    "moe_layer_freq",
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
+    "moe_token_dispatcher_type",
+    "moe_router_pre_softmax",
+    "moe_grouped_gemm",
+    "moe_single_grouped_weight",
+    "moe_single_grouped_bias",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor",
+    "moe_latent_size",
+    "mamba_state_dim",
+    "mamba_head_dim",
+    "mamba_num_groups",
+    "mamba_num_heads",
+    "gdp_num_householder",
+    "heterogeneous_layers_config_path",
+    "heterogeneous_layers_config_encoded_json",
+    "tiktoken_pattern",
+    "tokenizer_model",
+)
+"""What else `load_args_from_checkpoint` reads, of which these networks have nothing: None leaves it as it is."""
+
+
+def _is_unset(value: Any) -> bool:
+    return value is None or value is False or value == 0
+
+
+_NO_FIELD: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_experts": (_is_unset, "mixtures of experts ('E')"),
+    "num_moe_experts": (_is_unset, "mixtures of experts ('E')"),
+    "multi_latent_attention": (_is_unset, "multi-latent attention"),
+    "experimental_attention_variant": (_is_unset, "attention of another kind"),
+    "mtp_num_layers": (_is_unset, "layers that predict several tokens"),
+    "heterogeneous_layers_config_path": (_is_unset, "layers of several sizes"),
+    "heterogeneous_layers_config_encoded_json": (_is_unset, "layers of several sizes"),
+    "window_size": (_is_unset, "sliding windows"),
+    "no_rope_freq": (_is_unset, "layers without the rotary embedding"),
+    "rotary_interleaved": (_is_unset, "an interleaved rotary embedding"),
+    "rotary_seq_len_interpolation_factor": (_is_unset, "interpolated positions"),
+    "qk_l2_norm": (_is_unset, "L2 norms of queries and keys"),
+    "attention_output_gate": (_is_unset, "a gate behind attention"),
+    "softmax_scale": (_is_unset, "a scale of its own for attention"),
+    "softmax_type": (lambda value: value in (None, "vanilla"), "another softmax"),
+    "quick_geglu": (_is_unset, "another activation"),
+    "openai_gelu": (_is_unset, "another activation"),
+    "activation_func_clamp_value": (_is_unset, "a clamped activation"),
+    "glu_linear_offset": (_is_unset, "a shifted gate"),
+    "apply_residual_connection_post_layernorm": (_is_unset, "residuals taken behind the norm"),
+    "use_mup": (_is_unset, "muP's scales"),
+}
+"""Args that `ModelShape` has no field for: which values leave the network as it is, and what others make of it."""
+
+
+def shape_of_args(args: argparse.Namespace) -> ModelShape:
+    """The shape of the network that a Megatron-LM run with these args has trained.
+
+    What an older Megatron-LM did not have yet has the default that it has now. Where the args do not tell how many
+    tokens the tokenizer has, all rows of the embedding table count as tokens.
+
+    Raises:
+        UnsupportedModelError: a switch is on that `ModelShape` has no field for, or a size is not there.
+    """
+
+    def get(*names: str, default: Any = None) -> Any:
+        values = (getattr(args, name, None) for name in names)
+        return next((value for value in values if value is not None), default)
+
+    hybrid = get("hybrid_layer_pattern", "hybrid_override_pattern")
+    problems = [
+        f"{name} = {value!r} is not supported ({what})"
+        for name, (is_same, what) in _NO_FIELD.items()
+        if not is_same(value := getattr(args, name, None))
+    ]
+    if others := set(hybrid or "") - {"*", "-", "|"}:
+        kinds = ", ".join(f"{_SYMBOLS.get(symbol, 'another kind')} ({symbol!r})" for symbol in sorted(others))
+        problems.append(f"hybrid_layer_pattern = {hybrid!r} is not supported (layers of {kinds})")
+    if not hybrid and get("spec"):
+        problems.append(f"spec = {args.spec!r} is not supported (layers that other code describes)")
+    if not get("use_rotary_position_embeddings") and (kind := get("position_embedding_type")) != "rope":
+        problems.append(f"position_embedding_type = {kind!r} is not supported (only 'rope' is)")
+    if (norm := get("normalization", default="LayerNorm")) not in _NORMS:
+        problems.append(f"normalization = {norm!r} is not supported (only {' and '.join(_NORMS)} are)")
+    sizes = ["hidden_size", "num_attention_heads", "padded_vocab_size", *([] if hybrid else ["num_layers"])]
+    problems += [f"{name} is missing" for name in sizes if get(name) is None]
+    if problems:
+        raise UnsupportedModelError(
+            "the args of the run do not describe a network that this package reads:\n  " + "\n  ".join(problems)
+        )
+
+    hidden, heads, gated = args.hidden_size, args.num_attention_heads, bool(get("swiglu", default=False))
+    if gated:
+        activation = Activation.SILU
+    else:
+        activation = Activation.SQUARED_RELU if get("squared_relu", default=False) else Activation.GELU
+    linear_bias = get("add_bias_linear", default=True)
+    scaling = None
+    if get("use_rope_scaling", default=False):
+        rest = {name: get(f"rope_scaling_{name}", default=value) for name, value in _GPT_ROPE.items()}
+        scaling = Llama3RopeScaling(get("rope_scaling_factor", default=8.0), **rest)
+    return ModelShape(
+        pattern=hybrid.replace("|", "") if hybrid else layers_pattern(args.num_layers),
+        hidden=hidden,
+        ffn=get("ffn_hidden_size", default=int(8 * hidden / 3 / 64) * 64 if gated else 4 * hidden),
+        num_heads=heads,
+        num_query_groups=get("num_query_groups", default=1) if get("group_query_attention", default=False) else heads,
+        head_dim=get("kv_channels", default=hidden // heads),
+        vocab=_num_tokens(args),
+        padded_vocab=args.padded_vocab_size,
+        max_positions=get("max_position_embeddings", "seq_length", default=2048),
+        norm=_NORMS[norm],
+        norm_eps=get("layernorm_epsilon", "norm_epsilon", default=1e-5),
+        norm_zero_centered=get("layernorm_zero_centered_gamma", "apply_layernorm_1p", default=False),
+        activation=activation,
+        gated=gated,
+        qkv_bias=get("add_qkv_bias", default=False) and not linear_bias,
+        linear_bias=linear_bias,
+        qk_norm=get("qk_layernorm", default=False),
+        rotary_base=float(get("rotary_base", default=10000)),
+        rotary_fraction=get("rotary_percent", default=1.0),
+        rotary_scaling=scaling,
+        tied=not get("untie_embeddings_and_output_weights", default=False),
+    )
+
+
+def _num_tokens(args: argparse.Namespace) -> int:
+    """Tokens of the tokenizer, as far as the args tell."""
+    if not (given := getattr(args, "vocab_size", None)):
+        return args.padded_vocab_size
+    return given + (getattr(args, "tokenizer_type", None) in _NULL_TOKENIZERS)
+
+
+def args_of_shape(args: argparse.Namespace | None, shape: ModelShape) -> argparse.Namespace:
+    """The saved args of fresh weights, which no run has trained on yet: all that `--use-checkpoint-args` reads.
 
     Args:
-        args: of the network that it was made from; they stay as they are.
+        args: of the network that it was made from, where Megatron-LM trained that; they stay as they are.
         shape: of the network that it is now.
     """
+    before = vars(args) if args is not None else {}
     values = {
         "num_layers": len(shape.megatron_layers),
         "hidden_size": shape.hidden,
@@ -29,20 +202,40 @@ def args_of_shape(args: argparse.Namespace, shape: ModelShape) -> argparse.Names
         "group_query_attention": shape.num_query_groups != shape.num_heads,
         "num_query_groups": shape.num_query_groups,
         "kv_channels": shape.head_dim,
+        "vocab_size": shape.vocab - (before.get("tokenizer_type") in _NULL_TOKENIZERS),
         "padded_vocab_size": shape.padded_vocab,
         "max_position_embeddings": shape.max_positions,
+        "position_embedding_type": "rope",
+        "use_rotary_position_embeddings": True,
+        "rotary_base": int(shape.rotary_base) if shape.rotary_base.is_integer() else shape.rotary_base,
+        "rotary_percent": shape.rotary_fraction,
+        "use_rope_scaling": shape.rotary_scaling is not None,
+        "normalization": next(name for name, norm in _NORMS.items() if norm is shape.norm),
+        **dict.fromkeys(("norm_epsilon", "layernorm_epsilon"), shape.norm_eps),
+        **dict.fromkeys(("apply_layernorm_1p", "layernorm_zero_centered_gamma"), shape.norm_zero_centered),
+        "swiglu": shape.gated,
+        "squared_relu": shape.activation is Activation.SQUARED_RELU,
+        "add_bias_linear": shape.linear_bias,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "untie_embeddings_and_output_weights": not shape.tied,
+        "hybrid_layer_pattern": None if shape.is_uniform else shape.pattern,
         "iteration": 0,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
         "skipped_train_samples": 0,
         # How the layers were spread over stages holds for another number of layers no more.
-        **{name: None for name in _BY_STAGE if name in args},
+        **{name: None for name in _BY_STAGE if name in before},
         # As by a run that was told not to save them, so that Megatron-LM does not look for them.
         "no_save_optim": True,
         "no_save_rng": True,
     }
-    if "encoder_num_layers" in args:  # a second name, which Megatron-LM fills with the first
+    if shape.rotary_scaling is not None:
+        scaling = asdict(shape.rotary_scaling)
+        values["rope_scaling_factor"] = scaling.pop("factor")
+        # Those of GPTModel need no name.
+        values |= {f"rope_scaling_{name}": value for name, value in scaling.items() if value != _GPT_ROPE[name]}
+    if "encoder_num_layers" in before:  # a second name, which Megatron-LM fills with the first
         values["encoder_num_layers"] = values["num_layers"]
-    if not shape.is_uniform:
-        values["hybrid_layer_pattern"] = shape.pattern
-    return argparse.Namespace(**(vars(args) | values))
+    fresh = {"seq_length": shape.max_positions, **_FRESH, **dict.fromkeys(_OTHER_NETWORKS)}
+    return argparse.Namespace(**{**fresh, **before, **values})

@@ -6,6 +6,7 @@ is `*-` N times.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,6 +16,8 @@ from minitron_megatron.parallel.layout import Layout
 
 ATTENTION = "*"
 MLP = "-"
+# Ten times those of the largest networks, so that a damaged file asks for no more memory than there is.
+_MAX_SIZE, _MAX_LAYERS = 2**22, 10_000
 
 
 class NormKind(str, Enum):
@@ -36,6 +39,9 @@ class Llama3RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_positions: int
+
+    def __post_init__(self):
+        raise_if_any(_type_problems(self, "shape.rotary_scaling"))
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,15 @@ class ModelShape:
     tied: bool = False
 
     def __post_init__(self):
+        raise_if_any(_type_problems(self, "shape"))
+        sizes = ("hidden", "ffn", "num_heads", "num_query_groups", "head_dim", "vocab", "padded_vocab")
         problems = [
-            f"shape.{name} = {getattr(self, name)}: must be at least 1"
-            for name in ("hidden", "ffn", "num_heads", "num_query_groups", "head_dim", "vocab")
-            if getattr(self, name) < 1
+            f"shape.{name} = {getattr(self, name)}: must be at least 1 and at most {_MAX_SIZE}"
+            for name in sizes
+            if not 1 <= getattr(self, name) <= _MAX_SIZE
         ]
+        if len(self.pattern) > 2 * _MAX_LAYERS:
+            problems.append(f"shape.pattern has {len(self.pattern)} sublayers: at most {2 * _MAX_LAYERS} are supported")
         if strange := set(self.pattern) - {ATTENTION, MLP}:
             problems.append(
                 f"shape.pattern has sublayers {sorted(strange)}: only '*' (attention) and '-' (MLP) are supported"
@@ -158,6 +168,24 @@ class ModelShape:
         return cls(**values)
 
 
+def _type_problems(values: object, where: str) -> list[str]:
+    """Which whole numbers, finite numbers, switches and texts are none."""
+    found = []
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        if field.type is int:
+            is_right, wanted = type(value) is int, "a whole number"
+        elif field.type is float:
+            is_right, wanted = type(value) in (int, float) and math.isfinite(value), "a finite number"
+        elif field.type in (bool, str):
+            is_right, wanted = type(value) is field.type, "true or false" if field.type is bool else "text"
+        else:
+            continue
+        if not is_right:
+            found.append(f"{where}.{field.name} = {value!r}: must be {wanted}")
+    return found
+
+
 def _field_problems(kind: type, values: dict, where: str) -> list[str]:
     """What of plain values a dataclass cannot be made from."""
     fields = dataclasses.fields(kind)
@@ -171,7 +199,13 @@ def _field_problems(kind: type, values: dict, where: str) -> list[str]:
 
 
 def layers_pattern(num_layers: int) -> str:
-    """The pattern of a dense transformer of `num_layers` layers."""
+    """The pattern of a dense transformer of `num_layers` layers.
+
+    Raises:
+        ConfigError: it is no number of layers.
+    """
+    if type(num_layers) is not int or not 0 <= num_layers <= _MAX_LAYERS:
+        raise ConfigError([f"the number of layers is {num_layers!r}: must be a whole number up to {_MAX_LAYERS}"])
     return (ATTENTION + MLP) * num_layers
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from minitron_megatron.checkpoint.manifest import write_atomically
+from minitron_megatron.checkpoint.plain import read_json
 from minitron_megatron.config.schema import (
     DepthCriterion,
     DepthSearch,
@@ -187,16 +188,18 @@ class Plan:
             ConfigError: its indices are not possible.
         """
         path = path / FILE if path.is_dir() else path
+        values = read_json(path, "a plan")
         try:
-            values = json.loads(path.read_text())
             source = ModelShape.from_dict(values["source"])
             hidden = from_ranges(values["hidden"], source.hidden, "hidden")
             plan = cls(source, [], hidden, {}, {}, {}, {}, values["checkpoint"])
             for row in values["sublayers"]:
                 plan._add_row(row)
+            if not isinstance(plan.checkpoint, str | None):
+                raise ValueError(f"checkpoint = {plan.checkpoint!r} must be text or null")
         except KeyError as e:
             raise CheckpointError(f"{path} is not a plan: it has no {e}") from e
-        except (OSError, ValueError, TypeError) as e:
+        except (ValueError, TypeError, AttributeError) as e:
             raise CheckpointError(f"{path} is not a plan: {e}") from e
         raise_if_any([f"{path}: {problem}" for problem in plan.problems()])
         return plan
@@ -223,6 +226,8 @@ class Plan:
         self.head[position] = [from_ranges(heads, per_group, name) for heads, name in zip(row["heads"], names)]
         if "merge" in row:
             self.merge[position] = [list(partners) for partners in row["merge"]]
+            if any(type(head) is not int for partners in self.merge[position] for head in partners):
+                raise ValueError(f"{where}: merge must be lists of whole numbers")
 
 
 def make_plan(
@@ -438,5 +443,7 @@ def from_ranges(text: str, size: int, what: str = "indices") -> list[int]:
                 f"{what} names {min(first for first, _ in bounds)} to {max(last for _, last in bounds)}, and there "
                 f"are 0 to {size - 1}"
             )
+        if sum(last - first + 1 for first, last in bounds) > size:
+            raise ValueError(f"{what} names something twice: name each once")
         return [i for first, last in bounds for i in range(first, last + 1)]
     raise ValueError(f"{what} = {text!r} must be text of numbers and ascending ranges, as in '0-5,8,10-12'")

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from minitron_megatron.checkpoint.manifest import MANIFEST
 from minitron_megatron.config.schema import Aggregation, DepthSearch, Unit
-from minitron_megatron.errors import CheckpointError
-from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.errors import CheckpointError, raise_if_any
+from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
 from minitron_megatron.parallel.cpu import in_blocks
 
 FILE = "scores.safetensors"
 WIDTH = ("hidden", "ffn", "head")
+_DTYPES = (torch.float32, torch.float64, torch.int64)
 
 
 @dataclass
@@ -106,9 +107,9 @@ class Scores:
             with safe_open(folder / FILE, framework="pt") as f:
                 metadata = {name: json.loads(value) for name, value in f.metadata().items()}
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118, it is no dict
-            depth = metadata["depth_settings"]
+            depth = dict(metadata["depth_settings"])
             depth |= {"unit": Unit(depth["unit"]), "search": DepthSearch(depth["search"])}
-            return cls(
+            found = cls(
                 ModelShape.from_dict(metadata["shape"]),
                 **{name: tensors.pop(name) for name in WIDTH},
                 depth={name: tensors[f"depth.{name}"] for name in metadata["criteria"]},
@@ -117,8 +118,34 @@ class Scores:
                 settings=metadata["settings"],
                 checkpoint=metadata["checkpoint"],
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+            raise_if_any(found._problems())
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
             raise CheckpointError(f"{folder / FILE} is not whole: {e}") from e
+        return found
+
+    def _problems(self) -> list[str]:
+        """What does not go with the shape, one sentence each."""
+        shape, depth = self.shape, self.depth_settings
+        counts = {name: getattr(depth, name) for name in ("drop", "protect_first", "protect_last")}
+        found = [
+            f"{name} = {value!r} is no count" for name, value in counts.items() if type(value) is not int or value < 0
+        ]
+        by_layer = depth.unit is Unit.LAYER
+        if self.depth and by_layer and not shape.is_uniform:
+            found.append(f"its depth is of layers, and the pattern {shape.pattern!r} has none")
+        units = len(shape.pattern) // 2 if by_layer else len(shape.pattern)
+        sizes = {
+            "hidden": (shape.hidden,),
+            "ffn": (len(shape.sublayers(MLP)), shape.ffn),
+            "head": (len(shape.sublayers(ATTENTION)), shape.num_query_groups, shape.heads_per_group),
+        }
+        tensors = {name: (getattr(self, name), size) for name, size in sizes.items()}
+        tensors |= {f"depth.{name}": (values, (units,)) for name, values in self.depth.items()}
+        tensors |= {f"rounds.{name}": (values, sizes.get(name, (units,))) for name, values in self.rounds.items()}
+        for name, (values, size) in tensors.items():
+            if tuple(values.shape) != size or values.dtype not in _DTYPES:
+                found.append(f"{name} is {values.dtype} {list(values.shape)}, and the network has {list(size)}")
+        return found
 
 
 def descending(values: Tensor, rounds: Tensor | None) -> np.ndarray:

@@ -15,8 +15,9 @@ from rich.tree import Tree
 from torch import Tensor
 
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
-from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, Parent, fingerprint
+from minitron_megatron.checkpoint.manifest import EVALUATION, MANIFEST, Manifest, Parent, fingerprint
 from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint
+from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.config.schema import DepthSearch, InspectConfig, Unit
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model.count import forward_flops_per_token, num_parameters
@@ -27,8 +28,9 @@ from minitron_megatron.pruning.plan import Plan, to_ranges
 from minitron_megatron.pruning.scores import FILE as SCORES
 from minitron_megatron.pruning.scores import Scores, descending
 from minitron_megatron.report.compare import task_measures
+from minitron_megatron.report.differences import comparable, differences, open_network
 from minitron_megatron.report.gallery import Picture, loss_pictures, pruning_pictures, scores_of, write_pictures
-from minitron_megatron.report.results import EVALUATION, Evaluation, read_evaluation
+from minitron_megatron.report.results import Evaluation, read_evaluation
 from minitron_megatron.report.style import short
 from minitron_megatron.training import metrics
 
@@ -57,11 +59,12 @@ def inspect(config: InspectConfig) -> None:
     """Print what lies at a path: kind, shape, counts, origin and settings; if asked for, write its figures.
 
     Raises:
-        CheckpointError: it is nothing that this project writes, or not whole.
+        CheckpointError: it is nothing that this project writes, or not whole, or it and `other` are no networks.
         ConfigError: figures are asked for, and it has none.
     """
     path = Path(config.path)
     found = look_at(path)
+    pair = [open_network(Path(name)) for name in (config.path, config.other)] if config.other else None
     pictures = found.pictures() if config.figures and found.pictures else []
     if config.figures and not pictures:
         raise ConfigError(
@@ -85,6 +88,8 @@ def inspect(config: InspectConfig) -> None:
         _print_section(console, "made from", _lineage(Text(str(path)), manifest, set()))
         settings = yaml.safe_dump(manifest.config, sort_keys=False, width=120)
         _print_section(console, "settings", Text(settings.rstrip()))
+    if pair:
+        _print_section(console, f"compared with {config.other}", _comparison(*pair))
     if config.figures:
         files = write_pictures(pictures, Path(config.figures))
         _print_section(console, "figures", Text("\n".join(map(str, files))))
@@ -112,7 +117,10 @@ def look_at(path: Path) -> Found:
 
 def _checkpoint(folder: Path) -> Found:
     checkpoint = Checkpoint(folder)
-    facts = {"iteration": str(checkpoint.iteration), "dtype": str(checkpoint.dtype).removeprefix("torch.")}
+    facts = {
+        "iteration": checkpoint.folder.name.removeprefix("iter_"),
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+    }
     found = Found("checkpoint", {"": checkpoint.shape}, facts)
     if (folder / PLAN).is_file():
         plan = _plan(folder)
@@ -284,6 +292,30 @@ def _describe(shape: ModelShape, sequence_length: int, whole_layers: bool) -> di
         **layers,
         **{name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()},
     }
+
+
+def _comparison(first: TensorSource, second: TensorSource) -> Table | Text:
+    """What of two shapes is not the same, or else the largest difference of each tensor."""
+    table = Table(box=None, pad_edge=False)
+    if not comparable(first, second):
+        whole = first.shape.is_uniform and second.shape.is_uniform
+        columns = [_describe(source.shape, source.shape.max_positions, whole) for source in (first, second)]
+        for header in ("", "this", "other"):
+            table.add_column(header, justify="right" if header else "left")
+        for name in columns[0]:
+            if columns[0][name] != columns[1][name]:
+                table.add_row(Text(name, style="dim"), *(Text(column[name]) for column in columns))
+        return table
+    found = differences(first, second)
+    if not any(difference.num_layers for difference in found):
+        return Text("all tensors are equal")
+    for header in ("tensor", "largest difference", "in layer", "layers that differ"):
+        table.add_column(header, justify="left" if header == "tensor" else "right")
+    for difference in found:
+        layer = "" if difference.layer is None else str(difference.layer)
+        count = "" if difference.layer is None else str(difference.num_layers)
+        table.add_row(difference.name, f"{difference.largest:.3g}" if difference.num_layers else "none", layer, count)
+    return table
 
 
 def _lineage(label: Text, manifest: Manifest, seen: set[str]) -> Tree:

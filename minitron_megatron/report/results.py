@@ -4,9 +4,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minitron_megatron.checkpoint.manifest import EVALUATION
 from minitron_megatron.errors import CheckpointError
 
-EVALUATION = "evaluation.json"
 _FIELDS = {"model", "parameters", "parameters_without_embeddings", "heldout", "generation"}
 
 

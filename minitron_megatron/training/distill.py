@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from minitron_megatron.checkpoint.huggingface import copy_companions
+from minitron_megatron.checkpoint.companions import copy_companions
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import (
     MANIFEST,
@@ -31,6 +31,7 @@ from minitron_megatron.distillation.step import TeacherStudent
 from minitron_megatron.errors import ConfigError, Preempted, raise_if_any
 from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems, fp8_problems
 from minitron_megatron.model.count import forward_flops_per_token, num_parameters
+from minitron_megatron.model.megatron_args import args_of_shape
 from minitron_megatron.parallel.collectives import failing_together, main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
 from minitron_megatron.training.loop import train
@@ -158,7 +159,10 @@ def _run(
     if run.step:
         logger.info("going on after step %d", run.step)
     main_first(lambda: metrics.go_on(run.step))
-    train(config, pair, models, samples, heldout, groups, run, checkpoints, metrics, flops, asked_to_stop)
+    args = args_of_shape(student.megatron_args(), student.shape)
+    args.tensor_model_parallel_size = groups.layout.tensor
+    args.pipeline_model_parallel_size = groups.layout.pipeline
+    train(config, pair, models, samples, heldout, groups, run, checkpoints, metrics, flops, asked_to_stop, args)
 
 
 def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: DistillConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """The training loop: batches in, weights and metrics out, and nothing lost when it is killed."""
 
+import argparse
 import logging
 import math
 import time
@@ -37,6 +38,7 @@ def train(
     metrics: Metrics | None,
     flops_per_token: float,
     asked_to_stop: Callable[[], bool],
+    args: argparse.Namespace,
 ) -> None:
     """Train to the end, or until a signal asks one of the ranks to stop.
 
@@ -125,7 +127,7 @@ def train(
                     f"{checkpoints} is whole: lower optimizer.lr, look at that text, or train in another dtype"
                 )
             if last or best or stops or (config.save_every and run.step % config.save_every == 0):
-                save_state(checkpoints, run, models, config.keep_checkpoints, best)
+                save_state(checkpoints, run, models, config.keep_checkpoints, best, args)
             if stops and not last:
                 raise Preempted(f"a signal asked to stop: {checkpoints} is saved at step {run.step} of {config.steps}")
 

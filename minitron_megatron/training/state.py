@@ -1,5 +1,6 @@
 """Saving and resuming a training run: weights, optimiser and schedule, in Megatron's own format."""
 
+import argparse
 import math
 import os
 import shutil
@@ -13,7 +14,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
 from minitron_megatron.checkpoint.manifest import write_atomically
-from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder
+from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder, latest_folder, require_plain
 from minitron_megatron.disk import told_when_full
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.training.optimizer import Optimization
@@ -44,7 +45,12 @@ class RunState:
 
 
 def save_state(
-    root: Path, run: RunState, models: Mapping[str, Optimization], keep: int = 1, best: bool = False
+    root: Path,
+    run: RunState,
+    models: Mapping[str, Optimization],
+    keep: int = 1,
+    best: bool = False,
+    args: argparse.Namespace | None = None,
 ) -> None:
     """Write `root/iter_STEP`, make it the latest, and then remove what is too old. Collective.
 
@@ -57,6 +63,7 @@ def save_state(
         models: what is trained, by the prefix of its keys; the student has none.
         keep: how many of the latest checkpoints stay.
         best: also make it the checkpoint `BEST` beside `root`, in the place of the one that was best so far.
+        args: that tell Megatron-LM what the network is.
 
     Raises:
         DiskSpaceError: the disk got full. The checkpoint before is still there.
@@ -66,6 +73,8 @@ def save_state(
     main_first(lambda: _make_empty(temporary))
     state = _sharded_state(models, is_loading=False)
     state |= {"iteration": run.step, "checkpoint_version": 3.0, _RUN: asdict(run)}
+    if args is not None:
+        state["args"] = argparse.Namespace(**{**vars(args), "iteration": run.step})
     state |= {f"{prefix}{_SCHEDULE}": training.schedule.state_dict() for prefix, training in models.items()}
     try:
         with told_when_full(root):
@@ -125,11 +134,15 @@ def load_state(root: Path, models: Mapping[str, Optimization]) -> RunState:
 
     Returns:
         how far the run had come; not at all, if there is no checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or holds what is no plain value.
     """
     if not (root / TRACKER).is_file():
         return RunState()
-    step = int((root / TRACKER).read_text())
-    loaded = dist_checkpointing.load(_sharded_state(models, is_loading=True), str(root / iteration_folder(step)))
+    folder = latest_folder(root)
+    require_plain(folder)
+    loaded = dist_checkpointing.load(_sharded_state(models, is_loading=True), str(folder))
     for prefix, training in models.items():
         for name, chunk in _named(training, prefix):
             weights = {key.removeprefix(prefix): weight for key, weight in loaded[name].items()}

@@ -140,7 +140,7 @@ def test_a_teacher_that_counts_nothing_is_neither_built_nor_counted(inputs, tmp_
     forward = forward_flops_per_token(Checkpoint(inputs / "checkpoint").shape, 16)
     for weights in ((0.0, 1.0), (1.0, 0.0)):
         distill.distill(settings(inputs, tmp_path / str(weights), loss=LossConfig(*weights)))
-    (_, without, *_, flops_without, _), (_, with_teacher, *_, flops_with, _) = calls
+    (_, without, *_, flops_without, _, _), (_, with_teacher, *_, flops_with, _, _) = calls
     assert without.teacher is None and flops_without == 3 * forward
     assert with_teacher.teacher and flops_with == 4 * forward
 

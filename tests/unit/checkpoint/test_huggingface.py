@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from minitron_megatron.checkpoint.companions import copy_companions
 from minitron_megatron.checkpoint.convert import as_transformers_model, export, import_checkpoint
-from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder, StateDict, copy_companions
+from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder, StateDict
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
@@ -122,7 +123,7 @@ def test_tokenizer_and_settings_travel_and_code_does_not(tmp_path):
     import_checkpoint(ImportConfig(str(source), str(tmp_path / "checkpoint")))
     target = export(ExportConfig(str(tmp_path / "checkpoint"), str(tmp_path / "exported")))
     small = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert {p.name for p in target.iterdir()} == small | {"model.safetensors", "manifest.json"}
+    assert {p.name for p in target.iterdir()} == small | {"model.safetensors", "manifest.json", "README.md"}
     assert (target / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert AutoConfig.from_pretrained(target).eos_token_id == 7
 
@@ -224,9 +225,9 @@ def test_an_undamaged_folder_imports(folder_of, tmp_path):
     assert Checkpoint(import_checkpoint(ImportConfig(str(folder_of(tmp_path)), str(tmp_path / "output"))))
 
 
-def test_export_without_the_original_config_says_what_to_do(tmp_path):
+def test_export_without_a_tokenizer_says_what_to_do(tmp_path):
     model = hf_model(**LLAMA)
     source = StateDict(shape_from_config(model.config.to_dict()), model.state_dict())
     write_checkpoint(tmp_path / "c", source, torch.float32, Manifest("checkpoint"), None)
-    with pytest.raises(CheckpointError, match=r"put config.json and the tokenizer's files .* into .*/c/huggingface"):
+    with pytest.raises(CheckpointError, match=r"put the tokenizer's files and config.json .* into .*/c/huggingface"):
         export(ExportConfig(str(tmp_path / "c"), str(tmp_path / "exported")))

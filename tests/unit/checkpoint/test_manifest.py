@@ -8,6 +8,8 @@ from collections import namedtuple
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from minitron_megatron import cli
 from minitron_megatron.checkpoint import huggingface
@@ -79,9 +81,9 @@ def test_a_finished_result_is_not_made_again(source, tmp_path):
 def test_a_result_of_other_settings_or_inputs_is_refused_and_untouched(source, tmp_path):
     output = import_checkpoint(ImportConfig(str(source), str(tmp_path / "c")))
     before, other = times(output), shutil.copytree(source, tmp_path / "other")
-    tensors = huggingface.safe_open(other / "model.safetensors", framework="pt")
+    tensors = safe_open(other / "model.safetensors", framework="pt")
     changed = {name: tensors.get_tensor(name) + 1 for name in tensors.keys()}  # noqa: SIM118, it is no dict
-    huggingface.save_file(changed, other / "model.safetensors")
+    save_file(changed, other / "model.safetensors")
     for config, changed in (
         (ImportConfig(str(source), str(output), DType.BF16), r"\(dtype was null and is 'bf16'\)"),
         (ImportConfig(str(other), str(output)), r"\(source is another one\)"),

@@ -16,10 +16,13 @@ from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import PruneConfig, TargetConfig
-from minitron_megatron.model.megatron_args import args_of_shape
+from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.megatron_args import args_of_shape, shape_of_args
+from minitron_megatron.model.shape import Activation
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.scores import Scores
 from tests.tiny import LLAMA, hf_model, import_hf
+from tests.unit.model.configs import CONFIGS
 
 ARGS = argparse.Namespace(
     num_layers=4,
@@ -50,6 +53,25 @@ ARGS = argparse.Namespace(
     virtual_pipeline_model_parallel_size=2,
     pipeline_model_parallel_layout=None,
 )
+
+
+# In `load_args_from_checkpoint` and `check_checkpoint_args` of megatron/training/checkpointing.py.
+READ_BY_MEGATRON_LM = """
+    num_layers hidden_size ffn_hidden_size seq_length num_attention_heads num_query_groups group_query_attention
+    kv_channels max_position_embeddings position_embedding_type add_position_embedding
+    use_rotary_position_embeddings rotary_base rotary_percent rotary_interleaved add_bias_linear add_qkv_bias
+    squared_relu swiglu untie_embeddings_and_output_weights apply_layernorm_1p normalization
+    apply_query_key_layer_scaling attention_dropout hidden_dropout mtp_hybrid_override_pattern mtp_num_layers
+    mtp_use_repeated_layer spec num_experts moe_layer_freq moe_ffn_hidden_size moe_router_topk
+    moe_token_dispatcher_type moe_router_pre_softmax moe_grouped_gemm moe_single_grouped_weight
+    moe_single_grouped_bias moe_shared_expert_intermediate_size moe_router_score_function
+    moe_router_enable_expert_bias moe_router_topk_scaling_factor mamba_state_dim mamba_head_dim mamba_num_groups
+    mamba_num_heads gdp_num_householder hybrid_layer_pattern heterogeneous_layers_config_path
+    heterogeneous_layers_config_encoded_json moe_latent_size tokenizer_model tokenizer_type tiktoken_pattern
+    padded_vocab_size ckpt_format tensor_model_parallel_size pipeline_model_parallel_size
+    virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage expert_model_parallel_size
+    make_vocab_size_divisible_by
+"""
 
 
 class Unknown:
@@ -84,15 +106,15 @@ def llama(tmp_path_factory):
 def pruned(folder, output):
     target = TargetConfig(layers=3, hidden=40, ffn=30, heads=4)
     prune(PruneConfig(str(folder / "checkpoint"), str(output), str(folder / "scores"), target=target))
-    return torch.load(output / "iter_0000000/common.pt", weights_only=False)
+    return torch.load(output / "release/common.pt", weights_only=False)
 
 
 def test_args_follow_the_shape(llama, tmp_path):
-    save(llama / "checkpoint/iter_0000000/common.pt", args=copy.deepcopy(ARGS), optimizer={"step": 1000})
+    save(llama / "checkpoint/release/common.pt", args=copy.deepcopy(ARGS), optimizer={"step": 1000})
     common = pruned(llama, tmp_path / "pruned")
     assert common.keys() == {"iteration", "checkpoint_version", "args"} and common["iteration"] == 0
     before, after = vars(ARGS), vars(common["args"])
-    changes = {name: after[name] for name in after if name not in before or after[name] != before[name]}
+    changes = {name: after[name] for name in before if after[name] != before[name]}
     assert changes == {
         "num_layers": 3,
         "encoder_num_layers": 3,
@@ -104,11 +126,38 @@ def test_args_follow_the_shape(llama, tmp_path):
         "consumed_valid_samples": 0,
         "skipped_train_samples": 0,
         "no_save_optim": True,
-        "no_save_rng": True,
         "decoder_first_pipeline_num_layers": None,
         "virtual_pipeline_model_parallel_size": None,
     }
-    assert before.keys() <= after.keys()
+    assert after["no_save_rng"] is True
+
+
+def test_what_the_args_did_not_say_is_added():
+    """They become those of the network, as if Megatron-LM had been told all of it."""
+    shape = shape_from_config(LLAMA)
+    assert shape_of_args(args_of_shape(ARGS, shape)) == shape_of_args(args_of_shape(None, shape)) == shape
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_args_tell_all_of_a_shape(config):
+    shape = shape_from_config(config)
+    assert shape_of_args(args_of_shape(None, shape)) == shape
+    biased = shape.replace(linear_bias=True, qkv_bias=False, gated=False, activation=Activation.GELU)
+    assert shape_of_args(args_of_shape(None, biased)) == biased
+
+
+def test_a_tokenizer_of_a_number_of_tokens_alone_adds_one():
+    shape = shape_from_config(LLAMA)
+    args = argparse.Namespace(**vars(ARGS), tokenizer_type="NullTokenizer", vocab_size=99)
+    assert args_of_shape(args, shape).vocab_size == 100
+    assert shape_of_args(args_of_shape(args, shape)).vocab == 101
+
+
+def test_args_hold_all_that_use_checkpoint_args_reads():
+    """Of what `load_args_from_checkpoint` sets whatever the command line says, nothing is left to chance."""
+    args = args_of_shape(None, shape_from_config(LLAMA))
+    missing = [name for name in READ_BY_MEGATRON_LM.split() if not hasattr(args, name)]
+    assert not missing
 
 
 def test_args_of_sublayers_in_another_order_name_it(llama):
@@ -123,18 +172,19 @@ def test_what_is_no_plain_value_is_named_and_not_run(kind, place, llama, tmp_pat
     marker = tmp_path / "was-run"
     other = Unknown() if kind == "Unknown" else Evil(f"touch {marker}")
     args = argparse.Namespace(**vars(ARGS), tokenizer=other) if place == "in the args" else ARGS
-    path = llama / "checkpoint/iter_0000000/common.pt"
+    path = llama / "checkpoint/release/common.pt"
     save(path, args=args, **({"other": other} if place == "beside them" else {}))
     with caplog.at_level(logging.WARNING):
-        assert "args" not in pruned(llama, tmp_path / "pruned")
+        common = pruned(llama, tmp_path / "pruned")
+    assert common["args"] == args_of_shape(None, Checkpoint(tmp_path / "pruned").shape)
     name = f"{__name__}.Unknown" if kind == "Unknown" else "system"
-    [message] = [record.getMessage() for record in caplog.records if "common.pt" in record.getMessage()]
+    [message] = {record.getMessage() for record in caplog.records if "common.pt" in record.getMessage()}
     assert message.startswith(f"{path} holds ") and name in message and "Megatron's args are left out" in message
     assert not marker.exists()
 
 
 def test_a_checkpoint_without_args_has_none(tmp_path, caplog):
     save(tmp_path / "common.pt")
-    assert read_args(tmp_path / "common.pt") is None
-    assert read_args(tmp_path / "missing.pt") is None
+    assert read_args(tmp_path, {}) is None
+    assert read_args(tmp_path / "missing", {}) is None
     assert not caplog.records

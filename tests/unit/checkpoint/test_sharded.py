@@ -92,7 +92,7 @@ def test_nothing_in_an_index_is_run(protocol, folder, tmp_path):
     pickle.loads(pickle.dumps(evil))  # it does bite
     assert marker.exists()
     marker.unlink()
-    (folder / "iter_0000000/.metadata").write_bytes(pickle.dumps(evil, protocol=protocol))
+    (folder / "release/.metadata").write_bytes(pickle.dumps(evil, protocol=protocol))
     with pytest.raises(CheckpointError, match=r"\.metadata cannot be read as a checkpoint's index: .*system"):
         Checkpoint(folder)
     assert not marker.exists()
@@ -109,17 +109,17 @@ def test_nothing_in_an_index_is_run(protocol, folder, tmp_path):
     ],
 )
 def test_an_index_is_made_of_plain_records(text, folder):
-    (folder / "iter_0000000/.metadata").write_bytes(text)
+    (folder / "release/.metadata").write_bytes(text)
     with pytest.raises(CheckpointError, match="does not belong into a checkpoint's index"):
         Checkpoint(folder)
 
 
 def test_nothing_in_a_chunk_is_run(folder, tmp_path):
     """An index may name any bytes as a tensor's, so that a chunk can be a pickle of somebody's own."""
-    marker, path = tmp_path / "was-run", folder / "iter_0000000/.metadata"
+    marker, path = tmp_path / "was-run", folder / "release/.metadata"
     evil = io.BytesIO()
-    torch.save(Evil(f"touch {marker}"), evil)
-    (folder / "iter_0000000/evil").write_bytes(evil.getvalue())
+    torch.save([Evil(f"touch {marker}"), bytes(100_000)], evil)  # as long as any chunk
+    (folder / "release/evil").write_bytes(evil.getvalue())
     metadata = pickle.loads(path.read_bytes())
     for place in metadata.storage_data.values():
         place.relative_path, place.offset, place.length = "evil", 0, len(evil.getvalue())
@@ -131,7 +131,7 @@ def test_nothing_in_a_chunk_is_run(folder, tmp_path):
 
 
 def test_a_damaged_index_is_named_whatever_the_damage(folder):
-    path = folder / "iter_0000000/.metadata"
+    path = folder / "release/.metadata"
     whole, generator, refused = path.read_bytes(), random.Random(0), 0
     for attempt in range(100):
         damaged = bytearray(whole[: generator.randrange(len(whole))] if attempt % 2 else whole)
@@ -156,7 +156,7 @@ def change_shape(folder, **changes):
 
 
 def change_index(folder, change):
-    path = folder / "iter_0000000/.metadata"
+    path = folder / "release/.metadata"
     metadata = pickle.loads(path.read_bytes())
     change(metadata.state_dict_metadata)
     path.write_bytes(pickle.dumps(metadata))
@@ -181,17 +181,25 @@ ROUTER = "decoder.layers.mlp.router.weight"
 @pytest.mark.parametrize(
     "damage, named",
     [
-        (lambda f: (f / "iter_0000000/__0_0.distcp").unlink(), "__0_0.distcp is missing"),
-        (lambda f: cut_short(f / "iter_0000000/__0_0.distcp"), "it was cut short"),
-        (lambda f: (f / "iter_0000000/metadata.json").unlink(), "iter_0000000 is not whole: it has no metadata.json"),
-        (lambda f: (f / "iter_0000000/.metadata").unlink(), ".metadata cannot be read"),
-        (lambda f: shutil.rmtree(f / "iter_0000000"), "iter_0000000 is not whole"),
+        (lambda f: (f / "release/__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+        (lambda f: cut_short(f / "release/__0_0.distcp"), "it was cut short"),
+        (lambda f: (f / "release/metadata.json").unlink(), "release is not whole: it has no metadata.json"),
+        (lambda f: (f / "release/.metadata").unlink(), ".metadata cannot be read"),
+        (lambda f: shutil.rmtree(f / "release"), "release is not whole"),
         (lambda f: (f / sharded.TRACKER).unlink(), f"is not a checkpoint: it has no {sharded.TRACKER}"),
-        (lambda f: (f / sharded.TRACKER).write_text("release"), "says 'release'"),
+        (
+            lambda f: (f / sharded.TRACKER).write_text("newest"),
+            "says 'newest': expected the number",
+        ),
+        (lambda f: (f / sharded.TRACKER).write_text("0"), "iter_0000000 is not whole"),
+        (lambda f: (f / "release/mp_rank_00").mkdir(), "release is in Megatron-LM's old format"),
         (lambda f: (f / sharded.TRACKER).write_text("3"), "iter_0000003 is not whole"),
         (lambda f: shutil.rmtree(f), "does not exist: name the folder of a checkpoint"),
-        (lambda f: (f / "manifest.json").unlink(), "does not say what its network is"),
-        (lambda f: (f / "manifest.json").write_text('{"kind"'), "manifest.json does not describe a network"),
+        (
+            lambda f: [(f / name).unlink() for name in ("manifest.json", "release/common.pt")],
+            "neither manifest.json",
+        ),
+        (lambda f: (f / "manifest.json").write_text('{"kind"'), "manifest.json is not the description of a network"),
         (lambda f: (f / "manifest.json").write_text('{"kind": "scores"}'), "manifest.json does not describe a network"),
         (lambda f: change_shape(f, hidden=None), "manifest.json does not describe a network"),
         (lambda f: change_shape(f, norm="batchnorm"), "does not describe a network: shape.norm = 'batchnorm'"),
@@ -221,7 +229,7 @@ def test_all_wrong_tensors_are_listed(folder):
 
 
 def test_a_damaged_chunk_is_named_when_it_is_read(folder, tmp_path):
-    path = folder / "iter_0000000/__0_0.distcp"
+    path = folder / "release/__0_0.distcp"
     path.write_bytes(bytes(path.stat().st_size))
     # Also by way of torch, which wraps what fails while it writes.
     with pytest.raises(CheckpointError, match=r"__0_0.distcp is damaged at byte \d+"):

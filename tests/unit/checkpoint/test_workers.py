@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 
-from minitron_megatron.checkpoint.convert import import_checkpoint
+from minitron_megatron.checkpoint.convert import export, import_checkpoint
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.config.schema import ImportConfig, PruneConfig, TargetConfig
+from minitron_megatron.config.schema import ExportConfig, ImportConfig, PruneConfig, TargetConfig
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.scores import Scores
 from tests.ranks import run_on_ranks
@@ -85,6 +85,10 @@ def import_there(source, output):
     import_checkpoint(ImportConfig(str(source), str(output)))
 
 
+def export_there(folder, output):
+    export(ExportConfig(str(folder / "checkpoint"), str(output), max_shard_gb=3e-5))
+
+
 def prune_there(folder, output):
     target = TargetConfig(layers=3, hidden=40, ffn=30, heads=4)
     prune(PruneConfig(str(folder / "checkpoint"), str(output), str(folder / "scores"), target=target))
@@ -93,7 +97,7 @@ def prune_there(folder, output):
 def test_workers_write_the_same_tensors_as_one_process(llama, processes, tmp_path):
     prune_there(llama, tmp_path / "one")
     process, folder = processes["well"]
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     run_on_ranks(3, import_there, llama / "hf", tmp_path / "imported")
     for made, number, expected in (
@@ -107,6 +111,16 @@ def test_workers_write_the_same_tensors_as_one_process(llama, processes, tmp_pat
         assert found.manifest.details == Checkpoint(expected).manifest.details
 
 
+def test_workers_export_the_same_files_as_one_process(llama, tmp_path):
+    export_there(llama, tmp_path / "one")
+    run_on_ranks(3, export_there, llama, tmp_path / "three")
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert len([name for name in names if name.endswith(".safetensors")]) > 3
+    assert {path.name for path in (tmp_path / "three").iterdir()} == names
+    for name in names - {"manifest.json"}:
+        assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(
     "way, error, status",
     [
@@ -116,7 +130,7 @@ def test_workers_write_the_same_tensors_as_one_process(llama, processes, tmp_pat
 )
 def test_a_worker_that_fails_takes_all_down_with_one_error_and_leaves_nothing(way, error, status, processes):
     process, folder = processes[way]
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     *shown, last = output.splitlines()
     assert last == error.format(folder / "pruned") and all("write chunks" in line for line in shown)
     assert process.returncode == status

@@ -102,7 +102,7 @@ class Failing:
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("defect"), KeyboardInterrupt()], ids=repr)
 def test_what_fails_in_one_thread_stops_all_and_is_raised_as_it_is(error, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_num_threads", lambda: 3)
+    monkeypatch.setattr(writer, "num_threads", lambda: 3)
     before, failing = threading.active_count(), Failing(source, error)
     with pytest.raises(type(error)):
         write(tmp_path / "c", failing)
@@ -112,7 +112,7 @@ def test_what_fails_in_one_thread_stops_all_and_is_raised_as_it_is(error, source
 
 def test_one_chunk_is_read_while_another_is_written(source, tmp_path, monkeypatch):
     """The first write ends when something has been read behind its back."""
-    monkeypatch.setattr(writer, "_num_threads", lambda: 2)
+    monkeypatch.setattr(writer, "num_threads", lambda: 2)
     writing, read_meanwhile, save = threading.Event(), threading.Event(), torch.save
 
     class Watched(Failing):

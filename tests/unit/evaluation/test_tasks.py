@@ -76,7 +76,7 @@ def test_a_checkpoint_and_its_export_have_the_same_scores(folder, result):
 
 def test_settings_reach_the_tasks(folder, result):
     """Other examples, fewer questions, and a chat template, which both ways read from the tokenizer."""
-    for name in ("exported", "checkpoint/iter_0000000/huggingface", "checkpoint/huggingface"):
+    for name in ("exported", "checkpoint/release/huggingface", "checkpoint/huggingface"):
         if (file := folder / name / "tokenizer_config.json").exists():
             file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": TEMPLATE}))
     changes = dict(num_fewshot=1, limit=5, chat_template=True, generate_tokens=0)

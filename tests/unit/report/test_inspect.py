@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.config.schema import DepthSearch, InspectConfig, Unit
@@ -11,6 +12,7 @@ from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.pruning.plan import to_ranges
 from minitron_megatron.pruning.scores import DepthSettings
 from minitron_megatron.report.inspect import inspect
+from tests.tiny import LLAMA, hf_model, import_hf
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def test_a_checkpoint(shared_run, show):
     # Counted by hand: per layer norms 24, qkv 12 * 20, proj 12 * 12, fc1 12 * 20, fc2 12 * 10; final norm 12.
     body = 5 * (24 + 12 * 20 + 12 * 12 + 12 * 20 + 12 * 10) + 12
     assert f"parameters {body + 2 * 12 * 7:,}" in lines and f"without embeddings {body:,}" in lines
-    assert "iteration 0" in lines and "dtype bfloat16" in lines
+    assert "iteration release" in lines and "dtype bfloat16" in lines
     assert "layers 5" in lines and "num_query_groups 2" in lines and "norm_eps 1e-05" in lines
     size = sum(path.stat().st_size for path in (run / "teacher").rglob("*") if path.is_file())
     assert f"on disk {size:,} bytes" in lines
@@ -226,3 +228,42 @@ def test_a_broken_result_is_a_users_error(finished_run):
     (run / "pruned" / "plan.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="hidden = 0"):
         inspect(InspectConfig(str(run / "pruned")))
+
+
+@pytest.fixture
+def compare(capsys):
+    def compare(path, other):
+        inspect(InspectConfig(str(path), other=str(other)))
+        lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        return lines[lines.index(f"compared with {other}") + 1 :]
+
+    return compare
+
+
+def test_shapes_that_are_not_the_same(shared_run, compare):
+    run, _ = shared_run
+    lines = compare(run / "teacher", run / "pruned")
+    assert {"hidden 12 8", "layers 5 3", "ffn 10 6"} <= set(lines)
+    assert not any(line.startswith(("vocab", "norm", "head_dim")) for line in lines)  # which are
+
+
+def test_the_largest_difference_of_each_tensor(tmp_path, compare, monkeypatch):
+    """Of a checkpoint and of what transformers' own tensors say, changed by hand in one layer."""
+    monkeypatch.setattr("minitron_megatron.report.differences._ELEMENTS", 100)  # a few rows at a time
+    checkpoint = import_hf(tmp_path, hf_model(**LLAMA))
+    assert compare(checkpoint, tmp_path / "hf") == ["all tensors are equal"]
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][47, 43] += 0.5
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] += 0.25
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    lines = compare(checkpoint, tmp_path / "hf")
+    assert "decoder.layers.mlp.linear_fc2.weight 0.5 2 2" in lines
+    assert "decoder.final_layernorm.weight nan" in lines
+    assert len([line for line in lines if line.endswith(" none")]) == len(lines) - 3  # and the header
+
+
+def test_what_is_no_network_cannot_be_compared(shared_run):
+    run, _ = shared_run
+    with pytest.raises(CheckpointError, match="scores is not a checkpoint"):
+        inspect(InspectConfig(str(run / "teacher"), other=str(run / "scores")))

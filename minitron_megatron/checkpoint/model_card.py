@@ -1,0 +1,149 @@
+"""The model card of an exported network: what it is, what it was made from and how, and what was measured of it."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from minitron_megatron.checkpoint.manifest import EVALUATION, MANIFEST, Manifest, Parent
+from minitron_megatron.errors import CheckpointError
+from minitron_megatron.model.count import num_parameters
+from minitron_megatron.model.shape import ModelShape
+
+CARD = "README.md"
+_LICENSE = ("license", "license_name", "license_link")
+# Settings whose value says what a stage did; the first that a stage has is it.
+_DONE = {"student": "distilled", "target": "pruned", "num_samples": "scored", "source": "imported"}
+_SIZES = ("hidden", "ffn", "num_heads", "num_query_groups", "head_dim", "vocab")
+
+
+@dataclass
+class Step:
+    """One stage on the way to a network.
+
+    Attributes:
+        name: what it did.
+        fingerprint: of what it made.
+        manifest: of what it made.
+    """
+
+    name: str
+    fingerprint: str
+    manifest: Manifest
+
+
+def lineage(result: Parent) -> list[Step]:
+    """The stages that led to a result, first to last, as far back as their outputs are where they were."""
+    steps: dict[str, Step] = {}
+
+    def visit(parent: Parent) -> None:
+        folder = Path(parent.path)
+        if parent.fingerprint in steps or not (folder / MANIFEST).is_file():
+            return
+        manifest = Manifest.read(folder)
+        for earlier in manifest.parents:
+            visit(earlier)
+        name = next((name for key, name in _DONE.items() if key in manifest.config), manifest.kind)
+        steps[parent.fingerprint] = Step(name, parent.fingerprint, manifest)
+
+    visit(result)
+    return list(steps.values())
+
+
+def model_card(checkpoint: Parent, shape: ModelShape, companions: Path) -> str:
+    """The text of a `README.md`, with the front matter that Hugging Face reads.
+
+    The licence is the source's, if that has a model card of its own that says it, and none else.
+
+    Args:
+        checkpoint: that is exported.
+        shape: of its network.
+        companions: folder with the source's model card, where there is one.
+
+    Raises:
+        CheckpointError: the front matter of the source's card cannot be read.
+    """
+    steps = lineage(checkpoint)
+    first = next((step for step in steps if step.name == "imported"), None)
+    source = Path(first.manifest.parents[0].path) if first else None
+    front = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base_model(source) if source else None,
+        tags=["minitron", "pruned"] if any(step.name == "pruned" for step in steps) else ["minitron"],
+        **_license_of(companions / CARD),
+    )
+    before = ModelShape.from_dict(first.manifest.shape) if first else shape
+    title = " and ".join(dict.fromkeys(step.name for step in steps if step.name in ("pruned", "distilled")))
+    name = base_model(source) if source else Path(checkpoint.path).name
+    paragraphs = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {name}{f', {title}' if title else ''}",
+        f"A network of {num_parameters(shape):,} parameters, written by minitron_megatron.",
+        "## Size",
+        _size_table(before, shape),
+    ]
+    if measured := _evaluations(Path(checkpoint.path), steps):
+        paragraphs += ["## Evaluation", "On held-out text of the sources that the settings below name.", measured]
+    paragraphs += ["## How it was made"]
+    for number, step in enumerate(steps, start=1):
+        inputs = [f"- {p.role}: `{Path(p.path).name}` ({p.fingerprint[:12]})" for p in step.manifest.parents]
+        settings = yaml.safe_dump(step.manifest.config, sort_keys=False, width=120).rstrip()
+        parameters = step.manifest.details.get("parameters")
+        count = f"{parameters:,} parameters. " if parameters else ""
+        paragraphs += [
+            f"### {number}. {step.name.capitalize()}",
+            f"{count}Fingerprint {step.fingerprint[:12]}, minitron_megatron {step.manifest.version}.",
+            "\n".join(inputs),
+            f"```yaml\n{settings}\n```",
+        ]
+    if not steps:
+        paragraphs.append(f"From the checkpoint `{Path(checkpoint.path).name}`, which does not say how it was made.")
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
+
+
+def base_model(source: Path) -> str:
+    """A name for the model that was imported: its id, where it lies in Hugging Face's cache, or else its folder's."""
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{source}/")
+    return "/".join(cached.groups()) if cached else source.stem if source.suffix == ".gguf" else source.name
+
+
+def _license_of(card: Path) -> dict[str, str]:
+    if not card.is_file():
+        return {}
+    try:
+        values = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, yaml.YAMLError) as e:
+        raise CheckpointError(f"the front matter of {card} cannot be read: {e}") from e
+    return {key: values[key] for key in _LICENSE if values.get(key)}
+
+
+def _size_table(before: ModelShape, after: ModelShape) -> str:
+    def column(shape: ModelShape) -> list[str]:
+        counts = num_parameters(shape), num_parameters(shape, embeddings=False)
+        return [f"{n:,}" for n in (*counts, shape.num_layers, *(getattr(shape, name) for name in _SIZES))]
+
+    names = ["parameters", "without embeddings", "layers", *_SIZES]
+    return _table(["", "before", "after"], zip(names, column(before), column(after), strict=True))
+
+
+def _evaluations(checkpoint: Path, steps: list[Step]) -> str:
+    """A table of what was measured of the networks on the way, from the folders beside the checkpoint's."""
+    names = {step.fingerprint: f"{number}. {step.name}" for number, step in enumerate(steps, start=1)}
+    run = checkpoint.parent.parent if checkpoint.name in ("checkpoints", "best") else checkpoint.parent
+    rows = []
+    for file in sorted(run.glob(f"*/{EVALUATION}")):
+        [model] = [parent for parent in Manifest.read(file.parent).parents if parent.role == "model"]
+        if model.fingerprint in names:
+            found = json.loads(file.read_text())["heldout"]
+            numbers = f"{found['loss']:.4f}", f"{found['perplexity']:,.2f}", f"{found['num_tokens']:,}"
+            rows.append((names[model.fingerprint], *numbers))
+    return _table(["model", "loss (nats per token)", "perplexity", "tokens"], sorted(rows)) if rows else ""
+
+
+def _table(header: list[str], rows) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])

@@ -1,0 +1,115 @@
+"""Weights as safetensors files, written by several threads of several processes, a block of rows at a time.
+
+Where every tensor lies in its file follows from the sizes alone. So a file is made with its header and at its full
+length first, and then filled by as many threads as there are, in any order. The processes share the files, and not one
+file among them, which file systems of a network do not like.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+import torch
+
+from minitron_megatron.checkpoint.rows import bits
+from minitron_megatron.checkpoint.writer import num_threads
+from minitron_megatron.progress import progress
+
+BLOCK_BYTES = 64 * 2**20
+_KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+_ALIGNMENT = 8  # of the first tensor, as safetensors pads its headers
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that is to be written.
+
+    Attributes:
+        name: its key.
+        size: of it.
+        read: gives rows of it, from one to before another.
+    """
+
+    name: str
+    size: tuple[int, ...]
+    read: Callable[[int, int], torch.Tensor]
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        return math.prod(self.size) * dtype.itemsize
+
+
+def cut_into_shards(tensors: Sequence[Tensor], dtype: torch.dtype, max_bytes: float) -> list[list[Tensor]]:
+    """Neighbours of at most `max_bytes` together, or one that is larger."""
+    shards: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.num_bytes(dtype) > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.num_bytes(dtype)
+    return shards
+
+
+def write_shards(files: dict[Path, list[Tensor]], dtype: torch.dtype) -> None:
+    """Write files as safetensors' `save_file` does, byte for byte.
+
+    Args:
+        files: what goes into each.
+        dtype: of all tensors.
+    """
+    stop = Event()
+    blocks = []
+    for path, tensors in files.items():
+        tensors = sorted(tensors, key=lambda tensor: tensor.name)
+        starts = _make_file(path, tensors, dtype)
+        blocks += [(path, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
+
+    def write(path: Path, start: int, tensor: Tensor) -> None:
+        row_bytes = tensor.num_bytes(dtype) // tensor.size[0]
+        step = max(1, BLOCK_BYTES // row_bytes)
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(start)
+            for low in range(0, tensor.size[0], step):
+                if stop.is_set():
+                    return
+                rows = tensor.read(low, min(low + step, tensor.size[0]))
+                content = memoryview(bits(rows.contiguous())).cast("B")
+                while content:
+                    content = content[file.write(content) :]
+        advance()
+
+    with progress("write tensors", len(blocks)) as advance, ThreadPoolExecutor(num_threads()) as pool:
+        try:
+            for future in as_completed([pool.submit(write, *block) for block in blocks]):
+                future.result()
+        finally:
+            stop.set()
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _make_file(path: Path, tensors: list[Tensor], dtype: torch.dtype) -> list[int]:
+    """Write the header, and give the file its length.
+
+    Returns:
+        the first byte of every tensor.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    ends = [0]
+    for tensor in tensors:
+        ends.append(ends[-1] + tensor.num_bytes(dtype))
+        header[tensor.name] = {"dtype": _KINDS[dtype], "shape": list(tensor.size), "data_offsets": ends[-2:]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        first = file.tell()
+        file.truncate(first + ends[-1])
+    return [first + end for end in ends[:-1]]
