@@ -59,7 +59,7 @@ def num_tokens(folder: Path, padded_vocab: int) -> int | None:
     if (config := folder / "config.json").is_file():
         where, found = config, read_config(folder).get("vocab_size")
     elif (tokenizer := folder / "tokenizer.json").is_file():
-        where, found = tokenizer, Tokenizer.from_file(str(tokenizer)).get_vocab_size()
+        where, found = tokenizer, 1 + max(Tokenizer.from_file(str(tokenizer)).get_vocab().values(), default=-1)
     else:
         return None
     if found is not None and found > padded_vocab:

@@ -34,6 +34,8 @@ from minitron_megatron.model.shape import ModelShape
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HUGGINGFACE = "huggingface"
+# In the folder of an iteration, where Megatron-LM (--save-tokenizer-assets) and Megatron-Bridge keep theirs.
+_TOKENIZER = "tokenizer"
 SHAPE = "shape.json"
 # Megatron-LM's name, in the place of an iteration, for weights that no run has trained on yet.
 RELEASE = "release"
@@ -124,6 +126,7 @@ class StoredTensor:
 class Checkpoint:
     """A whole `torch_dist` checkpoint on disk, as a source of weights.
 
+    `stacked` says whether the tensor of a parameter holds all layers, one behind the other, or each layer has its own.
     Opening reads the index alone and checks that every file it names is there and long enough.
 
     Args:
@@ -146,7 +149,7 @@ class Checkpoint:
         self.tensors, self._objects = _read_index(self.folder)
         self.shape = self._read_shape()
         self._table = parameters(self.shape)
-        self._stacked = any(p.stacked_key in self.tensors for p in self._table if p.sublayer)
+        self.stacked = any(p.stacked_key in self.tensors for p in self._table if p.sublayer)
         self._check_tensors()
         self.dtype = self._stored(self._table[0], None).dtype
 
@@ -156,8 +159,14 @@ class Checkpoint:
 
     @property
     def huggingface_folder(self) -> Path:
-        """Tokenizer and Hugging Face config that travel with the checkpoint."""
-        return self.root / HUGGINGFACE
+        """Tokenizer and Hugging Face config that travel with the checkpoint, or the tokenizer that its run saved."""
+        own, of_run = self.root / HUGGINGFACE, self.folder / _TOKENIZER
+        return of_run if of_run.is_dir() and not own.is_dir() else own
+
+    @property
+    def weights(self) -> dict[str, StoredTensor]:
+        """The tensors of the network, without those of the optimiser and the like."""
+        return {key: tensor for key, tensor in self.tensors.items() if not key.startswith(_NOT_WEIGHTS)}
 
     def megatron_args(self) -> argparse.Namespace | None:
         """The `args` that Megatron-LM saved beside the weights, see `read_args`."""
@@ -166,12 +175,12 @@ class Checkpoint:
     def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`."""
         stored = self._stored(param, layer)
-        if layer is not None and self._stacked:
+        if layer is not None and self.stacked:
             return self._gather(stored, [np.array([layer]), *index])[0]
         return self._gather(stored, index)
 
     def _stored(self, param: Param, layer: int | None) -> StoredTensor:
-        key = param.stacked_key if layer is None or self._stacked else param.layer_key(layer, self.shape)
+        key = param.stacked_key if layer is None or self.stacked else param.layer_key(layer, self.shape)
         return self.tensors[key]
 
     def _gather(self, stored: StoredTensor, index: list[np.ndarray]) -> torch.Tensor:
@@ -211,6 +220,9 @@ class Checkpoint:
             shape = shape_of_args(args)
         except UserError as e:
             raise UnsupportedModelError(f"{self.folder}: {e}\nif they do not tell the truth, {describe}") from e
+        # A tokenizer may have fewer tokens than its model has rows for, and then the args know better.
+        if getattr(args, "vocab_size", None) and not (self.huggingface_folder / "config.json").is_file():
+            return shape
         known = num_tokens(self.huggingface_folder, shape.padded_vocab)
         return shape.replace(vocab=known) if known else shape
 
@@ -221,7 +233,7 @@ class Checkpoint:
             size = param.size(sizes)
             if param.sublayer is None:
                 expected[param.name] = size
-            elif self._stacked:
+            elif self.stacked:
                 expected[param.stacked_key] = (count[param.sublayer], *size)
             else:
                 expected.update({param.layer_key(i, self.shape): size for i in range(count[param.sublayer])})
@@ -233,7 +245,7 @@ class Checkpoint:
                 problems.append(f"wrong size: {key} is {list(self.tensors[key].shape)}, the shape says {list(size)}")
             elif not _is_whole(self.tensors[key]):
                 problems.append(f"not whole: {key} {list(size)}, of which some chunks are missing")
-        unknown = [k for k in self.tensors if k not in expected and not k.startswith(_NOT_WEIGHTS)]
+        unknown = [key for key in self.weights if key not in expected]
         problems += [f"unknown: {key} {list(self.tensors[key].shape)}" for key in unknown]
         if problems:
             raise CheckpointError(f"{self.folder} does not hold the network of its shape:\n  " + "\n  ".join(problems))

@@ -354,6 +354,38 @@ def test_a_config_is_written_where_there_is_none(trained, tokenizer, tmp_path):
     torch.testing.assert_close(logits_of_folder(folder), expected[..., :101], rtol=1e-4, atol=1e-4)
 
 
+def test_the_tokenizer_that_a_run_saved_is_found(trained, tokenizer, tmp_path):
+    """As `--save-tokenizer-assets` and Megatron-Bridge save it. One that is put beside the weights goes before it."""
+    root, expected = copy_of(trained[0], tmp_path / "run"), trained[1]
+    words = root / "iter_0000100/tokenizer"
+    words.mkdir()
+    shutil.copy(tokenizer / "tokenizer_config.json", words)
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    token, last = max(content["model"]["vocab"].items(), key=lambda item: item[1])
+    content["model"]["vocab"][token] = last + 4  # ids may have gaps
+    (words / "tokenizer.json").write_text(json.dumps(content))
+    count = 1 + max([last + 4, *(added["id"] for added in content["added_tokens"])])
+    assert Checkpoint(root).shape.vocab == count
+    folder = export(ExportConfig(str(root), str(tmp_path / "out")))
+    torch.testing.assert_close(logits_of_folder(folder), expected[..., :count], rtol=1e-4, atol=1e-4)
+    shutil.copytree(tokenizer, root / "huggingface")
+    assert Checkpoint(root).shape.vocab == 101
+
+
+def test_args_that_tell_the_tokens_go_before_a_tokenizer(trained, tokenizer, tmp_path):
+    """A tokenizer may have fewer than its model has rows for."""
+    root = copy_of(trained[0], tmp_path / "run")
+    path = root / "iter_0000100/common.pt"
+    common = torch.load(path, weights_only=False)
+    common["args"].vocab_size = 120
+    torch.save(common, path)
+    (root / "huggingface").mkdir()
+    shutil.copy(tokenizer / "tokenizer.json", root / "huggingface")
+    assert Checkpoint(root).shape.vocab == 120
+    shutil.copy(tokenizer / "config.json", root / "huggingface")
+    assert Checkpoint(root).shape.vocab == 101
+
+
 @pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
 def test_megatron_lm_builds_by_the_args_what_was_imported(config, tmp_path):
     hf = hf_model(**config)
