@@ -120,12 +120,22 @@ def _checkpoint(folder: Path) -> Found:
     facts = {
         "iteration": checkpoint.folder.name.removeprefix("iter_"),
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "weights": _storage(checkpoint),
     }
     found = Found("checkpoint", {"": checkpoint.shape}, facts)
     if (folder / PLAN).is_file():
         plan = _plan(folder)
         found = Found("pruned checkpoint", plan.shapes, facts | plan.facts, plan.pictures)
     return found
+
+
+def _storage(checkpoint: Checkpoint) -> str:
+    """How the weights lie on disk: a chunk is what one rank of the layout that wrote them had of a tensor, or less."""
+    tensors = checkpoint.weights.values()
+    chunks = [chunk for tensor in tensors for chunk in tensor.chunks]
+    num_bytes, num_files = sum(chunk.length for chunk in chunks), len({chunk.path for chunk in chunks})
+    form = "all layers in one tensor" if checkpoint.stacked else "a tensor for each layer"
+    return f"{num_bytes:,} bytes in {len(tensors)} tensors, {len(chunks)} chunks and {num_files} files; {form}"
 
 
 def _run(folder: Path) -> Found:
@@ -299,12 +309,14 @@ def _comparison(first: TensorSource, second: TensorSource) -> Table | Text:
     table = Table(box=None, pad_edge=False)
     if not comparable(first, second):
         whole = first.shape.is_uniform and second.shape.is_uniform
-        columns = [_describe(source.shape, source.shape.max_positions, whole) for source in (first, second)]
-        for header in ("", "this", "other"):
+        length = first.shape.max_positions
+        columns = [_describe(source.shape, length, whole) for source in (first, second)]
+        for header in ("", "this", "other", "other / this"):
             table.add_column(header, justify="right" if header else "left")
         for name in columns[0]:
-            if columns[0][name] != columns[1][name]:
-                table.add_row(Text(name, style="dim"), *(Text(column[name]) for column in columns))
+            cells = [column[name] for column in columns]
+            if cells[0] != cells[1]:
+                table.add_row(Text(name, style="dim"), *map(Text, cells), _share(*cells))
         return table
     found = differences(first, second)
     if not any(difference.num_layers for difference in found):
@@ -316,6 +328,12 @@ def _comparison(first: TensorSource, second: TensorSource) -> Table | Text:
         count = "" if difference.layer is None else str(difference.num_layers)
         table.add_row(difference.name, f"{difference.largest:.3g}" if difference.num_layers else "none", layer, count)
     return table
+
+
+def _share(before: str, after: str) -> str:
+    """What is left of a count, in percent; nothing of what is no count."""
+    before, after = before.replace(",", ""), after.replace(",", "")
+    return f"{100 * int(after) / int(before):.1f}%" if before.isdigit() and after.isdigit() and int(before) else ""
 
 
 def _lineage(label: Text, manifest: Manifest, seen: set[str]) -> Tree:

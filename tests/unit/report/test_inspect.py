@@ -33,6 +33,11 @@ def test_a_checkpoint(shared_run, show):
     assert f"parameters {body + 2 * 12 * 7:,}" in lines and f"without embeddings {body:,}" in lines
     assert "iteration release" in lines and "dtype bfloat16" in lines
     assert "layers 5" in lines and "num_query_groups 2" in lines and "norm_eps 1e-05" in lines
+    # 6 of every layer, the two tables and the final norm.
+    stored = sum(path.stat().st_size for path in (run / "teacher/release").glob("__[0-9]*.distcp"))
+    [weights] = [line for line in lines if line.startswith("weights ")]
+    assert weights.startswith(f"weights {stored:,} bytes in 9 tensors, 33 chunks and ")
+    assert weights.endswith(" files; all layers in one tensor")
     size = sum(path.stat().st_size for path in (run / "teacher").rglob("*") if path.is_file())
     assert f"on disk {size:,} bytes" in lines
     # Matrix products of a token, 2 operations for each weight, with the 8 padded rows of the output; and causal
@@ -243,8 +248,15 @@ def compare(capsys):
 def test_shapes_that_are_not_the_same(shared_run, compare):
     run, _ = shared_run
     lines = compare(run / "teacher", run / "pruned")
-    assert {"hidden 12 8", "layers 5 3", "ffn 10 6"} <= set(lines)
+    assert {"hidden 12 8 66.7%", "layers 5 3 60.0%", "ffn 10 6 60.0%"} <= set(lines)
     assert not any(line.startswith(("vocab", "norm", "head_dim")) for line in lines)  # which are
+
+
+def test_networks_for_texts_of_two_lengths_are_compared(tmp_path, compare):
+    """By the operations of one of the two lengths."""
+    first = import_hf(tmp_path / "a", hf_model(**LLAMA))
+    longer = import_hf(tmp_path / "b", hf_model(**LLAMA | {"max_position_embeddings": 128}))
+    assert compare(first, longer)[1:] == ["max_positions 64 128 200.0%"]
 
 
 def test_the_largest_difference_of_each_tensor(tmp_path, compare, monkeypatch):
