@@ -87,7 +87,7 @@ def model_card(checkpoint: Parent, shape: ModelShape, companions: Path) -> str:
         _size_table(before, shape),
     ]
     if measured := _evaluations(Path(checkpoint.path), steps):
-        paragraphs += ["## Evaluation", "On held-out text of the sources that the settings below name.", measured]
+        paragraphs += ["## Evaluation", "The loss is of held-out text of the sources named below.", *measured]
     paragraphs += ["## How it was made"]
     for number, step in enumerate(steps, start=1):
         inputs = [f"- {p.role}: `{Path(p.path).name}` ({p.fingerprint[:12]})" for p in step.manifest.parents]
@@ -130,18 +130,27 @@ def _size_table(before: ModelShape, after: ModelShape) -> str:
     return _table(["", "before", "after"], zip(names, column(before), column(after), strict=True))
 
 
-def _evaluations(checkpoint: Path, steps: list[Step]) -> str:
-    """A table of what was measured of the networks on the way, from the folders beside the checkpoint's."""
+def _evaluations(checkpoint: Path, steps: list[Step]) -> list[str]:
+    """Tables of what was measured of the networks on the way, from the folders beside the checkpoint's."""
     names = {step.fingerprint: f"{number}. {step.name}" for number, step in enumerate(steps, start=1)}
     run = checkpoint.parent.parent if checkpoint.name in ("checkpoints", "best") else checkpoint.parent
-    rows = []
+    losses, tasks = [], []
     for file in sorted(run.glob(f"*/{EVALUATION}")):
         [model] = [parent for parent in Manifest.read(file.parent).parents if parent.role == "model"]
-        if model.fingerprint in names:
-            found = json.loads(file.read_text())["heldout"]
-            numbers = f"{found['loss']:.4f}", f"{found['perplexity']:,.2f}", f"{found['num_tokens']:,}"
-            rows.append((names[model.fingerprint], *numbers))
-    return _table(["model", "loss (nats per token)", "perplexity", "tokens"], sorted(rows)) if rows else ""
+        if name := names.get(model.fingerprint):
+            found = json.loads(file.read_text())
+            text = found["heldout"]
+            losses.append((name, f"{text['loss']:.4f}", f"{text['perplexity']:,.2f}", f"{text['num_tokens']:,}"))
+            for task, values in found["tasks"].items():
+                shots = "" if values["num_fewshot"] is None else str(values["num_fewshot"])
+                for metric, measured in values["metrics"].items():
+                    error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.4f}"
+                    tasks.append((task, metric, name, f"{measured['value']:.4f}{error}", shots))
+    tables = [
+        (["model", "loss (nats per token)", "perplexity", "tokens"], losses),
+        (["task of lm-eval", "metric", "model", "value", "few-shot"], tasks),
+    ]
+    return [_table(header, sorted(rows)) for header, rows in tables if rows]
 
 
 def _table(header: list[str], rows) -> str:

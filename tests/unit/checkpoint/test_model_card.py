@@ -51,7 +51,9 @@ def run(tmp_path_factory):
         of = source if name == "source" else folder / name
         (folder / f"evaluate_{name}").mkdir()
         Manifest("evaluation", parents=[Parent.of("model", of)]).write(folder / f"evaluate_{name}")
-        measured = {"heldout": {"loss": loss, "perplexity": 2.0, "num_tokens": 1234}}
+        accuracy = {"acc": {"value": loss / 10, "stderr": 0.0125, "higher_is_better": True}}
+        tasks = {"arc_easy": {"num_fewshot": 5, "metrics": accuracy}} if name == "pruned" else {}
+        measured = {"heldout": {"loss": loss, "perplexity": 2.0, "num_tokens": 1234}, "tasks": tasks}
         (folder / f"evaluate_{name}/evaluation.json").write_text(json.dumps(measured))
     exported(folder, "pruned")
     return folder
@@ -80,6 +82,7 @@ def test_the_way_there_and_what_was_measured_on_it(run):
     assert titles[-3:] == ["### 1. Imported", "### 2. Scored", "### 3. Pruned"]
     assert "  hidden: 40" in lines and "num_samples: 7" in lines
     assert "| 1. imported | 1.2500 | 2.00 | 1,234 |" in lines and "| 3. pruned | 2.5000 | 2.00 | 1,234 |" in lines
+    assert "| arc_easy | acc | 3. pruned | 0.2500 ± 0.0125 | 5 |" in lines
     assert not any("9.0000" in line for line in lines)  # of a folder that is none of these checkpoints
 
 
