@@ -207,7 +207,7 @@ def args_of_shape(args: argparse.Namespace | None, shape: ModelShape) -> argpars
         "max_position_embeddings": shape.max_positions,
         "position_embedding_type": "rope",
         "use_rotary_position_embeddings": True,
-        "rotary_base": int(shape.rotary_base) if shape.rotary_base.is_integer() else shape.rotary_base,
+        "rotary_base": int(shape.rotary_base) if float(shape.rotary_base).is_integer() else shape.rotary_base,
         "rotary_percent": shape.rotary_fraction,
         "use_rope_scaling": shape.rotary_scaling is not None,
         "normalization": next(name for name, norm in _NORMS.items() if norm is shape.norm),

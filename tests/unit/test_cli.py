@@ -176,16 +176,16 @@ def test_tasks_of_srun_are_joined(ran):
 
 
 @pytest.mark.parametrize(
-    "verb, layout, numbers",
+    "arguments, numbers",
     [
-        ("score", ["parallel.tensor=2"], "2 x 1 x 1 = 2 ranks, but the world has 3"),
-        ("score", ["parallel.tensor=2", "parallel.data=2"], "2 x 1 x 2 = 4 ranks, but the world has 3"),
-        ("export", [], "export runs in one process, and here are 3"),
+        ([*SCORE, "parallel.tensor=2"], "2 x 1 x 1 = 2 ranks, but the world has 3"),
+        ([*SCORE, "parallel.tensor=2", "parallel.data=2"], "2 x 1 x 2 = 4 ranks, but the world has 3"),
+        (["inspect", "path=p"], "inspect runs in one process, and here are 3"),
     ],
 )
-def test_a_world_of_the_wrong_size_is_refused(verb, layout, numbers, ran, capsys):
+def test_a_world_of_the_wrong_size_is_refused(arguments, numbers, ran, capsys):
     os.environ.update(RANK="0", WORLD_SIZE="3")
-    assert cli.main([verb, "checkpoint=c", "output=o", *layout]) == 2
+    assert cli.main(arguments) == 2
     assert numbers in capsys.readouterr().err
     assert not ran
 
