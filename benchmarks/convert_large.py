@@ -101,7 +101,7 @@ def make_sources(work: Path, layers: int) -> None:
     source.shape = shape
     (work / "companions").mkdir()
     (work / "companions/config.json").write_text(json.dumps({"model_type": "llama"}))
-    write_huggingface(work / "huggingface", source, work / "companions", 5e9, Manifest("huggingface"))
+    write_huggingface(work / "huggingface", source, work / "companions", 5e9, Manifest("huggingface"), "")
     import_checkpoint(ImportConfig(str(work / "huggingface"), str(work / "checkpoint")))
 
 

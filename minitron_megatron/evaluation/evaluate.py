@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done, write_atomically, writing
+from minitron_megatron.checkpoint.manifest import EVALUATION, Manifest, Parent, is_done, write_atomically, writing
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.loss import LossConfig
@@ -39,7 +39,6 @@ from minitron_megatron.progress import progress
 
 T = TypeVar("T")
 
-FILE = "evaluation.json"
 _PROMPT_TOKENS = 32
 _GENERATION_REPEATS = 3
 
@@ -84,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         if groups.is_main:
             result = {"model": str(path), "name": path.name, **found}
             with writing(output, manifest) as folder:
-                write_atomically(folder / FILE, json.dumps(result, indent=2) + "\n")
+                write_atomically(folder / EVALUATION, json.dumps(result, indent=2) + "\n")
             if found["tasks"]:
                 # Output that goes into a file has no width, and broken lines cannot be searched.
                 Console(width=None if sys.stdout.isatty() else 200).print(task_table(found["tasks"]))
