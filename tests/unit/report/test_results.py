@@ -110,13 +110,6 @@ def test_the_table_on_a_terminal():
     assert all(column in text for column in COLUMNS) and "[bold]p" in text and "244.69" in text
 
 
-def test_the_file_is_the_one_that_evaluate_writes():
-    from minitron_megatron.evaluation import evaluate
-    from minitron_megatron.report import results
-
-    assert results.EVALUATION == evaluate.FILE
-
-
 def test_generation_may_be_missing(finished_run):
     _, stages = finished_run
     path = stages[-1].output / "evaluation.json"
