@@ -3,9 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# Two sets of versions are tested: Megatron-Core's oldest that is supported, and its newest, which wants Python 3.12.
+CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints%s.txt" % ("-py312" * (sys.version_info >= (3, 12))))')
+STAMP := $(VENV)/.installed-$(CONSTRAINTS)
 # Bytecode is written when a module is first imported, which happens to few of those that are installed.
-PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
 
 # Without bytecode every process compiles torch and Megatron-Core anew, which takes 20 seconds.
 unexport PYTHONDONTWRITEBYTECODE
@@ -18,9 +20,10 @@ help:  ## list the targets
 
 venv: $(STAMP)  ## .venv with everything that the tests and the demo need
 
-$(STAMP): setup.py pyproject.toml constraints.txt
+$(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+# Begun anew if there is one with the other versions.
+	$(PYTHON) -m venv $(if $(wildcard $(STAMP)),,--clear) $(VENV)
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation --editable '.[demo,test]'
 # Without what it requires, which would compile llama.cpp: only the model file in it is read.

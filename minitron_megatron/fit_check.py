@@ -63,6 +63,11 @@ def check_fit(
                 f"{job.name}: about {memory.total / GIB:.1f} of {gpu.memory_gib} GiB on each of {job.ranks} "
                 f"{cluster.gpu}, {step.seconds:.1f} s a step, {step.gpu_hours:,.0f} GPU-hours{cost}"
             )
+            if step.seconds >= cluster.signal_s:
+                told.append(
+                    f"{job.name}: told cluster.signal_s = {cluster.signal_s} s before its end, a rank may have no time "
+                    f"to end a step and save: set it to more than {step.seconds:.0f} s and those of a save"
+                )
             continue
         nearest = nearest_layout(student, teacher, settings, layout, gpu, cluster.ranks_per_node)
         fix = "no layout does"

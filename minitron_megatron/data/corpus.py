@@ -72,6 +72,16 @@ def text_paths(text: list[str]) -> list[Path]:
     return paths
 
 
+def file_stats(text: list[str]) -> list[tuple[str, int, int]]:
+    """Path, size and time in nanoseconds of every file that `documents` reads, and of those beside them."""
+    stats = []
+    for path in text_paths(text):
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        found = [(str(file.absolute()), file.stat()) for file in files]
+        stats += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    return stats
+
+
 def _source(name: str, text_field: str) -> Iterator[Document]:
     if name == BUILTIN:
         return (Document(text, BUILTIN) for text in builtin_documents())

@@ -9,16 +9,20 @@ content, or by place, size and time of what is only linked to:
                                     of weighted sources train_0, train_1, ...
         heldout.bin heldout.idx
         index/                      sample orders, written by Megatron-Core
+
+A link beside them leads from names, sizes and times of the files with the text to the folder that was made of them, so
+that text is read once.
 """
 
 import hashlib
 import json
 import logging
 import shutil
+import sys
 import uuid
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -29,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minitron_megatron import __version__
 from minitron_megatron.config.schema import DataConfig
-from minitron_megatron.data.corpus import Document, documents
+from minitron_megatron.data.corpus import Document, documents, file_stats
 from minitron_megatron.data.encoding import encode, load_tokenizer, num_token_ids, num_workers, tokenizer_fingerprint
 from minitron_megatron.data.indexed import is_indexed, read_index, scan_documents
 from minitron_megatron.disk import told_when_full
@@ -168,6 +172,9 @@ def _prepare_text(
     parts: list[list[str]], config: DataConfig, tokenizer_dir: Path, tokenizer: PreTrainedTokenizerBase, settings: dict
 ) -> Path:
     """The folder with the documents of all parts, each with training files of its own."""
+    link = _link(parts, config, tokenizer, settings)
+    if link.exists():
+        return link.resolve()
     keys, num_characters, has_chat = [], 0, False
     for part in parts:
         own = array("Q")
@@ -183,6 +190,7 @@ def _prepare_text(
         settings["chat_template"] = str(tokenizer.chat_template)
     folder = _folder(config, settings)
     if folder.exists():
+        _point(link, folder)
         return folder
     heldout = _heldout_keys(np.concatenate(keys), config, str(config.text))
     for part, own in zip(parts, keys, strict=True):
@@ -204,7 +212,21 @@ def _prepare_text(
                 files[_HELDOUT if _split_key(document, config.seed) in chosen else name].add(document, row)
                 advance()
         counts.update({name: own.close() for name, own in files.items()})
+    _point(link, folder)
     return folder
+
+
+def _link(parts: list[list[str]], config: DataConfig, tokenizer: PreTrainedTokenizerBase, settings: dict) -> Path:
+    """Where a link to the folder is put, named by what can be known of the documents without reading them."""
+    stats = [file_stats(part) for part in parts]
+    read_as = [config.text_field, str(tokenizer.chat_template), sys.version]  # the last for Python's own prose
+    return _folder(config, settings | {"parts": parts, "stats": stats, "read_as": read_as})
+
+
+def _point(link: Path, folder: Path) -> None:
+    link.unlink(missing_ok=True)  # it may lead to a folder that somebody has deleted
+    with suppress(FileExistsError):  # another process was faster
+        link.symlink_to(folder.name)
 
 
 def _prepare_indexed(prefix: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, settings: dict) -> Path:

@@ -63,6 +63,12 @@ def test_a_layout_that_does_not_fit_the_gpu_is_refused_with_one_that_does():
     assert "is not known" in on_login_node(*recipe, "cluster.gpu=h1000").stderr
 
 
+def test_a_warning_that_comes_too_late_for_a_step_is_told_of():
+    recipe = ["+experiment=llama31_8b_width_4b", "cluster=slurm", "dry_run=true"]
+    assert "signal_s" not in on_login_node(*recipe).stderr
+    assert "distilled: told cluster.signal_s = 5 s before" in on_login_node(*recipe, "cluster.signal_s=5").stderr
+
+
 @pytest.mark.parametrize(
     "arguments, problem",
     [

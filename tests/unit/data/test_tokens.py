@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -128,6 +129,28 @@ def test_a_corpus_is_made_once_for_all_sequence_lengths(config, tokenizer_dir):
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
+def test_text_is_read_once_until_it_changes(config, tokenizer_dir, tmp_path, stories, monkeypatch):
+    read, documents = [], tokens.documents
+    monkeypatch.setattr(tokens, "documents", lambda *args: read.append(args) or documents(*args))
+    corpus = prepare_corpus(config, tokenizer_dir)
+    assert read
+    read.clear()
+    assert prepare_corpus(config, tokenizer_dir) == corpus and not read
+
+    file = tmp_path / "text/0007.txt"
+    file.write_text(stories[7].replace("End", "Fin"))  # of the same length
+    changed = prepare_corpus(config, tokenizer_dir)
+    assert changed != corpus and read
+    file.write_text(stories[7])
+    assert prepare_corpus(config, tokenizer_dir) == corpus
+
+    read.clear()
+    shutil.rmtree(corpus.folder)
+    assert prepare_corpus(config, tokenizer_dir) == corpus and read
+    read.clear()
+    assert prepare_corpus(dataclasses.replace(config, text_field="body"), tokenizer_dir) == corpus and read
+
+
 def test_an_interrupted_run_leaves_nothing_behind(config, tokenizer_dir, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -149,7 +172,7 @@ def test_a_process_that_comes_second_takes_the_corpus_of_the_first(config, token
 
     monkeypatch.setattr(tokens, "encode", encode_after_another_process)
     assert prepare_corpus(config, tokenizer_dir).train[0].num_documents == 32
-    assert [path.stat().st_ino for path in (tmp_path / "cache").iterdir()] == inodes
+    assert {path.stat().st_ino for path in (tmp_path / "cache").iterdir()} == set(inodes)  # a folder and a link to it
 
 
 def test_a_damaged_folder_is_named(config, tokenizer_dir):
