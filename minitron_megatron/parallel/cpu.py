@@ -114,6 +114,8 @@ def install_cpu_backend() -> None:
     if torch.cuda.is_available() or getattr(torch.cuda, "Stream", None) is _Stream:
         return
     _keep_freed_memory()
+    # Megatron's jit fusions, such as squared ReLU, would want a C++ compiler, and seconds of it.
+    torch.compiler.set_stance("force_eager")
     for name, stand_in in _stand_ins().items():
         setattr(torch.cuda, name, stand_in)
     _OnCPU().__enter__()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.config.schema import DistillConfig
+from minitron_megatron.config.verbs import import_for_good
 from minitron_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -12,8 +13,7 @@ logger = logging.getLogger(__name__)
 
 def distill(config: DistillConfig) -> Path:
     """`training.distill.distill`; at the end trackers get the run's loss curves as an image."""
-    from minitron_megatron.training.distill import distill as train
-
+    train = import_for_good("minitron_megatron.training.distill").distill
     return train(config, _draw)
 
 
