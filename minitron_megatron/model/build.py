@@ -130,7 +130,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=on_cuda,
         bias_dropout_fusion=on_cuda,
-        bias_activation_fusion=False,
+        bias_activation_fusion=_uses_te() and shape.gated and shape.activation is Activation.SILU,
         # Despite its name: that the activation is a module of the layer spec.
         use_te_activation_func=shape.gated and not _uses_te(),
         persist_layer_norm=False,

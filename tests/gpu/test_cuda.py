@@ -3,13 +3,16 @@
 import pytest
 import torch
 
-from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
+from minitron_megatron.checkpoint.huggingface import StateDict, hf_tensors, read_hf_tensor
+from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig
 from minitron_megatron.config.schema import DType, OptimizerConfig
 from minitron_megatron.data.samples import rank_batches
 from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
 from minitron_megatron.distillation.losses import distillation_loss
 from minitron_megatron.distillation.step import TeacherStudent
+from minitron_megatron.model.build import build_model, fp8_problems
+from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.schedule import output_weight, run_forward
 from minitron_megatron.pruning.calibration import score_model
 from minitron_megatron.training.optimizer import optimization
@@ -37,15 +40,17 @@ def test_logits_are_those_of_transformers(groups, family):
         torch.testing.assert_close(logits, theirs(batch["tokens"]).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("frugal", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_is_that_of_autograd_on_transformers_models(groups, family, recompute):
+def test_a_step_is_that_of_autograd_on_transformers_models(groups, family, frugal):
+    """With activations recomputed, a distributed optimiser and overlapped communication, as in the recipes, or none."""
     teacher, student = hf_model(seed=1, **FAMILIES[family]), hf_model(seed=2, **FAMILIES[family])
     teacher_chunks, _ = build_ours(teacher, groups)
-    chunks, shape = build_ours(student, groups, recompute=recompute)
+    chunks, shape = build_ours(student, groups, recompute=frugal)
     for chunk in teacher_chunks:
         chunk.requires_grad_(False)
-    training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+    optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1, distributed=frugal, overlap=frugal)
+    training = optimization(chunks, optimizer, 4, DType.FP32, groups)
     pair = TeacherStudent(training.chunks, teacher_chunks, groups, LossConfig(0.7, 0.4, chunk_tokens=7), shape.vocab)
     [batch] = rank_batches(Samples(BATCH, SEQUENCE, shape.vocab), 0, BATCH, BATCH, 0, 1)
     training.zero_grad()
@@ -66,6 +71,22 @@ def test_a_step_is_that_of_autograd_on_transformers_models(groups, family, recom
     assert training.grad_norm() == pytest.approx(norm, rel=1e-3)
     training.step()
     assert pair.train([on_gpu(batch)]).total(pair.loss) < result.total(pair.loss)
+
+
+def test_a_teacher_in_fp8_says_nearly_the_same(groups):
+    config = {**FAMILIES["llama"], "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+    theirs = hf_model(**config)
+    shape = shape_from_config(config)
+    if fp8_problems(shape, groups.layout, "teacher_fp8"):
+        pytest.skip("no Transformer Engine here")
+    [batch] = rank_batches(Samples(BATCH, SEQUENCE, shape.vocab), 0, BATCH, BATCH, 0, 1)
+    states = []
+    for fp8 in (False, True):
+        chunks = build_model(shape, groups, DType.BF16, fp8=fp8)
+        load_weights(chunks, StateDict(shape, theirs.state_dict()), groups)
+        states += run_forward(chunks, [on_gpu(batch)], groups, on_output=lambda output, batch: output.float())
+    difference = (states[1] - states[0]).norm() / states[0].norm()
+    assert 1e-4 < difference < 0.1  # in FP8 indeed, whose e4m3 has 3 bits of mantissa
 
 
 def test_scores_are_those_of_hooks_on_a_transformers_model(groups):
