@@ -12,7 +12,7 @@ from tests.tiny import tiny_inputs
 ROOT = Path(__file__).parents[2]
 
 
-def wait_for(condition, seconds: float = 600, what: str = ""):
+def wait_for(condition, seconds: float = 1200, what: str = ""):
     """What `condition` returns as soon as it is true."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
