@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -30,14 +31,33 @@ def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(step) for tensor in tensors), strict=True)
 
 
+_PRODUCTS = {
+    *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, F.linear, F.scaled_dot_product_attention),
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm),
+}
+
+
 class _OnCPU(TorchFunctionMode):
     """Redirects calls that name a CUDA device to the CPU, and makes `Tensor.type()` answer as on CUDA.
 
     Megatron's optimisers sort parameters by `param.type() == "torch.cuda.FloatTensor"`.
+
+    Args:
+        widen: multiply bf16 matrices in float32. The result is rounded to bf16 either way, but torch's own products
+            are plain loops, tens of times as slow, where oneDNN has none for the processor.
     """
+
+    def __init__(self, widen: bool):
+        super().__init__()
+        self.widen = widen
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.widen and func in _PRODUCTS and any(map(_is_bf16, args)):
+            out = kwargs.pop("out", None)
+            wide = (arg.float() if _is_bf16(arg) else arg for arg in args)
+            product = func(*wide, **kwargs).bfloat16()
+            return product if out is None else out.copy_(product)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if func is torch.Tensor.cuda:
@@ -47,6 +67,10 @@ class _OnCPU(TorchFunctionMode):
         if any(_names_cuda(arg) for arg in args[1:]):
             args = (args[0], *("cpu" if _names_cuda(arg) else arg for arg in args[1:]))
         return func(*args, **kwargs)
+
+
+def _is_bf16(value) -> bool:
+    return isinstance(value, Tensor) and value.dtype is torch.bfloat16
 
 
 def _names_cuda(device) -> bool:
@@ -118,7 +142,7 @@ def install_cpu_backend() -> None:
     torch.compiler.set_stance("force_eager")
     for name, stand_in in _stand_ins().items():
         setattr(torch.cuda, name, stand_in)
-    _OnCPU().__enter__()
+    _OnCPU(widen=not torch.ops.mkldnn._is_mkldnn_bf16_supported()).__enter__()
 
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
