@@ -133,6 +133,18 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _enter(mode: _OnCPU) -> None:
+    """Enter a mode for good, and for what Python does in backward passes, which torch runs with the mode switched off."""
+    run_backward = torch.autograd._engine_run_backward
+
+    def run_in_mode(*args, **kwargs):
+        with mode:
+            return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_in_mode
+    mode.__enter__()
+
+
 def install_cpu_backend() -> None:
     """Make Megatron-Core run on this process's CPU. A no-op where CUDA exists; safe to call twice."""
     if torch.cuda.is_available() or getattr(torch.cuda, "Stream", None) is _Stream:
@@ -142,7 +154,7 @@ def install_cpu_backend() -> None:
     torch.compiler.set_stance("force_eager")
     for name, stand_in in _stand_ins().items():
         setattr(torch.cuda, name, stand_in)
-    _OnCPU(widen=not torch.ops.mkldnn._is_mkldnn_bf16_supported()).__enter__()
+    _enter(_OnCPU(widen=not torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random

@@ -14,6 +14,23 @@ def test_nothing_is_compiled():
     assert torch.compile(lambda x: x + 1, backend=compiler)(torch.ones(1)) == 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="not installed on CUDA")
+def test_python_in_a_backward_pass_sees_no_cuda_either():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.new_full(grad.shape, 2.0, device="cuda") * grad
+
+    install_cpu_backend()
+    x = torch.ones(3, requires_grad=True)
+    Double.apply(x).sum().backward()
+    assert x.grad.tolist() == [2, 2, 2]
+
+
 def test_bf16_products_in_float32_are_rounded_once_and_have_gradients():
     torch.manual_seed(0)
     a, b = torch.randn(6, 300).bfloat16(), torch.randn(300, 5).bfloat16()
