@@ -134,7 +134,7 @@ def _keep_freed_memory() -> None:
 
 
 def _enter(mode: _OnCPU) -> None:
-    """Enter a mode for good, and for what Python does in backward passes, which torch runs with the mode switched off."""
+    """Enter a mode for good, and again for backward passes, which torch runs with it switched off."""
     run_backward = torch.autograd._engine_run_backward
 
     def run_in_mode(*args, **kwargs):
