@@ -224,8 +224,8 @@ def _link(parts: list[list[str]], config: DataConfig, tokenizer: PreTrainedToken
 
 
 def _point(link: Path, folder: Path) -> None:
-    link.unlink(missing_ok=True)  # it may lead to a folder that somebody has deleted
-    with suppress(FileExistsError):  # another process was faster
+    with suppress(OSError):  # another process was faster, or the cache may only be read, and text is read again
+        link.unlink(missing_ok=True)  # it may lead to a folder that somebody has deleted
         link.symlink_to(folder.name)
 
 

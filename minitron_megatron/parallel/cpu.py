@@ -154,7 +154,8 @@ def install_cpu_backend() -> None:
     torch.compiler.set_stance("force_eager")
     for name, stand_in in _stand_ins().items():
         setattr(torch.cuda, name, stand_in)
-    _enter(_OnCPU(widen=not torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    _enter(_OnCPU(widen=not has_bf16))
 
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
