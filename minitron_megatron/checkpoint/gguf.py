@@ -1,78 +1,283 @@
-"""Whether a GGUF file is as long as it says, before what reads it believes it.
+"""GGUF files as sources of weights, read and de-quantised a block of rows at a time.
 
     magic GGUF, uint32 version, uint64 tensors, uint64 values
     values:  text key, uint32 type, value
-    tensors: text name, uint32 dimensions D, uint64 size [D], uint32 type, uint64 offset
+    tensors: text name, uint32 dimensions D, uint64 size [D], fastest first, uint32 type, uint64 offset
+    data:    from the next multiple of the alignment, which is a value, on
     text:    uint64 length, bytes;  array: uint32 type, uint64 length, values
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import copy
+import importlib.util
+import math
 import os
 import struct
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from minitron_megatron.errors import CheckpointError
+import numpy as np
+import torch
+
+from minitron_megatron.checkpoint.companions import read_config
+from minitron_megatron.checkpoint.huggingface import HuggingFaceTensors, hf_tensors
+from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError, UserError
+from minitron_megatron.model.families import FAMILIES, shape_from_config
+from minitron_megatron.model.shape import ModelShape
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+    from transformers import PretrainedConfig
 
 _TEXT, _ARRAY = 8, 9
 # Bytes of every other type: integers of 1, 2 and 4 bytes, float32, bool, integers of 8 bytes and float64.
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _MAX_DIMENSIONS = 4
+_MAX_NAME = 4096
+_ROPE_FACTORS = "rope_freqs.weight"
+# What a file keeps of the scaling of Llama 3.1, 3.2 and 3.3 is its effect; these are equal in all of them.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def check_gguf(path: Path) -> int:
-    """See that what a GGUF file says of its lengths fits into it.
+def open_gguf(path: Path, companions: Path) -> HuggingFaceTensors:
+    """The weights of a GGUF file. What transformers makes of its config and tokenizer goes into `companions`.
 
-    Returns:
-        how many tensors it has.
+    Raises:
+        CheckpointError: the file is not whole.
+        ConfigError: the packages that read such files are not installed.
+        UnsupportedModelError: its family, its number format or its rotary scaling is not supported.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError([f"source = {path} is a GGUF file, which the demo extra reads: pip install -e '.[demo]'"])
+    from transformers import AutoConfig, AutoTokenizer
+
+    header = _read_header(path)
+    where = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(**where)
+        if config.model_type not in FAMILIES:
+            raise UnsupportedModelError(
+                f"{path}: model_type = {config.model_type!r} is not supported: choose a model of one of "
+                f"{', '.join(sorted(FAMILIES))}"
+            )
+        if head_dim := header.of_model("attention.key_length"):  # which transformers reads of few families
+            config.head_dim = head_dim
+        if (scaling := header.of_model("rope.scaling.type")) not in (None, "none"):  # which it reads of none
+            raise UnsupportedModelError(f"{path}: rope.scaling.type = {scaling!r} is not supported: choose another one")
+        if _ROPE_FACTORS in header.tensors:
+            config.rope_parameters = _llama3_scaling(path, config, header.tensors.pop(_ROPE_FACTORS))
+        config.save_pretrained(companions)
+        shape = shape_from_config(read_config(companions))
+        if shape.num_layers > len(header.tensors):
+            raise CheckpointError(
+                f"{path} says that it has {shape.num_layers} layers, and holds {len(header.tensors)} tensors"
+            )
+        AutoTokenizer.from_pretrained(**where).save_pretrained(companions)
+        return HuggingFaceTensors(path, shape, _by_their_name(header, shape))
+    except UserError:
+        raise
+    except Exception as e:  # as many kinds as there are ways to be damaged
+        raise CheckpointError(f"{path} cannot be read as a GGUF file: {e!r}") from e
+
+
+@dataclass(frozen=True)
+class _QuantizedTensor:
+    """A tensor in a GGUF file, of which `start` is its first byte and `type` its number format.
+
+    `paired_heads` heads hold the two halves of their rows, which rotary embeddings pair, in turn: Hugging Face's row
+    j of the first half is row 2 j of the file's head, and row j of the second one 2 j + 1. `added` is what the file's
+    values are larger by.
+    """
+
+    path: Path
+    start: int
+    size: tuple[int, ...]
+    type: "GGMLQuantizationType"
+    paired_heads: int | None = None
+    added: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        return self.type.name
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of what is read: float32, or None where nothing de-quantises the file's format."""
+        try:
+            self._dequantized(np.zeros((1, self._block[1]), np.uint8))
+        except NotImplementedError:
+            return None
+        return torch.float32
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.size[:-1]) * self._row_bytes
+
+    def read(self, index: list[np.ndarray]) -> torch.Tensor:
+        """The values at the rows and columns of `index`, or at those of its only dimension."""
+        *rows, columns = index
+        rows = self._in_file(rows[0]) if rows else np.zeros(1, np.int64)
+        low, high = int(rows.min()), int(rows.max()) + 1
+        with open(self.path, "rb") as file:
+            file.seek(self.start + low * self._row_bytes)
+            raw = np.fromfile(file, np.uint8, (high - low) * self._row_bytes).reshape(high - low, -1)
+        values = self._dequantized(raw[rows - low])[:, columns] - np.float32(self.added)
+        return torch.from_numpy(values if len(index) > 1 else values[0])
+
+    def _in_file(self, rows: np.ndarray) -> np.ndarray:
+        if self.paired_heads is None:
+            return rows
+        head_dim = self.size[0] // self.paired_heads
+        head, row = np.divmod(rows, head_dim)
+        half, pair = np.divmod(row, head_dim // 2)
+        return head * head_dim + 2 * pair + half
+
+    def _dequantized(self, raw: np.ndarray) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        return dequantize(raw, self.type)
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        """Values of a block, and bytes."""
+        from gguf import GGML_QUANT_SIZES
+
+        return GGML_QUANT_SIZES[self.type]
+
+    @property
+    def _row_bytes(self) -> int:
+        values, num_bytes = self._block
+        if self.size[-1] % values:
+            raise ValueError(f"a row has {self.size[-1]} values, and {self.kind} has blocks of {values}")
+        return self.size[-1] // values * num_bytes
+
+
+@dataclass
+class _Header:
+    """A file's texts and whole numbers, and its tensors."""
+
+    values: dict[str, str | int | None]
+    tensors: dict[str, _QuantizedTensor]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.values.get("general.architecture", ""))
+
+    def of_model(self, name: str) -> str | int | None:
+        """A value whose name begins with the architecture's."""
+        return self.values.get(f"{self.architecture}.{name}")
+
+
+def _by_their_name(header: _Header, shape: ModelShape) -> dict[str, _QuantizedTensor]:
+    """The file's tensors under Hugging Face's names, and those that have none under their own."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    [architecture] = [key for key, name in MODEL_ARCH_NAMES.items() if name == header.architecture]
+    names = get_tensor_name_map(architecture, shape.num_layers)
+    heads = {"q_proj": shape.num_heads, "k_proj": shape.num_query_groups}
+    tensors = dict(header.tensors)
+    for name, *_ in hf_tensors(shape):
+        module, kind = name.rsplit(".", 1)
+        tensor = tensors.pop(f"{names.get_name(module)}.{kind}", None)
+        if tensor is None:
+            continue
+        # What llama.cpp's converter has done to them.
+        if header.architecture == "llama":
+            tensor = replace(tensor, paired_heads=heads.get(module.split(".")[-1]))
+        elif header.architecture == "nemotron" and name.endswith("norm.weight"):
+            tensor = replace(tensor, added=1.0)
+        tensors[name] = tensor
+    return tensors
+
+
+def _llama3_scaling(path: Path, config: "PretrainedConfig", factors: _QuantizedTensor) -> dict:
+    """The settings of rotary scaling whose effect on each frequency a file holds."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    divisors = factors.read([np.arange(factors.size[-1])])
+    plain = dict(config.rope_parameters)
+    scaled = {**plain, **_LLAMA3, "rope_type": "llama3", "factor": float(divisors.max())}
+    found = copy.deepcopy(config)
+    found.rope_parameters = scaled
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](found, torch.device("cpu"))
+    dim = 2 * len(divisors)
+    unscaled = 1.0 / plain["rope_theta"] ** (torch.arange(0, dim, 2) / dim)
+    if len(frequencies) != len(divisors) or not torch.allclose(unscaled / frequencies, divisors, rtol=1e-4):
+        raise UnsupportedModelError(
+            f"{path}: {_ROPE_FACTORS} is not the rotary scaling of Llama 3.1 to 3.3: import the Hugging Face folder"
+        )
+    return scaled
+
+
+def _read_header(path: Path) -> _Header:
+    """What a GGUF file says of itself, once it is seen that all of it fits into the file.
 
     Raises:
         CheckpointError: it does not.
     """
     try:
         with open(path, "rb") as file:
-            return _check(file, os.fstat(file.fileno()).st_size)
+            return _parse(file, path, os.fstat(file.fileno()).st_size)
     except (OSError, ValueError, struct.error) as e:
         raise CheckpointError(f"{path} is not a whole GGUF file: {e}") from e
 
 
-def _check(file: BufferedReader, size: int) -> int:
+def _parse(file: BufferedReader, path: Path, size: int) -> _Header:
+    from gguf import GGMLQuantizationType
+
     def number(code: str) -> int:
         return struct.unpack(f"<{code}", file.read(struct.calcsize(code)))[0]
 
-    def skip(num_bytes: int) -> None:
-        if num_bytes > size - file.tell():
-            raise ValueError(f"{num_bytes} bytes should follow at byte {file.tell()}, and it has {size}")
-        file.seek(num_bytes, os.SEEK_CUR)
+    def take(num_bytes: int) -> bytes:
+        """What follows, of which more than a name may have is passed over."""
+        if num_bytes > size - (begin := file.tell()):
+            raise ValueError(f"{num_bytes} bytes should follow at byte {begin}, and it has {size}")
+        found = file.read(min(num_bytes, _MAX_NAME))
+        file.seek(begin + num_bytes)
+        return found
 
-    def skip_value(kind: int, is_element: bool = False) -> None:
+    def text() -> str:
+        return take(number("Q")).decode(errors="replace")
+
+    def value(kind: int, is_element: bool = False) -> str | int | None:
         if kind == _TEXT:
-            skip(number("Q"))
-        elif kind == _ARRAY and not is_element:
+            return text()
+        if kind == _ARRAY and not is_element:
             kind, length = number("I"), number("Q")
             if kind in _BYTES:
-                skip(_BYTES[kind] * length)
-            else:
-                for _ in range(length):  # each of which takes some bytes, so that it ends with the file
-                    skip_value(kind, is_element=True)
-        elif kind in _BYTES:
-            skip(_BYTES[kind])
-        else:
-            raise ValueError(f"type {kind} at byte {file.tell() - 4} is none")
+                take(_BYTES[kind] * length)
+                return None
+            for _ in range(length):  # each of which takes some bytes, so that it ends with the file
+                value(kind, is_element=True)
+            return None
+        if kind in _BYTES:
+            return int.from_bytes(take(_BYTES[kind]), "little")
+        raise ValueError(f"type {kind} at byte {file.tell() - 4} is none")
 
     magic, version = file.read(4), number("I")
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError(f"it begins with {magic!r}, version {version}, and should with b'GGUF', version 2 or 3")
     num_tensors, num_values = number("Q"), number("Q")
+    values = {}
     for _ in range(num_values):
-        skip(number("Q"))
-        skip_value(number("I"))
+        name = text()
+        values[name] = value(number("I"))
+    entries = {}
     for _ in range(num_tensors):
-        skip(number("Q"))
-        if (dimensions := number("I")) > _MAX_DIMENSIONS:
-            raise ValueError(f"a tensor has {dimensions} dimensions, at byte {file.tell() - 4}")
-        skip(8 * dimensions + 4)
-        if (offset := number("Q")) > size:
-            raise ValueError(f"a tensor begins at byte {offset}, and it has {size}")
-    return num_tensors
+        name = text()
+        if not 1 <= (dimensions := number("I")) <= _MAX_DIMENSIONS:
+            raise ValueError(f"{name} has {dimensions} dimensions, at byte {file.tell() - 4}")
+        sizes = tuple(number("Q") for _ in range(dimensions))[::-1]
+        entries[name] = sizes, GGMLQuantizationType(number("I")), number("Q")
+    alignment = values.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r}")
+    start = -(-file.tell() // alignment) * alignment
+    tensors = {name: _QuantizedTensor(path, start + at, sizes, kind) for name, (sizes, kind, at) in entries.items()}
+    for name, tensor in tensors.items():
+        if tensor.start + tensor.num_bytes > size:
+            raise ValueError(f"{name} should end at byte {tensor.start + tensor.num_bytes}, and it has {size}")
+    return _Header(values, tensors)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from minitron_megatron.checkpoint.model_card import CARD
 from minitron_megatron.checkpoint.plain import read_json
 from minitron_megatron.checkpoint.rows import bits, copy_rows
 from minitron_megatron.checkpoint.shards import Tensor, cut_into_shards, write_shards
-from minitron_megatron.checkpoint.source import TensorSource, instances, take
+from minitron_megatron.checkpoint.source import TensorSource, instances
 from minitron_megatron.disk import told_when_full
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import Param, Part, axis_sizes, parameters
@@ -32,8 +33,25 @@ _SHOWN_PROBLEMS = 10
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
+class StoredTensor(Protocol):
+    """A tensor on the disk: its size, what its number format is called, and the dtype of what is read of it.
+
+    The dtype is None where the format is not supported.
+    """
+
+    size: tuple[int, ...]
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype | None: ...
+
+    def read(self, index: list[np.ndarray]) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
-class _StoredTensor:
+class _SafeTensor:
     """A tensor in a safetensors file, of which `start` is its first byte and `kind` the file's word for its dtype.
 
     It is read in place. safetensors would map the file into memory, and what is mapped counts as used.
@@ -45,8 +63,8 @@ class _StoredTensor:
     kind: str
 
     @property
-    def dtype(self) -> torch.dtype:
-        return _DTYPES[self.kind]
+    def dtype(self) -> torch.dtype | None:
+        return _DTYPES.get(self.kind)
 
     def read(self, index: list[np.ndarray]) -> torch.Tensor:
         out = torch.empty([len(i) for i in index], dtype=self.dtype)
@@ -55,28 +73,19 @@ class _StoredTensor:
         return out
 
 
-class HuggingFaceFolder:
-    """A Hugging Face folder (one or many safetensors files) as a source of weights, read row by row.
+class HuggingFaceTensors:
+    """Tensors on the disk under Hugging Face names, as a source of weights that is read row by row.
 
     Raises:
-        CheckpointError: a file or tensor is missing, cut short, of another size than the config says, or unknown.
-        UnsupportedModelError: the family is not supported.
+        CheckpointError: a tensor is missing, of another size than the shape says, or unknown.
     """
 
-    def __init__(self, folder: Path):
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no config.json")
-        self.folder = folder
-        config = read_config(folder)
-        try:
-            self.shape = shape_from_config(config)
-        except (KeyError, TypeError, AttributeError, ArithmeticError) as e:
-            raise CheckpointError(f"{folder / 'config.json'} is not the whole config of a model: {e!r}") from e
-        names = _weight_files(folder)
-        there = {file: _tensors_in(folder / file) for file in set(names.values())}
-        self._tensors = {name: there[file][name] for name, file in names.items() if name in there[file]}
+    def __init__(self, path: Path, shape: ModelShape, tensors: Mapping[str, StoredTensor]):
+        self.path = path
+        self.shape = shape
+        self._tensors = tensors
         self._check()
-        self.dtype = self._tensors["model.embed_tokens.weight"].dtype
+        self.dtype = tensors["model.embed_tokens.weight"].dtype
 
     def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`. Rows that pad the vocabulary are zero."""
@@ -84,7 +93,7 @@ class HuggingFaceFolder:
         out = torch.zeros([len(i) for i in index], dtype=self.dtype)
         for part in param.parts:
             # Row i of this tensor is row `fused[i]` of Megatron's.
-            fused = _true_rows(param, part, self.shape)
+            fused = true_rows(param, part, self.shape)
             _, where, own = np.intersect1d(rows, fused, assume_unique=True, return_indices=True)
             if not len(own):
                 continue
@@ -99,9 +108,9 @@ class HuggingFaceFolder:
             if name not in self._tensors:
                 problems.append(f"missing: {name} {size}")
             elif (found := list(self._tensors[name].size)) != size:
-                problems.append(f"wrong size: {name} is {found}, config.json says {size}")
-            elif (kind := self._tensors[name].kind) not in _DTYPES:
-                problems.append(f"unknown number format: {name} is {kind}; supported: {', '.join(_DTYPES)}")
+                problems.append(f"wrong size: {name} is {found}, the config says {size}")
+            elif self._tensors[name].dtype is None:
+                problems.append(f"unknown number format: {name} is {self._tensors[name].kind}")
         ignored = {*expected, "lm_head.weight"} if self.shape.tied else set(expected)
         unknown = [name for name in self._tensors if name not in ignored and "rotary_emb.inv_freq" not in name]
         problems += [f"unknown: {name}" for name in unknown]
@@ -109,23 +118,28 @@ class HuggingFaceFolder:
             shown = problems[:_SHOWN_PROBLEMS]
             if len(problems) > len(shown):
                 shown.append(f"and {len(problems) - len(shown)} more")
-            raise CheckpointError(f"{self.folder} does not hold the network of its config:\n  " + "\n  ".join(shown))
+            raise CheckpointError(f"{self.path} does not hold the network of its config:\n  " + "\n  ".join(shown))
 
 
-class StateDict:
-    """Weights in memory under Hugging Face names, as a source."""
+class HuggingFaceFolder(HuggingFaceTensors):
+    """A Hugging Face folder, one or many safetensors files, as a source of weights.
 
-    def __init__(self, shape: ModelShape, tensors: Mapping[str, torch.Tensor]):
-        self.shape = shape
-        self.tensors = tensors
-        self.dtype = tensors["model.embed_tokens.weight"].dtype
+    Raises:
+        CheckpointError: a file or tensor is missing, cut short, of another size than the config says, or unknown.
+        UnsupportedModelError: the family is not supported.
+    """
 
-    def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
-        """See `TensorSource.read`. Rows that pad the vocabulary are zero."""
-        whole = torch.zeros(param.size(axis_sizes(self.shape)), dtype=self.dtype)
-        for part in param.parts:
-            whole[torch.from_numpy(_true_rows(param, part, self.shape))] = self.tensors[part.name.format(layer=layer)]
-        return take(whole, index)
+    def __init__(self, folder: Path):
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no config.json")
+        config = read_config(folder)
+        try:
+            shape = shape_from_config(config)
+        except (KeyError, TypeError, AttributeError, ArithmeticError) as e:
+            raise CheckpointError(f"{folder / 'config.json'} is not the whole config of a model: {e!r}") from e
+        names = _weight_files(folder)
+        there = {file: _tensors_in(folder / file) for file in set(names.values())}
+        super().__init__(folder, shape, {n: there[file][n] for n, file in names.items() if n in there[file]})
 
 
 def hf_tensors(shape: ModelShape) -> Iterator[tuple[str, list[int], Param, Part, int | None]]:
@@ -146,7 +160,7 @@ def read_hf_tensor(source: TensorSource, param: Param, part: Part, layer: int | 
 def _read_rows(
     source: TensorSource, param: Param, part: Part, layer: int | None, low: int, high: int | None
 ) -> torch.Tensor:
-    rows = _true_rows(param, part, source.shape)[low:high]
+    rows = true_rows(param, part, source.shape)[low:high]
     columns = [np.arange(n) for n in param.size(axis_sizes(source.shape))[1:]]
     return source.read(param, layer, [rows, *columns])
 
@@ -207,7 +221,7 @@ def write_huggingface(
         workers.run_on_main(lambda: write_rest(folder))
 
 
-def _true_rows(param: Param, part: Part, shape: ModelShape) -> np.ndarray:
+def true_rows(param: Param, part: Part, shape: ModelShape) -> np.ndarray:
     """Rows of Megatron's tensor that make up `part`, without those that pad the vocabulary."""
     sizes = axis_sizes(shape)
     kept = dict(part.kept)
@@ -216,7 +230,7 @@ def _true_rows(param: Param, part: Part, shape: ModelShape) -> np.ndarray:
     return param.dims[0].index(kept, sizes)
 
 
-def _tensors_in(path: Path) -> dict[str, _StoredTensor]:
+def _tensors_in(path: Path) -> dict[str, _SafeTensor]:
     """The tensors of a safetensors file by name. Opening it checks that it is whole."""
     try:
         with safe_open(path, framework="pt"), open(path, "rb") as file:
@@ -230,7 +244,7 @@ def _tensors_in(path: Path) -> dict[str, _StoredTensor]:
         raise CheckpointError(f"{path} is not a whole safetensors file: {e}") from e
     entries.pop("__metadata__", None)
     return {
-        name: _StoredTensor(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        name: _SafeTensor(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
         for name, entry in entries.items()
     }
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minitron_megatron.checkpoint.huggingface import StateDict, hf_tensors, read_hf_tensor
+from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.data.samples import rank_batches
 from minitron_megatron.model.families import shape_from_config
 from tests.gradients import Gradients, local_gradients
+from tests.in_memory import StateDict
 from tests.ranks import run_on_ranks
 from tests.tiny import FAMILIES, Samples, hf_model
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from minitron_megatron.checkpoint.huggingface import StateDict, hf_tensors, read_hf_tensor
+from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.loss import Balance, HiddenConfig, HiddenLoss, LayerMap, LossConfig, Point, Projection
 from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
@@ -22,6 +22,7 @@ from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.training.optimizer import optimization
 from tests.gradients import Gradients, close, local_gradients
+from tests.in_memory import StateDict
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, Samples, hf_model
 

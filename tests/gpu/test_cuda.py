@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minitron_megatron.checkpoint.huggingface import StateDict, hf_tensors, read_hf_tensor
+from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig
 from minitron_megatron.config.schema import DType, OptimizerConfig
@@ -17,6 +17,7 @@ from minitron_megatron.parallel.schedule import output_weight, run_forward
 from minitron_megatron.pruning.calibration import score_model
 from minitron_megatron.training.optimizer import optimization
 from tests.gradients import Gradients, close, local_gradients
+from tests.in_memory import StateDict
 from tests.tiny import FAMILIES, Samples, hf_model
 from tests.unit.distillation.cases import Case
 from tests.unit.pruning.direct import build_ours, samples_for, score_config

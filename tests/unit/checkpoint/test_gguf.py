@@ -1,43 +1,22 @@
-"""The built-in GGUF model: the same network that transformers makes of the file."""
+"""GGUF files against what transformers reads in them, and what cannot be imported."""
 
 import importlib.util
-import shutil
+import math
+from itertools import cycle
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minitron_megatron.checkpoint.convert import BUILTIN, import_checkpoint
-from minitron_megatron.checkpoint.load import load_weights
+from minitron_megatron.checkpoint.convert import import_checkpoint
 from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.config.schema import DType, ImportConfig, ParallelConfig
-from minitron_megatron.errors import CheckpointError, ConfigError
-from minitron_megatron.model.build import build_model
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.config.schema import ImportConfig
+from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError
+from minitron_megatron.model.families import shape_from_config
+from tests.in_memory import as_transformers_model
+from tests.tiny import FAMILIES, LLAMA, hf_model
 
 NAME = "builtin:smollm2-135m"
-PACKAGE = BUILTIN[NAME][0]
-
-
-@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed")
-def test_smollm2_gives_the_logits_that_transformers_gives(tmp_path, monkeypatch):
-    # Loading takes most of the time, so that transformers' model is taken from the import's own call.
-    loaded, load = [], AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda **how: loaded.append(load(**how)) or loaded[0])
-    checkpoint = Checkpoint(import_checkpoint(ImportConfig(NAME, str(tmp_path / "c"), DType.FP32)))
-    assert (checkpoint.shape.num_layers, checkpoint.shape.hidden, checkpoint.shape.num_heads) == (30, 576, 9)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.huggingface_folder)
-    tokens = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
-    with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        [ours] = build_model(checkpoint.shape, groups, DType.FP32)
-        load_weights([ours], checkpoint, groups)
-        logits = ours(tokens, torch.arange(tokens.size(1))[None], attention_mask=None)[..., : checkpoint.shape.vocab]
-    [theirs] = loaded
-    expected = theirs(tokens).logits.detach()
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
-    assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
-    assert theirs.num_parameters() == checkpoint.manifest.details["parameters"]
-    shutil.rmtree(checkpoint.root)  # half a gigabyte, which pytest would keep
 
 
 def test_a_builtin_model_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
@@ -57,3 +36,118 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"model.bin is neither a folder nor a .gguf file"):
         import_checkpoint(ImportConfig(str(tmp_path / "model.bin"), str(tmp_path / "c")))
+
+
+def write_gguf(path, model, formats=("F32",), scaling=None, name=None):
+    """A GGUF file as llama.cpp's converter makes it of a transformers model, its matrices in turn in some formats."""
+    import gguf
+
+    config, family = model.config, "llama" if model.config.model_type == "mistral" else model.config.model_type
+    [architecture] = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(str(path), family)
+    writer.add_name(name or config.model_type)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", "ab", *(chr(97 + i) for i in range(config.vocab_size - 3))])
+    writer.add_token_types([3, 3] + [1] * (config.vocab_size - 2))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    formats = cycle(formats)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module, kind = name.rsplit(".", 1)
+        values = tensor.numpy()
+        if family == "llama" and module.endswith(("q_proj", "k_proj")):
+            heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
+            values = values.reshape(heads, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
+        if family == "nemotron" and name.endswith("norm.weight"):
+            values = values + 1
+        kind_of = gguf.GGMLQuantizationType[next(formats) if values.ndim == 2 else "F32"]
+        writer.add_tensor(f"{names.get_name(module)}.{kind}", gguf.quantize(values, kind_of), raw_dtype=kind_of)
+    if scaling is not None:
+        writer.add_tensor("rope_freqs.weight", scaling)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+# Blocks have 32 values.
+FORMATS = ["Q8_0", "Q4_1", "F16", "Q5_0", "BF16"]
+SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_tensors_are_those_that_transformers_reads(tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    # transformers takes Qwen3's heads to be of 128.
+    model = hf_model(**FAMILIES[family] | SIZES | ({"head_dim": 128} if family == "qwen3" else {}))
+    path = write_gguf(tmp_path / "model.gguf", model, FORMATS)
+    checkpoint = Checkpoint(import_checkpoint(ImportConfig(str(path), str(tmp_path / "c"))))
+    if family == "mistral":  # which transformers cannot read; under another name it is a Llama, being the same network
+        path = write_gguf(tmp_path / "llama.gguf", model, FORMATS, name="llama")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    found = as_transformers_model(checkpoint)
+    assert checkpoint.dtype == torch.float32
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+        # And they are the model's, but for what the formats have no room for.
+        original = model.state_dict()[name]
+        assert (tensor - original).abs().max() < 0.1 * original.abs().max(), name
+
+
+def test_the_size_of_heads_is_read(tmp_path):
+    model = hf_model(**FAMILIES["qwen3"] | SIZES)
+    path = write_gguf(tmp_path / "model.gguf", model)
+    found = as_transformers_model(Checkpoint(import_checkpoint(ImportConfig(str(path), str(tmp_path / "c")))))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+def llama3_divisors(base, dim, factor, low, high, positions):
+    """What each frequency is divided by, as llama.cpp's converter computes it."""
+    for i in range(0, dim, 2):
+        wavelength = 2 * math.pi * base ** (i / dim)
+        smooth = (positions / wavelength - low) / (high - low)
+        yield 1.0 if smooth > 1 else factor if smooth < 0 else 1 / ((1 - smooth) / factor + smooth)
+
+
+def test_the_rotary_scaling_of_llama3_is_found_in_its_effect(tmp_path):
+    settings = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0}
+    settings |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    sizes = SIZES | {"rope_parameters": settings, "head_dim": 32, "max_position_embeddings": 131072}
+    model = hf_model(**LLAMA | sizes)
+    divisors = np.array(list(llama3_divisors(500000.0, 32, 32.0, 1.0, 4.0, 8192)), np.float32)
+    assert len({1.0, 32.0, *divisors}) > 2
+    path = write_gguf(tmp_path / "model.gguf", model, scaling=divisors)
+    found = Checkpoint(import_checkpoint(ImportConfig(str(path), str(tmp_path / "c"))))
+    assert found.shape.rotary_scaling == shape_from_config(model.config.to_dict()).rotary_scaling
+
+    divisors[3] *= 1.01
+    path = write_gguf(tmp_path / "other.gguf", model, scaling=divisors)
+    with pytest.raises(UnsupportedModelError, match="other.gguf: rope_freqs.weight is not the rotary scaling of Llama"):
+        import_checkpoint(ImportConfig(str(path), str(tmp_path / "other")))
+
+
+def test_what_is_not_of_the_network_is_named(tmp_path):
+    model = hf_model(**LLAMA | SIZES)
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:, :32].contiguous())
+    path = write_gguf(tmp_path / "model.gguf", model)
+    with pytest.raises(CheckpointError, match=r"wrong size: lm_head.weight is \[101, 32\], the config"):
+        import_checkpoint(ImportConfig(str(path), str(tmp_path / "c")))

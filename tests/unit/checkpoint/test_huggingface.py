@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_megatron.checkpoint.companions import copy_companions
-from minitron_megatron.checkpoint.convert import as_transformers_model, export, import_checkpoint
-from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder, StateDict
+from minitron_megatron.checkpoint.convert import export, import_checkpoint
+from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
@@ -23,6 +23,7 @@ from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.groups import process_groups
+from tests.in_memory import StateDict, as_transformers_model
 from tests.tiny import LLAMA, NEMOTRON, QWEN2, QWEN3, hf_model, save_hf
 
 INDEX = "model.safetensors.index.json"

@@ -14,7 +14,6 @@ import torch
 
 from minitron_megatron.checkpoint import sharded, writer
 from minitron_megatron.checkpoint.chunks import Chunk
-from minitron_megatron.checkpoint.huggingface import StateDict
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import instances
@@ -22,6 +21,7 @@ from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.families import shape_from_config
+from tests.in_memory import StateDict
 from tests.tiny import LLAMA, hf_model
 
 

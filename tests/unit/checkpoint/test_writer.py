@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from minitron_megatron.checkpoint import writer
-from minitron_megatron.checkpoint.huggingface import StateDict
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import instances
 from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.families import shape_from_config
+from tests.in_memory import StateDict
 from tests.tiny import LLAMA, hf_model
 
 FC1, FC2 = "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc2.weight"

@@ -4,7 +4,6 @@ import megatron.core
 import pytest
 import torch
 
-from minitron_megatron.checkpoint.huggingface import StateDict
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.errors import ConfigError
@@ -13,6 +12,7 @@ from minitron_megatron.model.build import build_model, transformer_config
 from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.parallel.layout import Layout
+from tests.in_memory import StateDict
 from tests.tiny import LLAMA, hf_model
 from tests.unit.model.configs import CONFIGS
 

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from minitron_megatron.checkpoint.huggingface import StateDict
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.schema import DepthConfig, DType, ScoreConfig
 from minitron_megatron.model import build
 from minitron_megatron.model.families import shape_from_config
+from tests.in_memory import StateDict
 from tests.tiny import Samples
 
 NUM_SAMPLES, SEQUENCE, MICRO_BATCH = 7, 16, 2  # the last micro-batch is filled up

@@ -11,7 +11,7 @@ import torch
 from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
-from minitron_megatron.checkpoint.convert import as_transformers_model, export
+from minitron_megatron.checkpoint.convert import export
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest, fingerprint
 from minitron_megatron.checkpoint.sharded import Checkpoint
@@ -25,6 +25,7 @@ from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.pruning.slicing import Pruned
+from tests.in_memory import as_transformers_model
 from tests.ranks import run_on_ranks
 from tests.tiny import FAMILIES, LLAMA, hf_model, import_hf
 

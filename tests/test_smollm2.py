@@ -1,0 +1,97 @@
+"""The built-in model, SmolLM2-135M: what Megatron-Core makes of it against what transformers does."""
+
+import importlib.util
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minitron_megatron.checkpoint.convert import BUILTIN, export, import_checkpoint
+from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.config.schema import (
+    DataConfig,
+    DType,
+    EvaluateConfig,
+    ExportConfig,
+    ImportConfig,
+    ParallelConfig,
+)
+from minitron_megatron.data.builtin import builtin_documents
+from tests.local_tasks import write_tasks
+
+NAME = "builtin:smollm2-135m"
+PACKAGE, FILE = BUILTIN[NAME]
+TASKS = ["letter_choice", "letter_text"]
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed")
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The model as a checkpoint, as a Hugging Face folder, and as transformers reads it out of the GGUF file."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    import_checkpoint(ImportConfig(NAME, str(folder / "checkpoint"), DType.FP32))
+    export(ExportConfig(str(folder / "checkpoint"), str(folder / "exported")))
+    write_tasks(folder / "tasks")
+    (folder / "text").mkdir()
+    for i, document in enumerate(islice(builtin_documents(), 40)):
+        (folder / "text" / f"{i:02d}.txt").write_text(document)
+    package = Path(importlib.util.find_spec(PACKAGE).submodule_search_locations[0])
+    theirs = AutoModelForCausalLM.from_pretrained(package, gguf_file=FILE, dtype=torch.float32)
+    yield SimpleNamespace(folder=folder, transformers=theirs)
+    shutil.rmtree(folder)  # a gigabyte, which pytest would keep
+
+
+def measure(folder, model, dtype, **changes):
+    from minitron_megatron.evaluation.evaluate import evaluate
+
+    data = DataConfig([str(folder / "text")], str(folder / "corpora"), sequence_length=512, heldout_pct=40.0)
+    output = folder / f"{model}_{dtype.name}"
+    config = EvaluateConfig(str(folder / model), str(output), data=data, dtype=dtype, **changes)
+    return json.loads((evaluate(config) / "evaluation.json").read_text())
+
+
+def test_its_logits_are_those_of_transformers(smollm2):
+    from minitron_megatron.checkpoint.load import load_weights
+    from minitron_megatron.data.tokens import load_tokenizer
+    from minitron_megatron.model.build import build_model
+    from minitron_megatron.parallel.groups import process_groups
+
+    checkpoint = Checkpoint(smollm2.folder / "checkpoint")
+    assert (checkpoint.shape.num_layers, checkpoint.shape.hidden, checkpoint.shape.num_heads) == (30, 576, 9)
+    assert smollm2.transformers.num_parameters() == checkpoint.manifest.details["parameters"]
+    tokenizer = load_tokenizer(checkpoint.huggingface_folder)
+    tokens = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with process_groups(ParallelConfig()) as groups, torch.no_grad():
+        [ours] = build_model(checkpoint.shape, groups, DType.FP32)
+        load_weights([ours], checkpoint, groups)
+        logits = ours(tokens, torch.arange(tokens.size(1))[None], attention_mask=None)[..., : checkpoint.shape.vocab]
+        expected = smollm2.transformers(tokens).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
+
+
+def test_its_perplexity_in_bf16_is_that_of_transformers(smollm2):
+    ours, theirs = (
+        measure(smollm2.folder, model, DType.BF16, num_samples=4, generate_tokens=0)["heldout"]
+        for model in ("checkpoint", "exported")
+    )
+    assert ours["num_tokens"] == theirs["num_tokens"] > 2000
+    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
+
+
+def test_its_text_and_its_scores_in_fp32_are_those_of_transformers(smollm2):
+    options = dict(num_samples=1, tasks=TASKS, task_dir=str(smollm2.folder / "tasks"), limit=5)
+    ours, theirs = (measure(smollm2.folder, model, DType.FP32, **options) for model in ("checkpoint", "exported"))
+    assert ours["generation"]["text"] == theirs["generation"]["text"]
+    for task in TASKS:
+        scores = [found["tasks"][task]["metrics"] for found in (ours, theirs)]
+        assert scores[0].keys() == scores[1].keys()
+        for metric, score in scores[0].items():
+            assert score["value"] == pytest.approx(scores[1][metric]["value"], rel=1e-4)
