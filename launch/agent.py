@@ -38,12 +38,24 @@ def main(arguments: list[str]) -> int:
     # By name, for the rest of this package must not need torch.
     launcher = importlib.import_module("torch.distributed.run")
     errors = importlib.import_module("torch.distributed.elastic.multiprocessing.errors")
+    rendezvous = importlib.import_module("torch.distributed.elastic.rendezvous")
     signals = importlib.import_module("torch.distributed.elastic.multiprocessing.api")
     # What these report about a failed rank is in the exception below, too.
     for name in ("multiprocessing.api", "multiprocessing.errors.error_handler", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    lost = []
+
+    @errors.record  # keeps what the first rank that failed has written of it
+    def launch() -> None:
+        try:
+            launcher.run(launcher.parse_args(arguments))
+        except rendezvous.RendezvousConnectionError as error:
+            # The first node's launcher has left before this one saw its own ranks leave. It knows why, and has written
+            # that where all of them write.
+            lost.append(error)
+
     try:
-        launcher.main(arguments)
+        launch()
     except errors.ChildFailedError as error:
         # Other ranks may have failed since, for want of the one that left, or were ended by the launcher's SIGTERM.
         statuses = {rank: failure.exitcode for rank, failure in error.failures.items()}
@@ -64,6 +76,9 @@ def main(arguments: list[str]) -> int:
         return 1
     except signals.SignalException as stop:
         return 128 + stop.sigval
+    if lost:
+        print(f"minitron: the first node's launcher has ended or is not reached: {lost[0]}", file=sys.stderr)
+        return 128 + asked[0] if asked else 1
     return 0
 
 

@@ -1,7 +1,9 @@
 """The launcher of ranks, with ranks that are small scripts."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,33 @@ def test_a_signal_that_ends_ranks_ends_the_agent_alike(tmp_path):
     wait_for(lambda: files(tmp_path, "up") == 1, what="a rank")
     agent.send_signal(signal.SIGUSR1)
     assert agent.wait(60) == 128 + signal.SIGUSR1
+
+
+def test_what_the_first_node_says_of_the_end_stands_though_another_loses_it(tmp_path):
+    """Ranks leave together, and a launcher may see that the first node's has gone before it sees its own rank go."""
+    rank = "import json, os, sys, time; from pathlib import Path\n"
+    rank += "if os.environ['SLURM_NODEID'] == '1': time.sleep(60)\n"
+    rank += "word = {'message': {'message': 'saved', 'extraInfo': {'timestamp': '0', 'exit_status': 75}}}\n"
+    rank += "Path(os.environ['TORCHELASTIC_ERROR_FILE']).write_text(json.dumps(word)); sys.exit(75)"
+    (tmp_path / "rank.py").write_text(rank)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    arguments = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    agents = [
+        subprocess.Popen(
+            [*AGENT[:3], *arguments, str(tmp_path / "rank.py")],
+            cwd=ROOT,
+            env={**os.environ, "SLURM_NODEID": str(node), "TORCHELASTIC_ERROR_FILE": str(tmp_path / "word")},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [agent.communicate(timeout=120)[1] for agent in agents]
+    assert agents[0].returncode == PREEMPTED and agents[1].returncode == 1
+    assert "the first node's launcher has ended" in said[1] and "Traceback" not in said[1]
+    assert json.loads((tmp_path / "word").read_text())["message"]["extraInfo"]["exit_status"] == 75
 
 
 HANGS = """
