@@ -77,16 +77,22 @@ def test_its_logits_are_those_of_transformers(smollm2):
     assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="transformers takes minutes in bf16 on this processor"
+)
 def test_its_perplexity_in_bf16_is_that_of_transformers(smollm2):
     ours, theirs = (
-        measure(smollm2.folder, model, DType.BF16, num_samples=4, generate_tokens=0)["heldout"]
+        measure(smollm2.folder, model, DType.BF16, num_samples=16, generate_tokens=0)["heldout"]
         for model in ("checkpoint", "exported")
     )
-    assert ours["num_tokens"] == theirs["num_tokens"] > 2000
+    assert ours["num_tokens"] == theirs["num_tokens"] > 8000
     assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
 
 
-def test_its_text_and_its_scores_in_fp32_are_those_of_transformers(smollm2):
+def test_its_text_and_its_scores_in_fp32_are_those_of_transformers(smollm2, monkeypatch):
+    from minitron_megatron.evaluation import evaluate
+
+    monkeypatch.setattr(evaluate, "_GENERATION_REPEATS", 1)  # which make its speed known and its text no other
     options = dict(num_samples=1, tasks=TASKS, task_dir=str(smollm2.folder / "tasks"), limit=5)
     ours, theirs = (measure(smollm2.folder, model, DType.FP32, **options) for model in ("checkpoint", "exported"))
     assert ours["generation"]["text"] == theirs["generation"]["text"]
