@@ -60,7 +60,9 @@ def main() -> None:
             environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
             for repeat in range(args.repeats + 1):  # the first one tokenises, and warms the disk
                 for name in CASES:
-                    times = _first_step(name, inputs, work / f"{repeat}" / name.replace(",", "").replace(" ", "_"), environment)
+                    times = _first_step(
+                        name, inputs, work / f"{repeat}" / name.replace(",", "").replace(" ", "_"), environment
+                    )
                     console.print(f"{name}: {times}")
                     if repeat:
                         found[name].append(times)

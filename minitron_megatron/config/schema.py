@@ -625,7 +625,7 @@ class EvaluateConfig:
         model: a checkpoint or a Hugging Face folder.
         output: folder that gets `evaluation.json`.
         num_samples: held-out sequences; null for all.
-        micro_batch: sequences per forward pass and rank.
+        micro_batch: sequences per forward pass and rank; up to four times as many are continued together, a token each.
         generate_tokens: tokens to generate greedily for the speed figure; 0 for none.
         tasks: tasks and groups of EleutherAI's lm-eval to run, by name.
         task_dir: folder with YAML files of tasks of your own.

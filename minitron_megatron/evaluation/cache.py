@@ -16,24 +16,34 @@ class Cursor:
     """Where the tokens of the next forward pass stand in their sequences.
 
     Attributes:
-        length: longest sequence that there is room for, in tokens.
+        num_sequences, length: that there is room for, and of the longest one, in tokens.
+        first: number of the sequence that the next prompts begin with.
         positions: of one new token per sequence `[batch]`; None for whole prompts, which begin at 0.
+        rows: numbers of the sequences `[batch]`.
         seen: which positions each of them attends to `[batch, 1, 1, end]`.
     """
 
+    num_sequences: int
     length: int
+    first: int = 0
     positions: Tensor | None = None
+    rows: Tensor | None = None
     seen: Tensor | None = None
+
+    def begin_at(self, sequence: int) -> None:
+        """Stand at the prompts of some of the sequences."""
+        self.first = sequence
 
     def move_to(self, positions: Tensor) -> None:
         """Stand at one new token per sequence."""
         self.positions = positions
+        self.rows = torch.arange(len(positions), device=positions.device)
         places = torch.arange(int(positions.max()) + 1, device=positions.device)
         self.seen = (places <= positions[:, None])[:, None, None]
 
 
 @contextmanager
-def key_value_cache(chunks: Sequence[torch.nn.Module], length: int) -> Iterator[Cursor]:
+def key_value_cache(chunks: Sequence[torch.nn.Module], num_sequences: int, length: int) -> Iterator[Cursor]:
     """Have a model's attention remember keys and values while the block runs.
 
     The place of a token in the cache is its position in its own sequence. Prompts are padded on the right, where causal
@@ -45,12 +55,14 @@ def key_value_cache(chunks: Sequence[torch.nn.Module], length: int) -> Iterator[
 
     Args:
         chunks: this rank's model, anybody's GPTModel or HybridModel with rotary positions.
+        num_sequences: that there is room for.
         length: longest sequence, prompt and what follows it, in tokens.
 
     Yields:
-        the cursor. The model takes prompts `[batch, seq]` first, and after each `move_to` tokens `[batch, 1]`.
+        the cursor. The model takes prompts `[batch, seq]` first, of some of the sequences after each `begin_at`, and
+        after each `move_to` tokens `[sequences, 1]`.
     """
-    cursor = Cursor(length)
+    cursor = Cursor(num_sequences, length)
     attentions = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Attention)]
     cores = [attention.core_attention for attention in attentions]
     hooks = [chunk.rotary_pos_emb.register_forward_hook(_angles_at(cursor)) for chunk in chunks]
@@ -77,7 +89,7 @@ def _angles_at(cursor: Cursor):
 
 
 class _CachedAttention(torch.nn.Module):
-    """The attention of one sublayer, with the keys and values `[batch, groups/tp, length, head_dim]` that it has seen.
+    """The attention of one sublayer, with the keys and values `[sequences, groups/tp, length, head_dim]` seen.
 
     Args:
         core: attends within prompts.
@@ -94,18 +106,21 @@ class _CachedAttention(torch.nn.Module):
         positions = self.cursor.positions
         if positions is None:
             seq, batch, groups, head_dim = key.shape
-            # Zeros, for what no sequence has reached is multiplied by zero, and may not be NaN.
-            self.keys, self.values = (key.new_zeros(batch, groups, self.cursor.length, head_dim) for _ in range(2))
-            self.keys[:, :, :seq], self.values[:, :, :seq] = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+            if self.cursor.first == 0:
+                # Zeros, for what no sequence has reached is multiplied by zero, and may not be NaN.
+                size = (self.cursor.num_sequences, groups, self.cursor.length, head_dim)
+                self.keys, self.values = key.new_zeros(size), value.new_zeros(size)
+            rows = slice(self.cursor.first, self.cursor.first + batch)
+            self.keys[rows, :, :seq], self.values[rows, :, :seq] = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
             return self.core(query, key, value, attention_mask, **options)
-        rows = torch.arange(len(positions), device=positions.device)
-        self.keys[rows, :, positions], self.values[rows, :, positions] = key[0], value[0]
-        end = self.cursor.seen.size(-1)
+        at = (self.cursor.rows, slice(None), positions)
+        self.keys[at], self.values[at] = key[0], value[0]
+        seen = (slice(len(positions)), slice(None), slice(self.cursor.seen.size(-1)))
         context = F.scaled_dot_product_attention(
             # The query heads of a group, which share a key, as if they were the tokens of a sequence.
             query[0].unflatten(1, (key.size(2), -1)),
-            self.keys[:, :, :end],
-            self.values[:, :, :end],
+            self.keys[seen],
+            self.values[seen],
             attn_mask=self.cursor.seen,
             scale=self.softmax_scale,
         )

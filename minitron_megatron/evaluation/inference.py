@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 # So many tokens' full-vocabulary logits exist at a time, in float32.
 _CHUNK_TOKENS = 256
+# A new token costs a pass over all weights, however many sequences share it: so many batches of prompts go on together.
+_BATCHES_TOGETHER = 4
 
 
 class Inference:
@@ -31,7 +33,8 @@ class Inference:
         vocab: tokens of the tokenizer.
         tokenizer: of transformers.
         end_tokens: that end a sequence.
-        batch: sequences per forward pass and rank.
+        batch: sequences per forward pass and rank. Of generation that is the prompts; up to four times as many go on
+            together.
         timeout_min: ranks that wait for each other for so many minutes are ended.
     """
 
@@ -77,7 +80,7 @@ class Inference:
 
         # A pipeline is kept busy by several batches at a time.
         per_call = 1 if self.groups.layout.pipeline == 1 else 4 * self.groups.layout.pipeline
-        of_inputs = self._in_batches("score", list(map(len, inputs)), per_call, score)
+        of_inputs = self._in_batches("score", list(map(len, inputs)), self.batch, per_call, score)
         found = {}
         for indices, scores in zip(same.values(), of_inputs, strict=True):
             found.update(zip(indices, scores, strict=True))
@@ -94,21 +97,24 @@ class Inference:
         """
 
         def generate(batches: list[list[int]]) -> list[list[list[int]]]:
-            return [self._generate([prompts[index] for index in batch], batch[0], decoding) for batch in batches]
+            return [self._generate([prompts[index] for index in batch], batch, decoding) for batch in batches]
 
-        return self._in_batches("generate", [len(prompt) for prompt in prompts], 1, generate)
+        of_rank = -(-len(prompts) // (self.batch * self.groups.layout.data))
+        size = self.batch * min(of_rank, _BATCHES_TOGETHER)
+        return self._in_batches("generate", [len(prompt) for prompt in prompts], size, 1, generate)
 
     def _in_batches(
         self,
         title: str,
         lengths: list[int],
+        size: int,
         per_call: int,
         work: Callable[[list[list[int]]], list[Iterable[T]]],
     ) -> list[T]:
         """What `work` finds for items of these lengths, whose indices it is given in batches of like lengths."""
         # The longest first: what takes too much memory fails at once.
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
         own = batches[self.groups.data_rank :: self.groups.layout.data]
         found: dict[int, T] = {}
         with watchdog(self.timeout_min) as moved, progress(title, len(own)) as advance:
@@ -124,9 +130,14 @@ class Inference:
         }
         return [everywhere[index] for index in range(len(lengths))]
 
-    def _run(self, batches: list[Batch], on_output: Callable[[Tensor, Batch], T]) -> list[T]:
+    def _run(
+        self,
+        batches: list[Batch],
+        on_output: Callable[[Tensor, Batch], T],
+        before: Callable[[Batch], None] | None = None,
+    ) -> list[T]:
         batches = [{key: value.to(self.groups.device) for key, value in batch.items()} for batch in batches]
-        return run_forward(self.chunks, batches, self.groups, on_output)
+        return run_forward(self.chunks, batches, self.groups, on_output, before)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states `[token, hidden]` to float32 logits `[token, vocab]`, on the last stage."""
@@ -149,41 +160,51 @@ class Inference:
             found[row].append((log_prob, missed == 0))
         return found
 
-    def _generate(self, prompts: list[list[int]], number: int, decoding: Decoding) -> list[list[int]]:
-        """The continuations of one batch, the `number`-th."""
+    def _generate(self, prompts: list[list[int]], numbers: list[int], decoding: Decoding) -> list[list[int]]:
+        """The continuations of prompts, which go on together. Each batch of them draws by its first one's number."""
         device = self.groups.device
-        choose = Chooser(decoding, self.end_tokens, number, device)
+        choosers = [Chooser(decoding, self.end_tokens, number, device) for number in numbers[:: self.batch]]
         ends = Ending(decoding, self.end_tokens, self.tokenizer)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        rows = torch.arange(len(prompts), device=device)
+        size, longest = min(self.batch, len(prompts)), int(lengths.max())
+        starts = range(0, len(prompts), size)
 
-        def next_tokens(batch: Batch, num_made: int) -> Tensor:
-            """The tokens that follow a batch `[batch]`, on every rank."""
+        def last_logits(hidden: Tensor, batch: Batch) -> Tensor:
+            rows = torch.arange(len(batch["last"]), device=device)
+            return self._logits(hidden[batch["last"], rows])
 
-            def on_output(hidden: Tensor, batch: Batch) -> Tensor:
-                return choose(self._logits(hidden[batch["last"], rows]), num_made)
-
+        def next_tokens(batches: list[Batch], before: Callable[[Batch], None] | None = None) -> Tensor:
+            """The tokens that follow `[sequences]`, on every rank."""
+            tokens = torch.empty_like(lengths)
             # All but the last stage have a place for them.
-            tokens = [*self._run([batch], on_output), torch.empty_like(lengths)][0]
+            if logits := self._run(batches, last_logits, before):
+                parts = torch.cat(logits).split(self.batch)
+                tokens = torch.cat([choose(part, num_made) for choose, part in zip(choosers, parts, strict=True)])
             return broadcast_from_last(tokens, self.groups.collection.pp)
 
         made: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
-        batch = {**_padded(prompts, len(prompts), int(lengths.max())), "last": lengths - 1}
-        with key_value_cache(self.chunks, int(lengths.max()) + decoding.max_new_tokens) as cursor:
-            for num_made in range(decoding.max_new_tokens):
-                tokens = next_tokens(batch, num_made)
+        with key_value_cache(self.chunks, size * len(starts), longest + decoding.max_new_tokens) as cursor:
+            batches = [
+                {**_padded(prompts[start : start + size], size, longest), "last": lengths[start : start + size] - 1}
+                for start in starts
+            ]
+            beginning = iter(starts)
+            num_made = 0
+            tokens = next_tokens(batches, lambda _: cursor.begin_at(next(beginning)))
+            while True:
                 for row, token in enumerate(tokens.tolist()):
                     if row in open_rows:
                         made[row].append(token)
                         if ends(made[row]):
                             open_rows.remove(row)
                 if not open_rows:
-                    break
+                    return made
                 positions = lengths + num_made
                 cursor.move_to(positions)
-                batch = {"tokens": tokens[:, None], "position_ids": positions[:, None], "last": torch.zeros_like(rows)}
-        return made
+                num_made += 1
+                last = torch.zeros_like(lengths)
+                tokens = next_tokens([{"tokens": tokens[:, None], "position_ids": positions[:, None], "last": last}])
 
 
 def _padded(sequences: list[list[int]], size: int, length: int) -> Batch:

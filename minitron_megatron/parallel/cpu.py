@@ -25,9 +25,10 @@ def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     A chain of operations, each of which is bound by memory, is several times as fast on such parts as on the whole.
     Elsewhere the whole is the only part.
     """
-    step = max(1, len(tensors[0]))
-    if tensors[0].device.type == "cpu":
-        step = max(1, _CACHE_ELEMENTS // max(1, math.prod(tensors[0].shape[1:])))
+    first = tensors[0]
+    if first.numel() <= _CACHE_ELEMENTS or first.device.type != "cpu":
+        return iter([tensors])
+    step = max(1, _CACHE_ELEMENTS // math.prod(first.shape[1:]))
     return zip(*(tensor.split(step) for tensor in tensors), strict=True)
 
 
@@ -52,20 +53,21 @@ class _OnCPU(TorchFunctionMode):
         self.widen = widen
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        # It is asked before every operation, of which a new token takes thousands.
         kwargs = kwargs or {}
         if self.widen and func in _PRODUCTS and any(map(_is_bf16, args)):
             out = kwargs.pop("out", None)
             wide = (arg.float() if _is_bf16(arg) else arg for arg in args)
             product = func(*wide, **kwargs).bfloat16()
             return product if out is None else out.copy_(product)
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+        if func is Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.cuda:
+        if func is Tensor.cuda:
             return args[0]
-        if _names_cuda(kwargs.get("device")):
+        if func is Tensor.to:
+            args = tuple("cpu" if _names_cuda(arg) else arg for arg in args)
+        if kwargs and _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        if any(_names_cuda(arg) for arg in args[1:]):
-            args = (args[0], *("cpu" if _names_cuda(arg) else arg for arg in args[1:]))
         return func(*args, **kwargs)
 
 
@@ -145,6 +147,21 @@ def _enter(mode: _OnCPU) -> None:
     mode.__enter__()
 
 
+def spared() -> contextlib.AbstractContextManager:
+    """Spare a model's forward pass the questions of the CPU backend, where it has no use for the answers.
+
+    A forward pass names no device, and thousands of operations that are asked after theirs take as long as the products
+    of one new token.
+    """
+    if torch.cuda.is_available() or _widens():
+        return contextlib.nullcontext()
+    return torch._C.DisableTorchFunction()
+
+
+def _widens() -> bool:
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def install_cpu_backend() -> None:
     """Make Megatron-Core run on this process's CPU. A no-op where CUDA exists; safe to call twice."""
     if torch.cuda.is_available() or getattr(torch.cuda, "Stream", None) is _Stream:
@@ -154,8 +171,7 @@ def install_cpu_backend() -> None:
     torch.compiler.set_stance("force_eager")
     for name, stand_in in _stand_ins().items():
         setattr(torch.cuda, name, stand_in)
-    has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    _enter(_OnCPU(widen=not has_bf16))
+    _enter(_OnCPU(_widens()))
 
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random

@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from minitron_megatron.parallel.cpu import spared
 from minitron_megatron.parallel.groups import Groups
 
 Batch = dict[str, Tensor]
@@ -39,7 +40,8 @@ def run_forward(
         batch = next(iterator)
         if before is not None:
             before(batch)
-        output = forward_hidden(model, batch)
+        with spared():
+            output = forward_hidden(model, batch)
 
         def collect(output: Tensor, non_loss_data: bool = True) -> T:
             return on_output(output, batch)
@@ -47,7 +49,8 @@ def run_forward(
         return output, collect
 
     for chunk in chunks:
-        chunk.eval()
+        if chunk.training:  # or every new token would go through all modules
+            chunk.eval()
     with torch.no_grad():
         size = batches[0]["tokens"].shape
         return run_schedule(forward_step, chunks, batches, size, forward_only=True, collect_non_loss_data=True)

@@ -144,7 +144,7 @@ def test_cached_hidden_states_are_those_of_the_whole_sequence(pair):
     with torch.no_grad():
         expected = forward_hidden(chunk, {"tokens": whole, "position_ids": positions})
         lengths = torch.tensor([4, 9])
-        with key_value_cache([chunk], whole.size(1)) as cursor:
+        with key_value_cache([chunk], 2, whole.size(1)) as cursor:
             forward_hidden(chunk, {"tokens": whole[:, :9], "position_ids": positions[:, :9]})
             for _ in range(8):
                 cursor.move_to(lengths)
