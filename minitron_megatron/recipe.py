@@ -56,7 +56,7 @@ def finish(config: CompressConfig, stages: Stages) -> None:
     from minitron_megatron.report.html import FIGURES, write_report
     from minitron_megatron.report.results import Stage, read_evaluations
     from minitron_megatron.report.table import summary_table
-    from minitron_megatron.report.tracked import log_figures
+    from minitron_megatron.report.tracked import log_report
 
     run_dir, marker = Path(config.run_dir), Path(config.run_dir) / "DONE"
     finished = marker.stat().st_mtime_ns if marker.exists() else 0
@@ -64,13 +64,14 @@ def finish(config: CompressConfig, stages: Stages) -> None:
     seconds = json.loads(path.read_text()) if path.exists() else {}
     done = [Stage(name, verb, Path(s.output), seconds.get(name)) for name, (verb, s) in stages.items()]
     report = write_report(run_dir, config.title, done)
-    # Trackers that have these figures already are not given them again.
+    evaluations = read_evaluations(done)
+    # Trackers that have this report already are not given it again.
     is_new = any((_newest(stage.output) or 0) > finished for stage in done)
     for verb, settings in stages.values():
         if is_new and verb == "distill" and settings.tracking.trackers:
-            log_figures(settings, sorted((run_dir / FIGURES).glob("*.png")))
+            log_report(settings, sorted((run_dir / FIGURES).glob("*.png")), evaluations)
     console = Console()
-    console.print(summary_table(read_evaluations(done)))
+    console.print(summary_table(evaluations))
     console.print(f"report: {report}", soft_wrap=True)
     marker.touch()
 

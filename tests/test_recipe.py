@@ -1,5 +1,6 @@
 """A whole recipe on a tiny model, as a user runs it."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -66,14 +67,18 @@ def test_a_recipe_runs_reports_and_skips_what_is_done(inputs):
     page = (run_dir / "report.html").read_text()
     assert "Tiny &lt;model&gt;" in page
     assert (run_dir / "exported" / "model.safetensors").is_file()
-    # The tracked run is still one run, and has the report's figures.
+    # The tracked run is still one run, and has the report's figures and results.
     ids, found = history(run_dir / "distilled")
     assert len(ids) == 1 and found == read_metrics(run_dir / "distilled")
     own, with_report = map(rows, sessions(run_dir / "distilled"))
-    assert len(own) == len(with_report) == 3 + 1
-    drawn = {key.split("/")[1] for key in with_report[-1] if key.startswith("figures/")}
+    assert len(own) == 3 + 1 and len(with_report) == 3 + 2
+    *_, figures, results = with_report
+    drawn = {key.split("/")[1] for key in figures if key.startswith("figures/")}
     assert drawn == {path.stem for path in (run_dir / "figures").glob("*.png")}
     assert drawn >= {"before_after", "loss", "pruned_ffn"}
+    for model in ("teacher", "distilled"):
+        evaluation = json.loads((run_dir / f"evaluate/{model}/evaluation.json").read_text())
+        assert results[f"evaluate/{model}/heldout/loss"] == evaluation["heldout"]["loss"]
 
     made = {path: path.stat().st_mtime_ns for path in run_dir.rglob("manifest.json")}
     assert len(made) >= 9

@@ -69,6 +69,23 @@ class Evaluation:
             tasks=values["tasks"],
         )
 
+    def numbers(self) -> dict[str, float]:
+        """All that is a number, by the names that trackers know it under; standard errors end in `_stderr`."""
+        found = {
+            "parameters": self.parameters,
+            "parameters_without_embeddings": self.parameters_without_embeddings,
+            "heldout/loss": self.loss,
+            "heldout/perplexity": self.perplexity,
+        }
+        if self.generation:
+            found["generation/tokens_per_s"] = self.generation["tokens_per_s"]
+        for task, measured in self.tasks.items():
+            for metric, score in measured["metrics"].items():
+                found[f"{task}/{metric}"] = score["value"]
+                if score["stderr"] is not None:
+                    found[f"{task}/{metric}_stderr"] = score["stderr"]
+        return found
+
 
 def read_evaluation(folder: Path) -> dict:
     """The content of a folder's `evaluation.json`.

@@ -1,4 +1,4 @@
-"""The verb `distill` with what its trackers get from the report: figures, which training itself knows nothing of."""
+"""The verb `distill` with what its trackers get from the report, of which training itself knows nothing."""
 
 import logging
 from pathlib import Path
@@ -7,6 +7,7 @@ from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.config.verbs import import_for_good
 from minitron_megatron.errors import UserError
+from minitron_megatron.report.results import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -17,14 +18,15 @@ def distill(config: DistillConfig) -> Path:
     return train(config, _draw)
 
 
-def log_figures(config: DistillConfig, files: list[Path]) -> None:
-    """Hand the figures of a whole report to the trackers of a training run that has ended.
+def log_report(config: DistillConfig, figures: list[Path], evaluations: list[Evaluation]) -> None:
+    """Hand a whole report to the trackers of a training run that has ended.
 
     A tracker that does not start any more is a warning, for everything is on disk by now.
 
     Args:
         config: of the training run.
-        files: PNG files.
+        figures: PNG files.
+        evaluations: of all models of the recipe.
     """
     from minitron_megatron.training.metrics import Metrics
 
@@ -33,9 +35,10 @@ def log_figures(config: DistillConfig, files: list[Path]) -> None:
         with Metrics(output, config.tracking, Manifest.read(output)) as metrics:
             metrics.go_on(config.steps)
             metrics.log_output(output.name, output / "checkpoints")
-            metrics.log_figures(files)
+            metrics.log_figures(figures)
+            metrics.log_results({evaluation.name: evaluation.numbers() for evaluation in evaluations})
     except UserError as error:
-        logger.warning("the report's figures are in no tracker: %s", error)
+        logger.warning("the report is in no tracker: %s", error)
 
 
 def _draw(run: Path) -> list[Path]:

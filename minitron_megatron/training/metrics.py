@@ -63,6 +63,10 @@ class Metrics:
         """Hand PNG files to the trackers, which name each by its stem."""
         self._tell(lambda tracker: tracker.log_figures(files))
 
+    def log_results(self, results: dict[str, dict[str, float]]) -> None:
+        """Hand over what was measured of models: numbers by model and by name."""
+        self._tell(lambda tracker: tracker.log_results(results))
+
     def log_output(self, role: str, path: Path) -> None:
         """Tell the trackers where the result lies, as which its content is known from now on."""
         if self._trackers:

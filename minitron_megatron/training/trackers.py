@@ -20,6 +20,7 @@ WANDB_ID = "wandb_id"
 TENSORBOARD = "tensorboard"
 MADE_WITH = "made_with"
 STEP = "progress/step"
+EVALUATE = "evaluate"
 
 
 class Wandb:
@@ -90,6 +91,13 @@ class Wandb:
     def log_figures(self, files: list[Path]) -> None:
         self._run.log({f"figures/{file.stem}": self._wandb.Image(str(file)) for file in files})
 
+    def log_results(self, results: dict[str, dict[str, float]]) -> None:
+        table = self._wandb.Table(columns=["model", "measure", "value"])
+        for model, name, value in _listed(results):
+            table.add_data(model, name, value)
+        numbers = {f"{EVALUATE}/{model}/{name}": value for model, name, value in _listed(results)}
+        self._run.log({**numbers, "evaluations": table})
+
     def log_output(self, output: Parent) -> None:
         self._run.log_artifact(self._artifact(output.role, output))
 
@@ -143,6 +151,10 @@ class TensorBoard:
         for file in files:
             self._writer.add_image(f"figures/{file.stem}", imread(file), dataformats="HWC")
 
+    def log_results(self, results: dict[str, dict[str, float]]) -> None:
+        for model, name, value in _listed(results):
+            self._writer.add_scalar(f"{EVALUATE}/{model}/{name}", value)
+
     def log_output(self, output: Parent) -> None:
         """Nothing: TensorBoard knows no lineage."""
 
@@ -168,6 +180,12 @@ def start_trackers(folder: Path, tracking: TrackingConfig, manifest: Manifest) -
             tracker.finish(failed=True)
         raise
     return started
+
+
+def _listed(results: dict[str, dict[str, float]]) -> Iterator[tuple[str, str, float]]:
+    for model, numbers in results.items():
+        for name, value in numbers.items():
+            yield model, name, float(value)
 
 
 def _does_not_start(tracker: Tracker, tracking: TrackingConfig, error: Exception, fix: str) -> ConfigError:

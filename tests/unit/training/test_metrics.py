@@ -238,6 +238,23 @@ def test_figures_are_images(tmp_path):
     assert (image.width, image.height) == (100, 50)
 
 
+def test_results_are_numbers_by_model_and_a_table(tmp_path):
+    results = {"teacher": {"heldout/loss": 2.5, "arc/acc": 0.5}, "distilled": {"heldout/loss": 2.75}}
+    with start(tmp_path, BOTH) as metrics:
+        metrics.go_on(0)
+        log(metrics, 1, 2)
+        metrics.log_results(results)
+    [session] = sessions(tmp_path)
+    found = {name: value for name, value in rows(session)[-1].items() if name.startswith("evaluate/")}
+    expected = {f"evaluate/{model}/{name}": value for model, part in results.items() for name, value in part.items()}
+    assert found == expected
+    [file] = tmp_path.glob("wandb/offline-run-*/files/media/table/evaluations*.json")
+    assert json.loads(file.read_text())["data"][1] == ["teacher", "arc/acc", 0.5]
+    assert history(tmp_path)[1] == read_metrics(tmp_path)
+    drawn = EventAccumulator(str(tmp_path / TENSORBOARD)).Reload()
+    assert {name: drawn.Scalars(name)[0].value for name in expected} == expected
+
+
 def test_a_disabled_tracker_writes_nothing_but_the_file(tmp_path):
     log_steps(tmp_path, 1, 2, WANDB, mode="disabled")
     assert [line["loss/total"] for line in read_metrics(tmp_path)] == pytest.approx([1, 0.5])
