@@ -64,6 +64,7 @@ setup(
         "eval": ["lm-eval>=0.4.13,<0.5", "accelerate"],
         "tensorboard": ["tensorboard"],
         "test": [
+            "accelerate",
             "datasets",
             "hypothesis",
             "import-linter",

@@ -11,6 +11,7 @@ from torch import Tensor
 from minitron_megatron.evaluation.cache import key_value_cache
 from minitron_megatron.evaluation.decoding import Chooser, Decoding, Ending
 from minitron_megatron.parallel.collectives import broadcast_from_last, gather_dim, gather_objects
+from minitron_megatron.parallel.cpu import spared
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch, output_weight, run_forward
 from minitron_megatron.parallel.watchdog import watchdog
@@ -130,14 +131,9 @@ class Inference:
         }
         return [everywhere[index] for index in range(len(lengths))]
 
-    def _run(
-        self,
-        batches: list[Batch],
-        on_output: Callable[[Tensor, Batch], T],
-        before: Callable[[Batch], None] | None = None,
-    ) -> list[T]:
+    def _run(self, batches: list[Batch], on_output: Callable[[Tensor, Batch], T], **options) -> list[T]:
         batches = [{key: value.to(self.groups.device) for key, value in batch.items()} for batch in batches]
-        return run_forward(self.chunks, batches, self.groups, on_output, before)
+        return run_forward(self.chunks, batches, self.groups, on_output, **options)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states `[token, hidden]` to float32 logits `[token, vocab]`, on the last stage."""
@@ -173,11 +169,11 @@ class Inference:
             rows = torch.arange(len(batch["last"]), device=device)
             return self._logits(hidden[batch["last"], rows])
 
-        def next_tokens(batches: list[Batch], before: Callable[[Batch], None] | None = None) -> Tensor:
+        def next_tokens(batches: list[Batch], **options) -> Tensor:
             """The tokens that follow `[sequences]`, on every rank."""
             tokens = torch.empty_like(lengths)
             # All but the last stage have a place for them.
-            if logits := self._run(batches, last_logits, before):
+            if logits := self._run(batches, last_logits, **options):
                 parts = torch.cat(logits).split(self.batch)
                 tokens = torch.cat([choose(part, num_made) for choose, part in zip(choosers, parts, strict=True)])
             return broadcast_from_last(tokens, self.groups.collection.pp)
@@ -191,7 +187,7 @@ class Inference:
             ]
             beginning = iter(starts)
             num_made = 0
-            tokens = next_tokens(batches, lambda _: cursor.begin_at(next(beginning)))
+            tokens = next_tokens(batches, before=lambda _: cursor.begin_at(next(beginning)))
             while True:
                 for row, token in enumerate(tokens.tolist()):
                     if row in open_rows:
@@ -203,8 +199,13 @@ class Inference:
                 positions = lengths + num_made
                 cursor.move_to(positions)
                 num_made += 1
-                last = torch.zeros_like(lengths)
-                tokens = next_tokens([{"tokens": tokens[:, None], "position_ids": positions[:, None], "last": last}])
+                batch = {
+                    "tokens": tokens[:, None],
+                    "position_ids": positions[:, None],
+                    "last": torch.zeros_like(lengths),
+                }
+                # The cache's attention names no device, which the model's own may do.
+                tokens = next_tokens([batch], within=spared)
 
 
 def _padded(sequences: list[list[int]], size: int, length: int) -> Batch:

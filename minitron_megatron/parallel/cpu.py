@@ -148,10 +148,9 @@ def _enter(mode: _OnCPU) -> None:
 
 
 def spared() -> contextlib.AbstractContextManager:
-    """Spare a model's forward pass the questions of the CPU backend, where it has no use for the answers.
+    """Spare what names no device the questions of the CPU backend.
 
-    A forward pass names no device, and thousands of operations that are asked after theirs take as long as the products
-    of one new token.
+    Those of the thousands of operations that make one new token take as long as its matrix products.
     """
     if torch.cuda.is_available() or _widens():
         return contextlib.nullcontext()

@@ -1,6 +1,7 @@
 """Running a model forward through Megatron-Core's pipeline schedules."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import TypeVar
 
@@ -9,7 +10,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from minitron_megatron.parallel.cpu import spared
 from minitron_megatron.parallel.groups import Groups
 
 Batch = dict[str, Tensor]
@@ -22,6 +22,7 @@ def run_forward(
     groups: Groups,
     on_output: Callable[[Tensor, Batch], T],
     before: Callable[[Batch], None] | None = None,
+    within: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[T]:
     """Run micro-batches forward through all pipeline stages, without gradients.
 
@@ -31,6 +32,7 @@ def run_forward(
         groups: this rank's place.
         on_output: called on the last stage with the output `[seq(/tp), batch, hidden]` and its batch.
         before: called on every stage before a chunk runs a batch.
+        within: makes the context that a chunk runs in.
 
     Returns:
         what `on_output` returned, in the order of the batches; empty on all but the last stage.
@@ -40,7 +42,7 @@ def run_forward(
         batch = next(iterator)
         if before is not None:
             before(batch)
-        with spared():
+        with within():
             output = forward_hidden(model, batch)
 
         def collect(output: Tensor, non_loss_data: bool = True) -> T:

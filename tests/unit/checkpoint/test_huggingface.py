@@ -198,7 +198,7 @@ def reconfigure(folder, **changes):
         (lambda f: reindex(f, **{"model.norm.weight": None}), "missing: model.norm.weight [48]"),
         (lambda f: forget(f / "part-0.safetensors", "lm_head.weight"), "missing: lm_head.weight [101, 48]"),
         (lambda f: reindex(f, **{"lm_head.weight": None, "head": "part-0.safetensors"}), "missing: lm_head.weight"),
-        (lambda f: reconfigure(f, hidden_size=54), "embed_tokens.weight is [101, 48], config.json says [101, 54]"),
+        (lambda f: reconfigure(f, hidden_size=54), "embed_tokens.weight is [101, 48], the config says [101, 54]"),
         (lambda f: reconfigure(f, tie_word_embeddings=True, num_hidden_layers=3), "unknown: model.layers.3.mlp.up"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -131,7 +131,8 @@ def test_workers_export_the_same_files_as_one_process(llama, tmp_path):
 def test_a_worker_that_fails_takes_all_down_with_one_error_and_leaves_nothing(way, error, status, processes):
     process, folder = processes[way]
     output, _ = process.communicate(timeout=600)
-    *shown, last = output.splitlines()
+    # torch for CUDA says at times that there is none.
+    *shown, last = [line for line in output.splitlines() if "No CUDA runtime" not in line]
     assert last == error.format(folder / "pruned") and all("write chunks" in line for line in shown)
     assert process.returncode == status
     assert [path.name for path in folder.iterdir()] == ["stand-in"]
