@@ -274,7 +274,7 @@ def test_ranks_run_and_the_first_one_logs(two_ranks):
 @pytest.mark.parametrize("way", ["all", "one"])
 def test_an_error_of_the_user_in_ranks_is_told_once(two_ranks, way):
     _, err = two_ranks[way].communicate(timeout=120)
-    assert two_ranks[way].returncode == 2
+    assert two_ranks[way].returncode == 2, err
     assert [line for line in err.splitlines() if "scoring" not in line] == [f"minitron score: {way} is no checkpoint"]
 
 
