@@ -245,8 +245,9 @@ def test_its_args_may_lie_among_the_tensors(trained, tmp_path):
     (root / TRACKER).write_text("100")
     with process_groups(ParallelConfig()):
         common = {"args": argparse.Namespace(**ARGS), "iteration": 100}
-        state = {"model": plain_model(1, torch.float32).sharded_state_dict()}
-        state["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=0)
+        state = {"model": plain_model(1, torch.float32).sharded_state_dict(), **common}
+        if not hasattr(dist_checkpointing.serialization, "_legacy_common_state_exists"):  # an older release
+            state["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=0)
         dist_checkpointing.save(state, str(root / "iter_0000100"))
     (root / "iter_0000100/common.pt").unlink(missing_ok=True)
     assert Checkpoint(root).shape == Checkpoint(trained[0]).shape
