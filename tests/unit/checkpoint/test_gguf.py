@@ -38,7 +38,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
         import_checkpoint(ImportConfig(str(tmp_path / "model.bin"), str(tmp_path / "c")))
 
 
-def write_gguf(path, model, formats=("F32",), scaling=None, name=None):
+def write_gguf(path, model, formats=("F32",), scaling=None, name=None, scaling_type=None):
     """A GGUF file as llama.cpp's converter makes it of a transformers model, its matrices in turn in some formats."""
     import gguf
 
@@ -56,6 +56,8 @@ def write_gguf(path, model, formats=("F32",), scaling=None, name=None):
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_key_length(config.head_dim)
+    if scaling_type is not None:
+        writer.add_string(f"{family}.rope.scaling.type", scaling_type)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
@@ -142,6 +144,12 @@ def test_the_rotary_scaling_of_llama3_is_found_in_its_effect(tmp_path):
     path = write_gguf(tmp_path / "other.gguf", model, scaling=divisors)
     with pytest.raises(UnsupportedModelError, match="other.gguf: rope_freqs.weight is not the rotary scaling of Llama"):
         import_checkpoint(ImportConfig(str(path), str(tmp_path / "other")))
+
+
+def test_another_rotary_scaling_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", hf_model(**LLAMA | SIZES), scaling_type="yarn")
+    with pytest.raises(UnsupportedModelError, match="rope.scaling.type = 'yarn' is not supported"):
+        import_checkpoint(ImportConfig(str(path), str(tmp_path / "c")))
 
 
 def test_what_is_not_of_the_network_is_named(tmp_path):
