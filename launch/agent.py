@@ -63,15 +63,14 @@ def main(arguments: list[str]) -> int:
             return PREEMPTED
         if asked:
             return 128 + asked[0]
-        for rank, status in statuses.items():
-            if status < 0 and status != -signal.SIGTERM:
-                name = signal.Signals(-status).name
-                print(f"minitron: rank {rank} was ended by {name}: see whether the memory was enough", file=sys.stderr)
-                return 1
         for failure in error.failures.values():
             if failure.exitcode == USER_ERROR and isinstance(failure.message, dict):
                 print(failure.message["message"], file=sys.stderr)
                 return USER_ERROR
+        for rank, status in statuses.items():
+            if status < 0 and status != -signal.SIGTERM:
+                print(f"minitron: rank {rank} was ended by {_told(signal.Signals(-status))}", file=sys.stderr)
+                return 1
         print(error, file=sys.stderr)
         return 1
     except signals.SignalException as stop:
@@ -80,6 +79,12 @@ def main(arguments: list[str]) -> int:
         print(f"minitron: the first node's launcher has ended or is not reached: {lost[0]}", file=sys.stderr)
         return 128 + asked[0] if asked else 1
     return 0
+
+
+def _told(ended_by: signal.Signals) -> str:
+    if ended_by is signal.SIGALRM:  # of its watchdog
+        return "SIGALRM: ranks waited for each other for parallel.timeout_min; the log of each tells where it stood"
+    return f"{ended_by.name}: see whether the memory was enough"
 
 
 if __name__ == "__main__":

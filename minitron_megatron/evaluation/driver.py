@@ -7,11 +7,13 @@ import torch.distributed as dist
 
 from minitron_megatron.errors import UserError
 from minitron_megatron.evaluation.inference import Inference
+from minitron_megatron.parallel.watchdog import watchdog
 
 T = TypeVar("T")
 Call = Callable[..., Any]
 
 
+@watchdog(None)  # calls have their limit, and what rank 0 does between them takes its time
 def driven(inference: Inference, work: Callable[[Call], T]) -> T | None:
     """Run `work` on rank 0. It gets a function `call(method, *arguments)`, which calls a method of `inference` on every
     rank, so that all take the same calls in the same order, whatever `work` reads, draws or decides.

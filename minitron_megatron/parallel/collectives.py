@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_megatron.errors import UserError
+from minitron_megatron.parallel.watchdog import watchdog
 
 T = TypeVar("T")
 
@@ -35,9 +36,10 @@ def failing_together() -> Iterator[None]:
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 alone. Its result, which must be small, reaches every rank, and so does its error."""
+    """Run `work` on rank 0 alone, which may take long, as tokenising does. Its result, which must be small, reaches
+    every rank, and so does its error."""
     result: list = [None]
-    with failing_together():
+    with watchdog(None), failing_together():
         if dist.get_rank() == 0:
             result = [work()]
     dist.broadcast_object_list(result, src=0)

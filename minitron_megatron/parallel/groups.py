@@ -16,6 +16,7 @@ from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.parallel.cpu import install_cpu_backend
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.parallel.watchdog import watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ def current_groups(sequence: bool = False) -> Groups:
 def process_groups(config: ParallelConfig) -> Iterator[Groups]:
     """Join the world that the launcher made (or a world of one), lay it out, and leave it at the end.
 
-    The backend is NCCL where CUDA exists, else gloo.
+    The backend is NCCL where CUDA exists, else gloo. Ranks that wait for each other for `timeout_min` are ended by a
+    `watchdog`, here as well: joining, or loading a model, may hang. What takes longer has a block of its own.
 
     Raises:
         ConfigError: the world's size does not fit the layout, or the port to meet at is taken.
@@ -95,7 +97,13 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
     install_cpu_backend()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     layout = Layout.from_config(config, world_size)
-    owns_world = not dist.is_initialized()
+    with watchdog(config.timeout_min if world_size > 1 else None), _joined(config, layout) as groups:
+        yield groups
+
+
+@contextmanager
+def _joined(config: ParallelConfig, layout: Layout) -> Iterator[Groups]:
+    owns_world, world_size = not dist.is_initialized(), layout.world_size
     if torch.cuda.is_available():
         torch.cuda.set_device(_local_device())
     if owns_world:

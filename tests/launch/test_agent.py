@@ -81,31 +81,68 @@ def test_what_the_first_node_says_of_the_end_stands_though_another_loses_it(tmp_
     assert json.loads((tmp_path / "word").read_text())["message"]["extraInfo"]["exit_status"] == 75
 
 
-HANGS = """
-import os, time
-import torch, torch.distributed as dist
-from minitron_megatron.config.schema import ParallelConfig
-from minitron_megatron.parallel.groups import process_groups
-from minitron_megatron.parallel.watchdog import watchdog
-
-def elsewhere():
-    time.sleep(600)
-
-with process_groups(ParallelConfig()) as groups, watchdog(0.1) as moved:
+IN_THE_LOOP = """
+with process_groups(ParallelConfig()) as groups, watchdog(0.05) as moved:
     for step in range(5):
         if step == 3 and groups.data_rank == 1:
             elsewhere()
         dist.all_reduce(torch.ones(1))
         moved()
 """
+AT_DIFFERENT_TIMES = """
+with process_groups(ParallelConfig()) as groups, watchdog(0.05) as moved:
+    dist.all_reduce(torch.ones(1))
+    if groups.data_rank == 1:
+        time.sleep(1.5)
+        moved()
+        elsewhere()
+    dist.all_reduce(torch.ones(1))
+"""
+WHILE_LOADING = """
+with process_groups(ParallelConfig(timeout_min=0.1)) as groups:
+    if groups.data_rank == 1:
+        main_first(None)
+        elsewhere()
+    main_first(lambda: time.sleep(15))
+    dist.all_reduce(torch.ones(1))
+"""
+JOINING = """
+if os.environ["RANK"] == "1":
+    with watchdog(0.05):
+        elsewhere()
+with process_groups(ParallelConfig(timeout_min=0.05)):
+    pass
+"""
+HANGS = """
+import os, time
+import torch, torch.distributed as dist
+from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.parallel.collectives import main_first
+from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.watchdog import watchdog
+
+def elsewhere():
+    time.sleep(600)
+"""
 
 
-def test_a_hung_collective_ends_with_the_stack_of_every_rank_in_its_log(tmp_path):
-    (tmp_path / "rank.py").write_text(HANGS)
+@pytest.mark.parametrize(
+    "waits, where",
+    [
+        (IN_THE_LOOP, "in all_reduce"),
+        (AT_DIFFERENT_TIMES, "in all_reduce"),
+        (WHILE_LOADING, "in all_reduce"),
+        (JOINING, "in init_process_group"),
+    ],
+    ids=["loop", "different times", "loading", "joining"],
+)
+def test_a_hung_collective_ends_with_the_stack_of_every_rank_in_its_log(tmp_path, waits, where):
+    (tmp_path / "rank.py").write_text(HANGS + waits)
     log = f'exec "{sys.executable}" "$0" > "{tmp_path}/$RANK.log" 2>&1'
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*AGENT, "--no-python", "bash", "-c", log, str(tmp_path / "rank.py")]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
+    assert "was ended by SIGALRM: ranks waited for each other" in ended.stderr
     first, second = ((tmp_path / f"{rank}.log").read_text() for rank in range(2))
-    assert "in all_reduce" in first and "in elsewhere" in second
+    assert where in first and "in elsewhere" in second
