@@ -181,10 +181,12 @@ class Inference:
         made: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
         with key_value_cache(self.chunks, size * len(starts), longest + decoding.max_new_tokens) as cursor:
-            batches = [
-                {**_padded(prompts[start : start + size], size, longest), "last": lengths[start : start + size] - 1}
-                for start in starts
-            ]
+            batches = []
+            for start in starts:
+                part, last = prompts[start : start + size], lengths[start : start + size] - 1
+                # The stages of a pipeline expect batches of one length.
+                length = longest if self.groups.layout.pipeline > 1 else int(last.max()) + 1
+                batches.append({**_padded(part, size, length), "last": last})
             beginning = iter(starts)
             num_made = 0
             tokens = next_tokens(batches, before=lambda _: cursor.begin_at(next(beginning)))
