@@ -22,6 +22,9 @@ from rich.table import Table
 # A case runs in a process that imports this file and the script it belongs to. What is heavy is imported by the
 # functions that need it, so that a case's memory is its own.
 
+# Of this tree, whichever is installed; the processes of cases get this path, too.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 IMAGES = DOCS.parent / "images"

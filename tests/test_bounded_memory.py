@@ -1,5 +1,5 @@
-"""The memory that pruning and exporting take depends on the size of a chunk and not on that of the model, and layers
-that go cost nothing.
+"""The memory that importing, pruning and exporting take depends on the size of a chunk and not on that of the model,
+and layers that go cost nothing.
 """
 
 import json
@@ -19,12 +19,16 @@ from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.shape import ModelShape, layers_pattern
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.scores import Scores
+from tests.tiny import LLAMA, hf_model, write_gguf
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark is Linux's")
 
 CHUNK, BLOCK, THREADS = 4 * 2**20, 2**20, 2
 # Of each thread: a chunk as it is read, and once more where it is converted or cut; and a block with what is cut of it.
 BOUND = THREADS * (2 * CHUNK + 3 * BLOCK) + 4 * 2**20
+# De-quantised values are of float32, twice a chunk's size, and exist four times: as the package makes them of blocks,
+# as it returns them, as columns are taken of them, and as they are converted.
+BOUND_OF_GGUF = BOUND + THREADS * 4 * 2 * CHUNK
 LAYERS = {"small": 4, "large": 8}
 
 _RUN = f"""
@@ -32,8 +36,8 @@ import json, sys
 from pathlib import Path
 
 from minitron_megatron.checkpoint import rows, sharded, shards, writer
-from minitron_megatron.checkpoint.convert import export
-from minitron_megatron.config.schema import ExportConfig, PruneConfig, TargetConfig
+from minitron_megatron.checkpoint.convert import export, import_checkpoint
+from minitron_megatron.config.schema import DType, ExportConfig, ImportConfig, PruneConfig, TargetConfig
 from minitron_megatron.pruning.prune import prune
 
 folder, verb, name, hoards = sys.argv[1:]
@@ -49,7 +53,10 @@ def memory():
 
 def run(name):
     paths = [f"{{folder}}/{{part}}" for part in (name, f"{{name}}-pruned", f"{{name}}-scores")]
-    if verb == "export":
+    if verb.startswith("import"):
+        suffix = ".gguf" if verb == "import gguf" else "-hf"
+        import_checkpoint(ImportConfig(paths[0] + suffix, f"{{paths[0]}}-imported", DType.BF16))
+    elif verb == "export":
         export(ExportConfig(*paths[:2], max_shard_gb=0.05))
     else:
         prune(PruneConfig(*paths, target=TargetConfig(hidden=768, ffn=3072)))
@@ -90,6 +97,17 @@ def models(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def sources(models):
+    """The same networks as Hugging Face folders and as GGUF files."""
+    sizes = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=8, num_key_value_heads=4, head_dim=128)
+    for name, num_layers in {"tiny": 1, "large": LAYERS["large"]}.items():
+        model = hf_model(**LLAMA | sizes | dict(num_hidden_layers=num_layers, vocab_size=1024))
+        write_gguf(models / f"{name}.gguf", model, ["Q8_0"])
+        model.bfloat16().save_pretrained(models / f"{name}-hf")
+    return models
+
+
 def peak(models, tmp_path, verb, name, hoards=False) -> int:
     """Bytes that a process needs at most for its work, beyond those that it needs anyway."""
     for each in models.iterdir():
@@ -104,6 +122,11 @@ def peak(models, tmp_path, verb, name, hoards=False) -> int:
 @pytest.mark.parametrize("verb, name", [("prune", "small"), ("prune", "large"), ("export", "large")])
 def test_the_peak_is_bounded_by_the_chunks_and_not_by_the_model(verb, name, models, tmp_path):
     assert peak(models, tmp_path, verb, name) < BOUND
+
+
+@pytest.mark.parametrize("source, bound", [("hf", BOUND), ("gguf", BOUND_OF_GGUF)])
+def test_the_peak_of_an_import_is_bounded(source, bound, sources, tmp_path):
+    assert peak(sources, tmp_path, f"import {source}", "large") < bound
 
 
 def test_a_layer_that_goes_is_not_read_and_the_others_are_once(models, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from itertools import cycle
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from minitron_megatron.config.schema import ImportConfig
 from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError
 from minitron_megatron.model.families import shape_from_config
 from tests.in_memory import as_transformers_model
-from tests.tiny import FAMILIES, LLAMA, hf_model
+from tests.tiny import FAMILIES, LLAMA, hf_model, write_gguf
 
 NAME = "builtin:smollm2-135m"
 
@@ -36,56 +35,6 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"model.bin is neither a folder nor a .gguf file"):
         import_checkpoint(ImportConfig(str(tmp_path / "model.bin"), str(tmp_path / "c")))
-
-
-def write_gguf(path, model, formats=("F32",), scaling=None, name=None, scaling_type=None):
-    """A GGUF file as llama.cpp's converter makes it of a transformers model, its matrices in turn in some formats."""
-    import gguf
-
-    config, family = model.config, "llama" if model.config.model_type == "mistral" else model.config.model_type
-    [architecture] = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family]
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    writer = gguf.GGUFWriter(str(path), family)
-    writer.add_name(name or config.model_type)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_key_length(config.head_dim)
-    if scaling_type is not None:
-        writer.add_string(f"{family}.rope.scaling.type", scaling_type)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<s>", "</s>", "ab", *(chr(97 + i) for i in range(config.vocab_size - 3))])
-    writer.add_token_types([3, 3] + [1] * (config.vocab_size - 2))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    formats = cycle(formats)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        module, kind = name.rsplit(".", 1)
-        values = tensor.numpy()
-        if family == "llama" and module.endswith(("q_proj", "k_proj")):
-            heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
-            values = values.reshape(heads, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
-        if family == "nemotron" and name.endswith("norm.weight"):
-            values = values + 1
-        kind_of = gguf.GGMLQuantizationType[next(formats) if values.ndim == 2 else "F32"]
-        writer.add_tensor(f"{names.get_name(module)}.{kind}", gguf.quantize(values, kind_of), raw_dtype=kind_of)
-    if scaling is not None:
-        writer.add_tensor("rope_freqs.weight", scaling)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 # Blocks have 32 values.
