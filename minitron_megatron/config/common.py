@@ -1,0 +1,174 @@
+"""Settings that several verbs have: layout, text, number formats and the shape to prune to."""
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from minitron_megatron.config.checks import at_least
+
+
+class DType(str, Enum):
+    """Number format of weights and computation. Sums, softmaxes and optimiser state are float32 always."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks are laid out.
+
+    Attributes:
+        tensor: ranks that share every layer's matrices.
+        pipeline: ranks that share the list of layers.
+        data: replicas; null means all that the world has (one, when started by hand).
+        virtual_pipeline: stages per pipeline rank (interleaved schedule); null for the plain one.
+        sequence: sequence parallelism; norms and residuals are split over the tensor ranks.
+        timeout_min: ranks that wait for each other for so many minutes are ended, with their stacks in the log.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int | None = None
+    virtual_pipeline: int | None = None
+    sequence: bool = False
+    timeout_min: float = 30.0
+
+    def problems(self, where: str = "parallel.") -> list[str]:
+        found = []
+        for name in ("tensor", "pipeline", "data"):
+            found += at_least(where, name, getattr(self, name), 1)
+        found += at_least(where, "virtual_pipeline", self.virtual_pipeline, 2)
+        if self.timeout_min <= 0:
+            found.append(f"{where}timeout_min = {self.timeout_min}: must be above 0")
+        if self.virtual_pipeline and self.pipeline < 2:
+            found.append(
+                f"{where}virtual_pipeline = {self.virtual_pipeline} needs {where}pipeline of at least 2, "
+                f"not {self.pipeline}: raise the one or set the other to null"
+            )
+        if self.sequence and self.tensor < 2:
+            found.append(
+                f"{where}sequence = true needs {where}tensor of at least 2, not {self.tensor}: "
+                f"raise {where}tensor or switch sequence parallelism off"
+            )
+        return found
+
+
+@dataclass
+class DataConfig:
+    """Where text comes from and how it becomes sequences.
+
+    Attributes:
+        text: text files (a document each), JSON-lines and Parquet files and saved Hugging Face datasets (a document a
+            row: text, or `messages`), folders of these, corpora that are tokenised already (the prefix of Megatron's
+            `.bin` and `.idx`), or `builtin` for the Python standard library's prose.
+        cache_dir: tokenised corpora are kept here, one folder per content, tokenizer and split.
+        sequence_length: tokens per sequence.
+        heldout_pct: share of the documents that training and calibration never see, in percent.
+        seed: decides the split and the order of the sequences.
+        weights: how often training samples come from each of `text`, relative to each other; null: as often as its
+            tokens make up all.
+        text_field: what the text is called in a row.
+        document_mask: where a sequence has several documents, tokens attend to their own alone, and positions begin
+            anew with each.
+        workers: processes that tokenise; null: as many as the cores and the text are worth.
+    """
+
+    text: list[str] = field(default_factory=lambda: ["builtin"])
+    cache_dir: str = "corpora"
+    sequence_length: int = 512
+    heldout_pct: float = 5.0
+    seed: int = 1234
+    weights: list[float] | None = None
+    text_field: str = "text"
+    document_mask: bool = False
+    workers: int | None = None
+
+    def problems(self, where: str = "data.") -> list[str]:
+        found = [*at_least(where, "sequence_length", self.sequence_length, 2), *at_least(where, "seed", self.seed, 0)]
+        if not self.text:
+            found.append(f"{where}text is empty: name files or folders, or `builtin`")
+        if self.weights is not None:
+            if len(self.weights) != len(self.text):
+                found.append(
+                    f"{where}weights has {len(self.weights)} numbers for the {len(self.text)} sources of {where}text: "
+                    f"give one for each"
+                )
+            if not all(0 < weight < math.inf for weight in self.weights):
+                found.append(f"{where}weights = {self.weights}: must be numbers above 0")
+        if not self.text_field:
+            found.append(f"{where}text_field is empty: name the field that holds the text")
+        found += at_least(where, "workers", self.workers, 1)
+        if not 0 < self.heldout_pct < 50:
+            found.append(f"{where}heldout_pct = {self.heldout_pct}: must be above 0 and below 50")
+        return found
+
+
+def sequence_problems(where: str, data: DataConfig, parallel: ParallelConfig) -> list[str]:
+    """The problem, if any, of sequences that cannot be split over the tensor ranks."""
+    if not parallel.sequence or parallel.tensor < 1 or data.sequence_length % parallel.tensor == 0:
+        return []
+    return [
+        f"{where}data.sequence_length = {data.sequence_length} is not a multiple of {where}parallel.tensor = "
+        f"{parallel.tensor}, as {where}parallel.sequence = true needs: change one of the three"
+    ]
+
+
+@dataclass
+class TargetConfig:
+    """The shape to prune to. What is null stays as it is.
+
+    A size may be a whole number, or a fraction of the source's, as in 0.75; fractions are rounded, and 1.0 is all.
+
+    Attributes:
+        layers: transformer layers to keep.
+        keep_layers: exactly these layers, counted from 0, whatever their scores.
+        attention: attention sublayers to keep, where sublayers are scored by themselves.
+        mlp: MLP sublayers to keep, where sublayers are scored by themselves.
+        hidden: channels of the residual stream.
+        ffn: neurons per MLP.
+        groups: query groups, each with its key and value head and its query heads.
+        heads: query heads over all groups, the same number in every group.
+        round_to: hidden and ffn are rounded to a multiple of this. null: fractions are rounded to what tensor
+            cores and the layout want, and whole numbers are taken as they are.
+    """
+
+    layers: int | float | None = None
+    keep_layers: list[int] | None = None
+    attention: int | float | None = None
+    mlp: int | float | None = None
+    hidden: int | float | None = None
+    ffn: int | float | None = None
+    groups: int | float | None = None
+    heads: int | float | None = None
+    round_to: int | None = None
+
+    @property
+    def sizes(self) -> dict[str, int | float]:
+        """The sizes that are given, by name."""
+        names = ("layers", "attention", "mlp", "hidden", "ffn", "groups", "heads")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.sizes and self.keep_layers is None
+
+    def problems(self, where: str = "target.") -> list[str]:
+        found = at_least(where, "round_to", self.round_to, 1)
+        for name, size in self.sizes.items():
+            if size <= 0 or (size != int(size) and size > 1):
+                found.append(
+                    f"{where}{name} = {size}: must be a whole number of at least 1, or a fraction of at most 1.0"
+                )
+        if self.keep_layers is not None:
+            others = [name for name in ("layers", "attention", "mlp") if name in self.sizes]
+            if others:
+                found.append(f"{where}keep_layers and {where}{others[0]} are both set: set one of them")
+            if self.keep_layers != sorted(set(self.keep_layers)) or not self.keep_layers or self.keep_layers[0] < 0:
+                found.append(
+                    f"{where}keep_layers = {self.keep_layers}: must name at least one layer, ascending, from 0"
+                )
+        if "layers" in self.sizes and ("attention" in self.sizes or "mlp" in self.sizes):
+            found.append(f"{where}layers is set beside {where}attention or {where}mlp: set the one or the others")
+        return found

@@ -1,0 +1,62 @@
+"""The settings of `minitron evaluate`."""
+
+from dataclasses import dataclass, field
+
+from minitron_megatron.config.checks import at_least
+from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, sequence_problems
+
+
+@dataclass
+class EvaluateConfig:
+    """`minitron evaluate`: held-out loss and perplexity, generation speed, and tasks of lm-eval.
+
+    Attributes:
+        model: a checkpoint or a Hugging Face folder.
+        output: folder that gets `evaluation.json`.
+        num_samples: held-out sequences; null for all.
+        micro_batch: sequences per forward pass and rank; up to four times as many are continued together, a token each.
+        generate_tokens: tokens to generate greedily for the speed figure; 0 for none.
+        tasks: tasks and groups of EleutherAI's lm-eval to run, by name.
+        task_dir: folder with YAML files of tasks of your own.
+        num_fewshot: examples before each question; null leaves it to the task.
+        limit: questions per task; null for all.
+        chat_template: put questions into the tokenizer's chat template, and examples as earlier turns.
+        dtype: number format of weights and computation.
+    """
+
+    model: str = "???"
+    output: str = "???"
+    num_samples: int | None = None
+    micro_batch: int = 4
+    generate_tokens: int = 64
+    tasks: list[str] = field(default_factory=list)
+    task_dir: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    chat_template: bool = False
+    dtype: DType = DType.BF16
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def problems(self, where: str = "") -> list[str]:
+        return [
+            *at_least(where, "num_samples", self.num_samples, 1),
+            *at_least(where, "micro_batch", self.micro_batch, 1),
+            *at_least(where, "generate_tokens", self.generate_tokens, 0),
+            *at_least(where, "num_fewshot", self.num_fewshot, 0),
+            *at_least(where, "limit", self.limit, 1),
+            *self._task_problems(where),
+            *self.data.problems(f"{where}data."),
+            *self.parallel.problems(f"{where}parallel."),
+            *sequence_problems(where, self.data, self.parallel),
+        ]
+
+    def _task_problems(self, where: str) -> list[str]:
+        found = []
+        if len(set(self.tasks)) < len(self.tasks):
+            found.append(f"{where}tasks = [{', '.join(self.tasks)}]: name each once")
+        for name in ("task_dir", "num_fewshot", "limit", "chat_template"):
+            value = getattr(self, name)
+            if not self.tasks and value not in (None, False):
+                found.append(f"{where}{name} = {value}, and {where}tasks is empty: set both or neither")
+        return found

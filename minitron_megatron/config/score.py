@@ -1,0 +1,191 @@
+"""The settings of `minitron score`."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from minitron_megatron.config.checks import at_least
+from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, TargetConfig, sequence_problems
+
+
+class Aggregation(str, Enum):
+    """How a list of scores becomes one (Minitron, 2407.14679, section 2.2)."""
+
+    MEAN = "mean"  # mean of absolute values
+    L2 = "l2"
+    VARIANCE = "variance"
+
+
+class Criterion(str, Enum):
+    """What makes a channel, a neuron or a head important."""
+
+    ACTIVATION = "activation"
+    ACTIVATION_WEIGHT = "activation_weight"
+    WEIGHT = "weight"
+    RANDOM = "random"
+
+
+class Neurons(str, Enum):
+    """Where the neurons of an MLP are looked at."""
+
+    AFTER = "after"
+    BEFORE = "before"
+
+
+class DepthCriterion(str, Enum):
+    """What is measured when layers are left out; more is worse."""
+
+    BLOCK_INFLUENCE = "block_influence"  # 1 - cos(x_in, x_out) of what is left out
+    LOSS = "loss"  # increase of the loss on the text
+    KL = "kl"  # KL(whole || without) of the final predictions
+    LOGITS = "logits"  # squared change of the final logits, relative to their square
+    ACCURACY = "accuracy"  # decrease of the share of right answers
+
+
+class DepthSearch(str, Enum):
+    SINGLE = "single"
+    BLOCK = "block"
+    GREEDY = "greedy"
+
+
+class Unit(str, Enum):
+    LAYER = "layer"
+    SUBLAYER = "sublayer"
+
+
+@dataclass
+class DepthConfig:
+    """How the layers of a network are scored.
+
+    Attributes:
+        criteria: what is measured when a layer is left out; several cost little more than one. The first decides
+            a greedy search.
+        unit: whole layers, or attention and MLP sublayers by themselves.
+        search: every unit by itself; every contiguous block of as many layers as shall go; or one unit after
+            another, each time the one that is missed least.
+        protect_first: so many layers at the beginning never go.
+        protect_last: so many layers at the end never go.
+        choices: JSON-lines file of multiple-choice questions (context, choices, answer), for accuracy.
+    """
+
+    criteria: list[DepthCriterion] = field(default_factory=lambda: [DepthCriterion.BLOCK_INFLUENCE])
+    unit: Unit = Unit.LAYER
+    search: DepthSearch = DepthSearch.SINGLE
+    protect_first: int = 1
+    protect_last: int = 1
+    choices: str | None = None
+
+    def problems(self, where: str = "depth.") -> list[str]:
+        found = []
+        for name in ("protect_first", "protect_last"):
+            found += at_least(where, name, getattr(self, name), 0)
+        if len(set(self.criteria)) < len(self.criteria):
+            found.append(f"{where}criteria = {[c.value for c in self.criteria]}: names one twice")
+        if self.search is not DepthSearch.SINGLE and not self.criteria:
+            found.append(f"{where}search = {self.search.value} needs at least one of {where}criteria")
+        if (DepthCriterion.ACCURACY in self.criteria) != (self.choices is not None):
+            found.append(
+                f"{where}choices = {self.choices} and accuracy in {where}criteria belong together: set both or neither"
+            )
+        if self.search is DepthSearch.BLOCK and self.unit is Unit.SUBLAYER:
+            found.append(f"{where}search = block is of whole layers: set {where}unit=layer")
+        return found
+
+
+@dataclass
+class AxisConfig:
+    """How one axis is scored where it is not scored as the others are: what is null is as for all of them."""
+
+    criterion: Criterion | None = None
+    sequence_aggregation: Aggregation | None = None
+    batch_aggregation: Aggregation | None = None
+
+
+@dataclass
+class ScoreConfig:
+    """`minitron score`: a checkpoint and text become importance scores.
+
+    Attributes:
+        checkpoint: folder of the checkpoint to score.
+        output: folder that gets `scores.safetensors`.
+        num_samples: calibration sequences over all ranks.
+        micro_batch: sequences per forward pass and rank.
+        criterion: of channels, neurons and heads: their activations; activations times the norm of the weights
+            that read them; the norm of all weights that go with them; or nothing but chance, as a baseline.
+        sequence_aggregation: over the tokens of a sequence, first.
+        batch_aggregation: over the calibration sequences, second.
+        hidden, ffn, heads: the same three for channels, neurons or heads alone.
+        neurons: score neurons after their activation and gate, or before (of a gated MLP, the gate's input).
+        rounds: prune a little and score again, so many times, on the way to the target.
+        save_rounds: also write the checkpoint between two rounds, to `OUTPUT.round_N/`.
+        save_every: micro-batches between two saves of the partial sums, from which an interrupted run goes on.
+        seed: of random scores.
+        dtype: number format of weights and computation.
+        target: the shape that several rounds, and searches for blocks or one layer after another, head for.
+    """
+
+    checkpoint: str = "???"
+    output: str = "???"
+    num_samples: int = 1024
+    micro_batch: int = 4
+    criterion: Criterion = Criterion.ACTIVATION
+    sequence_aggregation: Aggregation = Aggregation.MEAN
+    batch_aggregation: Aggregation = Aggregation.L2
+    hidden: AxisConfig = field(default_factory=AxisConfig)
+    ffn: AxisConfig = field(default_factory=AxisConfig)
+    heads: AxisConfig = field(default_factory=AxisConfig)
+    neurons: Neurons = Neurons.AFTER
+    rounds: int = 1
+    save_rounds: bool = False
+    save_every: int = 64
+    seed: int = 1234
+    dtype: DType = DType.BF16
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def depends_on_target(self) -> bool:
+        """Whether the scores depend on the target."""
+        return self.rounds > 1 or self.depth.search is not DepthSearch.SINGLE
+
+    @property
+    def axes(self) -> dict[str, AxisConfig]:
+        """How each axis of `Scores` is scored, with nothing left null."""
+        names = ("criterion", "sequence_aggregation", "batch_aggregation")
+        return {
+            axis: AxisConfig(*(getattr(own, name) or getattr(self, name) for name in names))
+            for axis, own in (("hidden", self.hidden), ("ffn", self.ffn), ("head", self.heads))
+        }
+
+    def problems(self, where: str = "") -> list[str]:
+        found = []
+        for name in ("num_samples", "micro_batch", "rounds", "save_every"):
+            found += at_least(where, name, getattr(self, name), 1)
+        found += at_least(where, "seed", self.seed, 0)
+        for part in ("depth", "target", "data", "parallel"):
+            found += getattr(self, part).problems(f"{where}{part}.")
+        found += sequence_problems(where, self.data, self.parallel)
+        if self.num_samples < 2 and Aggregation.VARIANCE in [a.batch_aggregation for a in self.axes.values()]:
+            found.append(f"{where}num_samples = {self.num_samples}: a variance over sequences needs at least 2")
+        if self.rounds > 1 and self.target.is_empty:
+            found.append(f"{where}rounds = {self.rounds} need a shape to head for: set {where}target")
+        if self.rounds > 1 and self.depth.search is not DepthSearch.SINGLE:
+            found.append(
+                f"{where}rounds = {self.rounds} and {where}depth.search = {self.depth.search.value}: several rounds "
+                f"score every layer by itself; set {where}depth.search=single or {where}rounds=1"
+            )
+        if self.rounds > 1 and "layers" in self.target.sizes and not self.depth.criteria:
+            found.append(f"{where}target.layers and {where}rounds = {self.rounds} need one of {where}depth.criteria")
+        if self.rounds > 1 and (self.depth.unit is Unit.SUBLAYER or {"attention", "mlp"} & set(self.target.sizes)):
+            found.append(
+                f"{where}rounds = {self.rounds} score networks of whole layers: set {where}depth.unit=layer and "
+                f"{where}target.layers, or {where}rounds=1"
+            )
+        going = ("layers",) if self.depth.unit is Unit.LAYER else ("attention", "mlp")
+        if self.depth.search is not DepthSearch.SINGLE and not any(name in self.target.sizes for name in going):
+            found.append(
+                f"{where}depth.search = {self.depth.search.value} needs to know how many go: set "
+                f"{' or '.join(f'{where}target.{name}' for name in going)}"
+            )
+        return found
