@@ -255,6 +255,7 @@ def test_an_order_of_sublayers_that_cannot_be_built_is_named_before_any_work(
     [
         ("@nowhere", "nowhere does not exist: name the folder of a checkpoint"),
         ("@scores", f"scores is not a checkpoint: it has no {TRACKER}"),
+        ("@teacher-checkpoint/release", "release is one iteration: name "),
         ("@lost-shard", "lost-shard/release/__0_0.distcp is missing: the checkpoint is not whole"),
         ("@short-shard", "short-shard/release/__0_0.distcp has "),
     ],

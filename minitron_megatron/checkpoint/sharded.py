@@ -63,6 +63,8 @@ def checkpoint_root(path: Path) -> Path:
             return root
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name the folder of a checkpoint")
+    if (path.parent / TRACKER).is_file():
+        raise CheckpointError(f"{path} is one iteration: name {path.parent}, whose {TRACKER} says which is read")
     raise CheckpointError(f"{path} is not a checkpoint: it has no {TRACKER}")
 
 
