@@ -66,9 +66,19 @@ def build_own(first=True, last=True, **changes):
     )
 
 
-def score_own(config, output):
+def score_own(model, config):
+    """Score such a model, or this rank's part of it, with the weights and the text of `config`."""
+    checkpoint, groups = Checkpoint(config.checkpoint), minitron_megatron.current_groups()
+    shape = minitron_megatron.shape_of(model, vocab=101)
+    assert shape == checkpoint.shape
+    load_weights([model], checkpoint, groups)
+    corpus = prepare_corpus(config.data, checkpoint.huggingface_folder)
+    samples = training_samples(corpus, config.data, NUM_SAMPLES)
+    return minitron_megatron.score_model([model], shape, groups, samples, config)
+
+
+def score_on_rank(config, output):
     """Score such a model on one rank of a job of four."""
-    checkpoint = Checkpoint(config.checkpoint)
     with process_groups(ParallelConfig(tensor=2, pipeline=2)) as place:
         model = build_own(
             first=place.is_first_stage,
@@ -77,50 +87,39 @@ def score_own(config, output):
             pipeline_model_parallel_size=2,
             pipeline_dtype=torch.float32,
         )
-        groups = minitron_megatron.current_groups()
-        shape = minitron_megatron.shape_of(model, vocab=101)
-        assert shape == checkpoint.shape
-        load_weights([model], checkpoint, groups)
-        corpus = prepare_corpus(config.data, checkpoint.huggingface_folder)
-        samples = training_samples(corpus, config.data, NUM_SAMPLES)
-        found = minitron_megatron.score_model([model], shape, groups, samples, config)
-        if groups.is_main:
+        found = score_own(model, config)
+        if place.is_main:
             found.write(output)
             Manifest("scores").write(output)
+
+
+def assert_close(found, expected):
+    for name in WIDTH:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.depth, expected.depth, rtol=1e-4, atol=1e-5)
 
 
 def test_somebodys_own_job_of_several_ranks_has_the_scores_of_the_verb(settings, tmp_path):
     config = settings(depth=DepthConfig([DepthCriterion.LOSS, DepthCriterion.BLOCK_INFLUENCE]))
     expected = Scores.read(score(config))
     (tmp_path / "own").mkdir()
-    run_on_ranks(4, score_own, config, tmp_path / "own")
+    run_on_ranks(4, score_on_rank, config, tmp_path / "own")
     found = Scores.read(tmp_path / "own")
-    for name in WIDTH:
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.depth, expected.depth, rtol=1e-4, atol=1e-5)
+    assert_close(found, expected)
 
 
 def test_somebodys_own_model_has_the_scores_of_the_verb(settings):
     depth = DepthConfig([DepthCriterion.LOSS, DepthCriterion.BLOCK_INFLUENCE])
     config = settings(depth=depth)
     expected = Scores.read(score(config))
-    checkpoint = Checkpoint(config.checkpoint)
     with process_groups(ParallelConfig()):
         model = build_own()
-        groups = minitron_megatron.current_groups()
-        shape = minitron_megatron.shape_of(model, vocab=101)
-        assert shape == checkpoint.shape
-        load_weights([model], checkpoint, groups)
-        corpus = prepare_corpus(config.data, checkpoint.huggingface_folder)
-        samples = training_samples(corpus, config.data, NUM_SAMPLES)
         before = list(model.named_modules())
         model.train()
-        found = minitron_megatron.score_model([model], shape, groups, samples, config)
+        found = score_own(model, config)
         assert list(model.named_modules()) == before and model.post_process and model.training
         assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 0
-    for name in WIDTH:
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.depth, expected.depth, rtol=1e-4, atol=1e-5)
+    assert_close(found, expected)
     target = TargetConfig(layers=3, hidden=40, ffn=30, heads=4)
     plan = minitron_megatron.make_plan(found, target)
     assert plan.checkpoint is None
