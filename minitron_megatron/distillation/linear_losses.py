@@ -116,7 +116,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
                 torch.mm(grad, weight[:num_rows], out=grad_hidden[rows])
                 for first in range(0, num_rows, _WEIGHT_ROWS):
                     of_weight = slice(first, min(first + _WEIGHT_ROWS, num_rows))
-                    grad_weight[of_weight] += torch.mm(grad[:, of_weight].T, hidden[rows])
+                    grad_weight[of_weight].add_(torch.mm(grad[:, of_weight].T, hidden[rows]))
 
         ctx.weight, ctx.grad_hidden, ctx.grad_weight = weight, grad_hidden, grad_weight
         loss = (kd_weight * terms[0] + lm_weight * terms[1]).to(_precise(hidden))

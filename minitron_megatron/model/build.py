@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
 from minitron_megatron.model.documents import documents_apart
-from minitron_megatron.model.local import CausalAttention, GatedActivation, Norm
+from minitron_megatron.model.local import CausalAttention, ColumnLinear, GatedActivation, Norm, RowLinear
 from minitron_megatron.model.shape import (
     Activation,
     Llama3RopeScaling,
@@ -166,10 +166,13 @@ def layer_modules(config: TransformerConfig) -> tuple[ModuleSpec, type[torch.nn.
         layer.submodules.pre_mlp_layernorm = norm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = CausalAttention
+        attention.linear_qkv = ColumnLinear
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = norm
+        mlp = submodules_of(layer.submodules.mlp)
+        mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
         if config.use_te_activation_func:
-            submodules_of(layer.submodules.mlp).activation_func = GatedActivation
+            mlp.activation_func = GatedActivation
     return layer, norm
 
 

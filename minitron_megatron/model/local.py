@@ -4,15 +4,63 @@ Megatron-Core's own local blocks refuse sequence parallelism and zero-centred no
 materialises the score matrix. These do neither, and keep the parameter names.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from minitron_megatron.parallel.cpu import in_blocks
+
+
+def remade(function: Callable[..., Tensor], *args) -> Tensor:
+    """What a cheap function returns, which a linear layer behind it makes again in the backward pass, and keeps not."""
+    out = function(*args)
+    if out.requires_grad:
+        out.remake = partial(function, *args)
+    return out
+
+
+class _Remakes:
+    """A linear layer that keeps no input for its backward pass which is `remade`.
+
+    What norms and activations return is a third of all that a layer keeps, and little work.
+    """
+
+    def forward(self, input_: Tensor, *args, **kwargs):
+        remake = getattr(input_, "remake", None)
+        if remake is None:
+            return super().forward(input_, *args, **kwargs)
+
+        # The hook lives as long as what it returns, and must not hold the input itself.
+        address = input_.data_ptr()
+
+        def keep(saved: Tensor) -> Tensor | partial:
+            return remake if saved.data_ptr() == address else saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, _make_again):
+            return super().forward(input_, *args, **kwargs)
+
+
+def _make_again(kept: Tensor | partial) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    with torch.no_grad():
+        return kept()
+
+
+class ColumnLinear(_Remakes, ColumnParallelLinear):
+    """Megatron-Core's, behind a norm."""
+
+
+class RowLinear(_Remakes, RowParallelLinear):
+    """Megatron-Core's, behind an activation."""
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -93,6 +141,9 @@ class GatedActivation(MegatronModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., 2 * ffn/tp]` to `[..., ffn/tp]`."""
+        return remade(self._gated, x)
+
+    def _gated(self, x: Tensor) -> Tensor:
         if self.config.activation_func is F.silu:
             return _SwiGLU.apply(x)
         gate, up = x.chunk(2, dim=-1)
@@ -114,7 +165,7 @@ class Norm(torch.nn.Module):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalize(x, self.weight, self.bias, self.config)
+        return remade(normalize, x, self.weight, self.bias, self.config)
 
 
 class CausalAttention(MegatronModule):

@@ -97,9 +97,8 @@ def optimization(
         # parameters one operation at a time on the CPU unless it is told to fuse them. The others have no such switch.
         if "fused" in group and groups.device.type == "cpu":
             group["fused"] = True
-    if config.distributed:
-        for part in optimizer.chained_optimizers:
-            _begin(part.optimizer)
+    for part in optimizer.chained_optimizers:
+        _begin(part.optimizer)
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -135,7 +134,8 @@ def _begin(optimizer: torch.optim.Optimizer) -> None:
     """Make the state that torch's AdamW otherwise makes in its first step.
 
     Megatron-Core's DistributedOptimizer.state_dict asks for it before it loads a checkpoint, and then makes it itself
-    for Transformer Engine's and Apex's optimisers alone.
+    for Transformer Engine's and Apex's optimisers alone. And what is allocated before the first activations does not
+    settle in the gaps between them.
     """
     if not isinstance(optimizer, torch.optim.AdamW):
         return

@@ -1,5 +1,7 @@
 """Models built here against transformers' models of the same weights."""
 
+import weakref
+
 import megatron.core
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.errors import ConfigError
-from minitron_megatron.model import build
+from minitron_megatron.model import build, local
 from minitron_megatron.model.build import build_model, transformer_config
 from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.groups import process_groups
@@ -31,6 +33,35 @@ def test_logits_are_those_of_transformers(config):
         expected = theirs(tokens).logits
     assert expected.std() > 0.3  # or the tolerance below would say little
     torch.testing.assert_close(logits[..., : shape.vocab], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_norms_and_activations_return_is_made_again_and_not_kept(recompute, monkeypatch):
+    shape = shape_from_config(LLAMA)
+    tokens = torch.randint(0, shape.vocab, (2, 8), generator=torch.Generator().manual_seed(2))
+    with process_groups(ParallelConfig()) as groups:
+        [model] = build_model(shape, groups, DType.FP32, recompute)
+        load_weights([model], StateDict(shape, hf_model(**LLAMA).state_dict()), groups)
+        inputs = []
+        for name, module in model.named_modules():
+            if name.endswith(("linear_qkv", "linear_fc1", "linear_fc2")):
+                module.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
+
+        def run() -> list[torch.Tensor]:
+            model.zero_grad()
+            output = model(tokens, torch.arange(8).expand(2, -1), attention_mask=None)
+            alive.append(sum(one() is not None for one in inputs))
+            output.square().sum().backward()
+            return [parameter.grad.clone() for parameter in model.parameters()]
+
+        alive = []
+        found = run()
+        assert len(inputs) == 3 * shape.num_layers * (1 + recompute)
+        monkeypatch.setattr(local, "remade", lambda function, *args: function(*args))
+        expected = run()
+    assert alive[0] == 0
+    assert recompute or alive[1] == 3 * shape.num_layers
+    assert all(map(torch.equal, found, expected))
 
 
 def test_a_layout_that_does_not_fit_the_network_lists_every_problem():
