@@ -120,12 +120,21 @@ def to_plain(settings: Any) -> dict:
     return plain(dataclasses.asdict(settings))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that is a number to OmegaConf and none to PyYAML, whose exponents have a point before and a sign."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\.?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), "-+.0123456789"
+)
+
+
 def to_yaml(settings: Any) -> str:
     """The settings as YAML, in the schema's order; `read_settings` makes the same of it again."""
     plain = to_plain(settings)
     # Unicode's own line breaks would be read as such.
     is_safe = not re.search("[\x85\u2028\u2029]", "".join(_texts(plain)))
-    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=is_safe, width=120)
+    text = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=is_safe, width=120)
     # What is written here is no interpolation.
     return re.sub(r"(?<!\\)\$\{", r"\\${", text)
 

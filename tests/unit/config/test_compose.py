@@ -217,6 +217,7 @@ def test_settings_are_written_as_plain_values_in_order():
 @settings(max_examples=30, deadline=None)
 @given(st.text(min_size=1), st.lists(st.text(), min_size=1), st.floats(1e-12, 1))
 @example("\x85", ["a\u2028b"], 1e-8)
+@example("0", ["0E0", "-1e5", "1_0e-3", "4.e3", ".5e6"], 1e-8)
 @example('C:\\a "b\\', ["x,y=[1]", "null", "", "a b", "\\\\'"], 1e-8)
 def test_a_file_of_settings_is_read_back_as_the_same_settings(tmp_path_factory, path, texts, lr):
     assume(path != "???")  # which means something to OmegaConf
