@@ -19,47 +19,47 @@ from torch import Tensor
 from minitron_megatron.parallel.cpu import in_blocks
 
 
-def remade(function: Callable[..., Tensor], *args) -> Tensor:
-    """What a cheap function returns, which a linear layer behind it makes again in the backward pass, and keeps not."""
+def recomputed(function: Callable[..., Tensor], *args) -> Tensor:
+    """What a cheap function returns, which a linear layer behind it does not keep, but recomputes when it needs it."""
     out = function(*args)
     if out.requires_grad:
-        out.remake = partial(function, *args)
+        out.recompute = partial(function, *args)
     return out
 
 
-class _Remakes:
-    """A linear layer that keeps no input for its backward pass which is `remade`.
+class _RecomputesInput:
+    """A linear layer that keeps no input for its backward pass that can be `recomputed`.
 
     What norms and activations return is a third of all that a layer keeps, and little work.
     """
 
     def forward(self, input_: Tensor, *args, **kwargs):
-        remake = getattr(input_, "remake", None)
-        if remake is None:
+        recompute = getattr(input_, "recompute", None)
+        if recompute is None:
             return super().forward(input_, *args, **kwargs)
 
         # The hook lives as long as what it returns, and must not hold the input itself.
         address = input_.data_ptr()
 
         def keep(saved: Tensor) -> Tensor | partial:
-            return remake if saved.data_ptr() == address else saved
+            return recompute if saved.data_ptr() == address else saved
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, _make_again):
+        with torch.autograd.graph.saved_tensors_hooks(keep, _unpack):
             return super().forward(input_, *args, **kwargs)
 
 
-def _make_again(kept: Tensor | partial) -> Tensor:
+def _unpack(kept: Tensor | partial) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     with torch.no_grad():
         return kept()
 
 
-class ColumnLinear(_Remakes, ColumnParallelLinear):
+class ColumnLinear(_RecomputesInput, ColumnParallelLinear):
     """Megatron-Core's, behind a norm."""
 
 
-class RowLinear(_Remakes, RowParallelLinear):
+class RowLinear(_RecomputesInput, RowParallelLinear):
     """Megatron-Core's, behind an activation."""
 
 
@@ -141,7 +141,7 @@ class GatedActivation(MegatronModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., 2 * ffn/tp]` to `[..., ffn/tp]`."""
-        return remade(self._gated, x)
+        return recomputed(self._gated, x)
 
     def _gated(self, x: Tensor) -> Tensor:
         if self.config.activation_func is F.silu:
@@ -165,7 +165,7 @@ class Norm(torch.nn.Module):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return remade(normalize, x, self.weight, self.bias, self.config)
+        return recomputed(normalize, x, self.weight, self.bias, self.config)
 
 
 class CausalAttention(MegatronModule):

@@ -57,7 +57,7 @@ def test_what_norms_and_activations_return_is_made_again_and_not_kept(recompute,
         alive = []
         found = run()
         assert len(inputs) == 3 * shape.num_layers * (1 + recompute)
-        monkeypatch.setattr(local, "remade", lambda function, *args: function(*args))
+        monkeypatch.setattr(local, "recomputed", lambda function, *args: function(*args))
         expected = run()
     assert alive[0] == 0
     assert recompute or alive[1] == 3 * shape.num_layers
