@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.config.schema import ImportConfig
+from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.pruning.scores import Scores
 
 LLAMA = dict(
     model_type="llama",
@@ -34,8 +37,16 @@ NEMOTRON = {
 }
 MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": None}
 QWEN2 = {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": True}
+SEED_OSS = {**LLAMA, "model_type": "seed_oss", "attention_bias": True, "residual_dropout": 0.0}
 QWEN3 = {**LLAMA, "model_type": "qwen3"}
-FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "nemotron": NEMOTRON, "qwen2": QWEN2, "qwen3": QWEN3}
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "nemotron": NEMOTRON,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "seed_oss": SEED_OSS,
+}
 
 
 def hf_model(seed: int = 0, **settings):
@@ -136,6 +147,17 @@ def import_hf(folder: Path, model) -> Path:
 
     source = save_hf(folder / "hf", model)
     return import_checkpoint(ImportConfig(str(source), str(folder / "checkpoint")))
+
+
+def random_scores(folder: Path, shape: ModelShape, checkpoint: str | None = None) -> None:
+    """Scores that are not those of any data, written to `folder`."""
+    generator = torch.Generator().manual_seed(1)
+    layers, heads = shape.num_layers, (shape.num_query_groups, shape.heads_per_group)
+    sizes = [(shape.hidden,), (layers, shape.ffn), (layers, *heads), (layers,)]
+    *width, depth = (torch.rand(*size, generator=generator, dtype=torch.float64) for size in sizes)
+    folder.mkdir()
+    Scores(shape, *width, {"loss": depth}, checkpoint=checkpoint).write(folder)
+    Manifest("scores").write(folder)
 
 
 class Samples:

@@ -3,6 +3,7 @@
 A family says how its config spells the sizes. Where its tensors lie is the axis table's business.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,6 +71,14 @@ FAMILIES = {
         lambda shape: dict(rms_norm_eps=shape.norm_eps, **_no_window(shape)),
         lambda config: dict(norm_eps=config["rms_norm_eps"]),
     ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        {**_LLAMA, "qkv_bias": True},
+        "silu",
+        dict(num_key_value_heads=8, head_dim=128, attention_bias=True),
+        lambda shape: dict(rms_norm_eps=shape.norm_eps, attention_bias=True, attention_out_bias=False, mlp_bias=False),
+        lambda config: dict(norm_eps=config["rms_norm_eps"]),
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {**_LLAMA, "qk_norm": True},
@@ -92,6 +101,11 @@ FAMILIES = {
         lambda config: dict(norm_eps=config["norm_eps"]),
     ),
 }
+
+_SEED_OSS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, attention_dropout=0.0, residual_dropout=0.0)
+"""What a Qwen2 config means where it leaves these out, and Seed-OSS's does not."""
+
+_QWEN2_ALONE = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 _EXPERTS = "mixtures of experts ('E')"
 _OTHER_LAYERS = {
@@ -126,10 +140,12 @@ def shape_from_config(config: dict) -> ModelShape:
             f"config.json: hidden_act = {activation!r} is not supported for this family: choose a model with "
             f"{family.activation!r}"
         )
-    if biases := [name for name in ("attention_bias", "mlp_bias") if config.get(name)]:
-        raise UnsupportedModelError(
-            f"config.json: {' and '.join(biases)} = true is not supported for this family: choose a model without"
-        )
+    for name in ("attention_bias", "attention_out_bias", "mlp_bias"):
+        if bool(config.get(name)) != (expected := family.defaults.get(name, False)):
+            raise UnsupportedModelError(
+                f"config.json: {name} = {json.dumps(config.get(name))} is not supported for this family: choose a "
+                f"model {'with' if expected else 'without'}"
+            )
     window = config.get("sliding_window")
     if window and config.get("use_sliding_window", True) and window < config["max_position_embeddings"]:
         raise UnsupportedModelError(
@@ -177,6 +193,11 @@ def config_from_shape(shape: ModelShape, original: dict) -> dict:
         # LlamaConfig refuses a width that is no multiple of the heads. Mistral's is the same network without
         # that restriction (no sliding window, no biases).
         model_type = "mistral"
+    if model_type == "qwen2" and shape.hidden != shape.num_heads * shape.head_dim:
+        # Servers take Qwen2's head_dim to be the width divided by the heads, whatever the config says.
+        # Seed-OSS's is the same network with a head_dim of its own.
+        model_type = "seed_oss"
+        original = {**_SEED_OSS, **{name: value for name, value in original.items() if name not in _QWEN2_ALONE}}
     family = FAMILIES[model_type]
     if others := _other_switches(family, shape):
         raise UnsupportedModelError(

@@ -42,7 +42,7 @@ FORMATS = ["Q8_0", "Q4_1", "F16", "Q5_0", "BF16"]
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"seed_oss"}))  # transformers reads no such file of that
 def test_its_tensors_are_those_that_transformers_reads(tmp_path, family):
     from transformers import AutoModelForCausalLM
 

@@ -24,7 +24,7 @@ from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.groups import process_groups
 from tests.in_memory import StateDict, as_transformers_model
-from tests.tiny import LLAMA, NEMOTRON, QWEN2, QWEN3, hf_model, save_hf
+from tests.tiny import LLAMA, NEMOTRON, QWEN2, QWEN3, SEED_OSS, hf_model, save_hf
 
 INDEX = "model.safetensors.index.json"
 ALIGNED = {**LLAMA, "vocab_size": 128}  # no padding rows
@@ -62,10 +62,11 @@ def logits(model, tokens):
         (TIED, torch.bfloat16, True),
         (NEMOTRON, torch.float32, False),
         (MISTRAL, torch.bfloat16, True),
-        (QWEN2, torch.bfloat16, True),
+        ({**QWEN2, "head_dim": 8}, torch.bfloat16, True),
         (QWEN3, torch.float16, False),
+        (SEED_OSS, torch.bfloat16, False),
     ],
-    ids=["llama", "llama without padding", "tied llama", "nemotron", "mistral", "qwen2", "qwen3"],
+    ids=["llama", "llama without padding", "tied llama", "nemotron", "mistral", "qwen2", "qwen3", "seed_oss"],
 )
 def test_import_and_export_give_back_every_tensor_bit_for_bit(config, dtype, sharded, tmp_path):
     source = save_hf(tmp_path / "hf", hf_model(**config).to(dtype))

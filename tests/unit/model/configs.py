@@ -1,6 +1,6 @@
 """Hugging Face configs of every supported kind of network."""
 
-from tests.tiny import LLAMA, NEMOTRON, QWEN2, QWEN3
+from tests.tiny import LLAMA, NEMOTRON, QWEN2, QWEN3, SEED_OSS
 
 LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 CONFIGS = {
@@ -11,6 +11,7 @@ CONFIGS = {
     "mistral": {**LLAMA, "model_type": "mistral", "hidden_size": 46, "sliding_window": None},
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "seed_oss": SEED_OSS,
     "nemotron": NEMOTRON,
     "nemotron, all rotated": {
         **NEMOTRON,

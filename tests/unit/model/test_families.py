@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from minitron_megatron.errors import ConfigError, UnsupportedModelError
 from minitron_megatron.model.families import config_from_shape, shape_from_config
 from minitron_megatron.model.shape import Llama3RopeScaling, ModelShape
-from tests.tiny import LLAMA, NEMOTRON
+from tests.tiny import LLAMA, NEMOTRON, QWEN2
 from tests.unit.model.configs import CONFIGS, LLAMA3_ROPE
 
 
@@ -47,6 +47,7 @@ def test_a_config_says_what_the_shape_says():
         dict(model_type="mistral", num_attention_heads=16, num_key_value_heads=...),
         dict(model_type="qwen2", sliding_window=32),
         dict(model_type="qwen3", sliding_window=32, num_attention_heads=32, num_key_value_heads=...),
+        dict(model_type="seed_oss", num_attention_heads=16, num_key_value_heads=...),
         dict(model_type="nemotron", norm_eps=1e-5),
         dict(model_type="nemotron", norm_eps=1e-5, partial_rotary_factor=0.25),
         dict(
@@ -71,12 +72,27 @@ def test_a_llama_whose_width_is_no_multiple_of_the_heads_is_written_as_mistral()
     assert shape_from_config(in_transformers(written)) == shape
 
 
+def test_a_qwen2_whose_width_is_not_that_of_its_heads_is_written_as_seed_oss():
+    """The one's servers divide the width by the heads; what the other's config assumes is not what this one's does."""
+    whole = {**QWEN2, "head_dim": 8, "sliding_window": None, "layer_types": ["full_attention"] * 4}
+    shape = shape_from_config(whole)
+    assert config_from_shape(shape, whole)["model_type"] == "qwen2"
+    shape = shape.replace(hidden=46, pattern="*-" * 3)
+    written = config_from_shape(shape, whole)
+    assert (written["model_type"], written["architectures"]) == ("seed_oss", ["SeedOssForCausalLM"])
+    read = in_transformers(written)
+    assert shape_from_config(read) == shape
+    special = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout")
+    assert {name: read[name] for name in special} == {name: in_transformers(whole)[name] for name in special}
+    assert read["residual_dropout"] == 0
+
+
 @pytest.mark.parametrize(
     "changes, named",
     [
         (
             dict(model_type="gpt2"),
-            "'gpt2' is not supported: choose a model of one of llama, mistral, nemotron, qwen2, qwen3",
+            "'gpt2' is not supported: choose a model of one of llama, mistral, nemotron, qwen2, qwen3, seed_oss",
         ),
         (dict(model_type="mixtral", num_local_experts=8), "'mixtral' is not supported (it has layers of mixtures of"),
         (
@@ -88,9 +104,15 @@ def test_a_llama_whose_width_is_no_multiple_of_the_heads_is_written_as_mistral()
         (dict(model_type="gemma3_text"), "'gemma3_text' is not supported (GPTModel of Megatron-Core has neither"),
         (dict(model_type="qwen2", use_sliding_window=True, sliding_window=32), "sliding_window = 32 is not supported"),
         (dict(model_type=None), "model_type = None"),
+        (dict(attention_bias=True), "attention_bias = true is not supported for this family: choose a model without"),
+        (dict(mlp_bias=True), "mlp_bias = true is not supported for this family: choose a model without"),
         (
-            dict(attention_bias=True, mlp_bias=True),
-            "attention_bias and mlp_bias = true is not supported for this family: ",
+            dict(model_type="seed_oss", attention_out_bias=True),
+            "attention_out_bias = true is not supported for this family: choose a model without",
+        ),
+        (
+            dict(model_type="seed_oss", attention_bias=False),
+            "attention_bias = false is not supported for this family: choose a model with",
         ),
         (
             dict(model_type="mistral", sliding_window=32),

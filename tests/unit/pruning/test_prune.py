@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_megatron.checkpoint.convert import export
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import Manifest, fingerprint
+from minitron_megatron.checkpoint.manifest import fingerprint
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import DType, ExportConfig, ParallelConfig, PruneConfig, TargetConfig
 from minitron_megatron.errors import CheckpointError, ConfigError
@@ -27,19 +27,10 @@ from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.pruning.slicing import Pruned
 from tests.in_memory import as_transformers_model
 from tests.ranks import run_on_ranks
-from tests.tiny import FAMILIES, LLAMA, hf_model, import_hf
+from tests.tiny import FAMILIES, LLAMA, hf_model, import_hf, random_scores
 
 LAYERS, HIDDEN, FFN, GROUPS, HEADS, HEAD_DIM = 4, 48, 44, 2, 3, 12
 TOKENS = torch.randint(0, 101, (2, 20), generator=torch.Generator().manual_seed(0))
-
-
-def write_scores(folder, shape, checkpoint=None):
-    generator = torch.Generator().manual_seed(1)
-    sizes = [(HIDDEN,), (LAYERS, FFN), (LAYERS, GROUPS, HEADS), (LAYERS,)]
-    *width, depth = (torch.rand(*size, generator=generator, dtype=torch.float64) for size in sizes)
-    folder.mkdir()
-    Scores(shape, *width, {"loss": depth}, checkpoint=checkpoint).write(folder)
-    Manifest("scores").write(folder)
 
 
 class Source:
@@ -49,7 +40,7 @@ class Source:
         self.model = hf_model(**config)
         self.checkpoint = import_hf(folder, self.model)
         self.scores = folder / "scores"
-        write_scores(self.scores, Checkpoint(self.checkpoint).shape)
+        random_scores(self.scores, Checkpoint(self.checkpoint).shape)
 
     def prune(self, output, parallel=None, **target):
         config = self.config(output, target=TargetConfig(**target), parallel=parallel or ParallelConfig())
@@ -208,7 +199,7 @@ def test_targets_that_do_not_fit_name_field_and_value(target, parallel, problems
 
 
 def test_scores_of_another_network_are_refused(llama, tmp_path):
-    write_scores(tmp_path / "scores", Checkpoint(llama.checkpoint).shape.replace(vocab=100))
+    random_scores(tmp_path / "scores", Checkpoint(llama.checkpoint).shape.replace(vocab=100))
     config = llama.config(tmp_path / "p", scores=str(tmp_path / "scores"), target=TargetConfig(ffn=30))
     with pytest.raises(
         CheckpointError, match=r"scores = .*/scores is of another network than checkpoint = .*: score that"
@@ -343,7 +334,7 @@ def test_scores_and_plans_of_other_weights_are_refused(llama, tmp_path, what):
     shape = Checkpoint(llama.checkpoint).shape
     other = import_hf(tmp_path / "other", hf_model(seed=1, **LLAMA))
     assert Checkpoint(other).shape == shape
-    write_scores(tmp_path / "scores", shape, own)
+    random_scores(tmp_path / "scores", shape, own)
     given = llama.config(tmp_path / "pruned", scores=str(tmp_path / "scores"), target=target)
     if what == "plan":
         given = llama.config(tmp_path / "pruned", plan=str(prune(replace(given, dry_run=True))))
