@@ -23,6 +23,7 @@ from minitron_megatron.model.shape import (
     layout_problems,
     pad_vocab,
 )
+from minitron_megatron.parallel.layout import layers_per_stage
 from minitron_megatron.pruning.plan import Plan, from_ranges, make_plan, to_ranges
 from minitron_megatron.pruning.scores import DepthSettings, Scores
 from minitron_megatron.pruning.slicing import Pruned
@@ -80,7 +81,8 @@ def problems(draw):
     sizes = [(shape.hidden,), (layers, shape.ffn), (layers, shape.num_query_groups, shape.heads_per_group), (units,)]
     *width, depth = (torch.randint(0, 9, size, generator=generator).double() for size in sizes)
     scores = Scores(shape, *width, {"loss": depth}, DepthSettings(unit))
-    return scores, ParallelConfig(tensor=tensor), target, draw(st.booleans())
+    pipeline, virtual = draw(st.integers(1, 3)), draw(st.sampled_from([None, 2]))
+    return scores, ParallelConfig(tensor, pipeline, virtual_pipeline=virtual), target, draw(st.booleans())
 
 
 def plan_or_nothing(scores, parallel, target, merge):
@@ -163,8 +165,12 @@ def test_sizes_are_what_was_asked_for(problem):
     # Fractions always divide; whole numbers are the user's own, and named where they do not.
     whole = {name for name in ("groups", "ffn") if isinstance(getattr(target, name), int)} - rounded
     names = {"groups": "num_query_groups", "ffn": "ffn"}
-    problems_left = [p for p in layout_problems(cut, parallel) if not any(names[n] in p for n in whole)]
-    assert problems_left == []
+    left = [p for p in layout_problems(cut, parallel) if not any(names[n] in p for n in whole)]
+    # Layers are left to the target alone: every stage has some, as many as any other but for one, or there are too few.
+    layers, stages = len(cut.megatron_layers), parallel.pipeline * (parallel.virtual_pipeline or 1)
+    assert [f"has {layers} layers, too few for the {stages} stages" in p for p in left] == [True] * (layers < stages)
+    counts = layers_per_stage(layers, stages)
+    assert sum(counts) == layers and max(counts) - min(counts) <= 1 and counts[-1] == min(counts)
     # A fraction is off by at most half of what it is rounded to, unless that is more than there is.
     for name in ("layers", "attention", "mlp"):
         if isinstance(asked := getattr(target, name), float):
