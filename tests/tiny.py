@@ -47,6 +47,8 @@ FAMILIES = {
     "qwen3": QWEN3,
     "seed_oss": SEED_OSS,
 }
+# Of each kind of network one: a Mistral's is a Llama's, and a Seed-OSS's a Qwen2's.
+NETWORKS = {family: FAMILIES[family] for family in ("llama", "nemotron", "qwen2", "qwen3")}
 
 
 def hf_model(seed: int = 0, **settings):

@@ -23,7 +23,7 @@ from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.model.shape import ATTENTION, layers_pattern
 from minitron_megatron.parallel.groups import process_groups
 from tests.ranks import run_on_ranks
-from tests.tiny import FAMILIES, Samples
+from tests.tiny import NETWORKS, Samples
 
 pytest.importorskip("megatron.core.models.hybrid", reason="HybridModel comes with megatron-core 0.19")
 
@@ -79,11 +79,11 @@ def write(folder, source):
     write_checkpoint(folder, source, torch.float32, Manifest("checkpoint"), None)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=NETWORKS)
 def folder(request, tmp_path_factory):
     """A folder with the checkpoint of a student and of a teacher that computes the same."""
     folder = tmp_path_factory.mktemp(request.param)
-    shape = shape_from_config(FAMILIES[request.param])
+    shape = shape_from_config(NETWORKS[request.param])
     write(folder / "student", RandomWeights(shape.replace(pattern=PATTERN)))
     write(folder / "teacher", WithAnotherAttention(shape.replace(pattern=WITH_ANOTHER)))
     return folder

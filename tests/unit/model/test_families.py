@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from minitron_megatron.errors import ConfigError, UnsupportedModelError
 from minitron_megatron.model.families import config_from_shape, shape_from_config
 from minitron_megatron.model.shape import Llama3RopeScaling, ModelShape
-from tests.tiny import LLAMA, NEMOTRON, QWEN2
+from tests.tiny import FAMILIES, LLAMA, NEMOTRON, NETWORKS, QWEN2
 from tests.unit.model.configs import CONFIGS, LLAMA3_ROPE
 
 
@@ -63,6 +63,12 @@ def test_older_and_shorter_configs_mean_what_they_mean_to_transformers(changes):
     config = {k: v for k, v in LLAMA.items() if k not in ("rope_parameters", "head_dim")} | changes
     config = {k: v for k, v in config.items() if v is not ...}
     assert shape_from_config(config) == shape_from_config(in_transformers(config))
+
+
+def test_families_that_are_the_same_network_have_the_same_shape():
+    shapes = {family: shape_from_config(config).replace(tied=False) for family, config in FAMILIES.items()}
+    assert shapes["mistral"] == shapes["llama"] and shapes["seed_oss"] == shapes["qwen2"]
+    assert len({repr(shape) for shape in shapes.values()}) == len(NETWORKS)
 
 
 def test_a_llama_whose_width_is_no_multiple_of_the_heads_is_written_as_mistral():
