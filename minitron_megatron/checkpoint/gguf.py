@@ -52,17 +52,24 @@ def open_gguf(path: Path, companions: Path) -> HuggingFaceTensors:
     """
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError([f"source = {path} is a GGUF file, which the demo extra reads: pip install -e '.[demo]'"])
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
     header = _read_header(path)
     where = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name, trust_remote_code=False)
     try:
-        config = AutoConfig.from_pretrained(**where)
-        if config.model_type not in FAMILIES:
+        settings, _ = PreTrainedConfig.get_config_dict(**where)
+        family = settings["model_type"]
+        if family not in FAMILIES:
             raise UnsupportedModelError(
-                f"{path}: model_type = {config.model_type!r} is not supported: choose a model of one of "
+                f"{path}: model_type = {family!r} is not supported: choose a model of one of "
                 f"{', '.join(sorted(FAMILIES))}"
             )
+        if family == "llama" and settings["hidden_size"] % settings["num_attention_heads"]:
+            # llama.cpp has one name for the network of both, and transformers' LlamaConfig refuses such a width.
+            settings["model_type"] = "mistral"
+        config = AutoConfig.for_model(**settings)
+        if config.model_type == "mistral":  # whose config assumes a window where none is named
+            config.sliding_window = header.of_model("attention.sliding_window")
         if head_dim := header.of_model("attention.key_length"):  # which transformers reads of few families
             config.head_dim = head_dim
         if (scaling := header.of_model("rope.scaling.type")) not in (None, "none"):  # which it reads of none
@@ -75,7 +82,9 @@ def open_gguf(path: Path, companions: Path) -> HuggingFaceTensors:
             raise CheckpointError(
                 f"{path} says that it has {shape.num_layers} layers, and holds {len(header.tensors)} tensors"
             )
-        AutoTokenizer.from_pretrained(**where).save_pretrained(companions)
+        # The former builds the refused config too, and comes to the latter for a Llama.
+        tokenizer = AutoTokenizer if config.model_type == family else PreTrainedTokenizerFast
+        tokenizer.from_pretrained(**where).save_pretrained(companions)
         return HuggingFaceTensors(path, shape, _by_their_name(header, shape))
     except UserError:
         raise

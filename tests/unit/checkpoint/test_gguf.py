@@ -62,6 +62,18 @@ def test_its_tensors_are_those_that_transformers_reads(tmp_path, family):
         assert (tensor - original).abs().max() < 0.1 * original.abs().max(), name
 
 
+def test_a_width_that_is_no_multiple_of_the_heads_is_read(tmp_path):
+    """As of what was pruned, exported and converted by llama.cpp, to which a Mistral is a Llama."""
+    model = hf_model(**FAMILIES["mistral"] | {"hidden_size": 46, "max_position_embeddings": 8192})
+    path = write_gguf(tmp_path / "model.gguf", model, name="no name that tells")
+    checkpoint = Checkpoint(import_checkpoint(ImportConfig(str(path), str(tmp_path / "c"))))
+    expected = shape_from_config(model.config.to_dict())
+    assert checkpoint.shape.replace(norm_eps=expected.norm_eps) == expected  # which the file has in float32
+    found = as_transformers_model(checkpoint)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
 def test_the_size_of_heads_is_read(tmp_path):
     model = hf_model(**FAMILIES["qwen3"] | SIZES)
     path = write_gguf(tmp_path / "model.gguf", model)
