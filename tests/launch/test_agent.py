@@ -106,15 +106,21 @@ with process_groups(ParallelConfig(timeout_min=0.1)) as groups:
     main_first(lambda: time.sleep(15))
     dist.all_reduce(torch.ones(1))
 """
+# Both clocks start when both ranks are up: the launcher ends the slower one as soon as the faster one is out of time.
 JOINING = """
+folder = Path(__file__).parent
+(folder / f"{os.environ['RANK']} is up").touch()
+while len([*folder.glob("* is up")]) < 2:
+    time.sleep(0.01)
 if os.environ["RANK"] == "1":
-    with watchdog(0.05):
+    with watchdog(0.1):
         elsewhere()
-with process_groups(ParallelConfig(timeout_min=0.05)):
+with process_groups(ParallelConfig(timeout_min=0.1)):
     pass
 """
 HANGS = """
 import os, time
+from pathlib import Path
 import torch, torch.distributed as dist
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.parallel.collectives import main_first
