@@ -13,16 +13,16 @@ from minitron_megatron.errors import ConfigError
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.calibration import score_model
 from minitron_megatron.pruning.plan import make_plan
-from tests.tiny import NETWORKS, hf_model, save_hf
+from tests.tiny import FAMILIES, hf_model, save_hf
 from tests.unit.pruning.direct import build_ours, direct_effects, run_without, samples_for, score_config
 
 LAYERS = 4
 ON_TEXT = [c for c in DepthCriterion if c is not DepthCriterion.ACCURACY]
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def theirs(request):
-    return hf_model(**NETWORKS[request.param])
+    return hf_model(**FAMILIES[request.param])
 
 
 @pytest.fixture(scope="module")
