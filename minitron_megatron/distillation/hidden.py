@@ -104,21 +104,27 @@ def add_projections(
 ) -> None:
     """Give the student the projections from its width to the teacher's, as modules that are trained with it.
 
-    Every chunk has those of its own pairs. A shared one is on the first chunk of every stage, with pairs or without.
+    Every chunk has those of its own pairs. A shared one is on every stage that has pairs, on the first chunk that has.
     """
     if not config.weight or config.projection is Projection.NONE:
         return
     pairs = resolve_pairs(config, student.num_layers, teacher.num_layers)
-    shared = config.projection is Projection.SHARED
-    for number, chunk in enumerate(chunks):
-        own = {pair.name: n for n, pair in enumerate(pairs) if _module([chunk], pair.point, pair.student) is not None}
-        if shared:
-            own = {} if number else {SHARED: 0}
-        if own:
+    own = [
+        {pair.name: n for n, pair in enumerate(pairs) if _module([chunk], pair.point, pair.student) is not None}
+        for chunk in chunks
+    ]
+    stages, group = [groups.pipeline_rank], None
+    if config.projection is Projection.SHARED:
+        first = next((number for number, names in enumerate(own) if names), None)
+        own = [{SHARED: 0} if number == first else {} for number in range(len(chunks))]
+        stages = sorted({_owner(pair.point, pair.student, student.num_layers, groups.layout) for pair in pairs})
+        group = _stages_group(stages, groups) if len(stages) > 1 else None
+    for chunk, names in zip(chunks, own, strict=True):
+        if names:
             projections = {
-                name: _projection(student.hidden, teacher.hidden, seed + n, chunk, groups) for name, n in own.items()
+                name: _projection(student.hidden, teacher.hidden, seed + n, chunk, groups) for name, n in names.items()
             }
-            setattr(chunk, PROJECTIONS, Projections(projections, groups.pipeline_rank if shared else 0))
+            setattr(chunk, PROJECTIONS, Projections(projections, stages.index(groups.pipeline_rank), group))
 
 
 class Projections(torch.nn.ModuleDict):
@@ -127,13 +133,18 @@ class Projections(torch.nn.ModuleDict):
     Args:
         projections: by name.
         replica: which of several stages' copies this is.
+        group: the stages that have one; None for this one alone.
     """
 
-    def __init__(self, projections: dict[str, torch.nn.Module], replica: int):
+    def __init__(self, projections: dict[str, torch.nn.Module], replica: int, group: dist.ProcessGroup | None):
         super().__init__(projections)
         self.replica = replica
+        self.group = group
         for parameter in self.parameters():
             parameter.shared = replica > 0  # so that the gradient's norm counts the first stage's alone
+            # As Megatron marks a table on two stages: with the distributed optimiser it then has a bucket of its own,
+            # and each replica the same part of it on all stages.
+            parameter.shared_embedding = group is not None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """See Megatron-Core's modules; tensor-parallel ranks and stages have copies of the same tensors."""
@@ -142,17 +153,11 @@ class Projections(torch.nn.ModuleDict):
             tensor.replica_id = (self.replica, *tensor.replica_id[1:])
         return found
 
-    def add_up(self, groups: Groups) -> None:
-        """Add up the gradients of a shared projection over the stages, each of which has a copy. Collective on them."""
-        if SHARED in self:
-            sum_over(self[SHARED].weight.main_grad, groups.collection.pp)
-
-    def make_equal(self, groups: Groups) -> None:
-        """Give all copies the first stage's gradient: sums over replicas may be rounded otherwise on each stage, whose
-        buffers differ. Collective like `add_up`."""
-        if SHARED in self and groups.layout.pipeline > 1:
-            group = groups.collection.pp
-            dist.broadcast(self[SHARED].weight.main_grad, dist.get_global_rank(group, 0), group)
+    def add_up(self) -> None:
+        """Give the copies on all stages the sum of their gradients, which are summed over replicas. Collective."""
+        if self.group:
+            for parameter in self.parameters():
+                dist.all_reduce(parameter.main_grad, group=self.group)
 
 
 def _projection(student: int, teacher: int, seed: int, chunk: GPTModel, groups: Groups) -> torch.nn.Linear:
@@ -207,7 +212,7 @@ class HiddenLosses:
                 != (target := _owner(pair.point, pair.student, shapes[0].num_layers, layout))
             }
         )
-        self._group = _pipelines(groups) if self._routes else None
+        self._group = _stages_group(range(layout.pipeline), groups) if self._routes else None
         self._states: dict[tuple, list[Tensor | None]] = {}
         self._uses: Counter = Counter()
         self._messages: list[dist.Work] = []
@@ -429,13 +434,16 @@ def _owner(point: Point, layer: int, num_layers: int, layout: Layout) -> int:
     return next(stage for stage, end in enumerate(ends) if layer < end) % layout.pipeline
 
 
-def _pipelines(groups: Groups) -> dist.ProcessGroup:
-    """This rank's pipeline as a group of its own, whose messages do not mix with those of the schedules."""
-    own = dist.get_process_group_ranks(groups.collection.pp)
+def _stages_group(stages: Sequence[int], groups: Groups) -> dist.ProcessGroup | None:
+    """The given stages of this rank's pipeline as a group of their own, whose messages do not mix with those of the
+    schedules; None on other stages. Collective on the world."""
+    pipeline = dist.get_process_group_ranks(groups.collection.pp)
+    own, found = [pipeline[stage] for stage in stages], None
     for ranks in sorted(set(map(tuple, gather_objects(own, dist.group.WORLD)))):
         group = dist.new_group(list(ranks))
-        if list(ranks) == own:
+        if dist.get_rank() in ranks:
             found = group
-    # NCCL connects a group with its first operation, in which all of its ranks have to take part.
-    dist.all_reduce(torch.zeros(1, device=groups.device), group=found)
+    if found:
+        # NCCL connects a group with its first operation, in which all of its ranks have to take part.
+        dist.all_reduce(torch.zeros(1, device=groups.device), group=found)
     return found

@@ -114,12 +114,10 @@ def optimization(
     )
 
     def finalize(model, *args, **options) -> None:
-        projections = [getattr(chunk, PROJECTIONS) for chunk in unwrap_model(model) if hasattr(chunk, PROJECTIONS)]
-        for own in projections:
-            own.add_up(groups)
         finalize_model_grads(model, *args, **options)
-        for own in projections:
-            own.make_equal(groups)
+        for chunk in unwrap_model(model):
+            if hasattr(chunk, PROJECTIONS):
+                getattr(chunk, PROJECTIONS).add_up()
 
     for chunk in chunks:
         if config.overlap:  # after the last micro-batch alone

@@ -1,5 +1,6 @@
 """Losses between hidden states: the same in every layout, and what autograd makes of them on transformers models."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +29,9 @@ from tests.tiny import LLAMA, Samples, hf_model
 
 LAYOUTS = {
     "1x1": ParallelConfig(),
+    "tp2": ParallelConfig(tensor=2),
+    "tp2_sequence": ParallelConfig(tensor=2, sequence=True),
+    "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
     "pp4": ParallelConfig(pipeline=4),  # where only some stages have states to send
     "tp2_pp2_dp2": ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True),
     "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
@@ -211,30 +215,61 @@ def test_a_step_is_the_plain_loss_on_transformers_models(case, single):
         assert found["steps"][1][2] == pytest.approx(alpha, rel=1e-5)
 
 
-def copies_after_rounding():
-    """On each of two stages: gradients of a shared projection whose sum over replicas was rounded otherwise there."""
-    from minitron_megatron.training import optimizer
-
-    hidden = CASES["cosine, shared"]
-    teacher, student = (source_of(model).shape for model in networks("cosine, shared"))
-    with process_groups(ParallelConfig(pipeline=2)) as groups:
-        chunks = build_model(student, groups, DType.FP32)
-        add_projections(chunks, hidden, student, teacher, groups, seed=5)
-        training = optimization(chunks, OptimizerConfig(warmup_steps=1), 4, DType.FP32, groups)
-        [projection] = getattr(chunks[0], PROJECTIONS).values()
-
-        def sum_over_replicas(*arguments, **options):
-            projection.weight.main_grad += 1e-6 * groups.pipeline_rank
-
-        optimizer.finalize_model_grads = sum_over_replicas
-        projection.weight.main_grad.fill_(1 + groups.pipeline_rank)
-        chunks[0].config.finalize_model_grads_func(training.chunks)
-        gradient = projection.weight.main_grad
-        assert (gradient == 3).all(), gradient  # the sum of both stages, as it is on the first one
+# A shared projection that is larger than the rest of the network: the replicas' parts of it differ between the stages
+# unless it is kept apart.
+SHARING = {
+    "layers of both stages": HiddenConfig(1.0, loss=HiddenLoss.MSE, projection=Projection.SHARED),
+    "a layer of the last stage": HiddenConfig(
+        1.0, loss=HiddenLoss.MSE, projection=Projection.SHARED, pairs=[[2, 1]], points=[Point.LAYER, Point.MLP]
+    ),
+}
+OPTIMIZERS = [dict(distributed=d, overlap=o) for d in (False, True) for o in (False, True)]
 
 
-def test_copies_of_a_shared_projection_stay_equal():
-    run_on_ranks(2, copies_after_rounding)
+def train_a_shared_projection(folder, name, layout):
+    """The projection on this rank, and its gradients' norms, after steps with every kind of optimiser."""
+    found = {}
+    teacher = source_of(hf_model(seed=1, **{**LLAMA, "num_hidden_layers": 3, "hidden_size": 1032}))
+    student = source_of(hf_model(seed=2, **{**LLAMA, "num_hidden_layers": 3}))
+    shapes = student.shape, teacher.shape
+    with process_groups(layout) as groups:
+        for (case, hidden), settings in itertools.product(SHARING.items(), OPTIMIZERS):
+            teacher_chunks = build_model(teacher.shape, groups, DType.FP32)
+            load_weights(teacher_chunks, teacher, groups)
+            chunks = build_model(student.shape, groups, DType.FP32)
+            load_weights(chunks, student, groups)
+            add_projections(chunks, hidden, *shapes, groups, seed=5)
+            losses = HiddenLosses(hidden, chunks, teacher_chunks, shapes, groups)
+            config = OptimizerConfig(lr=1e-2, warmup_steps=1, eps=1e-3, **settings)
+            training = optimization(chunks, config, 9, DType.FP32, groups)
+            loss = LossConfig(hidden=hidden)
+            pair = TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.shape.vocab, losses)
+            norms = []
+            for step in range(3):
+                batches = rank_batches(samples(), 4 * step, 4, MICRO_BATCH, groups.data_rank, groups.layout.data)
+                training.zero_grad()
+                pair.train(list(batches))
+                norms.append(training.grad_norm())
+                training.step()
+            own = [p.weight.detach().clone() for c in chunks for p in getattr(c, PROJECTIONS, {}).values()]
+            found[(case, *settings.values())] = own, norms
+        torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")
+
+
+def test_copies_of_a_shared_projection_learn_from_all_stages_and_replicas(tmp_path):
+    run_on_ranks(1, train_a_shared_projection, tmp_path, "single", ParallelConfig())
+    layout = ParallelConfig(pipeline=2, data=2)
+    run_on_ranks(4, train_a_shared_projection, tmp_path, "many", layout)
+    single = torch.load(tmp_path / "single_0.pt")
+    many = [torch.load(tmp_path / f"many_{rank}.pt") for rank in range(4)]
+    for key, ([expected], norms) in single.items():
+        copies = [copy for rank in many for copy in rank[key][0]]
+        assert len(copies) == (4 if key[0] == "layers of both stages" else 2)
+        for copy in copies:
+            assert torch.equal(copy, copies[0]), key
+            torch.testing.assert_close(copy, expected, rtol=1e-4, atol=1e-5)
+        for rank in many:
+            np.testing.assert_allclose(rank[key][1], norms, rtol=1e-4)
 
 
 def test_maps_of_layers():
