@@ -154,7 +154,11 @@ def with_other(command, key, value):
         ),
         (f"{SCORE} parallel.tensor=2", 3, ["2 x 1 x 1 = 2 ranks, but the world has 3"]),
         (f"{SCORE} parallel.tensor=2 parallel.sequence=true data.sequence_length=33", 1, ["data.sequence_length = 33"]),
-        (with_other(DISTILL, "teacher", "@foreign-checkpoint"), 1, ["foreign-checkpoint has vocab = 90", "has 101"]),
+        (
+            with_other(DISTILL, "teacher", "@foreign-checkpoint"),
+            1,
+            ["foreign-checkpoint has vocab = 90, padded to 128", "has vocab = 101, padded to 128"],
+        ),
         (with_other(DISTILL, "teacher", "@other-tokenizer"), 1, ["other-tokenizer", "carry different tokenizers"]),
         (
             with_other(DISTILL, "teacher", "@other-keys"),
@@ -167,6 +171,11 @@ def with_other(command, key, value):
         ),
         (f"{DISTILL} teacher_fp8=true", 1, ["teacher_fp8 = true takes CUDA and Transformer Engine"]),
         (f"{DISTILL} teacher_lr=0", 1, ["teacher_lr = 0.0: must be above 0, or null for a frozen teacher"]),
+        (
+            f"{DISTILL} teacher_lr=1 loss.kd_logits_weight=0 loss.lm_weight=1",
+            1,
+            ["teacher_lr = 1.0 trains a teacher that no loss looks at: set loss.kd_logits_weight above 0"],
+        ),
         (f"{DISTILL} teacher_lr=1 teacher_dtype=fp16", 1, ["teacher_lr = 1.0 trains the teacher", "teacher_dtype"]),
         (
             f"{with_other(DISTILL, 'teacher', 'null')} teacher_lr=1 loss.kd_logits_weight=0 loss.lm_weight=1",

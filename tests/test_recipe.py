@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.cli import main
 from minitron_megatron.launching import ACTIONS
 from minitron_megatron.training.metrics import read_metrics
@@ -79,6 +80,10 @@ def test_a_recipe_runs_reports_and_skips_what_is_done(inputs):
     for model in ("teacher", "distilled"):
         evaluation = json.loads((run_dir / f"evaluate/{model}/evaluation.json").read_text())
         assert results[f"evaluate/{model}/heldout/loss"] == evaluation["heldout"]["loss"]
+
+    # The student's teacher is the corrected one.
+    [teacher] = [parent.path for parent in Manifest.read(run_dir / "distilled").parents if parent.role == "teacher"]
+    assert Path(teacher).is_relative_to(run_dir / "corrected")
 
     made = {path: path.stat().st_mtime_ns for path in run_dir.rglob("manifest.json")}
     assert len(made) >= 9

@@ -45,6 +45,10 @@ _NOT_CONTENT = (
     "save_every",
     "validate_every",
     "validate_batches",
+    "keep_checkpoints",
+    "max_skipped_steps",
+    "loss.chunk_tokens",
+    "optimizer.overlap",
 )
 
 

@@ -150,6 +150,11 @@ class DistillConfig:
                 found.append(f"{where}teacher_lr = {self.teacher_lr}: must be above 0, or null for a frozen teacher")
             if self.teacher is None:
                 found.append(f"{where}teacher_lr = {self.teacher_lr}, but {where}teacher = null: set both or neither")
+            elif not self.loss.needs_teacher:
+                found.append(
+                    f"{where}teacher_lr = {self.teacher_lr} trains a teacher that no loss looks at: set "
+                    f"{where}loss.kd_logits_weight above 0, or {where}teacher_lr to null"
+                )
             if self.teacher_fp8 or self.teacher_dtype is DType.FP16:
                 found.append(
                     f"{where}teacher_lr = {self.teacher_lr} trains the teacher, which needs bf16 or fp32: change "

@@ -68,8 +68,8 @@ class LogitsConfig:
                 found.append(f"{where}{name} = {getattr(self, name)}: must be between 0 and 1, and neither")
         if self.top_k and not self.tail and self.divergence in (Divergence.REVERSE_KL, Divergence.COSINE):
             found.append(
-                f"{where}divergence = {self.divergence.value} with {where}top_k would not be least where student and "
-                f"teacher agree: set {where}tail=true"
+                f"{where}divergence = {self.divergence.value} with {where}top_k does not see how much the student "
+                f"gives to all other tokens: set {where}tail=true"
             )
         if self.tail and self.top_k is None:
             found.append(f"{where}tail = true without {where}top_k: set {where}top_k, or leave it out")

@@ -74,8 +74,8 @@ def hidden_problems(config: HiddenConfig, student: ModelShape, teacher: ModelSha
     for role, shape in (("student", student), ("teacher", teacher)):
         if not shape.is_uniform:
             found.append(
-                f"loss.hidden.weight = {config.weight}, and {role}.pattern = {shape.pattern!r} is not '*-' repeated: "
-                f"set it to 0"
+                f"loss.hidden.weight = {config.weight}, and {role}.pattern = {shape.pattern!r} is not '*-' repeated, "
+                f"so that there are no layers to compare: set it to 0"
             )
     if found:
         return found

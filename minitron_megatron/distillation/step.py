@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -33,7 +34,7 @@ class StepResult:
     Attributes:
         kd_logits: mean divergence from the teacher per valid token; 0 without a teacher.
         lm: mean cross-entropy per valid token, in nats.
-        num_tokens: valid tokens.
+        num_tokens: valid tokens; where there are none, both means are 0.
         errors, measures: of each pair of hidden states, by its name, two sums whose quotient is the pair's loss.
         alpha: what the weight of the hidden losses was multiplied by.
         teacher_s: seconds that the teacher took on this rank.
@@ -73,10 +74,9 @@ class StepResult:
 def mean_of(results: list[StepResult]) -> StepResult:
     """Several results as one, each token counting the same."""
     num_tokens = sum(r.num_tokens for r in results)
-
     return StepResult(
-        sum(r.kd_logits * r.num_tokens for r in results) / num_tokens,
-        sum(r.lm * r.num_tokens for r in results) / num_tokens,
+        sum(r.kd_logits * r.num_tokens for r in results) / max(num_tokens, 1),
+        sum(r.lm * r.num_tokens for r in results) / max(num_tokens, 1),
         num_tokens,
         {name: sum(r.errors[name] for r in results) for name in results[0].errors},
         {name: sum(r.measures[name] for r in results) for name in results[0].measures},
@@ -90,7 +90,8 @@ class TeacherStudent:
     Args:
         student: this rank's student, wrapped in Megatron's DistributedDataParallel for training.
         teacher: this rank's teacher, frozen; None to learn from the text alone. A teacher that is wrapped in
-            DistributedDataParallel as well gets gradients too: of its cross-entropy on the same batches.
+            DistributedDataParallel as well gets gradients too: of its cross-entropy on the same batches. Either may be
+            in Megatron's Float16Module.
         groups: this rank's place.
         loss: weights of the terms.
         vocab: tokens of the tokenizer that both share.
@@ -122,7 +123,7 @@ class TeacherStudent:
             if teacher
             else None
         )
-        self._trains_teacher = bool(teacher) and self.teacher[0] is not teacher[0]
+        self._trains_teacher = bool(teacher) and isinstance(teacher[0], DistributedDataParallel)
         self._last = {"student": unwrap_model(self.student[-1]), "teacher": self.teacher[-1] if self.teacher else None}
 
     def train(self, batches: Sequence[Batch]) -> StepResult:
@@ -156,12 +157,12 @@ class TeacherStudent:
 
     def _rebalance(self, result: StepResult) -> None:
         """Take the divergence of the predictions by the distance of the hidden states (2407.14679, section 3)."""
-        if result.is_finite:
+        if result.is_finite and result.num_tokens:
             self.alpha = result.kd_logits / max(result.kd_hidden, 1e-12)
 
     def _train(self, batches: Sequence[Batch], outputs: list[Tensor] | None = None) -> StepResult:
         for chunk in self.student:
-            raise_if_any(_obstacles(unwrap_model(chunk).config, self.groups))
+            raise_if_any(_obstacles(unwrap_model(chunk).config, self.groups, self.hidden is not None))
             chunk.train()
         return self._run(batches, forward_only=False, outputs=outputs)
 
@@ -193,11 +194,10 @@ class TeacherStudent:
         sum_over(sums, self.groups.collection.pp)
         sum_over(sums, self.groups.collection.dp)
         kd_logits, lm, num_tokens, *of_pairs = sums.tolist()
-        num_tokens = max(num_tokens, 1)
         names = [pair.name for pair in self.hidden.pairs] if self.hidden else []
         return StepResult(
-            kd_logits / num_tokens,
-            lm / num_tokens,
+            kd_logits / max(num_tokens, 1),
+            lm / max(num_tokens, 1),
             int(num_tokens),
             dict(zip(names, of_pairs[: len(names)], strict=True)),
             dict(zip(names, of_pairs[len(names) :], strict=True)),
@@ -259,7 +259,7 @@ class TeacherStudent:
         return hidden.flatten(0, 1)
 
 
-def _obstacles(config: TransformerConfig, groups: Groups) -> list[str]:
+def _obstacles(config: TransformerConfig, groups: Groups, has_hidden: bool) -> list[str]:
     """Why the gradients of a model would not be those of the loss, one sentence each."""
     found = []
     if not config.calculate_per_token_loss:
@@ -276,5 +276,20 @@ def _obstacles(config: TransformerConfig, groups: Groups) -> list[str]:
         found.append(
             f"groups.layout.sequence = {groups.layout.sequence}, and the model has sequence_parallel = "
             f"{config.sequence_parallel}: give current_groups(sequence={config.sequence_parallel})"
+        )
+    if config.context_parallel_size > 1:
+        found.append(
+            f"config.context_parallel_size = {config.context_parallel_size}: every rank must see whole sequences here, "
+            f"so set it to 1"
+        )
+    if config.mtp_num_layers:
+        found.append(
+            f"config.mtp_num_layers = {config.mtp_num_layers}: layers that predict several tokens ahead take no part "
+            f"in this loss, so leave them out"
+        )
+    if config.fp16 and has_hidden:
+        found.append(
+            "config.fp16 = True: losses between hidden states are not scaled as fp16 needs it, so train in bf16 or "
+            "set loss.hidden.weight to 0"
         )
     return found

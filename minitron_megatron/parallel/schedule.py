@@ -69,14 +69,16 @@ def forward_hidden(model: torch.nn.Module, batch: Batch) -> Tensor:
             which takes the layers of `build_model`.
 
     Returns:
-        `[seq(/tp), batch, hidden]`; on all but the last stage what goes to the next one.
+        `[seq(/tp), batch, hidden]`, in the output weight's number format, which Megatron's Float16Module does not give;
+        on all but the last stage what goes to the next one.
     """
     network = unwrap_model(model)
     post_process, network.post_process = network.post_process, False
     try:
-        return model(batch["tokens"], batch["position_ids"], attention_mask=batch.get("document_ids"))
+        output = model(batch["tokens"], batch["position_ids"], attention_mask=batch.get("document_ids"))
     finally:
         network.post_process = post_process
+    return output.to(output_weight(network).dtype) if post_process else output
 
 
 def output_weight(model: torch.nn.Module) -> Tensor:

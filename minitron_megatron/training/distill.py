@@ -175,13 +175,12 @@ def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: Distill
             f"loss.logits.top_k = {logits.top_k} is more than the vocabulary's {teacher.shape.vocab} tokens leave room "
             f"for: choose fewer, or null for all of them"
         )
-    for name in ("vocab", "padded_vocab"):
-        theirs, ours = getattr(teacher.shape, name), getattr(student.shape, name)
-        if theirs != ours:
-            found.append(
-                f"teacher = {config.teacher} has {name} = {theirs}, student = {config.student} has {ours}: "
-                f"they must share one vocabulary"
-            )
+    theirs, ours = (f"vocab = {s.vocab}, padded to {s.padded_vocab}" for s in (teacher.shape, student.shape))
+    if theirs != ours:
+        found.append(
+            f"teacher = {config.teacher} has {theirs}; student = {config.student} has {ours}: they must share one "
+            f"vocabulary, and its padding"
+        )
     if teacher.shape.vocab == student.shape.vocab:
         theirs, ours = (tokenizer_fingerprint(c.huggingface_folder) for c in (teacher, student))
         if theirs != ours:

@@ -72,10 +72,11 @@ def train(
             watch = _Watch()
             first = run.step * config.global_batch
             batches = _batches(samples, first, config, groups)
+            watch.lap("data")
             values = {}
             if pair.teacher and run.step == 0:
                 values["teacher/first_lm"] = _checked(pair.teacher_lm(batches), config, pair.vocab)
-            watch.lap("data")
+                watch.lap("teacher_check")
             run.step += 1
             for training in models.values():
                 training.zero_grad()
@@ -111,11 +112,12 @@ def train(
             if config.validate_every and (run.step % config.validate_every == 0 or last):
                 found = validate(pair, heldout, config, groups)
                 values |= _losses("val", found, pair.loss)
-                # The weights of a sum may change over the run, and its terms do not.
-                loss = found.kd_logits if pair.loss.kd_logits_weight else found.lm
+                # The weights of a sum may change over the run, and so may a teacher; the text does not.
+                follows = pair.loss.kd_logits_weight and config.teacher_lr is None
+                loss = found.kd_logits if follows else found.lm
                 stops |= bool(_largest({"stop": float(asked_to_stop())}, groups)["stop"])  # it takes a while
                 best = loss < run.best_loss
-                run.best_loss = min(loss, run.best_loss)
+                run.best_loss = loss if best else run.best_loss
             if metrics:
                 metrics.log(values)
             advance(1, f"loss {values['loss/total']:.3f}  {values['throughput/tokens_per_s']:.0f} tokens/s")
@@ -124,10 +126,14 @@ def train(
                     f"no finite loss and gradient in the last {run.skipped_in_a_row} steps, which were skipped. In "
                     f"step {run.step}, of sequences {first} to {first + config.global_batch - 1}, the loss was "
                     f"{result.total(pair.loss)} and the gradient's norm {norms[0]}. The last checkpoint in "
-                    f"{checkpoints} is whole: lower optimizer.lr, look at that text, or train in another dtype"
+                    f"{checkpoints} is whole: look at that text, or start a new output from there, with a lower "
+                    f"optimizer.lr or another dtype"
                 )
-            if last or best or stops or (config.save_every and run.step % config.save_every == 0):
-                save_state(checkpoints, run, models, config.keep_checkpoints, best, args)
+            # While steps are skipped, the weights may be what is wrong: the checkpoints before stay.
+            in_doubt = run.skipped_in_a_row > 0
+            is_due = config.save_every and run.step % config.save_every == 0 and not in_doubt
+            if last or best or stops or is_due:
+                save_state(checkpoints, run, models, 0 if in_doubt else config.keep_checkpoints, best, args)
             if stops and not last:
                 raise Preempted(f"a signal asked to stop: {checkpoints} is saved at step {run.step} of {config.steps}")
 

@@ -61,7 +61,7 @@ def save_state(
         root: folder of the run's checkpoints.
         run: how far it has come.
         models: what is trained, by the prefix of its keys; the student has none.
-        keep: how many of the latest checkpoints stay.
+        keep: how many of the latest checkpoints stay; 0 for all of them.
         best: also make it the checkpoint `BEST` beside `root`, in the place of the one that was best so far.
         args: that tell Megatron-LM what the network is.
 
@@ -101,8 +101,12 @@ def _announce(temporary: Path, folder: Path, keep: int, best: bool) -> None:
     if best:  # first: a run that ends between the two makes this step again
         _announce_best(folder, step)
     write_atomically(root / TRACKER, step)
-    for old in sorted(root.glob("iter_*"))[:-keep]:
-        shutil.rmtree(old)
+    folders = sorted(root.glob("iter_*"))
+    # One of a later step was left by a run that ended before it was announced.
+    kept = [path for path in folders if path.name <= folder.name][-keep:]
+    for other in folders:
+        if other not in kept:
+            shutil.rmtree(other)
 
 
 def _announce_best(folder: Path, step: str) -> None:

@@ -52,6 +52,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     import_hf(folder, literate(hf_model(**LLAMA)))
     import_hf(folder / "narrow", hf_model(seed=1, **{**LLAMA, "hidden_size": 36, "num_hidden_layers": 2}))
+    import_hf(folder / "deep", hf_model(seed=1, **{**LLAMA, "hidden_size": 36}))
     for number in range(20):
         (folder / f"{number}.txt").write_text("abcdefgh"[number % 8] * (50 + number))
     return folder
@@ -252,7 +253,7 @@ def whole(inputs):
     """The settings of a run of everything at once, and its metrics."""
     config = replace(
         settings(inputs, inputs / "whole", loss=EVERYTHING),
-        student=str(inputs / "narrow/checkpoint"),
+        student=str(inputs / "deep/checkpoint"),
         steps=4,
         save_every=2,
         teacher_lr=1e-3,
@@ -262,14 +263,22 @@ def whole(inputs):
     return config, read_metrics(inputs / "whole")
 
 
-@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed optimizer"])
-def test_a_run_goes_on_in_another_layout(whole, tmp_path, distributed):
+INTERLEAVED = ParallelConfig(pipeline=2, data=2, virtual_pipeline=2)
+
+
+@pytest.mark.parametrize(
+    "optimizer, before, after",
+    [
+        ({}, ParallelConfig(tensor=2, pipeline=2), ParallelConfig(pipeline=2, data=2)),
+        ({"distributed": True}, ParallelConfig(pipeline=2, data=2), ParallelConfig(tensor=2, data=2, sequence=True)),
+        ({}, INTERLEAVED, ParallelConfig(pipeline=4)),
+        ({"distributed": True, "overlap": True}, ParallelConfig(tensor=2, data=2), INTERLEAVED),
+    ],
+    ids=["plain", "distributed", "interleaved before", "interleaved after, distributed"],
+)
+def test_a_run_goes_on_in_another_layout(whole, tmp_path, optimizer, before, after):
     config, expected = whole
-    optimizer = replace(config.optimizer, distributed=distributed)
-    parts = replace(config, output=str(tmp_path / "parts"), optimizer=optimizer)
-    before, after = ParallelConfig(tensor=2, pipeline=2), ParallelConfig(pipeline=2, data=2)
-    if distributed:
-        before, after = after, ParallelConfig(tensor=2, data=2, sequence=True)
+    parts = replace(config, output=str(tmp_path / "parts"), optimizer=replace(config.optimizer, **optimizer))
     run_on_ranks(4, run_first_half_in, parts, before)
     run_on_ranks(4, run_in, parts, after)
     found = read_metrics(tmp_path / "parts")
@@ -302,19 +311,59 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(inputs, tmp_path, monk
     config = replace(
         settings(inputs, tmp_path / "run"), student=str(inputs / "narrow/checkpoint"), steps=4, save_every=1
     )
-    config = replace(config, keep_checkpoints=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(TeacherStudent, "train", poisoned_in({2, 3}, where))
-        distill.distill(config)
+    for ended_by, output in ((3, "ended"), (4, "run")):
+        with monkeypatch.context() as patch:
+            patch.setattr(TeacherStudent, "train", poisoned_in({2, 3}, where))
+            distill.distill(replace(config, steps=ended_by, output=str(tmp_path / output)))
     lines = read_metrics(tmp_path / "run")
     assert [line["progress/skipped_steps"] for line in lines] == [0, 1, 2, 2]
-    states = {step: weights_of(tmp_path / "run", step) for step in range(1, 5)}
+    # The end is saved in any case, and what was there before a skipped step stays.
+    states = {step: weights_of(tmp_path / "ended", step) for step in (1, 3)}
+    assert not (tmp_path / "ended/checkpoints" / iteration_folder(2)).exists()
     for key, weight in states[1].items():
-        assert torch.equal(weight, states[2][key]) and torch.equal(weight, states[3][key])
-    assert any(not torch.equal(weight, states[4][key]) for key, weight in states[1].items())
+        assert torch.equal(weight, states[3][key])
+    [last] = (tmp_path / "run/checkpoints").glob("iter_*")
+    assert last.name == iteration_folder(4)
+    assert any(not torch.equal(weight, states[1][key]) for key, weight in weights_of(tmp_path / "run", 4).items())
     distill.distill(replace(config, output=str(tmp_path / "whole")))
     whole = read_metrics(tmp_path / "whole")
     assert [line["optim/lr"] for line in whole[:2]] == [lines[0]["optim/lr"], lines[3]["optim/lr"]]
+
+
+def run_poisoned_in(config, parallel):
+    """The same, but that one gradient is not finite in the second step, on one rank alone and before it is reduced."""
+    train, calls = TeacherStudent.train, count(1)
+
+    def poisoned(pair, batches):
+        if next(calls) != 2 or dist.get_rank() != dist.get_world_size() - 1:
+            return train(pair, batches)
+        parameter = next(iter(pair.student[0].parameters()))
+        hook = parameter.register_hook(lambda grad: grad + torch.inf)
+        try:
+            return train(pair, batches)
+        finally:
+            hook.remove()
+
+    TeacherStudent.train = poisoned
+    run_in(config, parallel)
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"distributed": True, "overlap": True}], ids=["plain", "distributed"])
+def test_all_ranks_skip_what_is_not_finite_on_one(inputs, tmp_path, monkeypatch, optimizer):
+    config = replace(settings(inputs, tmp_path / "one"), student=str(inputs / "narrow/checkpoint"), steps=3)
+    config = replace(config, micro_batch=2, save_every=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherStudent, "train", poisoned_in({2}, "gradient"))
+        distill.distill(config)
+    many = replace(config, output=str(tmp_path / "many"), optimizer=replace(config.optimizer, **optimizer))
+    run_on_ranks(4, run_poisoned_in, many, ParallelConfig(pipeline=2, data=2))
+    one, many = (read_metrics(tmp_path / run) for run in ("one", "many"))
+    assert [line["progress/skipped_steps"] for line in many] == [0, 1, 1]
+    for ours, theirs in zip(many, one, strict=True):
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-5)
+    found, expected = (weights_of(tmp_path / run, 3) for run in ("many", "one"))
+    for key, weight in expected.items():
+        torch.testing.assert_close(found[key], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_stops_when_step_after_step_is_not_finite(inputs, tmp_path, monkeypatch):
@@ -323,28 +372,28 @@ def test_a_run_stops_when_step_after_step_is_not_finite(inputs, tmp_path, monkey
         patch.setattr(TeacherStudent, "train", poisoned_in({2, 4, 5, 6}, "gradient"))
         with pytest.raises(TrainingError, match="in the last 3 steps.* In step 6, of sequences 20 to 23, the loss was"):
             distill.distill(config)
-    assert Checkpoint(tmp_path / "run").iteration == 5  # the last one that was saved
+    assert Checkpoint(tmp_path / "run").iteration == 3  # what came after may be what is wrong
     assert read_metrics(tmp_path / "run")[-1]["progress/skipped_steps"] == 4
     distill.distill(config)  # and goes on from there, should it be lucky now
     assert Checkpoint(tmp_path / "run").iteration == 9
 
 
 def test_the_best_checkpoint_stays_whatever_comes_after(inputs, tmp_path, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0, 1.5, 1.2])
+    losses = iter([3.0, float("nan"), 2.0, 1.0, 2.0, 1.5])
     monkeypatch.setattr(loop, "validate", lambda *arguments: StepResult(next(losses), 9.0, 1))
     config = replace(
-        settings(inputs, tmp_path / "run"), steps=5, save_every=3, validate_every=1, keep_checkpoints=2, micro_batch=2
+        settings(inputs, tmp_path / "run"), steps=6, save_every=3, validate_every=1, keep_checkpoints=2, micro_batch=2
     )
     announced = []
     announce = state._announce
     monkeypatch.setattr(state, "_announce", lambda *a: (announced.append((a[1].name, a[3])), announce(*a)))
     distill.distill(config)
     # Beside those of every third step and the last, those that were the best so far.
-    assert announced == [(iteration_folder(n), best) for n, best in ((1, True), (2, True), (3, False), (5, False))]
+    assert announced == [(iteration_folder(n), best) for n, best in ((1, True), (3, True), (4, True), (6, False))]
     folders = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("iter_*"))
-    assert folders == [iteration_folder(3), iteration_folder(5)]
+    assert folders == [iteration_folder(4), iteration_folder(6)]
     best = Checkpoint(tmp_path / "run/best")
-    assert best.iteration == 2 and best.manifest.kind == "checkpoint"
+    assert best.iteration == 4 and best.manifest.kind == "checkpoint"
     assert (best.huggingface_folder / "tokenizer.json").is_file()
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")) == []
     exported = export(ExportConfig(str(tmp_path / "run/best"), str(tmp_path / "exported")))

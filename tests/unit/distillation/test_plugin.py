@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
 
 from minitron_megatron import LossConfig, TeacherStudent, current_groups
 from minitron_megatron.config.schema import ParallelConfig
@@ -99,12 +100,29 @@ def test_the_documented_loop_trains_like_a_direct_one(capsys):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_megatrons_wrapper_for_bf16_changes_nothing():
+    """It hands out the last hidden state in float32, and a frozen teacher in it is not one to be trained."""
+    found = []
+    with process_groups(ParallelConfig()) as groups:
+        for wrapper in (lambda model: Float16Module(model.config, model), lambda model: model.bfloat16()):
+            student, teacher = (wrapper(own_model(*size, bf16=True)) for size in ((32, 2), (48, 3)))
+            teacher.requires_grad_(False)
+            pair = TeacherStudent(wrap(student), [teacher], groups, LossConfig(lm_weight=0.1), VOCAB)
+            result = pair.train([next(micro_batches())])
+            found.append((result, [parameter.main_grad for parameter in student.parameters()]))
+    (wrapped, gradients), (plain, expected) = found
+    assert (wrapped.kd_logits, wrapped.lm) == (plain.kd_logits, plain.lm)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert theirs.any() and torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "changes, sequence, message",
     [
         ({"calculate_per_token_loss": False}, False, "config.calculate_per_token_loss = False: losses are sums"),
         ({"finalize_model_grads_func": None}, False, "config.finalize_model_grads_func = None: set it to"),
         ({}, True, "give current_groups.sequence=False"),
+        ({"mtp_num_layers": 1}, False, "config.mtp_num_layers = 1: layers that predict several tokens"),
     ],
 )
 def test_a_model_whose_gradients_would_be_others_is_refused(changes, sequence, message):

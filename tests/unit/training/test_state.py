@@ -1,0 +1,17 @@
+import pytest
+
+from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder
+from minitron_megatron.training.state import _announce
+
+
+@pytest.mark.parametrize("keep, left", [(1, [150]), (2, [100, 150]), (0, [50, 100, 150])])
+def test_the_latest_stay_whatever_an_interruption_left_behind(keep, left, tmp_path):
+    # Step 200 was whole, and the run ended before it was announced; it then went on from step 100.
+    for step in (50, 100, 200):
+        (tmp_path / iteration_folder(step)).mkdir()
+    (tmp_path / TRACKER).write_text("100")
+    partial = tmp_path / ".partial"
+    partial.mkdir()
+    _announce(partial, tmp_path / iteration_folder(150), keep, best=False)
+    assert (tmp_path / TRACKER).read_text() == "150"
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == [iteration_folder(step) for step in left]
