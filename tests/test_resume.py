@@ -159,6 +159,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(inputs, unkilled, start, tm
     assert partial.exists() and saved_step(saving) == Checkpoint(saving).iteration == SAVE_EVERY
     assert len(lines(saving)) == 2 * SAVE_EVERY
     assert SAVE_EVERY <= saved_step(training) < STEPS
+    assert cli.main(arguments(inputs, saving, "optimizer.lr=2e-2")) == 2  # that would be another run
+    assert "other settings or inputs (optimizer.lr was 0.01 and is 0.02): go back" in capsys.readouterr().err
     # A run may also go on in another layout, here one with two layers on the first stage and one on the last. Then
     # sums are taken in another order.
     wider = Path(shutil.copytree(saving, tmp_path / "wider/run"))

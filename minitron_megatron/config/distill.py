@@ -89,7 +89,8 @@ class DistillConfig:
         steps: optimiser steps.
         global_batch: sequences per step over all ranks.
         micro_batch: sequences per forward pass and rank.
-        recompute: keep each layer's input alone and run the layer again in the backward pass, for less memory.
+        recompute: keep each layer's input alone and run the layer again in the backward pass, for less memory; of a
+            teacher that is trained as well.
         random_init: start the student's shape from random weights instead (a control).
         save_every: steps between checkpoints; null saves at the end alone.
         validate_every: steps between held-out losses; null for none.

@@ -219,11 +219,17 @@ class HiddenLosses:
         self._operations: list[dist.P2POp] = []
 
     @contextmanager
-    def watching_teacher(self) -> Iterator[None]:
-        """While the teacher runs over the micro-batches of a step: keep its states."""
+    def watching_teacher(self, training: bool) -> Iterator[None]:
+        """While the teacher runs over the micro-batches of a step: keep its states.
+
+        Args:
+            training: whether it is trained as well.
+        """
         self._states = {source: [] for source in self._sources}
 
         def keep(source, output):
+            if torch.is_grad_enabled() != training:
+                return  # a layer that is run again in the backward pass, see below
             state = _state(output).detach()
             # Without gradients Megatron-Core adds the residual stream to what a sublayer gave, in place.
             self._states[source].append(state.clone() if source[0] in (Point.ATTENTION, Point.MLP) else state)

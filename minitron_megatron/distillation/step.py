@@ -214,8 +214,9 @@ class TeacherStudent:
         states, lm = [], None
         torch.cuda.synchronize()  # kernels run on after the call that starts them has returned
         started = time.perf_counter()
-        with self.hidden.watching_teacher() if self.hidden else nullcontext():
-            if training and self._trains_teacher:
+        training = training and self._trains_teacher
+        with self.hidden.watching_teacher(training) if self.hidden else nullcontext():
+            if training:
                 lm = self._as_student._train(batches, states).lm
             else:
                 states = run_forward(self.teacher, batches, self.groups, on_output=lambda output, batch: output)

@@ -134,7 +134,8 @@ def _run(
     flops = 3 * forward_flops_per_token(student.shape, config.data.sequence_length)
     if teacher:
         dtype = config.teacher_dtype or next(own for own, torchs in TORCH_DTYPES.items() if torchs is teacher.dtype)
-        teacher_chunks = build_model(teacher.shape, groups, dtype, fp8=config.teacher_fp8)
+        recompute = config.recompute and config.teacher_lr is not None
+        teacher_chunks = build_model(teacher.shape, groups, dtype, recompute, config.teacher_fp8)
         load_weights(teacher_chunks, teacher, groups)
         passes = 1 if config.teacher_lr is None else 3
         flops += passes * forward_flops_per_token(teacher.shape, config.data.sequence_length)

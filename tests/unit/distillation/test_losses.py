@@ -15,7 +15,7 @@ from minitron_megatron.distillation.linear_losses import Teacher, linear_distill
 from minitron_megatron.distillation.losses import forward_kl
 from minitron_megatron.parallel.groups import process_groups
 from tests.ranks import run_on_ranks
-from tests.unit.distillation.cases import PADDED, VOCAB, Case
+from tests.unit.distillation.cases import PADDED, STUDENT, VOCAB, Case
 
 WEIGHTS = {"kd": (0.7, 0.0), "lm": (0.0, 0.4), "both": (0.7, 0.4)}
 
@@ -161,6 +161,20 @@ def test_gradients_are_added_to_megatrons_buffer_in_float32(tied, group):
         assert weight.grad_added_to_main_grad
 
 
+def test_a_small_gradient_is_not_lost_among_many_chunks(group):
+    """Each chunk's product has bfloat16's 8 bits; were their sum kept in it too, most of 1023 equal ones would be lost
+    beside the first, which is larger."""
+    case, tokens = Case(), 1024
+    case.hidden, case.labels = torch.ones(tokens, STUDENT).bfloat16(), torch.full((tokens,), 3)
+    case.hidden[0] *= 64
+    case.weight = torch.nn.Parameter(torch.zeros(PADDED, STUDENT).bfloat16())
+    case.weight.main_grad = torch.zeros(PADDED, STUDENT)
+    case.mask = torch.ones(tokens)
+    case.linear(group, 0.0, 1.0, 1, weight=case.weight)
+    probability = 1 / VOCAB
+    assert case.weight.main_grad[3, 0].item() == pytest.approx((64 + tokens - 1) * (probability - 1), rel=2e-3)
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the size of the largest tensor that any operation makes."""
 
@@ -174,9 +188,14 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_logits_of_more_than_a_chunk_never_exist(group):
+@pytest.mark.parametrize(
+    "config",
+    [None, *(LogitsConfig(kind) for kind in Divergence), LogitsConfig(temperature=2), LogitsConfig(top_k=9, tail=True)],
+    ids=lambda config: str(config and (config.divergence.value, config.temperature, config.top_k)),
+)
+def test_logits_of_more_than_a_chunk_never_exist(config, group):
     tokens, hidden, vocab, chunk = 128, 2, 1000, 8
-    case = Case()
+    case = Case(config=config)
     case.hidden, case.weight, case.vocab = torch.randn(tokens, hidden), torch.randn(vocab, hidden), vocab
     case.teacher = Teacher(torch.randn(tokens, hidden), torch.randn(vocab, hidden))
     case.labels, case.mask = torch.randint(0, vocab, (tokens,)), torch.ones(tokens)
