@@ -149,7 +149,7 @@ def estimate_step(
     passes = 4 if config.recompute else 3
     flops_per_token = passes * forward_flops_per_token(student, config.data.sequence_length)
     if teacher and config.loss.needs_teacher:
-        teacher_passes = 3 if config.teacher_lr else 1
+        teacher_passes = passes if config.teacher_lr else 1
         flops_per_token += teacher_passes * forward_flops_per_token(teacher, config.data.sequence_length)
     bubble = (layout.pipeline - 1) / (_num_micro_batches(config, layout) * layout.virtual_pipeline)
     seconds = tokens * flops_per_token * (1 + bubble) / (layout.world_size * gpu.tflops * 1e12 * utilization)
@@ -239,20 +239,18 @@ def _memory_of_stage(
         weight_gradient=max(share for _, share in _held(student, layout, stage, outputs=False)) * size,
         loss=_loss(student, teacher, config, layout) if is_last else 0,
     )
-    if teacher is None:
+    if teacher is None or not config.loss.needs_teacher:  # then it is not loaded
         return Memory(stage, **found)
     dtype = config.teacher_dtype or config.dtype
     numel = rank_parameters(teacher, layout, stage)
     found["teacher_weights"] = numel * _BYTES[dtype]
-    if not config.loss.needs_teacher:  # it is loaded all the same, and looked at once
-        return Memory(stage, **found)
     found["teacher_states"] = _teacher_states(student, teacher, config, layout, stage)
     if config.teacher_lr is None:
         found["teacher_activations"] = _largest_layer(teacher, dtype, config, layout)
     else:
         found["gradients"] += numel * _FLOAT32
         found["optimizer"] += _optimizer(teacher, dtype, config, layout, stage)
-        running = _activations(teacher, dtype, config, layout, stage, recompute=False)
+        running = _activations(teacher, dtype, config, layout, stage, config.recompute)
         found["teacher_activations"] = running + (_loss(teacher, None, config, layout) if is_last else 0)
     return Memory(stage, **found)
 

@@ -196,6 +196,18 @@ def test_a_loss_by_autograd_takes_no_more_than_estimated(divergence):
     assert measured <= 1.001 * expected  # beside a few values per token
 
 
+def test_a_teacher_costs_what_is_done_with_it():
+    """Trained, it takes what it would as a student of the text; not looked at, it is not loaded."""
+    run = settings(recompute=True, teacher_lr=1e-5)
+    beside = estimate_memory(STUDENT, TEACHER, run, Layout())
+    alone = estimate_memory(TEACHER, None, run, Layout())
+    assert beside.teacher_activations == alone.activations + alone.loss
+    text = LossConfig(kd_logits_weight=0.0, lm_weight=1.0)
+    assert estimate_memory(STUDENT, TEACHER, replace(run, loss=text), Layout()) == estimate_memory(
+        STUDENT, None, replace(run, loss=text), Layout()
+    )
+
+
 def test_micro_batches_on_their_way_and_the_ends_of_a_pipeline():
     run = settings(8192, global_batch=64, micro_batch=1)
     four = estimate_memory(STUDENT, TEACHER, run, Layout(pipeline=4))
