@@ -215,8 +215,8 @@ class HiddenLosses:
         self._group = _stages_group(range(layout.pipeline), groups) if self._routes else None
         self._states: dict[tuple, list[Tensor | None]] = {}
         self._uses: Counter = Counter()
-        self._messages: list[dist.Work] = []
-        self._operations: list[dist.P2POp] = []
+        # Of each micro-batch what is on its way, kept until it has arrived, and whom to ask.
+        self._messages: list[tuple[list[dist.P2POp], list[dist.Work]]] = []
 
     @contextmanager
     def watching_teacher(self, training: bool) -> Iterator[None]:
@@ -242,18 +242,20 @@ class HiddenLosses:
             yield
 
     def exchange(self, batches: Sequence[Batch]) -> None:
-        """Send every state to the stage of its student. Returns at once; who needs a state waits for it."""
+        """Send every state to the stage of its student, one micro-batch after another. Returns at once; who needs a
+        state waits for those of its micro-batch."""
         count, length = batches[0]["tokens"].shape
         if self.groups.layout.sequence:
             length //= self.groups.layout.tensor
-        rank = self.groups.pipeline_rank
-        for *source, owner, target in self._routes:
-            for number in range(len(batches)):
+        size, rank = (length, count, self.teacher_width), self.groups.pipeline_rank
+        self._messages = []
+        for number in range(len(batches)):
+            operations = []
+            for *source, owner, target in self._routes:
                 states = self._states[tuple(source)]
                 if rank == owner:
                     state, send, peer = states[number].contiguous(), dist.isend, target
                 elif rank == target:
-                    size = (length, count, self.teacher_width)
                     state, send, peer = (
                         torch.empty(size, dtype=self._dtype, device=self.groups.device),
                         dist.irecv,
@@ -262,10 +264,8 @@ class HiddenLosses:
                     states.append(state)
                 else:
                     continue
-                peer = dist.get_global_rank(self._group, peer)
-                # Kept until it has arrived, and what is sent with it.
-                self._operations.append(dist.P2POp(send, state, peer, self._group))
-        self._messages = dist.batch_isend_irecv(self._operations) if self._operations else []
+                operations.append(dist.P2POp(send, state, dist.get_global_rank(self._group, peer), self._group))
+            self._messages.append((operations, dist.batch_isend_irecv(operations) if operations else []))
 
     @contextmanager
     def watching_student(self, batches: Sequence[Batch], weight: float, training: bool) -> Iterator[Tensor]:
@@ -290,12 +290,12 @@ class HiddenLosses:
             # passes take the micro-batches in the order of the forward passes.
             if torch.is_grad_enabled() != training:
                 return None
-            if not calls:
-                self._receive()
-                if training and self.config.loss is HiddenLoss.SQUAREHEAD:
-                    scales.update(self._scales(masks))
+            if not calls and training and self.config.loss is HiddenLoss.SQUAREHEAD:
+                self._receive(range(len(batches)))
+                scales.update(self._scales(masks))
             number = calls[n]
             calls[n] += 1
+            self._receive([number])
             target, mask = self._take(self.pairs[n].source, number), masks[number]
             projection = self._projections[n].weight if self._projections[n] is not None else None
             scale = weight / len(self.pairs) * scales.get(n, 1.0)
@@ -309,18 +309,21 @@ class HiddenLosses:
                 hook = module.register_forward_hook(lambda module, args, output, n=n: match(n, output))
                 stack.callback(hook.remove)
             yield sums
-        self._receive()
+        self._receive(range(len(batches)))
         if not self.groups.layout.sequence and self.groups.tensor_rank > 0:
             sums.zero_()  # every tensor rank has found the same
         self._states = {}
 
-    def _receive(self) -> None:
-        """Wait for all states that are on their way, and let go of those that nobody needs here any longer."""
-        for message in self._messages:
-            message.wait()
-        self._messages, self._operations = [], []
-        needed = {source for source, _ in self._uses}
-        self._states = {source: states for source, states in self._states.items() if source in needed}
+    def _receive(self, numbers: Sequence[int]) -> None:
+        """Wait for the states of some micro-batches, and let go of those that nobody needs here any longer."""
+        for number in numbers:
+            _, messages = self._messages[number]
+            for message in messages:
+                message.wait()
+            self._messages[number] = [], []
+            for source, states in self._states.items():
+                if states and not self._uses[source, number]:
+                    states[number] = None
 
     def _take(self, source: tuple, number: int) -> Tensor:
         """The teacher's state of a micro-batch, which is let go of with its last use."""
