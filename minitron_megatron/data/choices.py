@@ -16,7 +16,8 @@ class Question:
 
     Attributes:
         context: the text before the choices.
-        choices: its possible continuations; a space between them and the context belongs to them.
+        choices: its possible continuations; a space between them and the context belongs to them, on whichever side
+            it is written, for tokenizers join it to the word that follows.
         answer: index of the right one.
         where: file and line that it stands in.
     """
@@ -34,10 +35,12 @@ def read_questions(path: Path) -> list[Question]:
         DataError: the file is missing or empty, or a line of it is no question; the line is named.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON's texts may hold other ends of lines
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"choices = {path} cannot be read: {e}") from e
-    questions = [_read_line(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line]
+    questions = [
+        _read_line(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()
+    ]
     if not questions:
         raise DataError(f"choices = {path} is empty: give a line of JSON with context, choices and answer per question")
     return questions
@@ -80,7 +83,7 @@ class ChoiceSamples:
         self.questions = questions
         self.rows: list[tuple[list[int], int]] = []
         for question in questions:
-            context = len(tokenizer(question.context, add_special_tokens=False)["input_ids"])
+            context = len(tokenizer(question.context.rstrip(), add_special_tokens=False)["input_ids"])
             for choice in question.choices:
                 tokens = tokenizer(question.context + choice, add_special_tokens=False)["input_ids"]
                 if len(tokens) <= context:

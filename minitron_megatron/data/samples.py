@@ -19,7 +19,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from minitron_megatron.config.schema import DataConfig
-from minitron_megatron.data.tokens import Corpus, check_enough
+from minitron_megatron.data.tokens import Corpus
+from minitron_megatron.errors import DataError
 
 
 class Samples(Protocol):
@@ -44,9 +45,10 @@ def training_samples(corpus: Corpus, config: DataConfig, num_samples: int) -> "T
             samples depends on it. The result may hold more.
 
     Raises:
-        DataError: the corpus is too short.
+        DataError: a file of training tokens is shorter than a sequence and the token behind it.
     """
-    check_enough(corpus, config.sequence_length)
+    for files in corpus.train:
+        _require(files.num_tokens, "training", config, " in one of its parts" if len(corpus.train) > 1 else "")
     # The tokens are made already, so that of the tokenizer only its identity matters, to name the cache.
     tokenizer = SimpleNamespace(
         unique_identifiers={"fingerprint": corpus.tokenizer_fingerprint}, vocab_size=None, eod=None
@@ -140,10 +142,19 @@ def heldout_samples(corpus: Corpus, config: DataConfig, num_samples: int | None 
         num_samples: keep at most so many, from the beginning; null for all.
 
     Raises:
-        DataError: the corpus is too short.
+        DataError: there are fewer tokens than a sequence has, and the one behind it.
     """
-    check_enough(corpus, config.sequence_length)
+    _require(corpus.num_heldout_tokens, "held-out", config)
     return HeldoutSamples(corpus, config.sequence_length, config.document_mask, num_samples)
+
+
+def _require(num_tokens: int, side: str, config: DataConfig, where: str = "") -> None:
+    needed = config.sequence_length + 1
+    if num_tokens < needed:
+        raise DataError(
+            f"the corpus has {num_tokens} {side} tokens{where}, but data.sequence_length = {config.sequence_length} "
+            f"needs {needed}: add text, shorten the sequences or change data.heldout_pct"
+        )
 
 
 class HeldoutSamples:

@@ -152,22 +152,6 @@ def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
     return Corpus(folder, folder.name, fingerprint, train, heldout, weights)
 
 
-def check_enough(corpus: Corpus, sequence_length: int) -> None:
-    """Check that both sides fill at least one sequence, which takes one token more than its length.
-
-    Raises:
-        DataError: one side is too short.
-    """
-    sides = [("training", files.num_tokens) for files in corpus.train] + [("held-out", corpus.num_heldout_tokens)]
-    for side, num_tokens in sides:
-        if num_tokens < sequence_length + 1:
-            raise DataError(
-                f"the corpus has {num_tokens} {side} tokens{' in one of its parts' * (len(sides) > 2)}, but "
-                f"data.sequence_length = {sequence_length} needs {sequence_length + 1}: add text, shorten the "
-                f"sequences or change data.heldout_pct"
-            )
-
-
 def _prepare_text(
     parts: list[list[str]], config: DataConfig, tokenizer_dir: Path, tokenizer: PreTrainedTokenizerBase, settings: dict
 ) -> Path:

@@ -110,7 +110,6 @@ def _measure_checkpoint(
         tokenizer,
         _end_tokens(defaults, tokenizer),
         config.micro_batch,
-        config.parallel.timeout_min,
     )
 
     def run_tasks(call: Callable) -> dict:
@@ -181,7 +180,7 @@ def _megatron_loss(
     batches = rank_batches(samples, 0, len(samples), config.micro_batch, groups.data_rank, groups.layout.data)
     results = []
     num_batches = -(-len(samples) // (config.micro_batch * groups.layout.data))
-    with watchdog(config.parallel.timeout_min) as moved, progress("evaluate", num_batches) as advance:
+    with watchdog(groups.timeout_min) as moved, progress("evaluate", num_batches) as advance:
         for call in in_calls(batches, groups):
             results.append(model.evaluate([{k: v.to(groups.device) for k, v in batch.items()} for batch in call]))
             moved()

@@ -36,7 +36,6 @@ class Inference:
         end_tokens: that end a sequence.
         batch: sequences per forward pass and rank. Of generation that is the prompts; up to four times as many go on
             together.
-        timeout_min: ranks that wait for each other for so many minutes are ended.
     """
 
     def __init__(
@@ -47,12 +46,11 @@ class Inference:
         tokenizer,
         end_tokens: list[int],
         batch: int,
-        timeout_min: float = 30.0,
     ):
         assert len(chunks) == 1 and not groups.layout.sequence
         self.chunks, self.groups, self.vocab = chunks, groups, vocab
         self.tokenizer, self.end_tokens = tokenizer, end_tokens
-        self.batch, self.timeout_min = batch, timeout_min
+        self.batch = batch
 
     def score(self, sequences: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         """How likely sequences end as they do.
@@ -118,7 +116,7 @@ class Inference:
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         own = batches[self.groups.data_rank :: self.groups.layout.data]
         found: dict[int, T] = {}
-        with watchdog(self.timeout_min) as moved, progress(title, len(own)) as advance:
+        with watchdog(self.groups.timeout_min) as moved, progress(title, len(own)) as advance:
             for start in range(0, len(own), per_call):
                 call = own[start : start + per_call]
                 # All but the last stage may find nothing.

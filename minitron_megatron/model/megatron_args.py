@@ -186,6 +186,12 @@ def _num_tokens(args: argparse.Namespace) -> int:
     return given + (getattr(args, "tokenizer_type", None) in _NULL_TOKENIZERS)
 
 
+def _pattern_names(before: dict) -> list[str]:
+    """The names of the layers' pattern: that of today, or the former one where the source has that alone."""
+    former = before.get("hybrid_override_pattern") is not None and before.get("hybrid_layer_pattern") is None
+    return ["hybrid_override_pattern"] if former else ["hybrid_layer_pattern"]
+
+
 def args_of_shape(args: argparse.Namespace | None, shape: ModelShape) -> argparse.Namespace:
     """The saved args of fresh weights, which no run has trained on yet: all that `--use-checkpoint-args` reads.
 
@@ -219,7 +225,7 @@ def args_of_shape(args: argparse.Namespace | None, shape: ModelShape) -> argpars
         "add_qkv_bias": shape.qkv_bias,
         "qk_layernorm": shape.qk_norm,
         "untie_embeddings_and_output_weights": not shape.tied,
-        "hybrid_layer_pattern": None if shape.is_uniform else shape.pattern,
+        **dict.fromkeys(_pattern_names(before), None if shape.is_uniform else shape.pattern),
         "iteration": 0,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,

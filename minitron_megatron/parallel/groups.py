@@ -33,10 +33,13 @@ class Groups:
     Attributes:
         layout: sizes of every axis.
         collection: Megatron-Core's process groups (`tp`, `pp`, `dp`, `embd`, ...).
+        timeout_min: ranks that wait for each other for so many minutes are ended; None where nobody waits, or
+            somebody's own job sees to it.
     """
 
     layout: Layout
     collection: ProcessGroupCollection
+    timeout_min: float | None = None
 
     @property
     def tensor_rank(self) -> int:
@@ -97,12 +100,13 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
     install_cpu_backend()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     layout = Layout.from_config(config, world_size)
-    with watchdog(config.timeout_min if world_size > 1 else None), _joined(config, layout) as groups:
-        yield groups
+    timeout_min = config.timeout_min if world_size > 1 else None
+    with watchdog(timeout_min), _joined(config, layout) as collection:
+        yield Groups(layout, collection, timeout_min)
 
 
 @contextmanager
-def _joined(config: ParallelConfig, layout: Layout) -> Iterator[Groups]:
+def _joined(config: ParallelConfig, layout: Layout) -> Iterator[ProcessGroupCollection]:
     owns_world, world_size = not dist.is_initialized(), layout.world_size
     if torch.cuda.is_available():
         torch.cuda.set_device(_local_device())
@@ -124,7 +128,7 @@ def _joined(config: ParallelConfig, layout: Layout) -> Iterator[Groups]:
         )
         # Nothing here draws from it: there is no dropout, and weights are loaded. Megatron-Core wants it all the same.
         tensor_parallel.model_parallel_cuda_manual_seed(1234)
-        yield Groups(layout, ProcessGroupCollection.use_mpu_process_groups())
+        yield ProcessGroupCollection.use_mpu_process_groups()
     finally:
         parallel_state.destroy_model_parallel()
         if owns_world:

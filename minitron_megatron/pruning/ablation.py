@@ -83,7 +83,8 @@ class Ablation:
             positions = [p for layer in chunk.decoder.layers for p in _positions(layer)]
             states = {}
             if stage > 0:
-                states = self._receive(positions[0] - 1, batch, chunk.config.params_dtype)
+                dtype = chunk.config.pipeline_dtype or chunk.config.params_dtype
+                states = self._receive(positions[0] - 1, batch, dtype)
                 chunk.set_input_tensor(states[WHOLE])
             with _after_layers(chunk, advance if self._only_looks else keep), watching:
                 last = forward_hidden(chunk, batch)
@@ -95,11 +96,14 @@ class Ablation:
         if not self.outputs or not groups.is_last_stage:
             return None
         model = chunks[-1]
-        hiddens = [last] + [model.decoder.final_layernorm(states[path]) for path in self.paths]
+        weight = output_weight(model)
+        hiddens = [last] + [model.decoder.final_layernorm(states[path]).to(weight.dtype) for path in self.paths]
+        labels, counts = (batch[key].transpose(0, 1).flatten() for key in ("labels", "loss_mask"))
         return compare_outputs(
             [self._whole_sequence(hidden) for hidden in hiddens],
-            output_weight(model),
-            batch["labels"].transpose(0, 1).flatten(),
+            weight,
+            labels,
+            counts,
             groups.collection.tp,
             self.shape.vocab,
         )

@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 from minitron_megatron.config.schema import AxisConfig, Criterion, DepthCriterion, DepthSearch, ScoreConfig, Unit
 from minitron_megatron.data.choices import ChoiceSamples
 from minitron_megatron.data.samples import Samples
-from minitron_megatron.errors import ConfigError, DataError
-from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
+from minitron_megatron.errors import ConfigError, DataError, raise_if_any
+from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape, layout_problems
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch
 from minitron_megatron.parallel.watchdog import watchdog
@@ -57,8 +57,10 @@ def score_model(
 
     Raises:
         DataError: activations are not finite, or no token counts.
-        ConfigError: no layer could be left out, or `groups` are not those of the model.
+        ConfigError: no layer could be left out, the layout splits a query group, or `groups` are not those of the
+            model.
     """
+    raise_if_any(layout_problems(shape, groups.layout))
     model = chunks[0].config
     if model.sequence_parallel != groups.layout.sequence:
         raise ConfigError(
@@ -71,8 +73,8 @@ def score_model(
     watch = any(a.criterion in (Criterion.ACTIVATION, Criterion.ACTIVATION_WEIGHT) for a in config.axes.values())
     search = Search(shape, config)
     sums: dict[str, Tensor] = {}
-    num_steps = calibration.steps_per_sweep * search.num_sweeps(watch)
-    timeout_min = config.parallel.timeout_min
+    num_steps = calibration.num_steps(search.num_sweeps, watch)
+    timeout_min = groups.timeout_min
     with _evaluating(chunks), torch.no_grad(), watchdog(timeout_min) as moved, progress("score", num_steps) as advance:
 
         def advance_all(steps: int = 1) -> None:
@@ -156,9 +158,10 @@ class Search:
             self.rounds["depth"] = torch.full((len(self.units),), drop + 1, dtype=torch.int64)
         self._next()
 
-    def num_sweeps(self, watch: bool) -> int:
-        """Passes over the samples that it takes, with the one that watches activations."""
-        return max(int(watch), self.settings.drop if self._is_greedy and self.paths else int(bool(self.paths)))
+    @property
+    def num_sweeps(self) -> int:
+        """Passes over samples and choices that it takes."""
+        return self.settings.drop if self._is_greedy and self.paths else int(bool(self.paths))
 
     def take(self, effects: dict[str, Tensor]) -> None:
         """Take what came of leaving out `paths`, and choose what is next.
@@ -171,7 +174,9 @@ class Search:
         self.paths = []
         if not self._is_greedy:
             return
-        gone = self.tried[int(effects[self.deciding].argmin())]
+        decide = effects[self.deciding].tolist()
+        # Of equal ones the last, as in a plan.
+        gone = min(zip(decide, self.tried, strict=True), key=lambda one: (one[0], -one[1]))[1]
         self.free.remove(gone)
         self.base |= self.units[gone]
         self.left[self._kind(gone)] -= 1
@@ -223,12 +228,14 @@ class _Calibration:
         self.name = name
         self.advance: Callable[[int], None] = lambda steps: None
         self.sweeps = 0
+        # Accuracy takes the questions alone.
+        self.compares = bool(set(config.depth.criteria) - {DepthCriterion.ACCURACY})
 
-    @property
-    def steps_per_sweep(self) -> int:
-        """Micro-batches of a pass over all samples and choices."""
+    def num_steps(self, num_sweeps: int, watch: bool) -> int:
+        """Micro-batches of all passes, one of which may watch activations."""
         per_step = self.config.micro_batch * self.groups.layout.data
-        return sum(-(-n // per_step) for n in (self.num_samples, len(self.choices or ())))
+        of_samples, of_choices = (-(-n // per_step) for n in (self.num_samples, len(self.choices or ())))
+        return max(int(watch), num_sweeps if self.compares else 0) * of_samples + num_sweeps * of_choices
 
     def sweep(self, base: Drops, paths: list[Drops], watch: bool) -> dict[str, Tensor]:
         """One pass over the calibration set.
@@ -239,77 +246,101 @@ class _Calibration:
             watch: also capture activations of the whole network.
 
         Returns:
-            sums over all samples, the same on every rank: `num_tokens`; `cosine` `[path]`; if wanted, `outputs`
-            `[whole and paths, measure]`, `losses` `[whole and paths, choice]`, and `hidden`, `ffn`, `head` and
-            `num_sequences` of `Capture`.
+            sums over all samples, the same on every rank. What criteria need: `num_tokens`, `cosine` `[path]`,
+            `outputs` `[whole and paths, measure]`, and `losses` `[whole and paths, choice]`. Of what is watched:
+            `hidden`, `ffn`, `head` and `num_sequences` of `Capture`.
         """
-        config, groups, device = self.config, self.groups, self.groups.device
         name = f"{self.name}{self.sweeps}"
         self.sweeps += 1
-        with_outputs = bool(_NEED_OUTPUTS & set(config.depth.criteria))
+        total = {}
+        if watch or self.compares:
+            total = self._over_samples(name, base, paths if self.compares else [], watch)
+        if self.choices is not None:
+            total = {**total, **self._over_choices(name, base, paths)}
+        return total
+
+    def _over_samples(self, name: str, base: Drops, paths: list[Drops], watch: bool) -> dict[str, Tensor]:
+        config, groups, device = self.config, self.groups, self.groups.device
         networks = [WHOLE, *paths]
-        counts_here = groups.tensor_rank == 0 and groups.is_last_stage
         how = {axis: settings.sequence_aggregation for axis, settings in config.axes.items()}
         capture = Capture(self.chunks, self.shape, groups, how, config.neurons)
-        ablation = Ablation(self.shape, groups, base, paths, with_outputs)
+        ablation = Ablation(self.shape, groups, base, paths, bool(_NEED_OUTPUTS & set(config.depth.criteria)))
         outputs = torch.zeros(len(networks), len(MEASURES), dtype=torch.float64, device=device)
         num_tokens = torch.zeros((), dtype=torch.float64, device=device)
         sums = {"cosine": ablation.cosine, "outputs": outputs, "num_tokens": num_tokens}
         if watch:
             sums |= {**capture.sums, "num_sequences": capture.num_sequences}
 
-        # Faults of activations lie before those of whole networks, and the network itself comes before its parts.
-        behind = len(self.shape.pattern) + 1
-
-        def describe(place: float) -> str:
-            if place < behind:
-                return place_name(place, self.shape)
-            dropped = sorted(networks[int(place) - behind])
-            return "states or predictions of the network" + (f" without sublayers {dropped}" if dropped else "")
-
         def add(batch: Batch) -> Tensor:
             if watch:
                 capture.set_mask(batch["loss_mask"])
             found = ablation.run(self.chunks, batch, capture if watch else nullcontext())
-            if counts_here:
+            if self._counts_here:
                 mask = batch["loss_mask"].transpose(0, 1).flatten()
                 num_tokens.add_(mask.sum())
                 if found is not None:
                     outputs.add_((found * mask).sum(-1, dtype=torch.float64))
-            faults = [_first_fault(outputs, behind), _first_fault(ablation.cosine, behind + 1)]
+            faults = [_first_fault(outputs, self._behind), _first_fault(ablation.cosine, self._behind + 1)]
             return torch.stack([capture.add_up(), *faults]).min()
 
+        describe = self._describe(networks)
         total = self.partial.over(name, self.samples, self.num_samples, sums, add, describe, self.advance)
         if not total["num_tokens"]:
             raise DataError("the calibration samples have no token that counts: give others, or another loss_mask")
-        if self.choices is None:
-            return total
+        return total
 
-        ablation = Ablation(self.shape, groups, base, paths, outputs=True)
-        losses = torch.zeros(len(networks), len(self.choices), dtype=torch.float64, device=device)
+    def _over_choices(self, name: str, base: Drops, paths: list[Drops]) -> dict[str, Tensor]:
+        networks, choices = [WHOLE, *paths], self.choices
+        ablation = Ablation(self.shape, self.groups, base, paths, outputs=True)
+        losses = torch.zeros(len(networks), len(choices), dtype=torch.float64, device=self.groups.device)
 
-        def add_losses(batch: Batch) -> Tensor:
+        def add(batch: Batch) -> Tensor:
             found = ablation.run(self.chunks, batch, nullcontext())
-            if counts_here:
+            if self._counts_here:
                 mask = batch["loss_mask"].transpose(0, 1)
                 of_samples = (found[:, 0].view(-1, *mask.shape) * mask).sum(1, dtype=torch.float64)
                 losses.index_add_(1, batch["row"], of_samples)
-            return _first_fault(losses, behind)
+            return _first_fault(losses, self._behind)
 
-        own = self.partial.over(
-            f"{name}.choices", self.choices, len(self.choices), {"losses": losses}, add_losses, describe, self.advance
+        describe = self._describe(networks)
+        return self.partial.over(
+            f"{name}.choices", choices, len(choices), {"losses": losses}, add, describe, self.advance
         )
-        return total | own
+
+    @property
+    def _counts_here(self) -> bool:
+        """Whether this rank adds what all ranks of its replica know."""
+        return self.groups.tensor_rank == 0 and self.groups.is_last_stage
+
+    @property
+    def _behind(self) -> int:
+        """Number of the first fault of whole networks, behind those of activations; the network itself comes before its
+        parts."""
+        return len(self.shape.pattern) + 1
+
+    def _describe(self, networks: list[Drops]) -> Callable[[float], str]:
+        def describe(place: float) -> str:
+            if place < self._behind:
+                return place_name(place, self.shape)
+            dropped = sorted(networks[int(place) - self._behind])
+            return "states or predictions of the network" + (f" without sublayers {dropped}" if dropped else "")
+
+        return describe
 
     def effects(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """What leaving out each path does, by criterion `[path]`, in the order of the settings."""
-        num_tokens = sums["num_tokens"]
-        loss, kl, logits = sums["outputs"].unbind(-1)
+
+        def per_token(values: Tensor) -> Tensor:
+            return values / sums["num_tokens"]
+
+        def outputs(measure: str) -> Tensor:
+            return sums["outputs"][:, MEASURES.index(measure)]
+
         found = {
-            DepthCriterion.BLOCK_INFLUENCE: lambda: 1 - sums["cosine"] / num_tokens,
-            DepthCriterion.LOSS: lambda: (loss[1:] - loss[0]) / num_tokens,
-            DepthCriterion.KL: lambda: kl[1:] / num_tokens,
-            DepthCriterion.LOGITS: lambda: logits[1:] / logits[0],
+            DepthCriterion.BLOCK_INFLUENCE: lambda: 1 - per_token(sums["cosine"]),
+            DepthCriterion.LOSS: lambda: per_token(outputs("loss")[1:] - outputs("loss")[0]),
+            DepthCriterion.KL: lambda: per_token(outputs("kl")[1:]),
+            DepthCriterion.LOGITS: lambda: outputs("logits")[1:] / outputs("logits")[0],
             DepthCriterion.ACCURACY: lambda: self._accuracy_lost(sums["losses"]),
         }
         return {criterion.value: found[criterion]() for criterion in self.config.depth.criteria}

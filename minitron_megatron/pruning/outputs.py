@@ -16,7 +16,7 @@ _CHUNK_TOKENS = 256
 
 
 def compare_outputs(
-    hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor, group: dist.ProcessGroup, vocab: int
+    hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor, mask: Tensor, group: dist.ProcessGroup, vocab: int
 ) -> Tensor:
     """Compare the predictions from several last hidden states with those from the first one.
 
@@ -24,6 +24,7 @@ def compare_outputs(
         hiddens: last hidden states `[tokens, hidden]`, the first of them the whole network's.
         weight: output weight `[vocab/tp, hidden]`.
         labels: next tokens `[tokens]`.
+        mask: `[tokens]`; where it is 0 nothing is computed, and the result is 0.
         group: tensor-parallel group; every rank of it gets the result.
         vocab: tokens of the tokenizer; rows beyond it pad the vocabulary and take no part.
 
@@ -34,23 +35,24 @@ def compare_outputs(
     """
     first_row = group.rank() * weight.size(0)
     weight = weight[: min(max(vocab - first_row, 0), weight.size(0))]
-    own_labels = labels - first_row
+    counted = mask.nonzero()[:, 0]
+    own_labels = labels[counted] - first_row
     is_own = (own_labels >= 0) & (own_labels < weight.size(0))
     # Of this rank's logits z, with z_q the first one's, m the largest of them and m_q that of z_q: m, sum of
     # exp(z - m), sum of exp(z_q - m_q) (z_q - z), sum of (z_q - z)^2, and the label's.
-    local = torch.zeros(5, len(hiddens), labels.numel(), device=weight.device)
+    local = torch.zeros(5, len(hiddens), len(counted), device=weight.device)
     local[0] = -torch.inf
     if len(weight):
         # Written over by every chunk: memory that is new to a process costs more than what is done with it.
-        size = min(_CHUNK_TOKENS, labels.numel()), len(weight)
+        size = min(_CHUNK_TOKENS, len(counted)), len(weight)
         logits_buffer = weight.new_empty(size)
         buffers = torch.empty(2, *size, device=weight.device)
-        for start in range(0, labels.numel(), _CHUNK_TOKENS):
+        for start in range(0, len(counted), _CHUNK_TOKENS):
             rows = slice(start, start + _CHUNK_TOKENS)
             label_columns = own_labels[rows].clamp(0, len(weight) - 1)[:, None]
             for number, hidden in enumerate(hiddens):
                 logits = logits_buffer[: len(label_columns)]
-                torch.mm(hidden[rows], weight.T, out=logits)
+                torch.mm(hidden[counted[rows]], weight.T, out=logits)
                 local[4, number, rows] = logits.gather(1, label_columns)[:, 0].float() * is_own[rows]
                 whole, likelihoods = buffers[:, : len(logits)]
                 _compare(number == 0, logits, whole, likelihoods, local[:4, number, rows])
@@ -67,7 +69,9 @@ def compare_outputs(
     total, product, change, label_logits = sums
     log_sum = over_ranks + total.log()
     kl = product / total[0] - log_sum[0] + log_sum
-    return torch.stack([log_sum - label_logits, kl, change], dim=1).float()
+    found = torch.zeros(len(hiddens), len(MEASURES), len(labels), device=weight.device)
+    found[..., counted] = torch.stack([log_sum - label_logits, kl, change], dim=1).float()
+    return found
 
 
 def _compare(is_first: bool, logits: Tensor, whole: Tensor, likelihoods: Tensor, found: Tensor) -> None:

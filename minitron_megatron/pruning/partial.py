@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minitron_megatron.data.samples import Samples, rank_batches
 from minitron_megatron.errors import DataError
-from minitron_megatron.parallel.collectives import sum_over
+from minitron_megatron.parallel.collectives import main_first, sum_over
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch
 
@@ -39,10 +39,10 @@ class PartialSums:
         self.file = file
         self.content = content
         self.save_every = save_every
-        self._sums: dict[str, dict[str, Tensor]] = {}
         self._done: dict[str, int] = {}
-        if file is not None and file.exists():
-            self._load()
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        if file is not None:  # on one rank, for a file system may show others an older one
+            self._done, self._sums = main_first(self._load)
 
     def over(
         self,
@@ -116,17 +116,19 @@ class PartialSums:
         save_file(tensors, temporary, metadata={"content": self.content, "done": json.dumps(self._done)})
         temporary.replace(self.file)
 
-    def _load(self) -> None:
+    def _load(self) -> tuple[dict[str, int], dict[str, dict[str, Tensor]]]:
+        """How many samples are done, and their sums, by the names of both; nothing if the file is of something else."""
+        sums: dict[str, dict[str, Tensor]] = {}
         try:
             with safe_open(self.file, framework="pt") as f:
                 if f.metadata()["content"] != self.content:
-                    return
-                self._done = json.loads(f.metadata()["done"])
+                    return {}, {}
                 for key in f.keys():  # noqa: SIM118, it is no dict
                     name, _, what = key.rpartition(".")
-                    self._sums.setdefault(name, {})[what] = f.get_tensor(key)
+                    sums.setdefault(name, {})[what] = f.get_tensor(key)
+                return json.loads(f.metadata()["done"]), sums
         except (OSError, SafetensorError, KeyError):
-            self._done, self._sums = {}, {}
+            return {}, {}
 
 
 def _require_none(

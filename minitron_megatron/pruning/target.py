@@ -78,11 +78,16 @@ def resolve_target(source: ModelShape, config: TargetConfig, parallel: ParallelC
         found = whole * wanted if share else int(wanted)
         if found != has and (share or not exact):
             nearest = max(1, round(found / multiple)) * multiple
-            nearest = min(nearest, has // multiple * multiple or has)
-            if nearest != found or share:
+            nearest = min(nearest, has // multiple * multiple)
+            if not nearest:
+                problems.append(
+                    f"target.{name} = {wanted} shall be a multiple of {multiple}, and the source has {has}: lower "
+                    f"target.round_to or parallel.tensor"
+                )
+            elif nearest != found or share:
                 why = f", a multiple of {multiple}" if multiple > 1 else ""
                 rounded.append(f"target.{name} = {wanted} of {whole} became {nearest}{why}")
-            found = nearest
+            found = nearest or has
         return int(found)
 
     def multiple_of(has: int, shards: int) -> int:

@@ -65,7 +65,7 @@ def train(
     tokens_per_step = config.global_batch * config.data.sequence_length
     pair.alpha = run.alpha
     title = "distill" if pair.teacher else "train"
-    with watchdog(config.parallel.timeout_min) as moved, progress(title, config.steps) as advance:
+    with watchdog(groups.timeout_min) as moved, progress(title, config.steps) as advance:
         advance(run.step)
         while run.step < config.steps:
             moved()

@@ -182,6 +182,9 @@ def test_args_of_sublayers_in_another_order_name_it(llama):
     shape = Checkpoint(llama / "checkpoint").shape.replace(pattern="*-*--")
     args = args_of_shape(ARGS, shape)
     assert (args.num_layers, args.hybrid_layer_pattern) == (5, "*-*--") and "hybrid_layer_pattern" not in ARGS
+    # A Megatron-LM that has the former name alone reads that.
+    former = args_of_shape(argparse.Namespace(**vars(ARGS), hybrid_override_pattern="*-*-*-*-"), shape)
+    assert former.hybrid_override_pattern == "*-*--" and getattr(former, "hybrid_layer_pattern", None) is None
 
 
 @pytest.mark.parametrize("place", ["in the args", "beside them"])

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from minitron_megatron.config.schema import DataConfig
 from minitron_megatron.data import tokens
 from minitron_megatron.data.encoding import num_workers, tokenizer_fingerprint
-from minitron_megatron.data.tokens import check_enough, prepare_corpus
+from minitron_megatron.data.samples import heldout_samples, training_samples
+from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.errors import DataError
 
 
@@ -198,11 +199,11 @@ def test_too_few_documents(tmp_path, write_documents, tokenizer_dir, texts, mess
         prepare_corpus(config, tokenizer_dir)
 
 
-def test_check_enough(config, tokenizer_dir):
+def test_each_side_fills_a_sequence_of_its_own(config, tokenizer_dir):
     corpus = prepare_corpus(config, tokenizer_dir)
     heldout, train = corpus.num_heldout_tokens, corpus.num_train_tokens
-    check_enough(corpus, heldout - 1)
+    assert len(heldout_samples(corpus, dataclasses.replace(config, sequence_length=heldout - 1))) == 1
     with pytest.raises(DataError, match=f"{heldout} held-out tokens, .* needs {heldout + 1}"):
-        check_enough(corpus, heldout)
+        heldout_samples(corpus, dataclasses.replace(config, sequence_length=heldout))
     with pytest.raises(DataError, match=f"{train} training tokens, .* needs {train + 1}"):
-        check_enough(corpus, train)
+        training_samples(corpus, dataclasses.replace(config, sequence_length=train), 1)

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minitron_megatron.config.schema import Criterion, DepthCriterion, DepthSearch, ParallelConfig, TargetConfig, Unit
 from minitron_megatron.data.choices import ChoiceSamples, Question
@@ -178,6 +179,28 @@ def test_accuracy_is_that_of_a_loop_over_choices(theirs, score, tmp_path):
     np.testing.assert_allclose(found.depth["accuracy"], expected, atol=1e-12)
 
 
+def test_a_space_behind_the_context_belongs_to_the_choice(tmp_path):
+    """Byte-level tokenizers join it to the word that follows, so that the context alone has a token more."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(
+        models.BPE({token: n for n, token in enumerate([*letters, "Ġy", "Ġn"])}, [("Ġ", "y"), ("Ġ", "n")])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    behind, before = (
+        ChoiceSamples([Question(f"is it?{a}", [f"{b}y", f"{b}no"], 0)], tokenizer, 1) for a, b in ((" ", ""), ("", " "))
+    )
+    assert behind.rows == before.rows
+    assert [len(tokens) - context for tokens, context in before.rows] == [1, 2]
+
+
+def test_questions_alone_decide_about_accuracy(theirs, score, layer_calls, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(save_hf(tmp_path, theirs))
+    score(choices=ChoiceSamples(QUESTIONS, tokenizer, 1), criteria=[DepthCriterion.ACCURACY])
+    num_batches = -(-sum(len(question.choices) for question in QUESTIONS) // 2)
+    assert len(layer_calls) == num_batches * (LAYERS + LAYERS * (LAYERS - 1) // 2)
+
+
 def test_a_greedy_search_may_be_decided_by_accuracy(theirs, score, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(save_hf(tmp_path, theirs))
     found = score(
@@ -193,8 +216,9 @@ def test_a_greedy_search_may_be_decided_by_accuracy(theirs, score, tmp_path):
         drops = [p for layer in layers for p in positions(Unit.LAYER, layer)]
         return sum(direct_right(theirs, tokenizer, question, drops) for question in QUESTIONS)
 
-    first = max(range(LAYERS), key=lambda layer: right([layer]))  # of equal ones the first
-    second = max((layer for layer in range(LAYERS) if layer != first), key=lambda layer: right([first, layer]))
+    first = max(range(LAYERS), key=lambda layer: (right([layer]), layer))  # of equal ones the last
+    others = (layer for layer in range(LAYERS) if layer != first)
+    second = max(others, key=lambda layer: (right([first, layer]), layer))
     assert found.rounds["depth"].tolist() == [{first: 1, second: 2}.get(layer, 3) for layer in range(LAYERS)]
 
 

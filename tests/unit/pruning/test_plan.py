@@ -353,6 +353,14 @@ def test_all_of_everything_is_a_fraction_and_one_of_everything_a_number():
     assert (fewer.groups, fewer.heads_per_group) == (1, source.heads_per_group)
 
 
+def test_a_multiple_that_the_source_does_not_reach_is_refused():
+    with pytest.raises(ConfigError) as raised:
+        plan_for(random_scores(), hidden=32, round_to=64)
+    assert raised.value.problems == [
+        "target.hidden = 32 shall be a multiple of 64, and the source has 48: lower target.round_to or parallel.tensor"
+    ]
+
+
 def test_targets_that_cannot_be_are_all_listed():
     with pytest.raises(ConfigError) as raised:
         plan_for(random_scores(), layers=5, hidden=49, ffn=45, heads=7)

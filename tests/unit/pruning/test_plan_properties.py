@@ -1,5 +1,6 @@
 """Plans for any shape, layout and target."""
 
+import re
 from dataclasses import fields
 from itertools import pairwise
 
@@ -89,9 +90,13 @@ def plan_or_nothing(scores, parallel, target, merge):
     try:
         return make_plan(scores, target, parallel, merge_heads=merge)
     except ConfigError as error:
-        # Of sizes within those of the source, only a whole number of heads can be wrong, or too few to merge.
-        assert all("target.heads" in problem or (merge and "merge_heads" in problem) for problem in error.problems)
-        assert merge or isinstance(target.heads, int)
+        # Of sizes within those of the source, only a whole number of heads can be wrong, or too few to merge, or what
+        # shall be a multiple of more than there is.
+        multiples = [re.search(r"a multiple of (\d+), and the source has (\d+)", p) for p in error.problems]
+        assert all(int(found[1]) > int(found[2]) for found in multiples if found)
+        others = [problem for problem, found in zip(error.problems, multiples, strict=True) if not found]
+        assert all("target.heads" in problem or (merge and "merge_heads" in problem) for problem in others)
+        assert not others or merge or isinstance(target.heads, int)
         assume(False)
 
 

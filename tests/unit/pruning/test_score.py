@@ -312,6 +312,10 @@ def test_a_choice_that_is_no_question_names_its_line(settings, tmp_path):
         file.write_text(good + bad + "\n" + good)
         with pytest.raises(DataError, match=message):
             score(settings(depth=depth))
+    # What ends a line elsewhere may stand in a text of JSON.
+    file.write_text(f"{good} \n" + good.replace('"a"', '"a\u2028b"') + "[1]", encoding="utf-8")
+    with pytest.raises(DataError, match="line 4 is not JSON"):
+        score(settings(depth=depth))
     file.write_text("\n")
     with pytest.raises(DataError, match=r"questions.jsonl is empty: give a line of JSON"):
         score(settings(depth=depth))
