@@ -52,8 +52,8 @@ def _read_line(where: str, line: str) -> Question:
         question = Question(values["context"], values["choices"], values["answer"], where)
     except (ValueError, KeyError, TypeError) as e:
         raise DataError(f"{where} is not JSON with context, choices and answer: {e!r}") from e
-    if not isinstance(question.context, str) or not question.context:
-        raise DataError(f"{where}: context = {question.context!r} must be text that is not empty")
+    if not isinstance(question.context, str) or not question.context.strip():
+        raise DataError(f"{where}: context = {question.context!r} must be text, and more than spaces")
     texts = question.choices if isinstance(question.choices, list) else []
     if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
         raise DataError(f"{where}: choices = {question.choices!r} must be a list of at least two texts, none empty")

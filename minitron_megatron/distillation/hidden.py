@@ -113,7 +113,7 @@ def add_projections(
         {pair.name: n for n, pair in enumerate(pairs) if _module([chunk], pair.point, pair.student) is not None}
         for chunk in chunks
     ]
-    stages, group = [groups.pipeline_rank], None
+    group = None
     if config.projection is Projection.SHARED:
         first = next((number for number, names in enumerate(own) if names), None)
         own = [{SHARED: 0} if number == first else {} for number in range(len(chunks))]
@@ -124,7 +124,7 @@ def add_projections(
             projections = {
                 name: _projection(student.hidden, teacher.hidden, seed + n, chunk, groups) for name, n in names.items()
             }
-            setattr(chunk, PROJECTIONS, Projections(projections, stages.index(groups.pipeline_rank), group))
+            setattr(chunk, PROJECTIONS, Projections(projections, group))
 
 
 class Projections(torch.nn.ModuleDict):
@@ -132,16 +132,15 @@ class Projections(torch.nn.ModuleDict):
 
     Args:
         projections: by name.
-        replica: which of several stages' copies this is.
-        group: the stages that have one; None for this one alone.
+        group: the stages that have a copy each; None for this one alone.
     """
 
-    def __init__(self, projections: dict[str, torch.nn.Module], replica: int, group: dist.ProcessGroup | None):
+    def __init__(self, projections: dict[str, torch.nn.Module], group: dist.ProcessGroup | None):
         super().__init__(projections)
-        self.replica = replica
         self.group = group
+        self.replica = group.rank() if group else 0
         for parameter in self.parameters():
-            parameter.shared = replica > 0  # so that the gradient's norm counts the first stage's alone
+            parameter.shared = self.replica > 0  # so that the gradient's norm counts the first stage's alone
             # As Megatron marks a table on two stages: with the distributed optimiser it then has a bucket of its own,
             # and each replica the same part of it on all stages.
             parameter.shared_embedding = group is not None
@@ -216,7 +215,7 @@ class HiddenLosses:
         self._states: dict[tuple, list[Tensor | None]] = {}
         self._uses: Counter = Counter()
         # Of each micro-batch what is on its way, kept until it has arrived, and whom to ask.
-        self._messages: list[tuple[list[dist.P2POp], list[dist.Work]]] = []
+        self._messages: dict[int, tuple[list[dist.P2POp], list[dist.Work]]] = {}
 
     @contextmanager
     def watching_teacher(self, training: bool) -> Iterator[None]:
@@ -248,7 +247,6 @@ class HiddenLosses:
         if self.groups.layout.sequence:
             length //= self.groups.layout.tensor
         size, rank = (length, count, self.teacher_width), self.groups.pipeline_rank
-        self._messages = []
         for number in range(len(batches)):
             operations = []
             for *source, owner, target in self._routes:
@@ -265,7 +263,8 @@ class HiddenLosses:
                 else:
                     continue
                 operations.append(dist.P2POp(send, state, dist.get_global_rank(self._group, peer), self._group))
-            self._messages.append((operations, dist.batch_isend_irecv(operations) if operations else []))
+            if operations:
+                self._messages[number] = operations, dist.batch_isend_irecv(operations)
 
     @contextmanager
     def watching_student(self, batches: Sequence[Batch], weight: float, training: bool) -> Iterator[Tensor]:
@@ -317,10 +316,9 @@ class HiddenLosses:
     def _receive(self, numbers: Sequence[int]) -> None:
         """Wait for the states of some micro-batches, and let go of those that nobody needs here any longer."""
         for number in numbers:
-            _, messages = self._messages[number]
+            _, messages = self._messages.pop(number, ([], []))
             for message in messages:
                 message.wait()
-            self._messages[number] = [], []
             for source, states in self._states.items():
                 if states and not self._uses[source, number]:
                     states[number] = None

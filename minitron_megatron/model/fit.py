@@ -343,12 +343,13 @@ def _num_micro_batches(config: DistillConfig, layout: Layout) -> int:
 
 def _loss(student: ModelShape, teacher: ModelShape | None, config: DistillConfig, layout: Layout) -> int:
     """What `linear_distillation_loss` takes while it runs or while its backward pass does, whichever is more."""
+    teacher = teacher if config.loss.kd_logits_weight else None
     tokens = config.micro_batch * config.data.sequence_length
     rows, size = student.padded_vocab // layout.tensor, _BYTES[config.dtype]
     per_logit = size + _FLOAT32 * (_PLAIN_COPIES if config.loss.logits.is_plain or not teacher else _OTHER_COPIES)
     # The last hidden states and their gradient, of all tokens; under sequence parallelism they are gathered.
     states = (3 if layout.sequence else 2) * tokens * student.hidden * size
-    if teacher and config.loss.kd_logits_weight:
+    if teacher:
         teacher_size = _BYTES[config.teacher_dtype or config.dtype]
         per_logit += teacher_size
         states += tokens * teacher.hidden * teacher_size if layout.sequence else 0

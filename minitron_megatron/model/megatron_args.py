@@ -108,6 +108,10 @@ _NO_FIELD: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Args that `ModelShape` has no field for: which values leave the network as it is, and what others make of it."""
 
 
+_PATTERNS = ["hybrid_layer_pattern", "hybrid_override_pattern"]
+"""Names of the layers' pattern: that of today, and the former one."""
+
+
 def shape_of_args(args: argparse.Namespace) -> ModelShape:
     """The shape of the network that a Megatron-LM run with these args has trained.
 
@@ -122,7 +126,7 @@ def shape_of_args(args: argparse.Namespace) -> ModelShape:
         values = (getattr(args, name, None) for name in names)
         return next((value for value in values if value is not None), default)
 
-    hybrid = get("hybrid_layer_pattern", "hybrid_override_pattern")
+    hybrid = get(*_PATTERNS)
     problems = [
         f"{name} = {value!r} is not supported ({what})"
         for name, (is_same, what) in _NO_FIELD.items()
@@ -186,12 +190,6 @@ def _num_tokens(args: argparse.Namespace) -> int:
     return given + (getattr(args, "tokenizer_type", None) in _NULL_TOKENIZERS)
 
 
-def _pattern_names(before: dict) -> list[str]:
-    """The names of the layers' pattern: that of today, or the former one where the source has that alone."""
-    former = before.get("hybrid_override_pattern") is not None and before.get("hybrid_layer_pattern") is None
-    return ["hybrid_override_pattern"] if former else ["hybrid_layer_pattern"]
-
-
 def args_of_shape(args: argparse.Namespace | None, shape: ModelShape) -> argparse.Namespace:
     """The saved args of fresh weights, which no run has trained on yet: all that `--use-checkpoint-args` reads.
 
@@ -200,6 +198,7 @@ def args_of_shape(args: argparse.Namespace | None, shape: ModelShape) -> argpars
         shape: of the network that it is now.
     """
     before = vars(args) if args is not None else {}
+    patterns = [name for name in _PATTERNS if before.get(name) is not None] or _PATTERNS[:1]
     values = {
         "num_layers": len(shape.megatron_layers),
         "hidden_size": shape.hidden,
@@ -225,7 +224,7 @@ def args_of_shape(args: argparse.Namespace | None, shape: ModelShape) -> argpars
         "add_qkv_bias": shape.qkv_bias,
         "qk_layernorm": shape.qk_norm,
         "untie_embeddings_and_output_weights": not shape.tied,
-        **dict.fromkeys(_pattern_names(before), None if shape.is_uniform else shape.pattern),
+        **dict.fromkeys(patterns, None if shape.is_uniform else shape.pattern),
         "iteration": 0,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,

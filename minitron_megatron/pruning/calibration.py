@@ -234,8 +234,9 @@ class _Calibration:
     def num_steps(self, num_sweeps: int, watch: bool) -> int:
         """Micro-batches of all passes, one of which may watch activations."""
         per_step = self.config.micro_batch * self.groups.layout.data
-        of_samples, of_choices = (-(-n // per_step) for n in (self.num_samples, len(self.choices or ())))
-        return max(int(watch), num_sweeps if self.compares else 0) * of_samples + num_sweeps * of_choices
+        of_samples, of_choices = -(-self.num_samples // per_step), -(-len(self.choices or ()) // per_step)
+        over_samples = num_sweeps if self.compares else 0
+        return max(over_samples, int(watch)) * of_samples + num_sweeps * of_choices
 
     def sweep(self, base: Drops, paths: list[Drops], watch: bool) -> dict[str, Tensor]:
         """One pass over the calibration set.
@@ -252,12 +253,10 @@ class _Calibration:
         """
         name = f"{self.name}{self.sweeps}"
         self.sweeps += 1
-        total = {}
+        sums = {}
         if watch or self.compares:
-            total = self._over_samples(name, base, paths if self.compares else [], watch)
-        if self.choices is not None:
-            total = {**total, **self._over_choices(name, base, paths)}
-        return total
+            sums = self._over_samples(name, base, paths if self.compares else [], watch)
+        return sums if self.choices is None else {**sums, **self._over_choices(name, base, paths)}
 
     def _over_samples(self, name: str, base: Drops, paths: list[Drops], watch: bool) -> dict[str, Tensor]:
         config, groups, device = self.config, self.groups, self.groups.device

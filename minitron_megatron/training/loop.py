@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from minitron_megatron.checkpoint.sharded import TRACKER
 from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.data.samples import Samples, rank_batches
@@ -121,19 +122,20 @@ def train(
             if metrics:
                 metrics.log(values)
             advance(1, f"loss {values['loss/total']:.3f}  {values['throughput/tokens_per_s']:.0f} tokens/s")
-            if run.skipped_in_a_row == config.max_skipped_steps:
+            if run.skipped_in_a_row >= config.max_skipped_steps:
+                is_saved = (checkpoints / TRACKER).is_file()
+                way_out = f"start a new output from the last checkpoint in {checkpoints}" if is_saved else "begin anew"
                 raise TrainingError(
                     f"no finite loss and gradient in the last {run.skipped_in_a_row} steps, which were skipped. In "
                     f"step {run.step}, of sequences {first} to {first + config.global_batch - 1}, the loss was "
-                    f"{result.total(pair.loss)} and the gradient's norm {norms[0]}. The last checkpoint in "
-                    f"{checkpoints} is whole: look at that text, or start a new output from there, with a lower "
-                    f"optimizer.lr or another dtype"
+                    f"{result.total(pair.loss)} and the gradient's norm {norms[0]}: look at that text, or {way_out}, "
+                    f"with a lower optimizer.lr or another dtype"
                 )
             # While steps are skipped, the weights may be what is wrong: the checkpoints before stay.
             in_doubt = run.skipped_in_a_row > 0
             is_due = config.save_every and run.step % config.save_every == 0 and not in_doubt
             if last or best or stops or is_due:
-                save_state(checkpoints, run, models, 0 if in_doubt else config.keep_checkpoints, best, args)
+                save_state(checkpoints, run, models, None if in_doubt else config.keep_checkpoints, best, args)
             if stops and not last:
                 raise Preempted(f"a signal asked to stop: {checkpoints} is saved at step {run.step} of {config.steps}")
 

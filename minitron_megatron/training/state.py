@@ -48,7 +48,7 @@ def save_state(
     root: Path,
     run: RunState,
     models: Mapping[str, Optimization],
-    keep: int = 1,
+    keep: int | None = 1,
     best: bool = False,
     args: argparse.Namespace | None = None,
 ) -> None:
@@ -61,7 +61,7 @@ def save_state(
         root: folder of the run's checkpoints.
         run: how far it has come.
         models: what is trained, by the prefix of its keys; the student has none.
-        keep: how many of the latest checkpoints stay; 0 for all of them.
+        keep: how many of the latest checkpoints stay; None for all of them.
         best: also make it the checkpoint `BEST` beside `root`, in the place of the one that was best so far.
         args: that tell Megatron-LM what the network is.
 
@@ -92,7 +92,7 @@ def _make_empty(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _announce(temporary: Path, folder: Path, keep: int, best: bool) -> None:
+def _announce(temporary: Path, folder: Path, keep: int | None, best: bool) -> None:
     """Make a whole checkpoint the latest one."""
     root, step = folder.parent, str(int(folder.name.removeprefix("iter_")))
     if folder.exists():
@@ -103,10 +103,10 @@ def _announce(temporary: Path, folder: Path, keep: int, best: bool) -> None:
     write_atomically(root / TRACKER, step)
     folders = sorted(root.glob("iter_*"))
     # One of a later step was left by a run that ended before it was announced.
-    kept = [path for path in folders if path.name <= folder.name][-keep:]
-    for other in folders:
-        if other not in kept:
-            shutil.rmtree(other)
+    announced = [path for path in folders if path.name <= folder.name]
+    later = folders[len(announced) :]
+    for old in later + (announced[:-keep] if keep else []):
+        shutil.rmtree(old)
 
 
 def _announce_best(folder: Path, step: str) -> None:

@@ -182,9 +182,13 @@ def test_args_of_sublayers_in_another_order_name_it(llama):
     shape = Checkpoint(llama / "checkpoint").shape.replace(pattern="*-*--")
     args = args_of_shape(ARGS, shape)
     assert (args.num_layers, args.hybrid_layer_pattern) == (5, "*-*--") and "hybrid_layer_pattern" not in ARGS
-    # A Megatron-LM that has the former name alone reads that.
-    former = args_of_shape(argparse.Namespace(**vars(ARGS), hybrid_override_pattern="*-*-*-*-"), shape)
-    assert former.hybrid_override_pattern == "*-*--" and getattr(former, "hybrid_layer_pattern", None) is None
+    # A Megatron-LM that has the former name alone reads that, and neither name may keep what was.
+    former = dict(hybrid_override_pattern="*-*-*-*-")
+    for before in (former, {**former, "hybrid_layer_pattern": "*-*-*-*-"}):
+        args = args_of_shape(argparse.Namespace(**vars(ARGS), **before), shape)
+        assert {getattr(args, name, "*-*--") for name in before} == {"*-*--"}
+        args = args_of_shape(argparse.Namespace(**vars(ARGS), **before), shape.replace(pattern="*-*-"))
+        assert shape_of_args(args).pattern == "*-*-"
 
 
 @pytest.mark.parametrize("place", ["in the args", "beside them"])

@@ -202,7 +202,7 @@ def test_a_teacher_costs_what_is_done_with_it():
     beside = estimate_memory(STUDENT, TEACHER, run, Layout())
     alone = estimate_memory(TEACHER, None, run, Layout())
     assert beside.teacher_activations == alone.activations + alone.loss
-    text = LossConfig(kd_logits_weight=0.0, lm_weight=1.0)
+    text = LossConfig(kd_logits_weight=0.0, lm_weight=1.0, logits=LogitsConfig(temperature=2.0))
     assert estimate_memory(STUDENT, TEACHER, replace(run, loss=text), Layout()) == estimate_memory(
         STUDENT, None, replace(run, loss=text), Layout()
     )

@@ -296,7 +296,8 @@ def test_a_choice_that_is_no_question_names_its_line(settings, tmp_path):
         ("{", r"questions.jsonl, line 2 is not JSON with context, choices and answer: "),
         ('{"context": "a", "choices": ["b", "c"]}', "line 2 is not JSON with .*: KeyError\\('answer'\\)"),
         ("[1]", "line 2 is not JSON with context, choices and answer"),
-        ('{"context": "", "choices": ["b", "c"], "answer": 1}', "line 2: context = '' must be text that is not empty"),
+        ('{"context": "", "choices": ["b", "c"], "answer": 1}', "line 2: context = '' must be text, and more than"),
+        ('{"context": " ", "choices": ["b", "c"], "answer": 1}', "line 2: context = ' ' must be text, and more than"),
         (
             '{"context": "a", "choices": ["b"], "answer": 0}',
             r"line 2: choices = \['b'\] must be a list of at least two",

@@ -4,7 +4,7 @@ from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder
 from minitron_megatron.training.state import _announce
 
 
-@pytest.mark.parametrize("keep, left", [(1, [150]), (2, [100, 150]), (0, [50, 100, 150])])
+@pytest.mark.parametrize("keep, left", [(1, [150]), (2, [100, 150]), (5, [50, 100, 150]), (None, [50, 100, 150])])
 def test_the_latest_stay_whatever_an_interruption_left_behind(keep, left, tmp_path):
     # Step 200 was whole, and the run ended before it was announced; it then went on from step 100.
     for step in (50, 100, 200):
