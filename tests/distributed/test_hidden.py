@@ -219,7 +219,7 @@ def test_a_step_is_the_plain_loss_on_transformers_models(case, single):
 # unless it is kept apart.
 SHARING = {
     "layers of both stages": HiddenConfig(1.0, loss=HiddenLoss.MSE, projection=Projection.SHARED),
-    "a layer of the last stage": HiddenConfig(
+    "a layer of one stage": HiddenConfig(
         1.0, loss=HiddenLoss.MSE, projection=Projection.SHARED, pairs=[[2, 1]], points=[Point.LAYER, Point.MLP]
     ),
 }
@@ -229,8 +229,7 @@ OPTIMIZERS = [dict(distributed=d, overlap=o) for d in (False, True) for o in (Fa
 def train_a_shared_projection(folder, name, layout):
     """The projection on this rank, and its gradients' norms, after steps with every kind of optimiser."""
     found = {}
-    teacher = source_of(hf_model(seed=1, **{**LLAMA, "num_hidden_layers": 3, "hidden_size": 1032}))
-    student = source_of(hf_model(seed=2, **{**LLAMA, "num_hidden_layers": 3}))
+    teacher, student = source_of(hf_model(seed=1, **{**LLAMA, "hidden_size": 1032})), source_of(hf_model(**LLAMA))
     shapes = student.shape, teacher.shape
     with process_groups(layout) as groups:
         for (case, hidden), settings in itertools.product(SHARING.items(), OPTIMIZERS):
@@ -256,9 +255,10 @@ def train_a_shared_projection(folder, name, layout):
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")
 
 
-def test_copies_of_a_shared_projection_learn_from_all_stages_and_replicas(tmp_path):
+@pytest.mark.parametrize("virtual_pipeline", [None, 2])
+def test_copies_of_a_shared_projection_learn_from_all_stages_and_replicas(virtual_pipeline, tmp_path):
     run_on_ranks(1, train_a_shared_projection, tmp_path, "single", ParallelConfig())
-    layout = ParallelConfig(pipeline=2, data=2)
+    layout = ParallelConfig(pipeline=2, data=2, virtual_pipeline=virtual_pipeline)
     run_on_ranks(4, train_a_shared_projection, tmp_path, "many", layout)
     single = torch.load(tmp_path / "single_0.pt")
     many = [torch.load(tmp_path / f"many_{rank}.pt") for rank in range(4)]
