@@ -314,6 +314,13 @@ def test_a_text_that_is_not_enough_is_named_before_a_model_is_built(
     assert [path.name for path in tmp_path.iterdir()] == (["corpora"] if "tokens" in named else [])
 
 
+@pytest.mark.parametrize("command", [DISTILL, EVALUATE], ids=["distill", "evaluate"])
+def test_held_out_text_that_is_not_enough_is_named_before_a_model_is_built(command, refused, monkeypatch):
+    forbid(monkeypatch, BUILDS)
+    message = refused(f"{with_other(command, 'data.text', '[@text.jsonl]')} data.sequence_length=512")
+    assert "held-out tokens, but data.sequence_length = 512 needs 513: add text, shorten" in message
+
+
 @pytest.mark.parametrize(
     "command",
     [
