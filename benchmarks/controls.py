@@ -150,7 +150,7 @@ def prepare_texts(folder: Path, models: Models) -> dict[str, Path]:
     from minitron_megatron.data.corpus import documents
 
     folder.mkdir(parents=True, exist_ok=True)
-    all_documents = list(documents(models.recipe["distilled"].data.text))
+    all_documents = [document.text for document in documents(models.recipe["distilled"].data.text)]
     heldout = all_documents[HELDOUT_EVERY // 2 :: HELDOUT_EVERY]
     training = [d for i, d in enumerate(all_documents) if i % HELDOUT_EVERY != HELDOUT_EVERY // 2]
     (folder / "train.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in training))
