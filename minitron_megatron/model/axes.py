@@ -6,7 +6,7 @@ its key head, then its value head. From that one description follow the size of 
 for any choice of kept indices along the named axes, the rows that stay:
 
 - pruning keeps the indices of a plan,
-- a tensor-parallel shard keeps a range of one axis,
+- a tensor-parallel shard keeps a range of one axis, or of the rows of a query group,
 - the Hugging Face tensors inside a fused one are the rows left when the other parts are dropped.
 
 So all of these are one function, `Dim.index`, and no other module spells a parameter's name.
@@ -207,11 +207,17 @@ class Param:
         return [dim.index(kept, sizes) for dim in self.dims]
 
     def shard(self, rank: int, num_ranks: int, sizes: Mapping[str, int]) -> list[np.ndarray]:
-        """For each dimension, the positions that one of `num_ranks` tensor-parallel ranks holds."""
-        if self.split is None:
-            return self.index({}, sizes)
-        share = sizes[self.split] // num_ranks
-        return self.index({self.split: np.arange(rank * share, (rank + 1) * share)}, sizes)
+        """For each dimension, the positions that one of `num_ranks` tensor-parallel ranks holds.
+
+        All ranks hold equally many, element by element of the split axis: several query groups, or a part of one.
+        """
+        found = []
+        for positions, dim in zip(self.index({}, sizes), self.dims, strict=True):
+            elements = np.full(len(positions), -1) if self.split is None else dim.labels(self.split, sizes)
+            if (elements >= 0).all():
+                positions = np.sort(elements.argsort(kind="stable").reshape(num_ranks, -1)[rank])
+            found.append(positions)
+        return found
 
 
 def parameters(shape: ModelShape) -> list[Param]:

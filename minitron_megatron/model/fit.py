@@ -213,7 +213,7 @@ def sublayer_activations(
     statistics = _FLOAT32 * (2 if shape.norm is NormKind.LAYERNORM else 1)
     norm = tokens * (2 * shape.hidden * size + statistics) // _stream_ranks(layout)
     if symbol == ATTENTION:
-        heads, groups = shape.num_heads // layout.tensor, shape.num_query_groups // layout.tensor
+        heads, groups = shape.num_heads // layout.tensor, max(1, shape.num_query_groups // layout.tensor)
         kept = tokens * ((2 * heads + 2 * groups) * shape.head_dim * size + heads * _FLOAT32)
         if shape.qk_norm:  # of queries where Megatron-Core reshapes them, which copies what a group has several of
             copied = heads if shape.heads_per_group > 1 else 0
@@ -264,8 +264,7 @@ def _held(shape: ModelShape, layout: Layout, stage: int, outputs: bool = True) -
         count = pattern.count(param.sublayer) if param.sublayer else int(_is_on(param, shape, layout, stage))
         if not count or (not outputs and param.sublayer is None and param.matmul):
             continue
-        own = sizes | ({param.split: sizes[param.split] // layout.tensor} if param.split else {})
-        numel = math.prod(param.size(own))
+        numel = math.prod(param.size(sizes)) // (layout.tensor if param.split else 1)
         yield numel * count, numel
 
 

@@ -216,13 +216,27 @@ def pad_vocab(vocab: int, multiple: int = 128) -> int:
 
 def layout_problems(shape: ModelShape, layout: Layout | ParallelConfig, where: str = "shape") -> list[str]:
     """What of `shape` a layout cannot split, one sentence each."""
+    groups, ranks = shape.num_query_groups, layout.tensor
+
+    def indivisible(name: str) -> str:
+        return (
+            f"{where}.{name} = {getattr(shape, name)} does not divide by parallel.tensor = {ranks}: choose a tensor "
+            f"size that divides it"
+        )
+
+    # Each rank has several query groups, or several ranks share one: Megatron-Core cuts its rows evenly.
+    group_rows, sharing = (shape.heads_per_group + 2) * shape.head_dim, ranks // groups
     found = []
-    for name in ("num_query_groups", "ffn", "padded_vocab"):
-        if getattr(shape, name) % layout.tensor:
-            found.append(
-                f"{where}.{name} = {getattr(shape, name)} does not divide by parallel.tensor = {layout.tensor}: "
-                f"choose a tensor size that divides it"
-            )
+    if groups % ranks and ranks % groups:
+        found.append(f"{indivisible('num_query_groups')}, or that it divides")
+    elif shape.num_heads % ranks:
+        found.append(indivisible("num_heads"))
+    elif sharing and group_rows % sharing:
+        found.append(
+            f"{where}.num_query_groups = {groups}, each with {group_rows} rows of queries, key and value, cannot be "
+            f"shared evenly by parallel.tensor = {ranks}: choose a smaller tensor size"
+        )
+    found += [indivisible(name) for name in ("ffn", "padded_vocab") if getattr(shape, name) % ranks]
     virtual_pipeline = layout.virtual_pipeline or 1
     stages = layout.pipeline * virtual_pipeline
     if len(shape.megatron_layers) < stages:

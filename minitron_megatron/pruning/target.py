@@ -96,11 +96,12 @@ def resolve_target(source: ModelShape, config: TargetConfig, parallel: ParallelC
         return next(a * shards for a in _ALIGNMENTS if a * shards <= has // 8 or a == 1)
 
     exact = config.round_to is None
-    groups = size("groups", source.num_query_groups, parallel.tensor)
+    # More tensor ranks than groups share one, and its queries.
+    groups = size("groups", source.num_query_groups, math.gcd(source.num_query_groups, parallel.tensor))
     hidden = size("hidden", source.hidden, multiple_of(source.hidden, 1), exact)
     ffn = size("ffn", source.ffn, multiple_of(source.ffn, parallel.tensor), exact)
     has_heads = groups * source.heads_per_group
-    heads = size("heads", has_heads, groups, whole=source.num_heads)
+    heads = size("heads", has_heads, math.lcm(groups, parallel.tensor), whole=source.num_heads)
     if heads % groups:
         problems.append(
             f"target.heads = {heads} is not a multiple of the {groups} query groups: every group keeps the same "

@@ -40,12 +40,16 @@ LAYOUTS = {
     "tp2_pp2_dp2": ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True),
     "tp2_sequence": ParallelConfig(tensor=2, sequence=True),
     "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
+    "tp4_sequence": ParallelConfig(tensor=4, sequence=True),  # two ranks share a query group
 }
 LOSS = LossConfig(kd_logits_weight=0.7, lm_weight=0.4, chunk_tokens=7)
 # Seven and five layers divide by none of the pipelines.
 MODELS = {
-    "qwen3": (QWEN3, TargetConfig(hidden=40, ffn=36, heads=4)),
-    "nemotron": ({**NEMOTRON, "num_hidden_layers": 7}, TargetConfig(layers=5, hidden=40, ffn=36, heads=4)),
+    "qwen3": ({**QWEN3, "num_attention_heads": 8}, TargetConfig(hidden=40, ffn=36, heads=4)),
+    "nemotron": (
+        {**NEMOTRON, "num_attention_heads": 8, "num_hidden_layers": 7},
+        TargetConfig(layers=5, hidden=40, ffn=36, heads=4),
+    ),
 }
 GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, CALIBRATION = 8, 2, 16, 13
 # Scores do not depend on the number of sequences per forward pass either.
@@ -63,7 +67,7 @@ SCORINGS = {
     ),
     "variance, times weight": (
         dict(sequence_aggregation=Aggregation.VARIANCE, criterion=Criterion.ACTIVATION_WEIGHT),
-        dict(criteria=ON_TEXT[::-1], search=DepthSearch.BLOCK),
+        dict(criteria=[*ON_TEXT[::-1], DepthCriterion.ACCURACY], search=DepthSearch.BLOCK, choices="questions"),
         dict(layers=2, **WIDTH_TARGET),
     ),
     "weight, greedy": (
@@ -99,7 +103,8 @@ def score_and_plan(chunks, shape, groups, name: str, layout_name: str) -> dict:
     )
     samples = Samples(CALIBRATION, SEQUENCE, shape.vocab)
     # Under sequence parallelism these are padded, to a multiple of the tensor ranks.
-    choices = ChoiceSamples(QUESTIONS, letters, 2 if groups.layout.sequence else 1) if config.depth.choices else None
+    multiple = groups.layout.tensor if groups.layout.sequence else 1
+    choices = ChoiceSamples(QUESTIONS, letters, multiple) if config.depth.choices else None
     scores = score_model(chunks, shape, groups, samples, config, choices)
     found = {name: getattr(scores, name) for name in ("hidden", "ffn", "head")}
     found |= {f"depth.{name}": values for name, values in scores.depth.items()}

@@ -12,6 +12,7 @@ from minitron_megatron.errors import ConfigError
 from minitron_megatron.model import build, local
 from minitron_megatron.model.build import build_model, transformer_config
 from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.shape import layout_problems
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.parallel.layout import Layout
 from tests.in_memory import StateDict
@@ -69,11 +70,34 @@ def test_a_layout_that_does_not_fit_the_network_lists_every_problem():
     with pytest.raises(ConfigError) as raised:
         transformer_config(shape, Layout(tensor=3, pipeline=2, virtual_pipeline=2), DType.FP32, recompute=False)
     assert raised.value.problems == [
-        "shape.num_query_groups = 2 does not divide by parallel.tensor = 3: choose a tensor size that divides it",
+        "shape.num_query_groups = 2 does not divide by parallel.tensor = 3: choose a tensor size that divides it, or "
+        "that it divides",
         "shape.padded_vocab = 128 does not divide by parallel.tensor = 3: choose a tensor size that divides it",
         "shape has 3 layers, too few for the 4 stages of parallel.pipeline x virtual_pipeline = 2 x 2: "
         "lower one of the two",
     ]
+
+
+@pytest.mark.parametrize(
+    "num_heads, head_dim, tensor, problem",
+    [
+        (8, 12, 4, None),
+        (8, 3, 4, None),
+        (6, 12, 4, "shape.num_heads = 6 does not divide by parallel.tensor = 4: choose a tensor size that divides it"),
+        (
+            16,
+            3,
+            8,
+            "shape.num_query_groups = 2, each with 30 rows of queries, key and value, cannot be shared evenly by "
+            "parallel.tensor = 8: choose a smaller tensor size",
+        ),
+    ],
+)
+def test_several_tensor_ranks_share_a_query_group_where_they_can(num_heads, head_dim, tensor, problem):
+    shape = shape_from_config(
+        {**LLAMA, "num_attention_heads": num_heads, "head_dim": head_dim, "intermediate_size": 48}
+    )
+    assert layout_problems(shape, Layout(tensor=tensor)) == ([problem] if problem else [])
 
 
 def test_a_pattern_that_is_no_plain_transformer_needs_a_newer_megatron_core(monkeypatch):

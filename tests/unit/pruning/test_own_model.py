@@ -147,12 +147,12 @@ def test_groups_that_are_not_those_of_the_model_are_refused(settings):
             minitron_megatron.score_model([model], shape, groups, Samples(8, 16, 101), settings())
 
 
-def test_a_layout_that_splits_a_query_group_is_refused(settings):
+def test_a_layout_that_cannot_share_the_heads_is_refused(settings):
     with process_groups(ParallelConfig()):
         model, groups = build_own(), minitron_megatron.current_groups()
         shape = minitron_megatron.shape_of(model, vocab=101)
         layout = replace(groups.layout, tensor=4)
-        with pytest.raises(ConfigError, match="num_query_groups = 2 does not divide by parallel.tensor = 4"):
+        with pytest.raises(ConfigError, match="num_heads = 6 does not divide by parallel.tensor = 4"):
             minitron_megatron.score_model(
                 [model], shape, replace(groups, layout=layout), Samples(8, 16, 101), settings()
             )

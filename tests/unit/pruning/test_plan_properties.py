@@ -36,6 +36,8 @@ PROPERTIES = settings(max_examples=60, deadline=None, suppress_health_check=[Hea
 @st.composite
 def shapes(draw, tensor):
     groups, per_group = draw(st.integers(1, 4)) * tensor, draw(st.integers(1, 4))
+    if tensor > 1 and draw(st.booleans()):  # two ranks share a group
+        groups, per_group = tensor // 2, 2 * per_group
     gated = draw(st.booleans())
     return ModelShape(
         pattern=layers_pattern(draw(st.integers(1, 5))),
@@ -168,9 +170,9 @@ def test_sizes_are_what_was_asked_for(problem):
     if target.heads is None:
         assert cut.heads_per_group == source.heads_per_group
     # Fractions always divide; whole numbers are the user's own, and named where they do not.
-    whole = {name for name in ("groups", "ffn") if isinstance(getattr(target, name), int)} - rounded
-    names = {"groups": "num_query_groups", "ffn": "ffn"}
-    left = [p for p in layout_problems(cut, parallel) if not any(names[n] in p for n in whole)]
+    names = {"groups": ["num_query_groups", "num_heads"], "heads": ["num_query_groups", "num_heads"], "ffn": ["ffn"]}
+    whole = {name for name in names if isinstance(getattr(target, name), int)} - rounded
+    left = [p for p in layout_problems(cut, parallel) if not any(name in p for n in whole for name in names[n])]
     # Layers are left to the target alone: every stage has some, as many as any other but for one, or there are too few.
     layers, stages = len(cut.megatron_layers), parallel.pipeline * (parallel.virtual_pipeline or 1)
     assert [f"has {layers} layers, too few for the {stages} stages" in p for p in left] == [True] * (layers < stages)
@@ -193,7 +195,8 @@ def test_sizes_are_what_was_asked_for(problem):
     if isinstance(target.heads, float):
         nearest = target.heads * source.num_heads
         most = cut.num_query_groups * source.heads_per_group
-        assert abs(cut.num_heads - nearest) <= cut.num_query_groups / 2 or cut.num_heads in (cut.num_query_groups, most)
+        step = np.lcm(cut.num_query_groups, parallel.tensor)
+        assert abs(cut.num_heads - nearest) <= step / 2 or cut.num_heads in (step, most // step * step)
 
 
 class Nothing:
@@ -262,6 +265,8 @@ def test_ranges_are_read_back(indices):
         (dict(ffn=9999, round_to=96), 4, dict(ffn=9984)),
         (dict(groups=0.5), 1, dict(groups=4, heads_per_group=4)),
         (dict(groups=0.3), 4, dict(groups=4)),
+        (dict(groups=0.3), 16, dict()),  # no fewer, for two ranks share one
+        (dict(heads=0.3), 16, dict(heads_per_group=2)),
         (dict(heads=0.5), 1, dict(groups=8, heads_per_group=2)),
         (dict(heads=0.3), 1, dict(heads_per_group=1)),
         # Of the source's heads, of which the four groups have half.
