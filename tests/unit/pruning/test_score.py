@@ -104,11 +104,11 @@ def test_an_interrupted_scoring_goes_on_from_its_last_sums(settings, long, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "scores"]
 
 
-def killed(config):
+def killed(config, limit):
     import os
     import signal
 
-    with Counted(5, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+    with Counted(limit, lambda: os.kill(os.getpid(), signal.SIGKILL)):
         score(config)
 
 
@@ -118,14 +118,27 @@ def resumed(config, most):
     assert counted.calls == most
 
 
-def test_a_killed_scoring_goes_on_in_another_layout(settings, long, tmp_path):
-    expected = Scores.read(score(settings("expected", **long["greedy"])))
-    config = settings(**long["greedy"])
+# Two at a time and replica; then three, which read what is left of the sweep or round, and all behind it.
+@pytest.mark.parametrize(
+    "kind, before, limit, after, most",
+    [
+        # Eight samples are done. What is left are 5, and 7 choices, then 13 and 7 again.
+        ("greedy", ParallelConfig(), 5, ParallelConfig(pipeline=2), 2 + 3 + 5 + 3),
+        ("greedy", ParallelConfig(tensor=2, sequence=True), 5, ParallelConfig(data=2), 1 + 2 + 3 + 2),
+        # All of the first round, in four steps, and eight samples of the second.
+        ("rounds", ParallelConfig(data=2), 4 + 3, ParallelConfig(tensor=2, sequence=True), 2),
+        ("rounds", ParallelConfig(pipeline=2), 7 + 5, ParallelConfig(tensor=2), 2),
+    ],
+    ids=["one to pp2", "tp2 with sequence to dp2", "dp2 to tp2 with sequence", "pp2 to tp2"],
+)
+def test_a_killed_scoring_goes_on_in_another_layout(settings, long, tmp_path, kind, before, limit, after, most):
+    expected = Scores.read(score(settings("expected", **long[kind])))
+    config = settings(**long[kind])
+    ranks = [p.tensor * p.pipeline * (p.data or 1) for p in (before, after)]
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
-        run_on_ranks(1, killed, config)
+        run_on_ranks(ranks[0], killed, replace(config, parallel=before), limit)
     assert (tmp_path / ".scores.sums").is_file()
-    # Eight samples are done. What is left are 5, and 7 choices, then 13 and 7 again, three at a time.
-    run_on_ranks(2, resumed, replace(config, micro_batch=3, parallel=ParallelConfig(pipeline=2)), 2 + 3 + 5 + 3)
+    run_on_ranks(ranks[1], resumed, replace(config, micro_batch=3, parallel=after), most)
     assert_same(Scores.read(tmp_path / "scores"), expected, tolerance=1e-5)
 
 
