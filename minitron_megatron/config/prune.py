@@ -14,7 +14,7 @@ class PruneConfig:
     Attributes:
         checkpoint: folder of the checkpoint to prune; it is only read.
         output: folder of the checkpoint to write.
-        scores: folder of the scores; with a target.
+        scores: folder of the scores; with a target, or with a plan whose dry run shall show how much of them stays.
         plan: instead of scores and target, a plan: `plan.json`, as written beside a pruned checkpoint or by a
             dry run, and perhaps edited.
         target: the shape to reach.
@@ -46,7 +46,7 @@ class PruneConfig:
                 found.append(f"{where}target changes nothing: set at least one of its sizes")
         else:
             given = {
-                "scores": self.scores is not None,
+                "scores": self.scores is not None and not self.dry_run,
                 "target": not self.target.is_empty,
                 "depth_criterion": self.depth_criterion is not None,
                 "merge_heads": self.merge_heads,

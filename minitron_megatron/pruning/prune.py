@@ -34,17 +34,18 @@ def prune(config: PruneConfig) -> Path:
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
     parents = [Parent.of("checkpoint", checkpoint.root)]
     scores, rounded = None, []
+    if config.scores is not None:
+        scores = Scores.read(Path(config.scores))
+        _require_same(
+            "scores", config.scores, scores.shape, scores.checkpoint, checkpoint, parents[0], "score that checkpoint"
+        )
+        parents.append(Parent.of("scores", Path(config.scores)))
     if config.plan is not None:
         path = Path(config.plan)
         plan = Plan.read(path)
         _require_same("plan", config.plan, plan.source, plan.checkpoint, checkpoint, parents[0], "make a plan for it")
         parents.append(Parent.of("plan", path))
     else:
-        scores = Scores.read(Path(config.scores))
-        _require_same(
-            "scores", config.scores, scores.shape, scores.checkpoint, checkpoint, parents[0], "score that checkpoint"
-        )
-        parents.append(Parent.of("scores", Path(config.scores)))
         target = resolve_target(checkpoint.shape, config.target, config.parallel)
         rounded = target.rounded
         plan = plan_for(scores, target, config.depth_criterion, config.merge_heads)

@@ -17,7 +17,7 @@ def show_plan(plan: Plan, scores: Scores | None = None) -> None:
 
     Args:
         plan: what stays.
-        scores: that it was made from, if it was.
+        scores: of the network, if there are any.
     """
     console = Console()
     source, target = plan.source, plan.target

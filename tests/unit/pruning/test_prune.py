@@ -270,6 +270,17 @@ def test_a_plan_gives_what_its_scores_gave(source, tmp_path):
     assert parents == {"checkpoint": str(source.checkpoint), "plan": str(plan)}
 
 
+def test_a_dry_run_of_an_edited_plan_shows_what_it_keeps_of_the_scores(llama, tmp_path, capsys):
+    file = prune(llama.config(tmp_path / "dry", target=TargetConfig(ffn=30), dry_run=True))
+    plan, scores = Plan.read(file), Scores.read(llama.scores)
+    least = scores.ffn[1].argsort()[:30].sort().values.tolist()
+    replace(plan, ffn={**plan.ffn, 3: least}, merge={}).write_file(file)
+    capsys.readouterr()
+    prune(llama.config(tmp_path / "dry", plan=str(file), scores=str(llama.scores), dry_run=True))
+    [share] = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["1"]]
+    assert share == f"{scores.ffn[1][least].sum() / scores.ffn[1].sum():.1%}"
+
+
 def test_an_edited_plan_is_carried_out(llama, tmp_path, monkeypatch, caplog):
     file = prune(llama.config(tmp_path / "dry", target=TargetConfig(ffn=30), dry_run=True))
     lines = file.read_text().splitlines()
