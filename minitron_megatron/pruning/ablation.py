@@ -80,7 +80,9 @@ class Ablation:
 
         for number, chunk in enumerate(chunks):
             stage = number * groups.layout.pipeline + groups.pipeline_rank
-            positions = [p for layer in chunk.decoder.layers for p in _positions(layer)]
+            # A stage of somebody's own may hold the embedding alone, or the output layer.
+            before = -1 if stage == 0 else len(self.shape.pattern) - 1
+            positions = [p for layer in chunk.decoder.layers for p in _positions(layer)] or [before + 1, before]
             states = {}
             if stage > 0:
                 dtype = chunk.config.pipeline_dtype or chunk.config.params_dtype
@@ -92,7 +94,7 @@ class Ablation:
                 advance(*run)
             runs.clear()
             if stage < num_stages - 1:
-                self._send(states, positions[-1])
+                self._send(states or {WHOLE: last}, positions[-1])
         if not self.outputs or not groups.is_last_stage:
             return None
         model = chunks[-1]

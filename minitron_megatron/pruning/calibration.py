@@ -57,8 +57,8 @@ def score_model(
 
     Raises:
         DataError: activations are not finite, or no token counts.
-        ConfigError: no layer could be left out, the layout splits a query group, or `groups` are not those of the
-            model.
+        ConfigError: no layer could be left out, the layout cannot split the network, or `groups` are not those of
+            the model.
     """
     raise_if_any(layout_problems(shape, groups.layout))
     model = chunks[0].config

@@ -91,7 +91,7 @@ def _require_same(role: str, given: str, shape, fingerprint: str | None, checkpo
     if shape != checkpoint.shape:
         why = "another network"
     elif fingerprint not in (None, parent.fingerprint):
-        why = "other weights"
+        why = "another checkpoint"
     else:
         return
     raise CheckpointError(f"{role} = {given} is of {why} than checkpoint = {checkpoint.root}: {fix} first")

@@ -77,14 +77,15 @@ def score_own(model, config):
     return minitron_megatron.score_model([model], shape, groups, samples, config)
 
 
-def score_on_rank(config, output):
-    """Score such a model on one rank of a job of four."""
-    with process_groups(ParallelConfig(tensor=2, pipeline=2)) as place:
+def score_on_rank(config, output, layout, stages):
+    """Score such a model on one rank of a job."""
+    with process_groups(layout) as place:
         model = build_own(
             first=place.is_first_stage,
             last=place.is_last_stage,
-            tensor_model_parallel_size=2,
-            pipeline_model_parallel_size=2,
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            pipeline_model_parallel_layout=stages,
             pipeline_dtype=torch.float32,
         )
         found = score_own(model, config)
@@ -99,11 +100,16 @@ def assert_close(found, expected):
     torch.testing.assert_close(found.depth, expected.depth, rtol=1e-4, atol=1e-5)
 
 
-def test_somebodys_own_job_of_several_ranks_has_the_scores_of_the_verb(settings, tmp_path):
+@pytest.mark.parametrize(
+    "layout, stages",
+    [(ParallelConfig(tensor=2, pipeline=2), None), (ParallelConfig(pipeline=3), "E|t*4|L")],
+    ids=["tp2_pp2", "stages without layers"],
+)
+def test_somebodys_own_job_of_several_ranks_has_the_scores_of_the_verb(settings, tmp_path, layout, stages):
     config = settings(depth=DepthConfig([DepthCriterion.LOSS, DepthCriterion.BLOCK_INFLUENCE]))
     expected = Scores.read(score(config))
     (tmp_path / "own").mkdir()
-    run_on_ranks(4, score_on_rank, config, tmp_path / "own")
+    run_on_ranks(layout.tensor * layout.pipeline, score_on_rank, config, tmp_path / "own", layout, stages)
     found = Scores.read(tmp_path / "own")
     assert_close(found, expected)
 

@@ -350,7 +350,9 @@ def test_scores_and_plans_of_other_weights_are_refused(llama, tmp_path, what):
     if what == "plan":
         given = llama.config(tmp_path / "pruned", plan=str(prune(replace(given, dry_run=True))))
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(CheckpointError, match=rf"{what} = .* is of other weights than checkpoint = {other}: .* first"):
+    with pytest.raises(
+        CheckpointError, match=rf"{what} = .* is of another checkpoint than checkpoint = {other}: .* first"
+    ):
         prune(replace(given, checkpoint=str(other)))
     assert sorted(tmp_path.iterdir()) == before
     assert Checkpoint(prune(given)).shape.ffn == 30
