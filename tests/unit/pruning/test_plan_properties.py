@@ -1,16 +1,24 @@
 """Plans for any shape, layout and target."""
 
 import re
+import tempfile
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.checkpoint.random_weights import RandomWeights
+from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import instances
+from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.schema import ParallelConfig, TargetConfig, Unit
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.model.axes import axis_sizes, parameters
@@ -27,7 +35,7 @@ from minitron_megatron.model.shape import (
 from minitron_megatron.parallel.layout import layers_per_stage
 from minitron_megatron.pruning.plan import Plan, from_ranges, make_plan, to_ranges
 from minitron_megatron.pruning.scores import DepthSettings, Scores
-from minitron_megatron.pruning.slicing import Pruned
+from minitron_megatron.pruning.slicing import Pruned, write_pruned
 from minitron_megatron.pruning.target import resolve_target
 
 PROPERTIES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -238,6 +246,36 @@ def test_a_pruned_network_has_the_parameters_of_its_shape(problem):
     tables = shape.vocab * shape.hidden * (1 if shape.tied else 2)
     if shape.is_uniform:
         assert num_parameters(shape) == shape.num_layers * (matrices + biases + of_heads + 2 * norm) + norm + tables
+
+
+@settings(PROPERTIES, max_examples=25)
+@given(problems())
+def test_a_pruned_checkpoint_holds_what_its_plan_leaves(tmp_path, problem):
+    """On disk: torch's own reader finds as many numbers as the shape has, and they are those of the source."""
+    scores, parallel, *_ = problem
+    plan = plan_or_nothing(*problem)
+    shape = plan.target
+    assume(not layout_problems(shape, ParallelConfig(parallel.tensor)))
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    weights = RandomWeights(scores.shape, seed=1)
+    write_checkpoint(
+        folder / "source", weights, torch.float32, Manifest("checkpoint"), None, tensor_ranks=parallel.tensor
+    )
+    write_pruned(
+        folder / "pruned", Checkpoint(folder / "source"), plan, Manifest("checkpoint"), tensor_ranks=parallel.tensor
+    )
+    metadata = FileSystemReader(folder / "pruned/release").read_metadata().state_dict_metadata
+    tensors = [entry for entry in metadata.values() if isinstance(entry, TensorStorageMetadata)]
+    padding = (shape.padded_vocab - shape.vocab) * shape.hidden * (1 if shape.tied else 2)
+    assert sum(tensor.size.numel() for tensor in tensors) - padding == num_parameters(shape)
+    for tensor in tensors:
+        assert sum(chunk.sizes.numel() for chunk in tensor.chunks) == tensor.size.numel()
+    found, expected = Checkpoint(folder / "pruned"), Pruned(weights, plan)
+    assert found.shape == shape
+    for param in parameters(shape):
+        for layer in instances(param, shape):
+            index = [np.arange(size) for size in param.size(axis_sizes(shape))]
+            assert torch.equal(found.read(param, layer, index), expected.read(param, layer, index))
 
 
 @PROPERTIES
