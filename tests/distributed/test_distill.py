@@ -263,6 +263,34 @@ def whole(inputs):
     return config, read_metrics(inputs / "whole")
 
 
+def test_a_step_says_where_its_time_went_and_what_it_did(whole):
+    config, lines = whole
+    shapes = [Checkpoint(folder).shape for folder in (config.student, config.teacher)]
+    # Both networks are trained: a backward pass costs two forward passes.
+    flops = 3 * sum(forward_flops_per_token(shape, config.data.sequence_length) for shape in shapes)
+    for line in lines:
+        seconds = {name[len("time/") : -len("_s")]: value for name, value in line.items() if name.startswith("time/")}
+        step, check = seconds.pop("step"), seconds.pop("teacher_check", 0.0)
+        assert seconds.keys() == {"data", "teacher", "student", "optimizer"} and all(s > 0 for s in seconds.values())
+        assert sum(seconds.values()) + check == pytest.approx(step)
+        assert (check > 0) == (line["progress/step"] == 1)
+        tokens = config.global_batch * config.data.sequence_length
+        assert line["progress/tokens"] == line["progress/step"] * tokens
+        tokens_per_s = line["throughput/tokens_per_s"]
+        assert line["throughput/tokens_per_s_per_rank"] == tokens_per_s == pytest.approx(tokens / step)
+        assert line["throughput/tflops_per_rank"] == pytest.approx(tokens_per_s * flops / 1e12)
+        assert line["memory/rss_gib"] > 0
+
+
+def say_largest():
+    with process_groups(ParallelConfig(tensor=2)) as groups:
+        assert loop._largest({"one": dist.get_rank(), "other": 7 - dist.get_rank()}, groups) == {"one": 1, "other": 7}
+
+
+def test_times_and_memory_are_those_of_the_rank_that_needs_most():
+    run_on_ranks(2, say_largest)
+
+
 INTERLEAVED = ParallelConfig(pipeline=2, data=2, virtual_pipeline=2)
 
 
