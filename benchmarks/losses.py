@@ -1,7 +1,7 @@
 """What a student should minimise: losses, temperatures, hidden states and teacher correction, side by side.
 
-Two students of SmolLM2-135M, one of half the width and one of half the layers, learn in turn with every loss: the
-same starting weights, the same batches in the same order, the same number of steps. Then all are judged alike: by their
+Two students of SmolLM2-135M, a narrower one and one of half the layers, learn in turn with every loss: the same
+starting weights, the same batches in the same order, the same number of steps. Then all are judged alike: by their
 cross-entropy and their KL from the original teacher, on held-out documents and on text of another kind. Runs that are
 done are skipped, and one that was interrupted goes on.
 """
@@ -32,7 +32,7 @@ from common import (
 from controls import MEASURES, TEXTS, describe_text, judge_once, prepare_texts, train_and_judge
 
 NAME = "losses"
-TARGETS = {"width": {"hidden": 288, "ffn": 768}, "depth": {"layers": 15}}
+TARGETS = {"width": {"hidden": 448, "ffn": 1152}, "depth": {"layers": 15}}
 TEACHER, CORRECTED = "teacher", "corrected teacher"
 STUDENTS = {student: f"{student} student, untrained" for student in TARGETS}
 # A fifth of the rate that the teacher was trained with at most (2408.11796, section 2.1, of its own teacher).
@@ -59,6 +59,7 @@ class Arm:
 
 CE = {"kd_logits_weight": 0.0, "lm_weight": 1.0}
 STATES = {"hidden.weight": 1.0, "hidden.balance": "dynamic", "hidden.points": ["layer", "embedding"]}
+PROJECTED = {**STATES, "hidden.projection": "shared"}
 ARMS = {
     "KL": Arm("width"),
     "CE + KL": Arm("width", {"lm_weight": 1.0}),
@@ -68,9 +69,11 @@ ARMS = {
     "CE": Arm("width", CE, teacher=None),
     "KL, temperature 0.5": Arm("width", {"logits.temperature": 0.5}),
     "KL, temperature 2": Arm("width", {"logits.temperature": 2.0}),
-    "KL + states 26:26": Arm("width", {**STATES, "hidden.pairs": [[26, 26]], "hidden.projection": "shared"}),
+    "KL + states 26:26": Arm("width", {**PROJECTED, "hidden.pairs": [[26, 26]]}),
+    "KL + states 14:29": Arm("width", {**PROJECTED, "hidden.pairs": [[29, 14]]}),
     "depth: KL": Arm("depth"),
     "depth: KL + states 26:11": Arm("depth", {**STATES, "hidden.pairs": [[11, 26]]}),
+    "depth: KL + states, end-aligned": Arm("depth", {**STATES, "hidden.map": "end_aligned"}),
     "depth: KL + states 14:14": Arm("depth", {**STATES, "hidden.pairs": [[14, 14]]}),
     "KL, teacher corrected before": Arm("width", teacher=CORRECTED),
     "KL, teacher corrected in parallel": Arm("width", teacher_lr=TEACHER_LR),
@@ -81,7 +84,7 @@ COLUMNS = ["learned by", "corpus: loss", "corpus: KL", "licences: loss", "licenc
 def main() -> None:
     options = parser(__doc__, threads=2)
     options.add_argument("--steps", type=int, default=40, help="of every run")
-    options.add_argument("--seeds", type=int, nargs="+", default=[1234], help="of the data order")
+    options.add_argument("--seeds", type=int, nargs="+", default=[1234, 1235], help="of the data order")
     options.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     options.add_argument("--windows", type=int, default=16, help="at most so many windows of each text are judged")
     args = options.parse_args()
@@ -153,7 +156,7 @@ def prune_to(work: Path, output: Path, name: str) -> Path:
 
 def settings(models: Models, work: Path, arm: Arm, starts: dict[str, Path], output: Path, seed: int, steps: int):
     """The settings of one run: the demo's, but for a shorter sequence, the loss, and who learns from whom."""
-    from minitron_megatron.config.loss import Balance, Divergence, Point, Projection
+    from minitron_megatron.config.loss import Balance, Divergence, LayerMap, Point, Projection
 
     config = copy.deepcopy(models.recipe["distilled"])
     config.student, config.output = str(starts[arm.student]), str(output)
@@ -166,7 +169,7 @@ def settings(models: Models, work: Path, arm: Arm, starts: dict[str, Path], outp
     config.data.text, config.data.heldout_pct = [str(work / "train.jsonl")], 1.0
     config.data.sequence_length = 256
     config.seed = config.data.seed = seed
-    kinds = {"divergence": Divergence, "balance": Balance, "projection": Projection}
+    kinds = {"divergence": Divergence, "balance": Balance, "projection": Projection, "map": LayerMap}
     for path, value in arm.loss.items():
         *owners, name = path.split(".")
         owner = config.loss
