@@ -52,5 +52,8 @@ class PruneConfig:
                 "merge_heads": self.merge_heads,
             }
             if names := [f"{where}{name}" for name, is_given in given.items() if is_given]:
-                found.append(f"{where}plan = {self.plan} says already what stays: leave out {' and '.join(names)}")
+                found.append(
+                    f"{where}plan = {self.plan} says already what stays: leave out {' and '.join(names)}; "
+                    f"a dry run may have {where}scores beside it"
+                )
         return found

@@ -348,8 +348,13 @@ class HiddenLosses:
 def _measure(target: Tensor, mask: Tensor, kind: HiddenLoss) -> Tensor:
     """What the errors of a micro-batch are divided by, in sum: tokens, or the mean squares of the teacher's states."""
     if kind is HiddenLoss.SQUAREHEAD:
-        return (target.float().square().mean(-1) * mask).sum()
+        return (_wide(target).square().mean(-1) * mask).sum()
     return mask.sum()
+
+
+def _wide(states: Tensor) -> Tensor:
+    """States in the number format of losses, float32 at least."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 def _errors(state: Tensor, target: Tensor, kind: HiddenLoss) -> Tensor:
@@ -370,11 +375,11 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, state, projection, target, mask, kind, scale):
         projected = state.detach() if projection is None else F.linear(state.detach(), projection.detach())
         if not state.requires_grad:
-            error = (_errors(projected.float(), target.float(), kind) * mask).sum()
+            error = (_errors(_wide(projected), _wide(target), kind) * mask).sum()
             return error, scale * error
         with torch.enable_grad():
-            leaf = projected.float().requires_grad_()
-            error = (_errors(leaf, target.float(), kind) * mask).sum()
+            leaf = _wide(projected).requires_grad_()
+            error = (_errors(leaf, _wide(target), kind) * mask).sum()
             grad = torch.autograd.grad(scale * error, leaf)[0].to(projected.dtype)
         ctx.projection = projection
         ctx.save_for_backward(grad, *([] if projection is None else [state]))

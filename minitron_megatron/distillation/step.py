@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -97,6 +96,9 @@ class TeacherStudent:
         vocab: tokens of the tokenizer that both share.
         hidden: the losses between their hidden states, if there are any.
 
+    Raises:
+        ConfigError: the loss has a setting of no value that it may have, or does not go with the models.
+
     Attributes:
         alpha: what the weight of the hidden losses is multiplied by in the next step; None before the first one.
     """
@@ -112,6 +114,7 @@ class TeacherStudent:
     ):
         self.student = list(student)
         self.teacher = unwrap_model(list(teacher)) if teacher else None
+        raise_if_any(_loss_problems(loss, self.student, self.teacher, vocab, hidden))
         self.groups = groups
         self.loss = loss
         self.vocab = vocab
@@ -119,7 +122,7 @@ class TeacherStudent:
         self.alpha: float | None = None
         # To itself, the teacher is a student of the text.
         self._as_student = (
-            TeacherStudent(teacher, None, groups, LossConfig(kd_logits_weight=0.0, lm_weight=1.0), vocab)
+            TeacherStudent(teacher, None, groups, LossConfig(0.0, 1.0, chunk_tokens=loss.chunk_tokens), vocab)
             if teacher
             else None
         )
@@ -147,9 +150,9 @@ class TeacherStudent:
         with torch.no_grad():
             return self._run(batches, forward_only=True)
 
-    def teacher_lm(self, batches: Sequence[Batch]) -> float:
-        """The teacher's own mean cross-entropy per valid token, in nats."""
-        return self._as_student.evaluate(batches).lm
+    def evaluate_teacher(self, batches: Sequence[Batch]) -> StepResult:
+        """The teacher's own cross-entropy, without gradients."""
+        return self._as_student.evaluate(batches)
 
     @property
     def _is_dynamic(self) -> bool:
@@ -162,7 +165,7 @@ class TeacherStudent:
 
     def _train(self, batches: Sequence[Batch], outputs: list[Tensor] | None = None) -> StepResult:
         for chunk in self.student:
-            raise_if_any(_obstacles(unwrap_model(chunk).config, self.groups, self.hidden is not None))
+            raise_if_any(_obstacles(chunk, self.groups, self.hidden is not None))
             chunk.train()
         return self._run(batches, forward_only=False, outputs=outputs)
 
@@ -260,9 +263,39 @@ class TeacherStudent:
         return hidden.flatten(0, 1)
 
 
-def _obstacles(config: TransformerConfig, groups: Groups, has_hidden: bool) -> list[str]:
+def _loss_problems(
+    loss: LossConfig,
+    student: list[torch.nn.Module],
+    teacher: list[torch.nn.Module] | None,
+    vocab: int,
+    hidden: HiddenLosses | None,
+) -> list[str]:
+    """What of the loss is wrong, or does not go with the models, one sentence each."""
+    found = loss.problems()
+    logits = loss.logits
+    if logits.top_k and logits.top_k + logits.tail > vocab:
+        found.append(f"loss.logits.top_k = {logits.top_k} is more than vocab = {vocab} leaves room for: choose fewer")
+    if loss.hidden.weight and teacher and hidden is None:
+        found.append(
+            f"loss.hidden.weight = {loss.hidden.weight}, and there are no HiddenLosses: give hidden, or set it to 0"
+        )
+    ours, theirs = (unwrap_model(chunks[0]).vocab_size for chunks in (student, teacher or student))
+    if ours != theirs:
+        found.append(
+            f"the student's vocabulary is padded to {ours} and the teacher's to {theirs}: they must share one "
+            f"vocabulary, and its padding"
+        )
+    return found
+
+
+def _obstacles(chunk: torch.nn.Module, groups: Groups, has_hidden: bool) -> list[str]:
     """Why the gradients of a model would not be those of the loss, one sentence each."""
-    found = []
+    config, found = unwrap_model(chunk).config, []
+    if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+        found.append(
+            "ddp_config.overlap_param_gather = True: the output weight is used here without its layer, which would "
+            "wait for it, so set it to False"
+        )
     if not config.calculate_per_token_loss:
         found.append(
             "config.calculate_per_token_loss = False: losses are sums over tokens here, which Megatron-Core divides by "

@@ -25,6 +25,7 @@ from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
 from minitron_megatron.model.documents import documents_apart
 from minitron_megatron.model.local import CausalAttention, ColumnLinear, GatedActivation, Norm, RowLinear
+from minitron_megatron.model.megatron_args import NO_FIELD
 from minitron_megatron.model.shape import (
     Activation,
     Llama3RopeScaling,
@@ -240,9 +241,7 @@ def shape_of(model: GPTModel, vocab: int | None = None, rotary_scaling: Llama3Ro
     norms = {name: kind for kind, name in _NORMS.items()}
     activations = {function: kind for kind, function in _ACTIVATIONS.items()}
     unsupported = {
-        "num_moe_experts": config.num_moe_experts,
-        "multi_latent_attention": config.multi_latent_attention or None,
-        "qk_l2_norm": config.qk_l2_norm or None,
+        **{name: value for name in NO_FIELD if not NO_FIELD[name][0](value := getattr(config, name, None))},
         "normalization": None if config.normalization in norms else config.normalization,
         "activation_func": None if config.activation_func in activations else config.activation_func,
         "position_embedding_type": None if model.position_embedding_type == "rope" else model.position_embedding_type,

@@ -215,6 +215,8 @@ def sublayer_activations(
     if symbol == ATTENTION:
         heads, groups = shape.num_heads // layout.tensor, max(1, shape.num_query_groups // layout.tensor)
         kept = tokens * ((2 * heads + 2 * groups) * shape.head_dim * size + heads * _FLOAT32)
+        if layout.tensor > shape.num_query_groups:  # Megatron-Core gathers what all ranks project, and cuts views of it
+            kept += tokens * (shape.num_heads + 2 * shape.num_query_groups) * shape.head_dim * size
         if shape.qk_norm:  # of queries where Megatron-Core reshapes them, which copies what a group has several of
             copied = heads if shape.heads_per_group > 1 else 0
             kept += tokens * ((heads + 2 * groups + copied) * shape.head_dim * size + (heads + groups) * statistics)

@@ -82,7 +82,7 @@ def _is_unset(value: Any) -> bool:
     return value is None or value is False or value == 0
 
 
-_NO_FIELD: dict[str, tuple[Callable[[Any], bool], str]] = {
+NO_FIELD: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_experts": (_is_unset, "mixtures of experts ('E')"),
     "num_moe_experts": (_is_unset, "mixtures of experts ('E')"),
     "multi_latent_attention": (_is_unset, "multi-latent attention"),
@@ -129,7 +129,7 @@ def shape_of_args(args: argparse.Namespace) -> ModelShape:
     hybrid = get(*_PATTERNS)
     problems = [
         f"{name} = {value!r} is not supported ({what})"
-        for name, (is_same, what) in _NO_FIELD.items()
+        for name, (is_same, what) in NO_FIELD.items()
         if not is_same(value := getattr(args, name, None))
     ]
     if others := set(hybrid or "") - {"*", "-", "|"}:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
@@ -80,13 +81,13 @@ class Ablation:
 
         for number, chunk in enumerate(chunks):
             stage = number * groups.layout.pipeline + groups.pipeline_rank
-            # A stage of somebody's own may hold the embedding alone, or the output layer.
-            before = -1 if stage == 0 else len(self.shape.pattern) - 1
-            positions = [p for layer in chunk.decoder.layers for p in _positions(layer)] or [before + 1, before]
+            # Somebody's own stages may be uneven, or hold no layer.
+            virtual = number if len(chunks) > 1 else None
+            before = 2 * get_transformer_layer_offset(chunk.config, virtual, groups.pipeline_rank) - 1
             states = {}
             if stage > 0:
                 dtype = chunk.config.pipeline_dtype or chunk.config.params_dtype
-                states = self._receive(positions[0] - 1, batch, dtype)
+                states = self._receive(before, batch, dtype)
                 chunk.set_input_tensor(states[WHOLE])
             with _after_layers(chunk, advance if self._only_looks else keep), watching:
                 last = forward_hidden(chunk, batch)
@@ -94,7 +95,7 @@ class Ablation:
                 advance(*run)
             runs.clear()
             if stage < num_stages - 1:
-                self._send(states or {WHOLE: last}, positions[-1])
+                self._send(states or {WHOLE: last}, before + 2 * len(chunk.decoder.layers))
         if not self.outputs or not groups.is_last_stage:
             return None
         model = chunks[-1]

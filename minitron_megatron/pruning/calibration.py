@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -14,6 +15,7 @@ from minitron_megatron.data.samples import Samples
 from minitron_megatron.errors import ConfigError, DataError, raise_if_any
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape, layout_problems
 from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.schedule import Batch
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
@@ -57,10 +59,12 @@ def score_model(
 
     Raises:
         DataError: activations are not finite, or no token counts.
-        ConfigError: no layer could be left out, the layout cannot split the network, or `groups` are not those of
-            the model.
+        ConfigError: a setting has no value that it may have, no layer could be left out, the layout cannot split the
+            network, or `groups` are not those of the model.
     """
-    raise_if_any(layout_problems(shape, groups.layout))
+    depth = replace(config.depth, choices=None if choices is None else config.depth.choices or "choices")
+    problems = replace(config, depth=depth).problems()
+    raise_if_any(problems + layout_problems(shape, Layout(tensor=groups.layout.tensor)))
     model = chunks[0].config
     if model.sequence_parallel != groups.layout.sequence:
         raise ConfigError(

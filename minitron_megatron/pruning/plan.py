@@ -252,6 +252,7 @@ def make_plan(
     Raises:
         ConfigError: no plan can reach the target.
     """
+    raise_if_any(target.problems("target."))
     wanted = resolve_target(scores.shape, target, parallel or ParallelConfig())
     return plan_for(scores, wanted, depth_criterion, merge_heads)
 

@@ -11,6 +11,7 @@ from minitron_megatron.config.schema import PruneConfig
 from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.model.build import build_problems
 from minitron_megatron.model.count import num_parameters
+from minitron_megatron.parallel.workers import join_workers
 from minitron_megatron.pruning.plan import Plan, plan_for
 from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.pruning.slicing import write_pruned
@@ -56,14 +57,8 @@ def prune(config: PruneConfig) -> Path:
 
     if config.dry_run:
         file = output.with_name(f"{output.name}.plan.json")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists() and file.read_text() != plan.text:
-            _set_aside(file)
-        plan.write_file(file)
-        show_plan(plan, scores)
-        for problem in problems:
-            logger.warning("this plan could not be carried out: %s", problem)
-        logger.info("nothing was pruned; the plan is in %s, to be changed and given as plan=%s", file, file)
+        with join_workers() as workers:
+            workers.run_on_main(lambda: _show(plan, scores, problems, file))
         return file
     raise_if_any(problems)
     # In numbers, so that a layout for which a fraction is rounded otherwise is not taken for the same target.
@@ -76,6 +71,18 @@ def prune(config: PruneConfig) -> Path:
     write_pruned(output, checkpoint, plan, manifest, config.parallel.tensor)
     logger.info("pruned %.1fM to %.1fM parameters", before / 1e6, after / 1e6)
     return output
+
+
+def _show(plan: Plan, scores: Scores | None, problems: list[str], file: Path) -> None:
+    """A dry run: the plan on the screen and in a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists() and file.read_text() != plan.text:
+        _set_aside(file)
+    plan.write_file(file)
+    show_plan(plan, scores)
+    for problem in problems:
+        logger.warning("this plan could not be carried out: %s", problem)
+    logger.info("nothing was pruned; the plan is in %s, to be changed and given as plan=%s", file, file)
 
 
 def _set_aside(file: Path) -> None:

@@ -59,14 +59,14 @@ def score(config: ScoreConfig) -> Path:
             f"repeated is scored: score the network that it comes from"
         )
     questions = read_questions(Path(config.depth.choices)) if config.depth.choices else None
-    settings = to_plain(config)
+    settings, ways = to_plain(config), []
     if config.depends_on_target:
         # In numbers, so that a layout for which a fraction is rounded otherwise is not taken for the same target.
         settings["target"] = resolve_target(checkpoint.shape, config.target, config.parallel).sizes
         Search(checkpoint.shape, config)  # which says now what could not be left out later
-        for number in range(1, config.rounds):
-            shape = _part_way(config, checkpoint, number).shape_of(checkpoint.shape)
-            raise_if_any(build_problems(shape, config.parallel, f"what round {number} leaves"))
+        ways = [_part_way(config, checkpoint, number) for number in range(1, config.rounds)]
+        for number, way in enumerate(ways, start=1):
+            raise_if_any(build_problems(way.shape_of(checkpoint.shape), config.parallel, f"what round {number} leaves"))
     else:
         # What does not depend on the target need not be scored again for another one.
         del settings["target"]
@@ -76,6 +76,8 @@ def score(config: ScoreConfig) -> Path:
     manifest = Manifest("scores", checkpoint.shape.to_dict(), parents, settings)
     if is_done(output, manifest):
         return output
+    for number in range(1, config.rounds) if config.save_rounds else ():
+        is_done(*_round(output, manifest, number))  # or it is something else, which is said now
     with process_groups(config.parallel) as groups:
         corpus = main_first(lambda: prepare_corpus(config.data, checkpoint.huggingface_folder))
         # More would be the same sequences again, which count no more than once.
@@ -93,10 +95,10 @@ def score(config: ScoreConfig) -> Path:
             groups,
             config.micro_batch,
             output.with_name(f".{output.name}.sums"),
-            json.dumps([parents[0].fingerprint, corpus.fingerprint, manifest.essence]),
+            json.dumps([parents[0].fingerprint, corpus.fingerprint, manifest.essence, [way.sizes for way in ways]]),
             config.save_every,
         )
-        scores = _score_in_rounds(config, checkpoint, parents[0], groups, samples, choices, partial)
+        scores = _score_in_rounds(config, checkpoint, manifest, groups, samples, choices, partial)
         scores.settings = {
             **{
                 axis: f"{how.criterion.value}, {how.sequence_aggregation.value} over tokens, "
@@ -117,7 +119,7 @@ def score(config: ScoreConfig) -> Path:
 
 
 def _score_in_rounds(
-    config: ScoreConfig, checkpoint: Checkpoint, parent: Parent, groups: Groups, samples, choices, partial
+    config: ScoreConfig, checkpoint: Checkpoint, manifest: Manifest, groups: Groups, samples, choices, partial
 ) -> Scores:
     """Score, prune a little on the way to the target, score what is left, and so on.
 
@@ -131,14 +133,16 @@ def _score_in_rounds(
         chunks = build_model(source.shape, groups, config.dtype)
         load_weights(chunks, source, groups)
         found = score_model(chunks, source.shape, groups, samples, config, choices, partial, f"{number}.")
-        found.checkpoint = None if plan else parent.fingerprint
+        found.checkpoint = None if plan else manifest.parents[0].fingerprint
         del chunks
         scores = _as_of_source(scores, found, plan, number) if config.rounds > 1 else found
         if number < config.rounds:
             step = plan_for(found, _part_way(config, checkpoint, number))
             plan = plan.then(step) if plan else step
             if config.save_rounds:
-                _save_round(config, checkpoint, parent, plan, number)
+                folder, made_from = _round(Path(config.output), manifest, number)
+                if not is_done(folder, made_from):
+                    write_pruned(folder, checkpoint, plan, made_from, config.parallel.tensor)
     return scores
 
 
@@ -155,7 +159,7 @@ def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int):
         if split:
             # What tensor-parallel ranks share: a multiple that does not depend on how many they are, as far as it can.
             both = math.gcd(has, wanted)
-            multiple = math.lcm(min(both & -both, _MOST_RANKS), config.parallel.tensor)
+            multiple = math.lcm(min(both & -both, _MOST_RANKS), math.gcd(both, config.parallel.tensor))
         return max(wanted, round((has + (wanted - has) * part) / multiple) * multiple)
 
     attention, mlp = len(source.sublayers(ATTENTION)), len(source.sublayers(MLP))
@@ -169,7 +173,7 @@ def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int):
         hidden=between(source.hidden, target.hidden),
         ffn=between(source.ffn, target.ffn, split=True),
         groups=between(source.num_query_groups, target.groups, split=True),
-        heads_per_group=between(source.heads_per_group, target.heads_per_group),
+        heads_per_group=between(source.heads_per_group, target.heads_per_group, split=True),
     )
 
 
@@ -200,9 +204,7 @@ def _as_of_source(before: Scores | None, found: Scores, plan: Plan | None, numbe
     return before
 
 
-def _save_round(config: ScoreConfig, checkpoint: Checkpoint, parent: Parent, plan: Plan, number: int) -> None:
-    """Write the checkpoint between two rounds, beside the scores. Collective."""
-    output = Path(f"{config.output}.round_{number}")
-    manifest = Manifest("checkpoint", parents=[parent], config=to_plain(config))
-    if not is_done(output, manifest):
-        write_pruned(output, checkpoint, plan, manifest, config.parallel.tensor)
+def _round(output: Path, manifest: Manifest, number: int) -> tuple[Path, Manifest]:
+    """Folder of the checkpoint between two rounds, beside the scores, and what it is made from."""
+    made_from = Manifest("checkpoint", parents=manifest.parents, config=manifest.config)
+    return output.with_name(f"{output.name}.round_{number}"), made_from

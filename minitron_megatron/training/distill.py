@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from minitron_megatron.checkpoint.companions import copy_companions
@@ -170,6 +171,11 @@ def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: Distill
     if teacher is None:
         return []
     found = hidden_problems(config.loss.hidden, student.shape, teacher.shape)
+    if config.teacher_lr is not None and config.teacher_dtype is None and teacher.dtype is torch.float16:
+        found.append(
+            f"teacher = {config.teacher} is in fp16, and teacher_lr = {config.teacher_lr} trains it, which needs bf16 "
+            f"or fp32: set teacher_dtype=bf16"
+        )
     logits = config.loss.logits
     if logits.top_k and logits.top_k + logits.tail > teacher.shape.vocab:
         found.append(
@@ -218,7 +224,8 @@ def _prepare(output: Path, config: DistillConfig, student: Checkpoint, manifest:
     if not (checkpoints / MANIFEST).exists():
         # What is kept stays until the next one is whole, and the best one may be none of the latest.
         count = config.keep_checkpoints + 1 + bool(config.validate_every)
-        num_bytes = count * _BYTES_PER_PARAMETER * num_parameters(student.shape)
+        trained = [student] if config.teacher_lr is None else [student, Checkpoint(config.teacher)]
+        num_bytes = count * _BYTES_PER_PARAMETER * sum(num_parameters(checkpoint.shape) for checkpoint in trained)
         with writing(checkpoints, dataclasses.replace(manifest, kind="checkpoint"), num_bytes) as folder:
             copy_companions(student.huggingface_folder, folder / HUGGINGFACE)
     write_atomically(output / "config.yaml", to_yaml(config))

@@ -22,7 +22,7 @@ from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 from minitron_megatron.training.metrics import Metrics, memory_gib
 from minitron_megatron.training.optimizer import Optimization
-from minitron_megatron.training.state import RunState, save_state
+from minitron_megatron.training.state import RunState, remove_old, save_state, step_back
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,8 @@ def train(
     tokens_per_step = config.global_batch * config.data.sequence_length
     pair.alpha = run.alpha
     title = "distill" if pair.teacher else "train"
+    # Whether a loss has come from the last checkpoint's weights, and whether those before it are still to be removed.
+    tried, has_older = False, True
     with watchdog(groups.timeout_min) as moved, progress(title, config.steps) as advance:
         advance(run.step)
         while run.step < config.steps:
@@ -76,7 +78,7 @@ def train(
             watch.lap("data")
             values = {}
             if pair.teacher and run.step == 0:
-                values["teacher/first_lm"] = _checked(pair.teacher_lm(batches), config, pair.vocab)
+                values["teacher/first_lm"] = _checked(pair.evaluate_teacher(batches), config, pair.vocab)
                 watch.lap("teacher_check")
             run.step += 1
             for training in models.values():
@@ -86,9 +88,13 @@ def train(
             watch.lap("student", less=("teacher", result.teacher_s))
             norms = [training.grad_norm() for training in models.values()]
             lrs = [training.optimizer.param_groups[0]["lr"] for training in models.values()]
+            tried |= result.is_finite
             if result.is_finite and all(map(math.isfinite, norms)):
                 lrs = [training.step() for training in models.values()]
                 run.skipped_in_a_row = 0
+                if has_older:
+                    remove_old(checkpoints, config.keep_checkpoints)
+                    has_older = False
             else:
                 run.skipped += 1
                 run.skipped_in_a_row += 1
@@ -109,20 +115,22 @@ def train(
             }
             if result.teacher_lm is not None:
                 values |= {"teacher/lm": result.teacher_lm, "teacher/grad_norm": norms[1], "teacher/lr": lrs[1]}
-            last, best = run.step == config.steps, False
+            last, best, heldout_loss = run.step == config.steps, False, None
             if config.validate_every and (run.step % config.validate_every == 0 or last):
-                found = validate(pair, heldout, config, groups)
+                found = validate(pair, heldout, config, groups, moved)
                 values |= _losses("val", found, pair.loss)
                 # The weights of a sum may change over the run, and so may a teacher; the text does not.
                 follows = pair.loss.kd_logits_weight and config.teacher_lr is None
-                loss = found.kd_logits if follows else found.lm
+                heldout_loss = found.kd_logits if follows else found.lm
                 stops |= bool(_largest({"stop": float(asked_to_stop())}, groups)["stop"])  # it takes a while
-                best = loss < run.best_loss
-                run.best_loss = loss if best else run.best_loss
+                best = heldout_loss < run.best_loss
+                run.best_loss = heldout_loss if best else run.best_loss
             if metrics:
                 metrics.log(values)
             advance(1, f"loss {values['loss/total']:.3f}  {values['throughput/tokens_per_s']:.0f} tokens/s")
             if run.skipped_in_a_row >= config.max_skipped_steps:
+                if not tried:
+                    step_back(checkpoints)
                 is_saved = (checkpoints / TRACKER).is_file()
                 way_out = f"start a new output from the last checkpoint in {checkpoints}" if is_saved else "begin anew"
                 raise TrainingError(
@@ -133,16 +141,37 @@ def train(
                 )
             # While steps are skipped, the weights may be what is wrong: the checkpoints before stay.
             in_doubt = run.skipped_in_a_row > 0
+            if heldout_loss is not None and not math.isfinite(heldout_loss):
+                in_doubt, problem = True, f"the loss on held-out text is {heldout_loss} after step {run.step}"
+                if last:
+                    raise TrainingError(
+                        f"{problem}, the last one, which is not saved: look at that text, or begin anew with a lower "
+                        f"optimizer.lr or another dtype"
+                    )
+                logger.warning(problem)
             is_due = config.save_every and run.step % config.save_every == 0 and not in_doubt
             if last or best or stops or is_due:
-                save_state(checkpoints, run, models, None if in_doubt else config.keep_checkpoints, best, args)
+                moved()
+                save_state(checkpoints, run, models, best, args)
+                moved()
+                tried = heldout_loss is not None
+                has_older = in_doubt or not (tried or last)
+                if in_doubt:
+                    logger.warning("step %d is saved in doubt: the checkpoints before it stay", run.step)
+                elif not has_older:
+                    remove_old(checkpoints, config.keep_checkpoints)
             if stops and not last:
                 raise Preempted(f"a signal asked to stop: {checkpoints} is saved at step {run.step} of {config.steps}")
 
 
-def _checked(lm: float, config: DistillConfig, vocab: int) -> float:
+def _checked(result: StepResult, config: DistillConfig, vocab: int) -> float:
     """A teacher's loss per token on the first batch, if it is better than chance."""
-    chance = math.log(vocab)
+    chance, lm = math.log(vocab), result.lm
+    if not result.num_tokens:
+        raise DataError(
+            "the first batch has no token that counts, so that nothing tells whether the teacher is what it should be: "
+            "look at that text, or take another data.seed"
+        )
     if not lm < chance:
         raise DataError(
             f"teacher = {config.teacher} has a loss of {lm:.3f} nats per token on the first batch, and chance over "
@@ -182,11 +211,22 @@ def _largest(values: dict[str, float], groups: Groups) -> dict[str, float]:
     return dict(zip(values, found.tolist(), strict=True))
 
 
-def validate(pair: TeacherStudent, heldout: Samples, config: DistillConfig, groups: Groups) -> StepResult:
-    """Mean losses per token over the first `validate_batches` global batches of held-out text."""
+def validate(
+    pair: TeacherStudent, heldout: Samples, config: DistillConfig, groups: Groups, moved: Callable[[], None]
+) -> StepResult:
+    """Mean losses per token over the first `validate_batches` global batches of held-out text.
+
+    Args:
+        moved: called after every few micro-batches.
+    """
     count = min(len(heldout), config.validate_batches * config.global_batch)
-    batches = rank_batches(heldout, 0, count, config.micro_batch, groups.data_rank, groups.layout.data)
-    return mean_of([pair.evaluate(_to(call, groups)) for call in in_calls(batches, groups)])
+    found = []
+    for call in in_calls(
+        rank_batches(heldout, 0, count, config.micro_batch, groups.data_rank, groups.layout.data), groups
+    ):
+        found.append(pair.evaluate(_to(call, groups)))
+        moved()
+    return mean_of(found)
 
 
 def _batches(samples: Samples, first: int, config: DistillConfig, groups: Groups) -> list:

@@ -48,11 +48,10 @@ def save_state(
     root: Path,
     run: RunState,
     models: Mapping[str, Optimization],
-    keep: int | None = 1,
     best: bool = False,
     args: argparse.Namespace | None = None,
 ) -> None:
-    """Write `root/iter_STEP`, make it the latest, and then remove what is too old. Collective.
+    """Write `root/iter_STEP` and make it the latest. Collective.
 
     At every moment the tracker names a whole checkpoint: the new one is written beside, renamed when it is
     whole, and only then announced.
@@ -61,7 +60,6 @@ def save_state(
         root: folder of the run's checkpoints.
         run: how far it has come.
         models: what is trained, by the prefix of its keys; the student has none.
-        keep: how many of the latest checkpoints stay; None for all of them.
         best: also make it the checkpoint `BEST` beside `root`, in the place of the one that was best so far.
         args: that tell Megatron-LM what the network is.
 
@@ -83,7 +81,7 @@ def save_state(
         shutil.rmtree(temporary, ignore_errors=True)  # what is left of it may be what fills the disk
         raise
     dist.barrier()
-    main_first(lambda: _announce(temporary, folder, keep, best))
+    main_first(lambda: _announce(temporary, folder, best))
 
 
 def _make_empty(temporary: Path) -> None:
@@ -92,7 +90,30 @@ def _make_empty(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _announce(temporary: Path, folder: Path, keep: int | None, best: bool) -> None:
+def remove_old(root: Path, keep: int) -> None:
+    """Remove all but so many of the latest checkpoints. Collective."""
+
+    def remove() -> None:
+        for old in sorted(root.glob("iter_*"))[:-keep]:
+            shutil.rmtree(old)
+
+    main_first(remove)
+
+
+def step_back(root: Path) -> None:
+    """Make the checkpoint before the latest one the latest, if there is one. Collective."""
+
+    def announce() -> None:
+        if not (root / TRACKER).is_file():
+            return
+        latest = latest_folder(root)
+        if before := [folder for folder in root.glob("iter_*") if folder.name < latest.name]:
+            write_atomically(root / TRACKER, str(int(max(before).name.removeprefix("iter_"))))
+
+    main_first(announce)
+
+
+def _announce(temporary: Path, folder: Path, best: bool) -> None:
     """Make a whole checkpoint the latest one."""
     root, step = folder.parent, str(int(folder.name.removeprefix("iter_")))
     if folder.exists():
@@ -101,12 +122,10 @@ def _announce(temporary: Path, folder: Path, keep: int | None, best: bool) -> No
     if best:  # first: a run that ends between the two makes this step again
         _announce_best(folder, step)
     write_atomically(root / TRACKER, step)
-    folders = sorted(root.glob("iter_*"))
     # One of a later step was left by a run that ended before it was announced.
-    announced = [path for path in folders if path.name <= folder.name]
-    later = folders[len(announced) :]
-    for old in later + (announced[:-keep] if keep else []):
-        shutil.rmtree(old)
+    for later in root.glob("iter_*"):
+        if later.name > folder.name:
+            shutil.rmtree(later)
 
 
 def _announce_best(folder: Path, step: str) -> None:

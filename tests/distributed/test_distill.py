@@ -42,6 +42,7 @@ from minitron_megatron.model.count import forward_flops_per_token
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.training import distill, loop, state
 from minitron_megatron.training.metrics import read_metrics
+from minitron_megatron.training.optimizer import Optimization
 from minitron_megatron.training.state import save_state
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, hf_model, import_hf, literate
@@ -295,6 +296,28 @@ INTERLEAVED = ParallelConfig(pipeline=2, data=2, virtual_pipeline=2)
 
 
 @pytest.mark.parametrize(
+    "layout, optimizer",
+    [(ParallelConfig(tensor=2, pipeline=2), {}), (INTERLEAVED, {"distributed": True, "overlap": True})],
+    ids=["tp2_pp2", "interleaved, distributed"],
+)
+def test_a_run_of_several_ranks_goes_on_exactly_in_its_layout(whole, tmp_path, layout, optimizer):
+    """With a projection that all pairs share, of which several stages have copies."""
+    loss = replace(EVERYTHING, hidden=replace(EVERYTHING.hidden, projection=Projection.SHARED))
+    config = replace(whole[0], loss=loss, optimizer=replace(whole[0].optimizer, **optimizer))
+    run_on_ranks(4, run_in, replace(config, output=str(tmp_path / "at_once")), layout)
+    parts = replace(config, output=str(tmp_path / "parts"))
+    run_on_ranks(4, run_first_half_in, parts, layout)
+    run_on_ranks(4, run_in, parts, layout)
+    found, expected = (read_metrics(tmp_path / run) for run in ("parts", "at_once"))
+    for ours, theirs in zip(found, expected, strict=True):
+        for key, value in theirs.items():
+            if key.startswith(("loss/", "optim/", "teacher/")):
+                assert ours[key] == value, (ours["progress/step"], key)
+    found, expected = (weights_of(tmp_path / run, 4) for run in ("parts", "at_once"))
+    assert all(torch.equal(found[key], weight) for key, weight in expected.items())
+
+
+@pytest.mark.parametrize(
     "optimizer, before, after",
     [
         ({}, ParallelConfig(tensor=2, pipeline=2), ParallelConfig(pipeline=2, data=2)),
@@ -406,6 +429,26 @@ def test_a_run_stops_when_step_after_step_is_not_finite(inputs, tmp_path, monkey
     assert Checkpoint(tmp_path / "run").iteration == 9
 
 
+@pytest.mark.parametrize("validate_every", [None, 2])
+def test_a_checkpoint_stays_until_the_next_one_is_seen_to_work(inputs, tmp_path, monkeypatch, validate_every):
+    """Step 4 ruins the weights, and saves them: only what comes after shows it, or its validation."""
+    step = Optimization.step
+
+    def ruining(training):
+        lr = step(training)
+        if training.schedule.num_steps == 4:
+            next(iter(training.chunks[0].parameters())).data.fill_(torch.nan)
+        return lr
+
+    config = replace(settings(inputs, tmp_path / "run"), steps=9, save_every=2, max_skipped_steps=3)
+    monkeypatch.setattr(Optimization, "step", ruining)
+    with pytest.raises(TrainingError, match="in the last 3 steps"):
+        distill.distill(replace(config, validate_every=validate_every))
+    folders = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("iter_*"))
+    assert folders == [iteration_folder(step) for step in ([2, 4] if validate_every is None else [2])]
+    assert Checkpoint(tmp_path / "run").iteration == 2
+
+
 def test_the_best_checkpoint_stays_whatever_comes_after(inputs, tmp_path, monkeypatch):
     losses = iter([3.0, float("nan"), 2.0, 1.0, 2.0, 1.5])
     monkeypatch.setattr(loop, "validate", lambda *arguments: StepResult(next(losses), 9.0, 1))
@@ -414,7 +457,7 @@ def test_the_best_checkpoint_stays_whatever_comes_after(inputs, tmp_path, monkey
     )
     announced = []
     announce = state._announce
-    monkeypatch.setattr(state, "_announce", lambda *a: (announced.append((a[1].name, a[3])), announce(*a)))
+    monkeypatch.setattr(state, "_announce", lambda *a: (announced.append((a[1].name, a[2])), announce(*a)))
     distill.distill(config)
     # Beside those of every third step and the last, those that were the best so far.
     assert announced == [(iteration_folder(n), best) for n, best in ((1, True), (3, True), (4, True), (6, False))]

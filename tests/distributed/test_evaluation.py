@@ -14,6 +14,7 @@ pytest.importorskip("lm_eval")
 # With what is for training alone, and left out here.
 LAYOUTS = {
     "tensor": ParallelConfig(tensor=2, sequence=True),
+    "shared groups": ParallelConfig(tensor=4),
     "pipeline_data": ParallelConfig(pipeline=2, data=2, virtual_pipeline=2),
 }
 
@@ -40,7 +41,7 @@ def measure(config):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
-    import_hf(folder, hf_model(**LLAMA))
+    import_hf(folder, hf_model(**{**LLAMA, "num_attention_heads": 8}))
     write_tasks(folder / "tasks")
     lines = [{"text": "abcdefgh"[i:] * 8} for i in range(8)]
     (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

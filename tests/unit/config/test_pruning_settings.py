@@ -1,5 +1,7 @@
 """Settings of scoring and pruning that contradict each other, each named with what to do about it."""
 
+from dataclasses import replace
+
 import pytest
 
 from minitron_megatron.config.schema import (
@@ -108,7 +110,7 @@ def test_scorings(settings, message):
         (dict(scores="scores"), "target changes nothing: set at least one of its sizes"),
         (
             dict(plan="plan.json", scores="scores", target=TargetConfig(ffn=8), merge_heads=True),
-            "plan = plan.json says already what stays: leave out scores and target and merge_heads",
+            "plan = plan.json says already what stays: leave out scores and target and merge_heads; a dry run may have",
         ),
         (dict(plan="plan.json", workers=0), "workers = 0"),
     ],
@@ -117,3 +119,8 @@ def test_scorings(settings, message):
 def test_prunings(settings, message):
     [problem] = PruneConfig("checkpoint", "output", **settings).problems()
     assert problem.startswith(message)
+
+
+def test_a_dry_run_of_a_plan_may_have_scores_beside_it():
+    config = PruneConfig("checkpoint", "output", plan="plan.json", scores="scores")
+    assert len(config.problems()) == 1 and replace(config, dry_run=True).problems() == []

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from modelopt.torch.distill.losses import LogitsDistillationLoss
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minitron_megatron.config.loss import Divergence, LogitsConfig
+from minitron_megatron.config.loss import Divergence, HiddenLoss, LogitsConfig
 from minitron_megatron.config.schema import ParallelConfig
-from minitron_megatron.distillation import linear_losses
+from minitron_megatron.distillation import hidden, linear_losses
 from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
 from minitron_megatron.distillation.losses import forward_kl
 from minitron_megatron.parallel.groups import process_groups
@@ -228,3 +228,30 @@ def test_two_ranks_share_the_loss_and_its_gradients(tmp_path):
         assert_close(torch.cat([grad_weight, other[2]]), expected_weight)
         if vocab == 29:
             assert not other[1].any() and not other[2].any()
+
+
+@pytest.mark.parametrize("is_projected", [False, True], ids=["equal widths", "projected"])
+@pytest.mark.parametrize("kind", HiddenLoss)
+def test_a_loss_between_states_has_the_gradients_of_its_formula(kind, is_projected):
+    torch.manual_seed(0)
+    state, target, weight, mask = torch.randn(5, 3, 8), torch.randn(5, 3, 8), torch.randn(8, 8), torch.rand(5, 3) > 0.3
+    state, target, weight = (x.double().requires_grad_(x is not target) for x in (state, target, weight))
+    projection = weight if is_projected else None
+    error, loss = hidden._Loss.apply(state, projection, target, mask, kind, 0.37)
+    loss.backward()
+    found = state.grad, weight.grad
+    state.grad = weight.grad = None
+
+    projected = state @ weight.T if is_projected else state
+    expected = 0
+    for ours, theirs, counts in zip(projected.flatten(0, 1), target.flatten(0, 1), mask.flatten(), strict=True):
+        if counts and kind is HiddenLoss.COSINE:
+            expected = expected + 1 - ours @ theirs / (ours @ ours).sqrt() / (theirs @ theirs).sqrt()
+        elif counts:
+            expected = expected + ((ours - theirs) ** 2).sum() / len(ours)
+    (0.37 * expected).backward()
+    torch.testing.assert_close(error, expected.detach(), rtol=1e-12, atol=0)
+    for ours, theirs in zip(found, (state.grad, weight.grad), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)

@@ -1,12 +1,15 @@
 """The loop of the documentation, with models and an optimiser that know nothing of this project."""
 
+import io
 import itertools
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -14,18 +17,22 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from minitron_megatron import LossConfig, TeacherStudent, current_groups
+from minitron_megatron import LossConfig, TeacherStudent, current_groups, shape_of
+from minitron_megatron.checkpoint.load import load_weights
+from minitron_megatron.checkpoint.random_weights import RandomWeights
+from minitron_megatron.config.loss import HiddenConfig, LogitsConfig
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.parallel.groups import process_groups
+from tests.ranks import run_on_ranks
 from tests.tiny import Samples
 
 VOCAB, SEQUENCE, MICRO_BATCH, STEPS, NUM_MICROBATCHES = 101, 16, 2, 3, 2
 DOCUMENTATION = Path(__file__).parents[3] / "docs/distillation.md"
 
 
-def own_model(hidden, layers, **changes):
-    """A GPTModel as somebody else builds it."""
+def own_model(hidden, layers, first=True, last=True, vocab=VOCAB, **changes):
+    """A GPTModel as somebody else builds it, or the part of it on the first or the last stage."""
     torch.manual_seed(layers)
     changes = {"calculate_per_token_loss": True, "finalize_model_grads_func": finalize_model_grads} | changes
     config = TransformerConfig(
@@ -45,38 +52,82 @@ def own_model(hidden, layers, **changes):
         **changes,
     )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    return GPTModel(config, spec, VOCAB, SEQUENCE, position_embedding_type="rope")
+    return GPTModel(config, spec, vocab, SEQUENCE, first, last, position_embedding_type="rope")
 
 
-def wrap(model):
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+def wrap(model, **settings):
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **settings)
     return [DistributedDataParallel(config=model.config, ddp_config=ddp, module=model)]
 
 
-def micro_batches():
-    samples = Samples(STEPS * NUM_MICROBATCHES * MICRO_BATCH, SEQUENCE, VOCAB)
+def micro_batches(replica=0, replicas=1, vocab=VOCAB):
+    samples = Samples(STEPS * NUM_MICROBATCHES * MICRO_BATCH, SEQUENCE, vocab)
     items = [samples[number] for number in range(len(samples))]
-    for first in range(0, len(items), MICRO_BATCH):
+    for first in range(replica * MICRO_BATCH, len(items), replicas * MICRO_BATCH):
         yield {key: torch.stack([item[key] for item in items[first : first + MICRO_BATCH]]) for key in items[0]}
 
 
-def test_the_documented_loop_trains_like_a_direct_one(capsys):
+def run_documented_loop(student, teacher, micro_batches, replicas=1):
+    """The losses that it prints, by step."""
     [code] = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(), re.DOTALL)
     assert len(code.splitlines()) <= 20
+    settings = OptimizerConfig(optimizer="sgd", lr=0.5, sgd_momentum=0.0, weight_decay=0.0, clip_grad=0.0)
+    names = dict(
+        student=student,
+        teacher=teacher,
+        optimizer=get_megatron_optimizer(settings, student, use_gloo_process_groups=True),
+        tokenizer=SimpleNamespace(vocab_size=VOCAB),
+        steps=STEPS,
+        num_microbatches=NUM_MICROBATCHES // replicas,
+        micro_batches=micro_batches,
+    )
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(code, names)
+    return [list(map(float, line.split())) for line in printed.getvalue().splitlines()]
+
+
+class LoudWeights(RandomWeights):
+    """So that predictions differ."""
+
+    def read(self, param, layer, index):
+        return super().read(param, layer, index) * (10 if len(index) == 2 else 1)
+
+
+def loop_on_rank(folder, layout):
+    """The loop of the documentation on one rank of a layout."""
+    with process_groups(layout) as place:
+        parts = dict(
+            first=place.is_first_stage,
+            last=place.is_last_stage,
+            vocab=104,
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            pipeline_dtype=torch.float32,
+        )
+        student, teacher = own_model(32, 2, **parts), own_model(48, 4, **parts)
+        for model in (student, teacher):
+            shape = shape_of(model, vocab=VOCAB)
+            load_weights([model], LoudWeights(shape, seed=shape.num_layers), place)
+        replicas = place.layout.data
+        found = run_documented_loop(wrap(student), [teacher], micro_batches(place.data_rank, replicas), replicas)
+        torch.save(found, folder / f"{layout.tensor}_{layout.pipeline}_{dist.get_rank()}.pt")
+
+
+def test_the_documented_loop_does_not_depend_on_the_layout(tmp_path):
+    loop_on_rank(tmp_path, ParallelConfig())
+    expected = torch.load(tmp_path / "1_1_0.pt")
+    for layout in (ParallelConfig(tensor=2, pipeline=2), ParallelConfig(pipeline=2, data=2)):
+        run_on_ranks(4, loop_on_rank, tmp_path, layout)
+        for rank in range(4):
+            found = torch.load(tmp_path / f"{layout.tensor}_{layout.pipeline}_{rank}.pt")
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    assert expected[0][0] > 1.05 * expected[-1][0] > 0
+
+
+def test_the_documented_loop_trains_like_a_direct_one():
     with process_groups(ParallelConfig()):
         student = wrap(own_model(32, 2))
-        settings = OptimizerConfig(optimizer="sgd", lr=0.5, sgd_momentum=0.0, weight_decay=0.0, clip_grad=0.0)
-        names = dict(
-            student=student,
-            teacher=[own_model(48, 3)],
-            optimizer=get_megatron_optimizer(settings, student, use_gloo_process_groups=True),
-            tokenizer=SimpleNamespace(vocab_size=VOCAB),
-            steps=STEPS,
-            num_microbatches=NUM_MICROBATCHES,
-            micro_batches=micro_batches(),
-        )
-        exec(code, names)
-        found = [list(map(float, line.split())) for line in capsys.readouterr().out.splitlines()]
+        found = run_documented_loop(student, [own_model(48, 3)], micro_batches())
 
         # The same with autograd alone, on whole logits.
         network, teacher, batches, expected = own_model(32, 2), own_model(48, 3), micro_batches(), []
@@ -131,3 +182,28 @@ def test_a_model_whose_gradients_would_be_others_is_refused(changes, sequence, m
         pair = TeacherStudent(student, [teacher], current_groups(sequence), LossConfig(), VOCAB)
         with pytest.raises(ConfigError, match=message):
             pair.train([next(micro_batches())])
+
+
+def test_parameters_that_arrive_while_layers_run_are_refused():
+    """The output weight is used without its layer."""
+    with process_groups(ParallelConfig()):
+        student = wrap(
+            own_model(32, 2), use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+        )
+        pair = TeacherStudent(student, [own_model(48, 3)], current_groups(), LossConfig(), VOCAB)
+        with pytest.raises(ConfigError, match="ddp_config.overlap_param_gather = True"):
+            pair.train([next(micro_batches())])
+
+
+@pytest.mark.parametrize(
+    "loss, vocab, message",
+    [
+        (LossConfig(), 128, "the student's vocabulary is padded to 101 and the teacher's to 128"),
+        (LossConfig(logits=LogitsConfig(temperature=0.0)), VOCAB, "loss.logits.temperature = 0.0"),
+        (LossConfig(logits=LogitsConfig(top_k=102)), VOCAB, "loss.logits.top_k = 102 is more than vocab = 101"),
+        (LossConfig(hidden=HiddenConfig(0.5)), VOCAB, "loss.hidden.weight = 0.5, and there are no HiddenLosses"),
+    ],
+)
+def test_a_loss_that_does_not_go_with_the_models_is_refused(loss, vocab, message):
+    with process_groups(ParallelConfig()), pytest.raises(ConfigError, match=message):
+        TeacherStudent(wrap(own_model(32, 2)), [own_model(48, 3, vocab=vocab)], current_groups(), loss, VOCAB)

@@ -297,7 +297,7 @@ def test_no_sublayer_is_missing_afterwards(ours, score):
             {"attention": 2, "mlp": 3},
             "leave 1 of 4 attention sublayers, of which 2 shall go: protect less",
         ),
-        (dict(search="greedy"), {"hidden": 40}, "depth.search = greedy, and target leaves no layer out"),
+        (dict(search="greedy"), {"hidden": 40}, "depth.search = greedy needs to know how many go: set"),
     ],
 )
 def test_a_search_that_cannot_end_is_refused_before_it_begins(score, layer_calls, settings, target, message):

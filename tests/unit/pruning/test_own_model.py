@@ -102,7 +102,7 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize(
     "layout, stages",
-    [(ParallelConfig(tensor=2, pipeline=2), None), (ParallelConfig(pipeline=3), "E|t*4|L")],
+    [(ParallelConfig(tensor=2, pipeline=2), None), (ParallelConfig(pipeline=6), "E|t|tt||t|L")],
     ids=["tp2_pp2", "stages without layers"],
 )
 def test_somebodys_own_job_of_several_ranks_has_the_scores_of_the_verb(settings, tmp_path, layout, stages):

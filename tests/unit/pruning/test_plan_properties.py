@@ -302,8 +302,8 @@ def test_ranges_are_read_back(indices):
         (dict(hidden=0.01), 1, dict(hidden=64)),
         (dict(ffn=9999, round_to=96), 4, dict(ffn=9984)),
         (dict(groups=0.5), 1, dict(groups=4, heads_per_group=4)),
-        (dict(groups=0.3), 4, dict(groups=4)),
-        (dict(groups=0.3), 16, dict()),  # no fewer, for two ranks share one
+        (dict(groups=0.3), 4, dict(groups=2)),  # each shared by two ranks
+        (dict(groups=0.3), 16, dict(groups=4)),  # not 2, whose eight heads 16 ranks could not share
         (dict(heads=0.3), 16, dict(heads_per_group=2)),
         (dict(heads=0.5), 1, dict(groups=8, heads_per_group=2)),
         (dict(heads=0.3), 1, dict(heads_per_group=1)),

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from minitron_megatron.config.schema import (
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.errors import ConfigError, DataError
 from minitron_megatron.model.axes import axis_sizes
+from minitron_megatron.model.shape import layout_problems
 from minitron_megatron.pruning.ablation import Ablation
 from minitron_megatron.pruning.plan import Plan, make_plan
 from minitron_megatron.pruning.prune import prune
@@ -272,13 +274,24 @@ def test_a_target_that_a_round_cannot_reach_is_named_before_any_work(settings, t
 
 
 def test_rounds_go_the_same_way_in_any_layout(settings):
-    """Two tensor ranks divide 44 and 38 neurons, and not all numbers between them."""
+    """Two tensor ranks divide 44 and 38 neurons, and not all numbers between them; four share two groups of heads."""
     target = TargetConfig(layers=3, hidden=41, ffn=38, heads=4)
     config = settings("one", rounds=3, target=target)
-    shapes = [_part_way(config, Checkpoint(config.checkpoint), number) for number in (1, 2)]
-    split = replace(config, parallel=ParallelConfig(tensor=2))
-    assert shapes == [_part_way(split, Checkpoint(config.checkpoint), number) for number in (1, 2)]
+    checkpoint = Checkpoint(config.checkpoint)
+
+    def sizes(config, checkpoint, tensor):
+        split = replace(config, parallel=ParallelConfig(tensor=tensor))
+        return [_part_way(split, checkpoint, number) for number in range(1, config.rounds)]
+
+    shapes = sizes(config, checkpoint, 1)
+    assert shapes == sizes(config, checkpoint, 2)
     assert [(shape.hidden, shape.ffn) for shape in shapes] == [(46, 42), (43, 40)]
+    wide = SimpleNamespace(shape=checkpoint.shape.replace(num_heads=16))
+    for changes in (dict(heads=8), dict(groups=1, heads=4)):
+        config = settings("one", rounds=4, target=TargetConfig(**changes))
+        assert sizes(config, wide, 1) == sizes(config, wide, 2) == sizes(config, wide, 4)
+        for way in sizes(config, wide, 4):
+            assert layout_problems(way.shape_of(wide.shape), ParallelConfig(tensor=4)) == []
 
 
 def test_an_order_decided_by_one_criterion_is_not_used_for_another(settings, tmp_path):
