@@ -1,5 +1,6 @@
 """Megatron's gradient buffers, optimiser and schedule around a model."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,8 @@ def optimization(
         )
         for i, chunk in enumerate(chunks)
     ]
+    if config.distributed:
+        _count_padding(wrapped)
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -126,6 +129,19 @@ def optimization(
         chunk.config.finalize_model_grads_func = finalize
         chunk.config.grad_scale_func = optimizer.scale_loss
     return Optimization(wrapped, optimizer, schedule)
+
+
+def _count_padding(chunks: list[DistributedDataParallel]) -> None:
+    """Have checkpoints keep the padding between buckets as well.
+
+    Megatron-Core (0.16 and 0.19: DistributedOptimizer.get_parameter_state_dp_zero) strings the buckets' states together
+    without it, and sharded_param_state_fully_reshardable then looks for each parameter where it stands with it. Behind
+    a padded bucket all states would be saved shifted. A table or projection on several stages has a bucket of its own.
+    """
+    for buffer in itertools.chain.from_iterable(chunk.buffers for chunk in chunks):
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _begin(optimizer: torch.optim.Optimizer) -> None:

@@ -66,7 +66,13 @@ LLAMA_RUN = settings(8192, global_batch=128, micro_batch=4)
 @pytest.mark.parametrize("norm", NormKind)
 @pytest.mark.parametrize(
     "layout",
-    [Layout(), Layout(tensor=2), Layout(pipeline=3), Layout(tensor=4, pipeline=2, virtual_pipeline=2)],
+    [
+        Layout(),
+        Layout(tensor=2),
+        Layout(tensor=8),
+        Layout(pipeline=3),
+        Layout(tensor=4, pipeline=2, virtual_pipeline=2),
+    ],
     ids=str,
 )
 def test_the_ranks_hold_all_weights_once_but_for_those_that_each_must_have(layout, norm, tied):
