@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 
 from minitron_megatron.checkpoint.source import TensorSource, instances
-from minitron_megatron.errors import CheckpointError
+from minitron_megatron.errors import CheckpointError, UnsupportedModelError
 from minitron_megatron.model.axes import PROJECTIONS, Param, axis_sizes, parameters
 from minitron_megatron.model.shape import ModelShape
 from minitron_megatron.parallel.groups import Groups
@@ -20,11 +20,15 @@ def local_parameters(
 ) -> Iterator[tuple[torch.nn.Parameter, Param, int | None, list[np.ndarray]]]:
     """What of the network a model on this rank holds.
 
-    A tensor-parallel shard is a range of one axis, so that sharding is indexing, like pruning.
+    A tensor-parallel shard is a range of one axis, or of a query group's rows, so that sharding is indexing, as pruning
+    is.
 
     Yields:
         every parameter of `model` but what distillation has added, its row of the axis table, the number of its
         sublayer among those of its kind, and the positions it holds.
+
+    Raises:
+        UnsupportedModelError: it has parameters that a network of that shape does not have.
     """
     table = {
         param.name if layer is None else param.layer_key(layer, shape): (param, layer)
@@ -38,10 +42,17 @@ def local_parameters(
         for entry in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values()
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
-    for parameter in model.parameters():
-        if keys[parameter.data_ptr()].startswith(PROJECTIONS):
-            continue
-        param, layer = table[keys[parameter.data_ptr()]]
+    own = {
+        parameter: keys.get(parameter.data_ptr(), name)
+        for name, parameter in model.named_parameters()
+        if not keys.get(parameter.data_ptr(), name).startswith(PROJECTIONS)
+    }
+    if unknown := sorted(set(own.values()) - table.keys()):
+        raise UnsupportedModelError(
+            f"the model has parameters that a network of its shape does not have: {', '.join(unknown)}"
+        )
+    for parameter, key in own.items():
+        param, layer = table[key]
         yield parameter, param, layer, param.shard(groups.tensor_rank, groups.layout.tensor, sizes)
 
 

@@ -7,7 +7,7 @@ from minitron_megatron.checkpoint import load
 from minitron_megatron.checkpoint.load import load_weights, local_parameters
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.config.schema import DType, ParallelConfig
-from minitron_megatron.errors import CheckpointError
+from minitron_megatron.errors import CheckpointError, UnsupportedModelError
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.groups import process_groups
@@ -34,6 +34,15 @@ def model():
         [model] = build_model(SHAPE, groups, DType.FP32)
         model.groups = groups
         yield model
+
+
+def test_parameters_that_the_shape_does_not_have_are_listed(model):
+    model.decoder.gate = torch.nn.Parameter(torch.zeros(3))
+    other = SHAPE.replace(pattern=SHAPE.pattern[:-2])
+    with pytest.raises(UnsupportedModelError) as raised:
+        list(local_parameters(model, other, model.groups))
+    listed = str(raised.value).partition(": ")[2].split(", ")
+    assert "decoder.gate" in listed and all(name == "decoder.gate" or ".layers.3." in name for name in listed)
 
 
 def test_a_weight_that_is_no_number_is_named(model):

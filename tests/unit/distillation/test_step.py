@@ -10,6 +10,7 @@ from minitron_megatron.parallel.groups import process_groups
 def test_the_teachers_time_is_that_of_its_kernels(monkeypatch):
     """They run on after the calls that start them have returned."""
     model = torch.nn.Identity()
+    model.vocab_size = 10
     with process_groups(ParallelConfig()) as groups:
         happened = []
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("waited"))
