@@ -54,6 +54,7 @@ def inputs(tmp_path_factory):
     import_hf(folder, literate(hf_model(**LLAMA)))
     import_hf(folder / "narrow", hf_model(seed=1, **{**LLAMA, "hidden_size": 36, "num_hidden_layers": 2}))
     import_hf(folder / "deep", hf_model(seed=1, **{**LLAMA, "hidden_size": 36}))
+    import_hf(folder / "tied", hf_model(seed=1, **{**LLAMA, "hidden_size": 36, "tie_word_embeddings": True}))
     for number in range(20):
         (folder / f"{number}.txt").write_text("abcdefgh"[number % 8] * (50 + number))
     return folder
@@ -296,14 +297,18 @@ INTERLEAVED = ParallelConfig(pipeline=2, data=2, virtual_pipeline=2)
 
 
 @pytest.mark.parametrize(
-    "layout, optimizer",
-    [(ParallelConfig(tensor=2, pipeline=2), {}), (INTERLEAVED, {"distributed": True, "overlap": True})],
+    "student, layout, optimizer",
+    [
+        ("deep", ParallelConfig(tensor=2, pipeline=2), {}),
+        ("tied", INTERLEAVED, {"distributed": True, "overlap": True}),
+    ],
     ids=["tp2_pp2", "interleaved, distributed"],
 )
-def test_a_run_of_several_ranks_goes_on_exactly_in_its_layout(whole, tmp_path, layout, optimizer):
-    """With a projection that all pairs share, of which several stages have copies."""
+def test_a_run_of_several_ranks_goes_on_exactly_in_its_layout(inputs, whole, tmp_path, student, layout, optimizer):
+    """With a projection that all pairs share, and a table, of which several stages have copies."""
     loss = replace(EVERYTHING, hidden=replace(EVERYTHING.hidden, projection=Projection.SHARED))
     config = replace(whole[0], loss=loss, optimizer=replace(whole[0].optimizer, **optimizer))
+    config = replace(config, student=str(inputs / student / "checkpoint"))
     run_on_ranks(4, run_in, replace(config, output=str(tmp_path / "at_once")), layout)
     parts = replace(config, output=str(tmp_path / "parts"))
     run_on_ranks(4, run_first_half_in, parts, layout)
