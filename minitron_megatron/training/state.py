@@ -94,7 +94,7 @@ def remove_old(root: Path, keep: int) -> None:
     """Remove all but so many of the latest checkpoints. Collective."""
 
     def remove() -> None:
-        for old in sorted(root.glob("iter_*"))[:-keep]:
+        for old in _announced(root)[:-keep]:
             shutil.rmtree(old)
 
     main_first(remove)
@@ -104,28 +104,36 @@ def step_back(root: Path) -> None:
     """Make the checkpoint before the latest one the latest, if there is one. Collective."""
 
     def announce() -> None:
-        if not (root / TRACKER).is_file():
-            return
-        latest = latest_folder(root)
-        if before := [folder for folder in root.glob("iter_*") if folder.name < latest.name]:
-            write_atomically(root / TRACKER, str(int(max(before).name.removeprefix("iter_"))))
+        if before := _announced(root)[:-1]:
+            write_atomically(root / TRACKER, _step_of(before[-1]))
 
     main_first(announce)
 
 
+def _announced(root: Path) -> list[Path]:
+    """The checkpoints up to the one that the tracker names, which is the last. Behind it may lie one that an
+    interrupted run did not announce, or that a run has stepped back from."""
+    if not (root / TRACKER).is_file():
+        return []
+    latest = latest_folder(root)
+    return sorted(folder for folder in root.glob("iter_*") if folder.name <= latest.name)
+
+
+def _step_of(folder: Path) -> str:
+    return str(int(folder.name.removeprefix("iter_")))
+
+
 def _announce(temporary: Path, folder: Path, best: bool) -> None:
     """Make a whole checkpoint the latest one."""
-    root, step = folder.parent, str(int(folder.name.removeprefix("iter_")))
+    root, step = folder.parent, _step_of(folder)
     if folder.exists():
         shutil.rmtree(folder)  # not announced, so left by a run that ended between these lines
     os.replace(temporary, folder)
     if best:  # first: a run that ends between the two makes this step again
         _announce_best(folder, step)
     write_atomically(root / TRACKER, step)
-    # One of a later step was left by a run that ended before it was announced.
-    for later in root.glob("iter_*"):
-        if later.name > folder.name:
-            shutil.rmtree(later)
+    for later in set(root.glob("iter_*")) - set(_announced(root)):
+        shutil.rmtree(later)
 
 
 def _announce_best(folder: Path, step: str) -> None:

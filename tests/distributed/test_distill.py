@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 from minitron_megatron.checkpoint.convert import export
 from minitron_megatron.checkpoint.load import local_parameters
 from minitron_megatron.checkpoint.random_weights import RandomWeights
-from minitron_megatron.checkpoint.sharded import TEACHER, TRACKER, Checkpoint, iteration_folder
+from minitron_megatron.checkpoint.sharded import TEACHER, TRACKER, Checkpoint, iteration_folder, latest_folder
 from minitron_megatron.checkpoint.source import instances
 from minitron_megatron.config.loss import (
     Balance,
@@ -452,6 +452,17 @@ def test_a_checkpoint_stays_until_the_next_one_is_seen_to_work(inputs, tmp_path,
     folders = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("iter_*"))
     assert folders == [iteration_folder(step) for step in ([2, 4] if validate_every is None else [2])]
     assert Checkpoint(tmp_path / "run").iteration == 2
+    # It goes on from there, and what it goes on from stays until it has saved another.
+    monkeypatch.setattr(Optimization, "step", step)
+    saved, save = [], loop.save_state
+
+    def watched(root, *arguments):
+        saved.append(latest_folder(root).is_dir())
+        save(root, *arguments)
+
+    monkeypatch.setattr(loop, "save_state", watched)
+    distill.distill(replace(config, validate_every=validate_every))
+    assert all(saved) and len(saved) == 4 and Checkpoint(tmp_path / "run").iteration == 9
 
 
 def test_the_best_checkpoint_stays_whatever_comes_after(inputs, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import pytest
 from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.parallel.groups import process_groups
-from minitron_megatron.training.state import _announce, remove_old
+from minitron_megatron.training.state import _announce, remove_old, step_back
 
 
 @pytest.mark.parametrize("keep, left", [(1, [150]), (2, [100, 150]), (5, [50, 100, 150])])
@@ -19,3 +19,15 @@ def test_the_latest_stay_whatever_an_interruption_left_behind(keep, left, tmp_pa
         remove_old(tmp_path, keep)
     assert (tmp_path / TRACKER).read_text() == "150"
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == [iteration_folder(step) for step in left]
+
+
+def test_what_the_tracker_names_stays_though_a_later_one_lies_behind_it(tmp_path):
+    """One that was not announced, or from which a run has stepped back."""
+    for step in (50, 100, 200):
+        (tmp_path / iteration_folder(step)).mkdir()
+    (tmp_path / TRACKER).write_text("200")
+    with process_groups(ParallelConfig()):
+        step_back(tmp_path)
+        assert (tmp_path / TRACKER).read_text() == "100"
+        remove_old(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == [iteration_folder(step) for step in (100, 200)]
