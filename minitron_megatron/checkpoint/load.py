@@ -42,16 +42,13 @@ def local_parameters(
         for entry in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values()
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
-    own = {
-        parameter: keys.get(parameter.data_ptr(), name)
-        for name, parameter in model.named_parameters()
-        if not keys.get(parameter.data_ptr(), name).startswith(PROJECTIONS)
-    }
-    if unknown := sorted(set(own.values()) - table.keys()):
+    named = [(parameter, keys.get(parameter.data_ptr(), name)) for name, parameter in model.named_parameters()]
+    own = [(parameter, key) for parameter, key in named if not key.startswith(PROJECTIONS)]
+    if unknown := sorted({key for _, key in own} - table.keys()):
         raise UnsupportedModelError(
             f"the model has parameters that a network of its shape does not have: {', '.join(unknown)}"
         )
-    for parameter, key in own.items():
+    for parameter, key in own:
         param, layer = table[key]
         yield parameter, param, layer, param.shard(groups.tensor_rank, groups.layout.tensor, sizes)
 

@@ -59,6 +59,15 @@ class LogitsConfig:
         """Whether it is KL(teacher || student) of the predictions as they are."""
         return self.divergence is Divergence.FORWARD_KL and self.temperature == 1 and self.top_k is None
 
+    def vocab_problems(self, vocab: int) -> list[str]:
+        """What cannot be done with so many tokens."""
+        if self.top_k and self.top_k + self.tail > vocab:
+            return [
+                f"loss.logits.top_k = {self.top_k} is more than the vocabulary's {vocab} tokens leave room for: choose "
+                f"fewer, or null for all of them"
+            ]
+        return []
+
     def problems(self, where: str = "loss.logits.") -> list[str]:
         found = at_least(where, "top_k", self.top_k, 1)
         if self.temperature <= 0:

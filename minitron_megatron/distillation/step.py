@@ -271,10 +271,7 @@ def _loss_problems(
     hidden: HiddenLosses | None,
 ) -> list[str]:
     """What of the loss is wrong, or does not go with the models, one sentence each."""
-    found = loss.problems()
-    logits = loss.logits
-    if logits.top_k and logits.top_k + logits.tail > vocab:
-        found.append(f"loss.logits.top_k = {logits.top_k} is more than vocab = {vocab} leaves room for: choose fewer")
+    found = loss.problems() + loss.logits.vocab_problems(vocab)
     if loss.hidden.weight and teacher and hidden is None:
         found.append(
             f"loss.hidden.weight = {loss.hidden.weight}, and there are no HiddenLosses: give hidden, or set it to 0"

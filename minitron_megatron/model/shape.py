@@ -214,29 +214,39 @@ def pad_vocab(vocab: int, multiple: int = 128) -> int:
     return -(-vocab // multiple) * multiple
 
 
-def layout_problems(shape: ModelShape, layout: Layout | ParallelConfig, where: str = "shape") -> list[str]:
-    """What of `shape` a layout cannot split, one sentence each."""
-    groups, ranks = shape.num_query_groups, layout.tensor
-
-    def indivisible(name: str) -> str:
-        return (
-            f"{where}.{name} = {getattr(shape, name)} does not divide by parallel.tensor = {ranks}: choose a tensor "
-            f"size that divides it"
-        )
-
-    # Each rank has several query groups, or several ranks share one: Megatron-Core cuts its rows evenly.
+def group_problem(shape: ModelShape, ranks: int, where: str = "shape") -> str | None:
+    """Why tensor ranks cannot have several query groups each, or several of them one, whose rows Megatron-Core cuts
+    evenly."""
+    groups = shape.num_query_groups
     group_rows, sharing = (shape.heads_per_group + 2) * shape.head_dim, ranks // groups
-    found = []
     if groups % ranks and ranks % groups:
-        found.append(f"{indivisible('num_query_groups')}, or that it divides")
-    elif shape.num_heads % ranks:
-        found.append(indivisible("num_heads"))
-    elif sharing and group_rows % sharing:
-        found.append(
+        return f"{_indivisible(shape, 'num_query_groups', ranks, where)}, or that it divides"
+    if shape.num_heads % ranks:
+        return _indivisible(shape, "num_heads", ranks, where)
+    if sharing and group_rows % sharing:
+        return (
             f"{where}.num_query_groups = {groups}, each with {group_rows} rows of queries, key and value, cannot be "
             f"shared evenly by parallel.tensor = {ranks}: choose a smaller tensor size"
         )
-    found += [indivisible(name) for name in ("ffn", "padded_vocab") if getattr(shape, name) % ranks]
+    return None
+
+
+def _indivisible(shape: ModelShape, name: str, ranks: int, where: str) -> str:
+    return (
+        f"{where}.{name} = {getattr(shape, name)} does not divide by parallel.tensor = {ranks}: choose a tensor size "
+        f"that divides it"
+    )
+
+
+def layout_problems(shape: ModelShape, layout: Layout | ParallelConfig, where: str = "shape") -> list[str]:
+    """What of `shape` a layout cannot split, one sentence each."""
+    problem = group_problem(shape, layout.tensor, where)
+    found = [problem] if problem else []
+    found += [
+        _indivisible(shape, name, layout.tensor, where)
+        for name in ("ffn", "padded_vocab")
+        if getattr(shape, name) % layout.tensor
+    ]
     virtual_pipeline = layout.virtual_pipeline or 1
     stages = layout.pipeline * virtual_pipeline
     if len(shape.megatron_layers) < stages:

@@ -1,12 +1,11 @@
 """The shape that somebody asks for, in whole numbers that the network and the layout allow."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from minitron_megatron.config.schema import ParallelConfig, TargetConfig
 from minitron_megatron.errors import raise_if_any
-from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape, layers_pattern
+from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape, group_problem, layers_pattern
 
 # What tensor cores want of bf16 matrices: 64 at best, 8 at least.
 _ALIGNMENTS = (64, 8, 1)
@@ -69,9 +68,9 @@ def resolve_target(source: ModelShape, config: TargetConfig, parallel: ParallelC
     attention, mlp = len(source.sublayers(ATTENTION)), len(source.sublayers(MLP))
     asked, problems, rounded = config.sizes, [], []
 
-    def size(name: str, has: int, options: Sequence[int], exact: bool = True, whole: int | None = None) -> int:
-        """The number for one size: `has` if none is asked for, else rounded where it may be, to the nearest of
-        `options`; a share is of `whole`."""
+    def size(name: str, has: int, multiple: int = 1, exact: bool = True, whole: int | None = None, fits=bool) -> int:
+        """The number for one size: `has` if none is asked for, else rounded where it may be, to the nearest multiple
+        that `fits`; a share is of `whole`."""
         wanted, whole = asked.get(name, has), whole or has
         if wanted > has:
             owner = "the source's" if has == whole else "the kept groups'"
@@ -79,48 +78,43 @@ def resolve_target(source: ModelShape, config: TargetConfig, parallel: ParallelC
         share = isinstance(wanted, float) and wanted <= 1
         found = whole * wanted if share else int(wanted)
         if found != has and (share or not exact):
+            options = filter(fits, range(multiple, has + 1, multiple))
             nearest = min(options, key=lambda option: (abs(option - found), -option), default=None)
-            is_range = isinstance(options, range)
             if nearest is None:
-                what = f"a multiple of {options.step}" if is_range else f"for parallel.tensor = {parallel.tensor}"
                 problems.append(
-                    f"target.{name} = {wanted} shall be {what}, and the source has {has}: lower target.round_to or "
-                    f"parallel.tensor"
+                    f"target.{name} = {wanted} shall be a multiple of {multiple}, and the source has {has}: lower "
+                    f"target.round_to or parallel.tensor"
                 )
             elif nearest != found or share:
-                why = f", a multiple of {options.step}" if is_range and options.step > 1 else ""
+                why = f", a multiple of {multiple}" if multiple > 1 else ""
                 rounded.append(f"target.{name} = {wanted} of {whole} became {nearest}{why}")
             found = nearest or has
         return int(found)
 
-    def multiples(has: int, of: int) -> range:
-        return range(of, has + 1, of)
-
-    def aligned(has: int, shards: int) -> range:
+    def multiple_of(has: int, shards: int) -> int:
         if config.round_to:
-            return multiples(has, math.lcm(config.round_to, shards))
-        return multiples(has, next(a * shards for a in _ALIGNMENTS if a * shards <= has // 8 or a == 1))
+            return math.lcm(config.round_to, shards)
+        return next(a * shards for a in _ALIGNMENTS if a * shards <= has // 8 or a == 1)
 
-    def is_shared(groups: int) -> bool:
-        """Whether tensor ranks have several groups each, or several ranks one, and its queries."""
-        ranks = parallel.tensor
-        return (groups % ranks == 0 or ranks % groups == 0) and groups * source.heads_per_group % ranks == 0
+    def can_be_shared(groups: int) -> bool:
+        shape = source.replace(num_query_groups=groups, num_heads=groups * source.heads_per_group)
+        return group_problem(shape, parallel.tensor) is None
 
     exact = config.round_to is None
-    groups = size("groups", source.num_query_groups, list(filter(is_shared, range(1, source.num_query_groups + 1))))
-    hidden = size("hidden", source.hidden, aligned(source.hidden, 1), exact)
-    ffn = size("ffn", source.ffn, aligned(source.ffn, parallel.tensor), exact)
+    groups = size("groups", source.num_query_groups, fits=can_be_shared)
+    hidden = size("hidden", source.hidden, multiple_of(source.hidden, 1), exact)
+    ffn = size("ffn", source.ffn, multiple_of(source.ffn, parallel.tensor), exact)
     has_heads = groups * source.heads_per_group
-    heads = size("heads", has_heads, multiples(has_heads, math.lcm(groups, parallel.tensor)), whole=source.num_heads)
+    heads = size("heads", has_heads, math.lcm(groups, parallel.tensor), whole=source.num_heads)
     if heads % groups:
         problems.append(
             f"target.heads = {heads} is not a multiple of the {groups} query groups: every group keeps the same "
             f"number of heads"
         )
     if "layers" in asked:
-        attention = mlp = size("layers", attention, multiples(attention, 1))
+        attention = mlp = size("layers", attention)
     else:
-        attention, mlp = size("attention", attention, multiples(attention, 1)), size("mlp", mlp, multiples(mlp, 1))
+        attention, mlp = size("attention", attention), size("mlp", mlp)
     if config.keep_layers is not None:
         if config.keep_layers[-1] >= attention:
             problems.append(

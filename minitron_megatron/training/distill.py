@@ -176,12 +176,7 @@ def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: Distill
             f"teacher = {config.teacher} is in fp16, and teacher_lr = {config.teacher_lr} trains it, which needs bf16 "
             f"or fp32: set teacher_dtype=bf16"
         )
-    logits = config.loss.logits
-    if logits.top_k and logits.top_k + logits.tail > teacher.shape.vocab:
-        found.append(
-            f"loss.logits.top_k = {logits.top_k} is more than the vocabulary's {teacher.shape.vocab} tokens leave room "
-            f"for: choose fewer, or null for all of them"
-        )
+    found += config.loss.logits.vocab_problems(teacher.shape.vocab)
     theirs, ours = (f"vocab = {s.vocab}, padded to {s.padded_vocab}" for s in (teacher.shape, student.shape))
     if theirs != ours:
         found.append(

@@ -220,10 +220,9 @@ def validate(
         moved: called after every few micro-batches.
     """
     count = min(len(heldout), config.validate_batches * config.global_batch)
+    batches = rank_batches(heldout, 0, count, config.micro_batch, groups.data_rank, groups.layout.data)
     found = []
-    for call in in_calls(
-        rank_batches(heldout, 0, count, config.micro_batch, groups.data_rank, groups.layout.data), groups
-    ):
+    for call in in_calls(batches, groups):
         found.append(pair.evaluate(_to(call, groups)))
         moved()
     return mean_of(found)

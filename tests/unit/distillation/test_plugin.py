@@ -200,7 +200,11 @@ def test_parameters_that_arrive_while_layers_run_are_refused():
     [
         (LossConfig(), 128, "the student's vocabulary is padded to 101 and the teacher's to 128"),
         (LossConfig(logits=LogitsConfig(temperature=0.0)), VOCAB, "loss.logits.temperature = 0.0"),
-        (LossConfig(logits=LogitsConfig(top_k=102)), VOCAB, "loss.logits.top_k = 102 is more than vocab = 101"),
+        (
+            LossConfig(logits=LogitsConfig(top_k=102)),
+            VOCAB,
+            "top_k = 102 is more than the vocabulary's 101",
+        ),
         (LossConfig(hidden=HiddenConfig(0.5)), VOCAB, "loss.hidden.weight = 0.5, and there are no HiddenLosses"),
     ],
 )
