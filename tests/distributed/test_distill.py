@@ -226,6 +226,19 @@ def test_a_teacher_is_trained_beside_its_student_as_it_would_be_alone(inputs, tm
     assert Checkpoint(tmp_path / "both").shape.hidden == 36
 
 
+def test_a_teacher_in_fp16_is_not_trained(inputs, tmp_path):
+    half = import_hf(tmp_path, literate(hf_model(**LLAMA)).half())
+    config = replace(settings(inputs, tmp_path / "run"), teacher=str(half), teacher_lr=1e-3)
+    with pytest.raises(ConfigError, match="is in fp16, and teacher_lr = 0.001 trains it"):
+        distill.distill(config)
+
+
+def test_a_first_batch_without_tokens_proves_no_teacher(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(TeacherStudent, "evaluate_teacher", lambda pair, batches: StepResult(0.0, 0.0, 0))
+    with pytest.raises(DataError, match="the first batch has no token that counts"):
+        distill.distill(settings(inputs, tmp_path / "run"))
+
+
 def test_a_teacher_no_better_than_chance_is_refused(inputs, tmp_path):
     config = replace(settings(inputs, tmp_path / "run"), teacher=str(inputs / "narrow/checkpoint"))
     with pytest.raises(DataError, match=r"narrow/checkpoint has a loss of .* and chance over 101 tokens has 4\.615"):

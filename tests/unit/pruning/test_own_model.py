@@ -164,9 +164,15 @@ def test_a_layout_that_cannot_share_the_heads_is_refused(settings):
             )
 
 
-def test_a_model_that_the_axis_table_does_not_describe_is_refused():
-    with process_groups(ParallelConfig()), pytest.raises(UnsupportedModelError, match="config.num_moe_experts = 2"):
-        minitron_megatron.shape_of(build_own(num_moe_experts=2))
+@pytest.mark.parametrize(
+    "changes", [dict(num_moe_experts=2), dict(window_size=(4, 0)), dict(rotary_interleaved=True)], ids=str
+)
+def test_a_model_that_the_axis_table_does_not_describe_is_refused(changes):
+    [name] = changes
+    with process_groups(ParallelConfig()), pytest.raises(UnsupportedModelError, match=f"config.{name} = "):
+        model = build_own(num_moe_experts=changes.get("num_moe_experts"))
+        setattr(model.config, name, changes[name])  # what makes no other modules here
+        minitron_megatron.shape_of(model)
 
 
 def test_scaled_rotary_frequencies_have_to_be_given():

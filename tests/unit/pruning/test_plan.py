@@ -372,3 +372,12 @@ def test_targets_that_cannot_be_are_all_listed():
         "target.heads = 7 is not a multiple of the 2 query groups: every group keeps the same number of heads",
         f"target.layers = 5 {larger} 4: pruning only removes",
     ]
+
+
+@pytest.mark.parametrize("target", [dict(ffn=-5), dict(ffn=1.5), dict(hidden=0), dict(keep_layers=[2, 1])], ids=str)
+def test_a_target_of_no_meaning_is_refused_by_the_function_too(target):
+    shape = shape_from_config(LLAMA)
+    sizes = [(shape.hidden,), (4, shape.ffn), (4, shape.num_query_groups, shape.heads_per_group)]
+    scores = Scores(shape, *(torch.rand(size, dtype=torch.float64) for size in sizes))
+    with pytest.raises(ConfigError, match=f"target.{next(iter(target))}"):
+        make_plan(scores, TargetConfig(**target))

@@ -248,6 +248,22 @@ def test_rounds_on_several_ranks_are_those_of_one(settings, tmp_path):
     assert torch.equal(one.read(param, None, index), many.read(param, None, index))
 
 
+def test_a_round_of_another_text_is_not_taken_for_this_one(inputs, settings, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_bytes((inputs / "text.jsonl").read_bytes())
+    config = settings(
+        rounds=2,
+        save_rounds=True,
+        target=TargetConfig(ffn=36),
+        data=DataConfig([str(text)], str(tmp_path / "corpora"), 16),
+    )
+    score(config)
+    shutil.rmtree(tmp_path / "scores")
+    text.write_text("".join(sorted(text.read_text().splitlines(keepends=True))))
+    with pytest.raises(ConfigError, match="scores.round_1 holds a result of other settings or inputs"):
+        score(config)
+
+
 def test_finished_scores_are_left_alone_and_good_for_any_target(settings):
     first = score(settings())
     before = first.joinpath("manifest.json").stat().st_mtime_ns
