@@ -177,9 +177,9 @@ def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight,
         student.copy_(logits[rows])
         if teacher_logits is not None:
             torch.sub(target.copy_(teacher_logits[rows]), student, out=difference)
-        log_sums[rows], scale = _exponentiate(student, group)
+        log_sums[rows], scale = _softmax_parts(student, group)
         if teacher_logits is not None:
-            target_log_sums[rows], target_scale = _exponentiate(target, group)
+            target_log_sums[rows], target_scale = _softmax_parts(target, group)
             # sum_v q (z_t - z_s), the part of the divergence that runs over the vocabulary
             products[rows] = difference.mul_(target).sum(1).mul_(target_scale)
         if needs_grad:
@@ -301,16 +301,25 @@ def _largest(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
     return largest
 
 
-def _exponentiate(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Vocab-parallel softmax in parts: turns logits into exponentials, in place.
+def _softmax_parts(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Vocab-parallel softmax in parts: turns the logits of this rank's rows into their own softmax, in place.
 
     Returns:
-        log of the sum of exponentials `[tokens]`, and the factor `[tokens]` that makes them probabilities.
+        log of the sum of all exponentials `[tokens]`, and this rank's share of it `[tokens]`, the factor
+        that makes its softmax probabilities.
     """
-    largest = _largest(logits, group)
-    logits.sub_(largest[:, None]).exp_()
-    total = _sum(logits.sum(1), group)
-    return total.log().add_(largest), total.reciprocal_()
+    largest = log_sum = logits.new_full((logits.size(0),), -torch.inf)
+    if logits.size(1):
+        largest = logits.amax(1)
+        torch.softmax(logits, 1, out=logits)
+        # The largest probability is exp(largest - log_sum).
+        log_sum = largest - logits.amax(1).log()
+    if group.size() == 1:
+        return log_sum, torch.ones_like(log_sum)
+    largest = largest.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    of_all = _sum((log_sum - largest).exp_(), group).log_().add_(largest)
+    return of_all, (log_sum - of_all).exp_()
 
 
 def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

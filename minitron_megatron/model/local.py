@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from minitron_megatron.model.attention import causal_attention
 from minitron_megatron.parallel.cpu import in_blocks
 
 
@@ -169,7 +170,7 @@ class Norm(torch.nn.Module):
 
 
 class CausalAttention(MegatronModule):
-    """Causal attention on `torch.nn.functional.scaled_dot_product_attention`, without a score matrix."""
+    """Megatron-Core's core attention, on `causal_attention`."""
 
     def __init__(
         self,
@@ -198,18 +199,5 @@ class CausalAttention(MegatronModule):
         Returns:
             `[seq, batch, heads/tp * head_dim]`.
         """
-        if attention_mask is not None:
-            attention_mask = (attention_mask[:, None, :, None] == attention_mask[:, None, None, :]).tril()
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        # A view would keep the whole QKV projection alive for the backward pass.
-        value = value.contiguous()
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attention_mask,
-            is_causal=attention_mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.size(1) != key.size(1),
-        )
-        return context.permute(2, 0, 1, 3).flatten(2)
+        scale = query.size(-1) ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        return causal_attention(query, key, value, attention_mask, scale)

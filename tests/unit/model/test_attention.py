@@ -1,0 +1,73 @@
+"""The CPU's attention against torch's own, and in bf16 both against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minitron_megatron.model.attention import causal_attention
+
+
+def inputs(seq: int, groups: int, share: int, head_dim: int = 16, batch: int = 2, spread: float = 1.0) -> list:
+    """Query, key and value, the key and value being parts of a larger tensor as they are in the model."""
+    torch.manual_seed(seq)
+    query = spread * torch.randn(seq, batch, groups * share, head_dim)
+    key, value = torch.randn(seq, batch, groups, 3 * head_dim)[..., head_dim:].chunk(2, dim=-1)
+    return [query, key, value]
+
+
+def torchs(query, key, value, documents, scale):
+    mask = None
+    if documents is not None:
+        mask = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    attended = F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+    return attended.permute(2, 0, 1, 3).flatten(2)
+
+
+def with_gradients(attention, qkv, dtype, documents=None, scale=0.3) -> list[torch.Tensor]:
+    """The output and the gradients by query, key and value, of a sum with fixed random weights."""
+    qkv = [x.detach().to(dtype).requires_grad_() for x in qkv]
+    out = attention(*qkv, documents, scale)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    out.backward(weights.to(dtype))
+    return [out.detach(), *(x.grad for x in qkv)]
+
+
+@pytest.mark.parametrize("seq", [1, 63, 64, 150])
+@pytest.mark.parametrize(("groups", "share"), [(1, 1), (3, 1), (2, 3)])
+def test_output_and_gradients_are_torchs(seq, groups, share):
+    qkv = inputs(seq, groups, share)
+    found, expected = (with_gradients(f, qkv, torch.float64) for f in (causal_attention, torchs))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("seq", [40, 150])
+def test_documents_are_apart(seq):
+    qkv = inputs(seq, groups=2, share=2)
+    # One of them begins again later in a row, with the number that it had: what a row's mask says, not what it means.
+    documents = torch.stack([torch.arange(seq) // 33, torch.arange(seq) // 20 % 2])
+    found, expected = (with_gradients(f, qkv, torch.float64, documents) for f in (causal_attention, torchs))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("spread", [1, 10])
+def test_bf16_is_about_as_precise_as_torchs(spread):
+    """Scores of some tens, as trained models have, that were rounded to bf16 would be several times as far off."""
+    qkv = [x.bfloat16() for x in inputs(256, groups=2, share=3, head_dim=64, spread=spread)]
+    exact = with_gradients(torchs, qkv, torch.float64, scale=0.125)
+    found, expected = (with_gradients(f, qkv, torch.bfloat16, scale=0.125) for f in (causal_attention, torchs))
+    for ours, theirs, right in zip(found, expected, exact, strict=True):
+        own_error, error = ((x - right).norm() / right.norm() for x in (ours, theirs))
+        assert own_error < max(1.5 * error, 4 * 2**-9)
+
+
+def test_nothing_else_is_kept_alive_for_the_backward_pass():
+    qkv = [x.requires_grad_() for x in inputs(64, groups=2, share=3)]
+    out = causal_attention(*qkv, None, 0.25)
+    kept = {x.untyped_storage().data_ptr() for x in out.grad_fn.saved_tensors if x is not None}
+    assert qkv[1].untyped_storage().data_ptr() not in kept
+    assert out.untyped_storage().data_ptr() in kept
