@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
@@ -144,24 +145,37 @@ def prepare_texts(folder: Path, models: Models) -> dict[str, Path]:
     Returns:
         files of tokens, by the names of `TEXTS`.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    training, heldout = split_corpus(models)
+    write_training_text(folder / "train.jsonl", training)
+    return {
+        name: write_tokens(folder / f"{name}.pt", text, models)
+        for name, text in (("corpus", heldout), ("other", ["\n\n".join(licence_paragraphs())]))
+    }
+
+
+def split_corpus(models: Models) -> tuple[list[str], list[str]]:
+    """The documents of the demo's corpus to train on, and those that are held out."""
+    from minitron_megatron.data.corpus import documents
+
+    of_corpus = [document.text for document in documents(models.recipe["distilled"].data.text)]
+    first = HELDOUT_EVERY // 2
+    return [d for i, d in enumerate(of_corpus) if i % HELDOUT_EVERY != first], of_corpus[first::HELDOUT_EVERY]
+
+
+def write_training_text(path: Path, documents: Iterable[str]) -> None:
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+
+
+def write_tokens(path: Path, documents: Iterable[str], models: Models) -> Path:
+    """Save the documents' tokens, an end of text behind each, one after another."""
     import torch
     from transformers import AutoTokenizer
 
-    from minitron_megatron.data.corpus import documents
-
-    folder.mkdir(parents=True, exist_ok=True)
-    all_documents = [document.text for document in documents(models.recipe["distilled"].data.text)]
-    heldout = all_documents[HELDOUT_EVERY // 2 :: HELDOUT_EVERY]
-    training = [d for i, d in enumerate(all_documents) if i % HELDOUT_EVERY != HELDOUT_EVERY // 2]
-    (folder / "train.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in training))
-
     tokenizer = AutoTokenizer.from_pretrained(models.teacher_hf)
-    found = {}
-    for name, text in (("corpus", heldout), ("other", ["\n\n".join(licence_paragraphs())])):
-        tokens = [token for document in text for token in [*tokenizer(document).input_ids, tokenizer.eos_token_id]]
-        found[name] = folder / f"{name}.pt"
-        torch.save(torch.tensor(tokens), found[name])
-    return found
+    tokens = [token for document in documents for token in [*tokenizer(document).input_ids, tokenizer.eos_token_id]]
+    torch.save(torch.tensor(tokens), path)
+    return path
 
 
 def licence_paragraphs() -> list[str]:

@@ -2,14 +2,18 @@
 
 Two students of SmolLM2-135M, a narrower one and one of half the layers, learn in turn with every loss: the same
 starting weights, the same batches in the same order, the same number of steps. Then all are judged alike: by their
-cross-entropy and their KL from the original teacher, on held-out documents and on text of another kind. Runs that are
-done are skipped, and one that was interrupted goes on.
+cross-entropy and their KL from the original teacher, on held-out documents and on text of another kind. Teachers are
+also corrected on a text that none has seen: the corpus with its words substituted. Runs that are done are skipped, and
+one that was interrupted goes on.
 """
 
 import copy
 import dataclasses
+import random
 import re
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,11 +33,25 @@ from common import (
     write_docs,
     write_results,
 )
-from controls import MEASURES, TEXTS, describe_text, judge_once, prepare_texts, train_and_judge
+from controls import (
+    MEASURES,
+    TEXTS,
+    describe_text,
+    judge_once,
+    prepare_texts,
+    split_corpus,
+    train_and_judge,
+    write_tokens,
+    write_training_text,
+)
 
 NAME = "losses"
 TARGETS = {"width": {"hidden": 448, "ffn": 1152}, "depth": {"layers": 15}}
 TEACHER, CORRECTED = "teacher", "corrected teacher"
+SUBSTITUTED = "substituted: "
+# Words are substituted by others about as frequent: those of so many ranks in a row change places.
+RANKS = 100
+WORD = "[A-Za-z]{3,}"
 STUDENTS = {student: f"{student} student, untrained" for student in TARGETS}
 # A fifth of the rate that the teacher was trained with at most (2408.11796, section 2.1, of its own teacher).
 TEACHER_LR = 2e-4
@@ -49,17 +67,23 @@ class Arm:
         loss: changes to the settings of the loss, by their dotted names.
         teacher: the original one, the corrected one, or None.
         teacher_lr: of a teacher that is corrected in parallel.
+        substituted: whether the text is the corpus with its words substituted.
     """
 
     student: str
     loss: dict = field(default_factory=dict, hash=False)
     teacher: str | None = TEACHER
     teacher_lr: float | None = None
+    substituted: bool = False
 
 
 CE = {"kd_logits_weight": 0.0, "lm_weight": 1.0}
 STATES = {"hidden.weight": 1.0, "hidden.balance": "dynamic", "hidden.points": ["layer", "embedding"]}
 PROJECTED = {**STATES, "hidden.projection": "shared"}
+CORRECTIONS = {
+    CORRECTED: Arm(TEACHER, CE, teacher=None),
+    SUBSTITUTED + CORRECTED: Arm(TEACHER, CE, teacher=None, substituted=True),
+}
 ARMS = {
     "KL": Arm("width"),
     "CE + KL": Arm("width", {"lm_weight": 1.0}),
@@ -78,6 +102,12 @@ ARMS = {
     "KL, teacher corrected before": Arm("width", teacher=CORRECTED),
     "KL, teacher corrected in parallel": Arm("width", teacher_lr=TEACHER_LR),
 }
+SUBSTITUTED_ARMS = {
+    SUBSTITUTED + "KL": Arm("width", substituted=True),
+    SUBSTITUTED + "KL, teacher corrected before": Arm("width", teacher=SUBSTITUTED + CORRECTED, substituted=True),
+    SUBSTITUTED + "KL, teacher corrected in parallel": Arm("width", teacher_lr=TEACHER_LR, substituted=True),
+    SUBSTITUTED + "CE": Arm("width", CE, teacher=None, substituted=True),
+}
 COLUMNS = ["learned by", "corpus: loss", "corpus: KL", "licences: loss", "licences: KL"]
 
 
@@ -95,6 +125,7 @@ def main() -> None:
     models = prepare_models(args.work)
     work = args.work / NAME
     texts = in_fresh_process(prepare_texts, work, models)
+    substituted = {**texts, "corpus": in_fresh_process(prepare_substituted, work, models)}
     students = {name: in_fresh_process(prune_to, args.work, work / name, name) for name in TARGETS}
     judged: dict[str, list[dict]] = {}
 
@@ -110,22 +141,25 @@ def main() -> None:
     def learning(name: str, arm: Arm, keep: bool = False) -> list[tuple[str, tuple]]:
         calls = []
         for seed in args.seeds:
-            starts = {**students, TEACHER: models.teacher, CORRECTED: folder_of(CORRECTED, seed)}
+            starts = {**students, TEACHER: models.teacher} | {name: folder_of(name, seed) for name in CORRECTIONS}
             config = settings(models, work, arm, starts, folder_of(name, seed), seed, args.steps)
-            calls.append((name, (train_and_judge, config, models.teacher, texts, args, keep)))
+            judged_by = substituted if arm.substituted else texts
+            calls.append((name, (train_and_judge, config, models.teacher, judged_by, args, keep)))
         return calls
 
     untrained = {TEACHER: models.teacher} | {STUDENTS[name]: folder for name, folder in students.items()}
     judge_all(
         [
-            (name, (judge_once, work / name.split(",")[0], model, models.teacher, texts, args))
+            (prefix + name, (judge_once, work / (prefix + name).split(",")[0], model, models.teacher, judged_by, args))
+            for prefix, judged_by in (("", texts), (SUBSTITUTED, substituted))
             for name, model in untrained.items()
         ]
     )
-    judge_all(learning(CORRECTED, Arm(TEACHER, CE, teacher=None), keep=True))
-    judge_all([call for name, arm in ARMS.items() for call in learning(name, arm)])
-    for seed in args.seeds:
-        shutil.rmtree(folder_of(CORRECTED, seed) / "checkpoints", ignore_errors=True)
+    judge_all([call for name, arm in CORRECTIONS.items() for call in learning(name, arm, keep=True)])
+    judge_all([call for name, arm in (ARMS | SUBSTITUTED_ARMS).items() for call in learning(name, arm)])
+    for name in CORRECTIONS:
+        for seed in args.seeds:
+            shutil.rmtree(folder_of(name, seed) / "checkpoints", ignore_errors=True)
     config = settings(models, work, ARMS["KL"], {**students, TEACHER: models.teacher}, work, 0, args.steps)
     results = {
         "machine": facts,
@@ -142,6 +176,7 @@ def main() -> None:
     }
     write_results(NAME, results)
     print_table(f"{args.steps} steps, {len(args.seeds)} seeds", COLUMNS, rows(results))
+    print_table("words substituted", COLUMNS, substituted_rows(results))
     console.print(describe(facts))
 
 
@@ -152,6 +187,42 @@ def prune_to(work: Path, output: Path, name: str) -> Path:
 
     target = TargetConfig(**TARGETS[name])
     return prune(PruneConfig(str(work / "teacher"), str(output), scores=str(work / "scores"), target=target))
+
+
+def prepare_substituted(folder: Path, models: Models) -> Path:
+    """Write the corpus with its words substituted: its training text, and the tokens of what is held out.
+
+    Returns:
+        the file of tokens.
+    """
+    training, heldout = split_corpus(models)
+    substitute = substitution([*training, *heldout])
+    write_training_text(training_text(folder, True), map(substitute, training))
+    return write_tokens(folder / "substituted.pt", map(substitute, heldout), models)
+
+
+def substitution(documents: list[str]) -> Callable[[str], str]:
+    """What puts another word, always the same one, for every word of three letters or more.
+
+    A language of the corpus's own grammar, punctuation and markup, in which no word means what a model has learned.
+    """
+    counts = Counter(word.lower() for document in documents for word in re.findall(WORD, document))
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    other, order = {}, random.Random(0)
+    for first in range(0, len(words), RANKS):
+        near = words[first : first + RANKS]
+        other |= dict(zip(near, order.sample(near, len(near)), strict=True))
+
+    def of_word(match: re.Match) -> str:
+        word = match[0]
+        found = other[word.lower()]
+        return found.upper() if word.isupper() else found.capitalize() if word[0].isupper() else found
+
+    return lambda document: re.sub(WORD, of_word, document)
+
+
+def training_text(folder: Path, substituted: bool) -> Path:
+    return folder / ("substituted.jsonl" if substituted else "train.jsonl")
 
 
 def settings(models: Models, work: Path, arm: Arm, starts: dict[str, Path], output: Path, seed: int, steps: int):
@@ -166,7 +237,7 @@ def settings(models: Models, work: Path, arm: Arm, starts: dict[str, Path], outp
     lr = TEACHER_LR if arm.student == TEACHER else LR
     warmup = max(1, steps // WARMUP_SHARE)
     config.optimizer = dataclasses.replace(config.optimizer, lr=lr, min_lr=lr / 10, warmup_steps=warmup)
-    config.data.text, config.data.heldout_pct = [str(work / "train.jsonl")], 1.0
+    config.data.text, config.data.heldout_pct = [str(training_text(work, arm.substituted))], 1.0
     config.data.sequence_length = 256
     config.seed = config.data.seed = seed
     kinds = {"divergence": Divergence, "balance": Balance, "projection": Projection, "map": LayerMap}
@@ -181,11 +252,20 @@ def settings(models: Models, work: Path, arm: Arm, starts: dict[str, Path], outp
 
 
 def rows(results: dict) -> list[list[str]]:
-    found = []
-    for name in (TEACHER, CORRECTED, *ARMS, *STUDENTS.values()):
-        of_model = results["models"][name]
-        found.append([name, *(show_spread(of_model[m], 3, "mean") for m in MEASURES)])
-    return found
+    return rows_of(results, [TEACHER, CORRECTED, *ARMS, *STUDENTS.values()])
+
+
+def substituted_rows(results: dict) -> list[list[str]]:
+    """The same of the text with other words, of the student that learns it."""
+    others = [SUBSTITUTED + name for name in (TEACHER, CORRECTED, STUDENTS["width"])]
+    return rows_of(results, [*others[:2], *SUBSTITUTED_ARMS, others[2]])
+
+
+def rows_of(results: dict, names: list[str]) -> list[list[str]]:
+    models = results["models"]
+    return [
+        [name.removeprefix(SUBSTITUTED), *(show_spread(models[name][m], 3, "mean") for m in MEASURES)] for name in names
+    ]
 
 
 def in_markdown(results: dict) -> str:
@@ -197,7 +277,14 @@ def in_markdown(results: dict) -> str:
         f"{asked['teacher_lr']:g}), {len(asked['seeds'])} seed(s). Loss and KL(original teacher || model) in nats per "
         f"token, over {tokens}. "
     )
-    return f"{markdown_table(COLUMNS, rows(results))}\n\n{note}{describe(results['machine'])}"
+    return "\n\n".join(
+        [
+            markdown_table(COLUMNS, rows(results)),
+            "With the words of the corpus substituted:",
+            markdown_table(COLUMNS, substituted_rows(results)),
+            note + describe(results["machine"]),
+        ]
+    )
 
 
 def draw(results: dict, path: Path) -> None:

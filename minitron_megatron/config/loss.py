@@ -55,9 +55,9 @@ class LogitsConfig:
         return self.temperature**2 if self.temperature_squared else 1.0
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is KL(teacher || student) of the predictions as they are."""
-        return self.divergence is Divergence.FORWARD_KL and self.temperature == 1 and self.top_k is None
+    def is_whole_forward_kl(self) -> bool:
+        """Whether it is KL(teacher || student) over the whole vocabulary."""
+        return self.divergence is Divergence.FORWARD_KL and self.top_k is None
 
     def vocab_problems(self, vocab: int) -> list[str]:
         """What cannot be done with so many tokens."""

@@ -3,7 +3,8 @@
 Output projection, vocab-parallel softmaxes, losses and their gradients are one pass over each chunk, so that
 full-vocabulary logits of neither model ever exist. With p the student's and q the teacher's distribution, the
 gradient of `kd * KL(q || p) + lm * CE` by the student's logits is `(kd + lm) * p - kd * q - lm * onehot(label)`, and
-is written down; any other divergence of `losses` is differentiated by autograd, on a chunk of logits.
+is written down (at a temperature t, of which p and q are, `kd / t * (p - q)` is the divergence's part of it); any other
+divergence of `losses` is differentiated by autograd, on a chunk of logits.
 
 Matrix products run in the number format of the hidden states, softmaxes and losses in float32, and the
 gradient of the output weight is accumulated over chunks in float32 (in float64 where the hidden states are).
@@ -107,8 +108,8 @@ class _LinearDistillationLoss(torch.autograd.Function):
             if teacher:
                 teacher_logits = _project(teacher.hidden[rows], teacher.weight[:num_rows], teacher_buffer)
             chunk = logits, teacher_logits, local_labels[rows], mask[rows], group, kd_weight, lm_weight, needs_grad
-            if teacher is None or config.is_plain:
-                kd, ce, grad = _kl_chunk(*chunk, block)
+            if teacher is None or config.is_whole_forward_kl:
+                kd, ce, grad = _kl_chunk(*chunk, config, block)
             else:
                 kd, ce, grad = _any_chunk(*chunk, config)
             terms += torch.stack([kd, ce])
@@ -155,7 +156,7 @@ def _precise(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, block):
+def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, config, block):
     """KL and cross-entropy summed over a chunk, and the gradient by the logits in their number format.
 
     All of `logits` and `teacher_logits` `[tokens, rows of this rank]` is overwritten, `block` tokens at a time.
@@ -166,35 +167,53 @@ def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight,
     label_columns = labels.clamp(0, max(num_rows - 1, 0))
     label_logits = _zero_unless(labelled, logits, label_columns)
     mask = mask.to(dtype)
+    has_teacher = teacher_logits is not None
+    # At a temperature, the divergence is of other probabilities than the cross-entropy.
+    is_warm = has_teacher and config.temperature != 1
+    kd_slope = kd_weight * config.scale / config.temperature if has_teacher else 0.0
     # Reused by every block: results that are allocated each time leave the cache.
-    work = torch.empty(3, min(block, num_tokens), num_rows, device=logits.device, dtype=dtype)
-    log_sums = torch.empty(num_tokens, device=logits.device, dtype=dtype)
-    target_log_sums, products = torch.empty_like(log_sums), torch.empty_like(log_sums)
+    num_parts = 1 + 2 * has_teacher + is_warm
+    work = torch.empty(num_parts, min(block, num_tokens), num_rows, device=logits.device, dtype=dtype)
+    log_sums, products = [], torch.zeros(num_tokens, device=logits.device, dtype=dtype)
 
     for start in range(0, num_tokens, block):
         rows = slice(start, start + block)
-        student, target, difference = work[:, : logits[rows].size(0)]
+        student, *others = work[:, : logits[rows].size(0)]
         student.copy_(logits[rows])
-        if teacher_logits is not None:
-            torch.sub(target.copy_(teacher_logits[rows]), student, out=difference)
-        log_sums[rows], scale = _softmax_parts(student, group)
-        if teacher_logits is not None:
-            target_log_sums[rows], target_scale = _softmax_parts(target, group)
+        if has_teacher:
+            difference, *others = others
+            target, *plain = others
+            target.copy_(teacher_logits[rows])
+            if is_warm:
+                plain[0].copy_(student)
+                student.div_(config.temperature)
+                target.div_(config.temperature)
+            torch.sub(target, student, out=difference)
+        of_block, shares = _softmaxes([student, *others], group)
+        log_sums.append(of_block)
+        if has_teacher:
             # sum_v q (z_t - z_s), the part of the divergence that runs over the vocabulary
-            products[rows] = difference.mul_(target).sum(1).mul_(target_scale)
+            products[rows] = difference.mul_(target).sum(1).mul_(shares[1])
         if needs_grad:
-            student.mul_(scale.mul_(mask[rows]).mul_(kd_weight + lm_weight)[:, None])
-            if teacher_logits is not None:
-                student.addcmul_(target, target_scale.mul_(mask[rows]).mul_(-kd_weight)[:, None])
+            counts = mask[rows]
+            factors = (shares * counts).unsqueeze(-1)
+            student.mul_(factors[0] * (kd_slope if is_warm else kd_slope + lm_weight))
+            if has_teacher:
+                student.addcmul_(target, factors[1] * -kd_slope)
+            if is_warm:
+                student.addcmul_(plain[0], factors[2] * lm_weight)
             if lm_weight and num_rows:
-                student.scatter_add_(1, label_columns[rows, None], (-lm_weight * mask[rows] * labelled[rows])[:, None])
+                student.scatter_add_(1, label_columns[rows, None], (-lm_weight * counts * labelled[rows])[:, None])
             logits[rows] = student
 
-    sums = [label_logits] if teacher_logits is None else [label_logits, products]
-    sums = _sum(torch.stack(sums), group)
+    # Of the student's, the teacher's and, at a temperature, the student's without it.
+    log_sums = torch.cat(log_sums, dim=1)
+    label_logits, products = _sum(torch.stack([label_logits, products]), group)
     mask = mask.double()
-    ce = ((log_sums - sums[0]) * mask).sum()
-    kl = torch.zeros_like(ce) if teacher_logits is None else ((sums[1] - target_log_sums + log_sums) * mask).sum()
+    ce = ((log_sums[-1 if is_warm else 0] - label_logits) * mask).sum()
+    kl = torch.zeros_like(ce)
+    if has_teacher:
+        kl = config.scale * ((products - log_sums[1] + log_sums[0]) * mask).sum()
     return kl, ce, logits
 
 
@@ -301,25 +320,26 @@ def _largest(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
     return largest
 
 
-def _softmax_parts(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Vocab-parallel softmax in parts: turns the logits of this rank's rows into their own softmax, in place.
+def _softmaxes(logits: list[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Vocab-parallel softmaxes in parts: turns the logits of this rank's rows into their own softmaxes, in place.
 
     Returns:
-        log of the sum of all exponentials `[tokens]`, and this rank's share of it `[tokens]`, the factor
-        that makes its softmax probabilities.
+        log of the sum of all ranks' exponentials `[len(logits), tokens]`, and this rank's shares of these sums, the
+        factors that make its own softmaxes probabilities.
     """
-    largest = log_sum = logits.new_full((logits.size(0),), -torch.inf)
-    if logits.size(1):
-        largest = logits.amax(1)
-        torch.softmax(logits, 1, out=logits)
-        # The largest probability is exp(largest - log_sum).
-        log_sum = largest - logits.amax(1).log()
+    own = logits[0].new_full((len(logits), len(logits[0])), -torch.inf)
+    if logits[0].size(1):
+        for part, log_sum in zip(logits, own, strict=True):
+            largest = part.amax(1)
+            torch.softmax(part, 1, out=part)
+            # The largest probability is exp(largest - log_sum).
+            torch.sub(largest, part.amax(1).log_(), out=log_sum)
     if group.size() == 1:
-        return log_sum, torch.ones_like(log_sum)
-    largest = largest.clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    of_all = _sum((log_sum - largest).exp_(), group).log_().add_(largest)
-    return of_all, (log_sum - of_all).exp_()
+        return own, torch.ones_like(own)
+    of_ranks = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(of_ranks, own, group=group)
+    of_all = torch.stack(of_ranks).logsumexp(0)
+    return of_all, (own - of_all).exp_()
 
 
 def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -31,14 +31,17 @@ LAYOUTS = {
     "1x1": ParallelConfig(),
     "tp2": ParallelConfig(tensor=2),
     "tp2_sequence": ParallelConfig(tensor=2, sequence=True),
+    "tp4_sequence": ParallelConfig(tensor=4, sequence=True),  # two ranks share a query group
+    "pp2": ParallelConfig(pipeline=2),
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
     "pp4": ParallelConfig(pipeline=4),  # where only some stages have states to send
     "tp2_pp2_dp2": ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True),
     "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
 }
 # The teacher is wider and deeper: its layers lie on other stages than those of the student.
-TEACHER = {**LLAMA, "num_hidden_layers": 6, "hidden_size": 60}
-STUDENT = {**LLAMA, "num_hidden_layers": 4}
+TEACHER = {**LLAMA, "num_hidden_layers": 6, "hidden_size": 60, "num_attention_heads": 8}
+# Its output weight is its embedding, whose copies on the first and the last stage have gradients of their own.
+STUDENT = {**LLAMA, "num_attention_heads": 8, "tie_word_embeddings": True}
 NARROW = {**TEACHER, "hidden_size": 48}
 CASES = {
     "cosine, shared": HiddenConfig(0.8, projection=Projection.SHARED),

@@ -201,7 +201,9 @@ def test_logits_of_more_than_a_chunk_never_exist(config, group):
     case.labels, case.mask = torch.randint(0, vocab, (tokens,)), torch.ones(tokens)
     with LargestTensor() as largest:
         case.linear(group, 0.7, 0.4, chunk)
-    assert largest.numel <= 3 * chunk * vocab  # scratch space of student, teacher and their difference
+    # Scratch space of student, teacher and their difference, and at a temperature of the student without it.
+    parts = 3 + (config is not None and config.temperature != 1)
+    assert largest.numel <= parts * chunk * vocab
 
 
 def of_two_ranks(folder):
