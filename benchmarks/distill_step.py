@@ -380,7 +380,39 @@ def profile(models: Models, tokens: Path, warmup: int, threads: int) -> dict:
                 for phase, start, end in zip(seconds, times[:-1], times[1:], strict=True):
                     seconds[phase].append(end - start)
     medians = {phase: statistics.median(s) for phase, s in seconds.items()}
-    return {"seconds": medians, "flops": flops, "tokens": count, "peak": matmul_peak()}
+    attention = attention_seconds(shapes["teacher"], len(steps[0]))
+    return {"seconds": medians, "flops": flops, "tokens": count, "peak": matmul_peak(), "attention": attention}
+
+
+def attention_seconds(shape, batch: int, repeats: int = 20) -> dict[str, list[float]]:
+    """Median seconds of the attention of one layer, forward and backward, with this project's blocks and with torch's
+    kernel."""
+    import torch
+    import torch.nn.functional as F
+
+    from minitron_megatron.model.attention import causal_attention
+
+    def torchs(query, key, value, documents, scale):
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def random(heads: int):
+        return torch.randn(LENGTH, batch, heads, shape.head_dim, dtype=torch.bfloat16, device=device())
+
+    inputs = [random(count).requires_grad_() for count in (shape.num_heads, *[shape.num_query_groups] * 2)]
+    grad = random(shape.num_heads).flatten(2)
+    seconds = {"blocks": ([], []), "torch": ([], [])}
+    for _ in range(1 + repeats):
+        for name, attention in (("blocks", causal_attention), ("torch", torchs)):
+            times = [now()]
+            out = attention(*inputs, None, shape.head_dim**-0.5)
+            times.append(now())
+            out.backward(grad)
+            times.append(now())
+            for of_pass, start, end in zip(seconds[name], times[:-1], times[1:], strict=True):
+                of_pass.append(end - start)
+    return {name: [statistics.median(of_pass[1:]) for of_pass in passes] for name, passes in seconds.items()}
 
 
 def now() -> float:
@@ -412,9 +444,13 @@ def profile_rows(found: dict) -> list[list[str]]:
 
 
 def about_profile(found: dict) -> str:
+    ours, torchs = (
+        " and ".join(f"{1e3 * seconds:.0f}" for seconds in found["attention"][name]) for name in ("blocks", "torch")
+    )
     return (
         f"{found['tokens'] / sum(found['seconds'].values()):,.0f} tokens/s; the peak of a bf16 matrix product was "
-        f"{found['peak'] / 1e12:.3f} TFLOP/s. {describe(found['machine'])}"
+        f"{found['peak'] / 1e12:.3f} TFLOP/s. The attention of a layer of the teacher took {ours} ms, forward and "
+        f"backward, and {torchs} ms with torch's kernel. {describe(found['machine'])}"
     )
 
 

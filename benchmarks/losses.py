@@ -147,12 +147,16 @@ def main() -> None:
             calls.append((name, (train_and_judge, config, models.teacher, judged_by, args, keep)))
         return calls
 
-    untrained = {TEACHER: models.teacher} | {STUDENTS[name]: folder for name, folder in students.items()}
+    untrained = [
+        (TEACHER, models.teacher, texts),
+        *((STUDENTS[name], folder, texts) for name, folder in students.items()),
+        (SUBSTITUTED + TEACHER, models.teacher, substituted),
+        (SUBSTITUTED + STUDENTS["width"], students["width"], substituted),
+    ]
     judge_all(
         [
-            (prefix + name, (judge_once, work / (prefix + name).split(",")[0], model, models.teacher, judged_by, args))
-            for prefix, judged_by in (("", texts), (SUBSTITUTED, substituted))
-            for name, model in untrained.items()
+            (name, (judge_once, work / name.split(",")[0], model, models.teacher, judged_by, args))
+            for name, model, judged_by in untrained
         ]
     )
     judge_all([call for name, arm in CORRECTIONS.items() for call in learning(name, arm, keep=True)])
@@ -171,7 +175,10 @@ def main() -> None:
             "lr": LR,
             "teacher_lr": TEACHER_LR,
         },
-        "texts": {name: describe_text(path, args.windows) for name, path in texts.items()},
+        "texts": {
+            name: describe_text(path, args.windows)
+            for name, path in {**texts, "substituted": substituted["corpus"]}.items()
+        },
         "models": {name: {m: spread([f[m] for f in of_arm]) for m in MEASURES} for name, of_arm in judged.items()},
     }
     write_results(NAME, results)
@@ -204,7 +211,8 @@ def prepare_substituted(folder: Path, models: Models) -> Path:
 def substitution(documents: list[str]) -> Callable[[str], str]:
     """What puts another word, always the same one, for every word of three letters or more.
 
-    A language of the corpus's own grammar, punctuation and markup, in which no word means what a model has learned.
+    A language of the corpus's own grammar, punctuation and markup, whose words do not mean what a model has learned; but
+    one in a hundred stands for itself.
     """
     counts = Counter(word.lower() for document in documents for word in re.findall(WORD, document))
     words = sorted(counts, key=lambda word: (-counts[word], word))
@@ -277,10 +285,11 @@ def in_markdown(results: dict) -> str:
         f"{asked['teacher_lr']:g}), {len(asked['seeds'])} seed(s). Loss and KL(original teacher || model) in nats per "
         f"token, over {tokens}. "
     )
+    judged = texts["substituted"]["judged"]
     return "\n\n".join(
         [
             markdown_table(COLUMNS, rows(results)),
-            "With the words of the corpus substituted:",
+            f"With the words of the corpus substituted, by {judged:,} tokens of what is held out:",
             markdown_table(COLUMNS, substituted_rows(results)),
             note + describe(results["machine"]),
         ]

@@ -3,8 +3,9 @@
 Output projection, vocab-parallel softmaxes, losses and their gradients are one pass over each chunk, so that
 full-vocabulary logits of neither model ever exist. With p the student's and q the teacher's distribution, the
 gradient of `kd * KL(q || p) + lm * CE` by the student's logits is `(kd + lm) * p - kd * q - lm * onehot(label)`, and
-is written down (at a temperature t, of which p and q are, `kd / t * (p - q)` is the divergence's part of it); any other
-divergence of `losses` is differentiated by autograd, on a chunk of logits.
+is written down; at a temperature t the divergence has p and q at that temperature, and `kd * scale / t` for kd in the
+gradient, where scale is t squared or 1. Any other divergence of `losses` is differentiated by autograd, on a chunk of
+logits.
 
 Matrix products run in the number format of the hidden states, softmaxes and losses in float32, and the
 gradient of the output weight is accumulated over chunks in float32 (in float64 where the hidden states are).
@@ -159,7 +160,7 @@ def _precise(tensor: Tensor) -> torch.dtype:
 def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, config, block):
     """KL and cross-entropy summed over a chunk, and the gradient by the logits in their number format.
 
-    All of `logits` and `teacher_logits` `[tokens, rows of this rank]` is overwritten, `block` tokens at a time.
+    The gradient is written over `logits` `[tokens, rows of this rank]`, `block` tokens at a time.
     """
     num_tokens, num_rows = logits.shape
     dtype = _precise(logits)
@@ -169,27 +170,26 @@ def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight,
     mask = mask.to(dtype)
     has_teacher = teacher_logits is not None
     # At a temperature, the divergence is of other probabilities than the cross-entropy.
-    is_warm = has_teacher and config.temperature != 1
+    is_tempered = has_teacher and config.temperature != 1
     kd_slope = kd_weight * config.scale / config.temperature if has_teacher else 0.0
-    # Reused by every block: results that are allocated each time leave the cache.
-    num_parts = 1 + 2 * has_teacher + is_warm
+    # Reused by every block: results that are allocated each time leave the cache. Of the student, and as they are there
+    # of the teacher, of their difference and of the student without the temperature.
+    num_parts = 1 + 2 * has_teacher + is_tempered
     work = torch.empty(num_parts, min(block, num_tokens), num_rows, device=logits.device, dtype=dtype)
     log_sums, products = [], torch.zeros(num_tokens, device=logits.device, dtype=dtype)
 
     for start in range(0, num_tokens, block):
         rows = slice(start, start + block)
-        student, *others = work[:, : logits[rows].size(0)]
-        student.copy_(logits[rows])
+        student, *parts = work[:, : logits[rows].size(0)]
+        softened = [student.copy_(logits[rows])]
         if has_teacher:
-            difference, *others = others
-            target, *plain = others
-            target.copy_(teacher_logits[rows])
-            if is_warm:
-                plain[0].copy_(student)
+            target, difference, *untempered = parts
+            softened += [target.copy_(teacher_logits[rows]), *(part.copy_(student) for part in untempered)]
+            if is_tempered:
                 student.div_(config.temperature)
                 target.div_(config.temperature)
             torch.sub(target, student, out=difference)
-        of_block, shares = _softmaxes([student, *others], group)
+        of_block, shares = _softmaxes(softened, group)
         log_sums.append(of_block)
         if has_teacher:
             # sum_v q (z_t - z_s), the part of the divergence that runs over the vocabulary
@@ -197,20 +197,19 @@ def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight,
         if needs_grad:
             counts = mask[rows]
             factors = (shares * counts).unsqueeze(-1)
-            student.mul_(factors[0] * (kd_slope if is_warm else kd_slope + lm_weight))
+            student.mul_(factors[0] * (kd_slope if is_tempered else kd_slope + lm_weight))
             if has_teacher:
                 student.addcmul_(target, factors[1] * -kd_slope)
-            if is_warm:
-                student.addcmul_(plain[0], factors[2] * lm_weight)
+            if is_tempered and lm_weight:
+                student.addcmul_(softened[2], factors[2] * lm_weight)
             if lm_weight and num_rows:
                 student.scatter_add_(1, label_columns[rows, None], (-lm_weight * counts * labelled[rows])[:, None])
             logits[rows] = student
 
-    # Of the student's, the teacher's and, at a temperature, the student's without it.
     log_sums = torch.cat(log_sums, dim=1)
     label_logits, products = _sum(torch.stack([label_logits, products]), group)
     mask = mask.double()
-    ce = ((log_sums[-1 if is_warm else 0] - label_logits) * mask).sum()
+    ce = ((log_sums[2 if is_tempered else 0] - label_logits) * mask).sum()
     kl = torch.zeros_like(ce)
     if has_teacher:
         kl = config.scale * ((products - log_sums[1] + log_sums[0]) * mask).sum()
@@ -327,19 +326,23 @@ def _softmaxes(logits: list[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, 
         log of the sum of all ranks' exponentials `[len(logits), tokens]`, and this rank's shares of these sums, the
         factors that make its own softmaxes probabilities.
     """
-    own = logits[0].new_full((len(logits), len(logits[0])), -torch.inf)
+    largest = logits[0].new_full((len(logits), len(logits[0])), -torch.inf)
+    sums = torch.zeros_like(largest)  # of exponentials of what is subtracted the largest from
     if logits[0].size(1):
-        for part, log_sum in zip(logits, own, strict=True):
-            largest = part.amax(1)
+        for number, part in enumerate(logits):
+            largest[number] = part.amax(1)
             torch.softmax(part, 1, out=part)
-            # The largest probability is exp(largest - log_sum).
-            torch.sub(largest, part.amax(1).log_(), out=log_sum)
+            sums[number] = part.amax(1).reciprocal_()
     if group.size() == 1:
-        return own, torch.ones_like(own)
+        return largest.add_(sums.log_()), torch.ones_like(sums)
+    own = torch.stack([largest, sums])
     of_ranks = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(of_ranks, own, group=group)
-    of_all = torch.stack(of_ranks).logsumexp(0)
-    return of_all, (own - of_all).exp_()
+    largest, sums = torch.stack(of_ranks, dim=1)
+    top = largest.amax(0)
+    sums *= (largest - top).exp_()
+    total = sums.sum(0)
+    return top + total.log(), sums[group.rank()] / total
 
 
 def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

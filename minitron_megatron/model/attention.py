@@ -13,15 +13,15 @@ from torch import Tensor
 
 from minitron_megatron.parallel.cpu import spared
 
-# Queries at a time. What all heads of so many score against every key is all that is ever held of the score matrix.
+# Queries at a time. A few times what all heads of so many score against every key is held of the score matrix.
 _BLOCK = 64
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scale: float) -> Tensor:
     """`softmax(scale * query @ key.T) @ value`, in which no token sees a later one.
 
-    Products are of the inputs' number format, all that happens to scores of at least float32: in the forward pass they
-    are float32 products, and the backward pass rounds them only once the normaliser is subtracted from them.
+    Products are of the inputs' number format, but for the scores of the forward pass, which are products in float32. In
+    the backward pass scores are rounded once the largest of their row has been subtracted.
 
     Args:
         query: `[seq, batch, heads, head_dim]`.
@@ -43,56 +43,63 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scale: float) -> Tensor:
         # Contiguous, for a view would keep the whole QKV projection for the backward pass.
         keys, values = _matrices(key).contiguous(), _matrices(value).contiguous()
-        groups = key.size(2)
-        share = query.size(2) // groups
+        seq, batch, heads, _ = query.shape
+        share = heads // key.size(2)
         wide = torch.promote_types(query.dtype, torch.float32)
         wide_keys = keys.to(wide) * scale
-        out = torch.empty_like(query)
-        normalizers = []
-        # Of any block's scores: what each allocates anew leaves the cache.
-        memory = query.new_empty(query.size(1) * query.size(2) * _BLOCK * len(query), dtype=wide)
-        for block, seen, masked, mask in _blocks(query, groups, documents, wide):
+        out = query.new_empty(seq, batch, heads * value.size(-1))
+        by_head = out.view(seq, batch, heads, -1)
+        # Of each row, what its probabilities are made of again: its largest score, and the probability of that.
+        peaks = []
+        # For any block's scores, which would leave the cache if each had memory of its own.
+        memory = query.new_empty(batch * heads * min(_BLOCK, seq) * seq, dtype=wide)
+        for block, seen, hidden in _blocks(query, documents):
             queries = _matrices(query[block], share)
             size = len(queries), queries.size(1), seen.stop
             scores = memory[: math.prod(size)].view(size)
             torch.bmm(queries.to(wide), wide_keys[:, seen].mT, out=scores)
-            scores[..., masked] += mask
-            largest = scores.amax(-1)
-            torch.softmax(scores, -1, out=scores)
-            # The largest probability is exp(largest - normaliser).
-            normalizers.append(largest - scores.amax(-1).log())
-            out[block] = _tokens(scores.to(query.dtype) @ values[:, seen], out[block])
-        ctx.save_for_backward(query, keys, values, documents, out, *normalizers)
+            _hide(scores, hidden, batch, share)
+            if any(ctx.needs_input_grad):
+                largest = scores.amax(-1)
+                torch.softmax(scores, -1, out=scores)
+                peaks += largest, scores.amax(-1)
+            else:
+                torch.softmax(scores, -1, out=scores)
+            by_head[block] = _tokens(scores.to(query.dtype) @ values[:, seen], by_head[block])
+        ctx.save_for_backward(query, keys, values, documents, out, *peaks)
         ctx.scale = scale
-        return out.flatten(2)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         with spared():
-            query, keys, values, documents, out, *normalizers = ctx.saved_tensors
-            grad = grad.view_as(out)
-            groups = len(keys) // query.size(1)
-            share = query.size(2) // groups
+            query, keys, values, documents, out, *peaks = ctx.saved_tensors
+            batch, heads, dtype = query.size(1), query.size(2), query.dtype
+            share = heads * batch // len(keys)
+            grad, out = (x.unflatten(2, (heads, -1)) for x in (grad, out))
             # Two columns of ones: what they are multiplied by is subtracted within a product, which adds up in float32,
             # and so before the result is rounded.
             ones = keys.new_ones(*keys.shape[:2], 2)
             keys_and_ones, values_and_ones = torch.cat([keys, ones], -1), torch.cat([values, ones], -1)
             grad_query = torch.empty_like(query)
-            grad_keys, grad_values = (torch.zeros_like(x, dtype=normalizers[0].dtype) for x in (keys, values))
-            blocks = _blocks(query, groups, documents, query.dtype)
-            for normalizer, (block, seen, masked, mask) in zip(normalizers, blocks, strict=True):
+            grad_keys, grad_values = (torch.zeros_like(x, dtype=peaks[0].dtype) for x in (keys, values))
+            for largest, peak, (block, seen, hidden) in zip(
+                peaks[::2], peaks[1::2], _blocks(query, documents), strict=True
+            ):
                 queries, grads, outs = (_matrices(x[block], share) for x in (query, grad, out))
-                rows = _minus(queries, normalizer / ctx.scale)
-                logs = torch.baddbmm(rows.new_empty(()), rows, keys_and_ones[:, seen].mT, beta=0, alpha=ctx.scale)
-                logs[..., masked] += mask
-                probabilities = logs.exp_()
-                grad_values[:, seen] += probabilities.mT @ grads
-                along = (grads.to(normalizer.dtype) * outs).sum(-1)
-                grad_scores = (_minus(grads, along) @ values_and_ones[:, seen].mT).mul_(probabilities)
+                rows = _minus(queries, largest / ctx.scale)
+                scores = torch.baddbmm(rows.new_empty(()), rows, keys_and_ones[:, seen].mT, beta=0, alpha=ctx.scale)
+                _hide(scores, hidden, batch, share)
+                # A row's probabilities are these times its peak, which its gradient is multiplied by instead.
+                weights = scores.exp_()
+                grads = (grads * peak.unsqueeze(-1)).to(dtype)
+                along = (grads.to(peak.dtype) * outs).sum(-1)
+                grad_values[:, seen] += weights.mT @ grads
+                grad_scores = (_minus(grads, along) @ values_and_ones[:, seen].mT).mul_(weights)
                 grad_query[block] = _tokens(grad_scores @ keys[:, seen], query[block])
                 grad_keys[:, seen] += grad_scores.mT @ queries
             grad_key, grad_value = (
-                x.to(query.dtype).unflatten(0, (-1, groups)).permute(2, 0, 1, 3)
+                x.to(dtype).unflatten(0, (batch, -1)).permute(2, 0, 1, 3)
                 for x in (grad_keys.mul_(ctx.scale), grad_values)
             )
             return grad_query.mul_(ctx.scale), grad_key, grad_value, None, None
@@ -116,28 +123,25 @@ def _minus(rows: Tensor, subtracted: Tensor) -> Tensor:
     return torch.cat([rows, -torch.stack([rounded, rest], -1)], -1)
 
 
-def _blocks(
-    query: Tensor, groups: int, documents: Tensor | None, dtype: torch.dtype
-) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """For each block of queries: its tokens, those it may see, those of them that a mask is for, and the mask.
+def _blocks(query: Tensor, documents: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
+    """For each block of queries: its tokens, those up to its last one, and which of the last of these are hidden.
 
-    The mask is added to scores: 0 or `-inf`, and spreads over `[batch * groups, rows of the block, masked]`.
+    What is hidden is `[batch or 1, tokens of the block, last tokens]`; all tokens before the last ones are seen.
     """
-    seq, share = len(query), query.size(2) // groups
+    seq = len(query)
     later = torch.ones(min(seq, _BLOCK), min(seq, _BLOCK), dtype=torch.bool, device=query.device).triu(1)
-    mask = _minus_infinity(later, dtype).repeat_interleave(share, 0)
     for start in range(0, seq, _BLOCK):
         end = min(start + _BLOCK, seq)
-        size = end - start
-        if documents is None:
-            # All that came before the block is seen.
-            yield slice(start, end), slice(end), slice(start, end), mask[: size * share, :size]
-            continue
-        apart = documents[:, start:end, None] != documents[:, None, :end]
-        apart[..., start:] |= later[:size, :size]
-        of_block = _minus_infinity(apart, dtype).repeat_interleave(groups, 0).repeat_interleave(share, 1)
-        yield slice(start, end), slice(end), slice(end), of_block
+        hidden = later[None, : end - start, : end - start]
+        if documents is not None:
+            of_block = hidden
+            hidden = documents[:, start:end, None] != documents[:, None, :end]
+            hidden[..., start:] |= of_block
+        yield slice(start, end), slice(end), hidden
 
 
-def _minus_infinity(where: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(where, dtype=dtype).masked_fill_(where, -torch.inf)
+def _hide(scores: Tensor, hidden: Tensor, batch: int, share: int) -> None:
+    """Set to `-inf` what is hidden, in scores `[batch * groups, tokens * share, tokens seen]`."""
+    last = scores[..., -hidden.size(-1) :]
+    last = last.unflatten(0, (batch, -1)).unflatten(2, (-1, share))
+    last.masked_fill_(hidden[:, None, :, None], -torch.inf)

@@ -48,9 +48,9 @@ GPUS = {
 # assumption: NCCL's buffers, the workspaces of cuBLAS and Transformer Engine, and what the allocator cannot use.
 _RESERVE = 3 * GIB
 
-# Copies of a chunk's logits in float32: in the loss as the papers have it, `work` of `linear_losses._kl_chunk`, and one
-# more at a temperature.
-_PLAIN_COPIES = 3
+# Copies of a chunk's logits in float32, `work` of `linear_losses._kl_chunk`: the student's for cross-entropy, and for a
+# forward KL the teacher's and their difference too. A temperature takes one more.
+_LM_COPIES, _KL_COPIES = 1, 3
 # In any other divergence, by autograd: as many as were alive at once on the CPU for the greediest, jensen_shannon.
 _OTHER_COPIES = 12
 
@@ -349,8 +349,8 @@ def _loss(student: ModelShape, teacher: ModelShape | None, config: DistillConfig
     tokens = config.micro_batch * config.data.sequence_length
     rows, size = student.padded_vocab // layout.tensor, _BYTES[config.dtype]
     logits = config.loss.logits
-    copies = _PLAIN_COPIES + (logits.temperature != 1) if logits.is_whole_forward_kl else _OTHER_COPIES
-    per_logit = size + _FLOAT32 * (copies if teacher else _PLAIN_COPIES)
+    copies = _KL_COPIES + (logits.temperature != 1) if logits.is_whole_forward_kl else _OTHER_COPIES
+    per_logit = size + _FLOAT32 * (copies if teacher else _LM_COPIES)
     # The last hidden states and their gradient, of all tokens; under sequence parallelism they are gathered.
     states = (3 if layout.sequence else 2) * tokens * student.hidden * size
     if teacher:

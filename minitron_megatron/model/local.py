@@ -1,4 +1,4 @@
-"""Building blocks of the local layer spec, used where Transformer Engine is not: on the CPU.
+"""Building blocks of the local layer spec, used where Transformer Engine is not: on the CPU, and on CUDA without it.
 
 Megatron-Core's own local blocks refuse sequence parallelism and zero-centred norms, and its attention
 materialises the score matrix. These do neither, and keep the parameter names.
@@ -170,7 +170,7 @@ class Norm(torch.nn.Module):
 
 
 class CausalAttention(MegatronModule):
-    """Megatron-Core's core attention, on `causal_attention`."""
+    """Causal attention that keeps no score matrix: torch's on CUDA, and on the CPU what is faster there."""
 
     def __init__(
         self,
@@ -199,5 +199,21 @@ class CausalAttention(MegatronModule):
         Returns:
             `[seq, batch, heads/tp * head_dim]`.
         """
-        scale = query.size(-1) ** -0.5 if self.softmax_scale is None else self.softmax_scale
-        return causal_attention(query, key, value, attention_mask, scale)
+        if not query.is_cuda:
+            scale = query.size(-1) ** -0.5 if self.softmax_scale is None else self.softmax_scale
+            return causal_attention(query, key, value, attention_mask, scale)
+        if attention_mask is not None:
+            attention_mask = (attention_mask[:, None, :, None] == attention_mask[:, None, None, :]).tril()
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        # A view would keep the whole QKV projection alive for the backward pass.
+        value = value.contiguous()
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            is_causal=attention_mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)

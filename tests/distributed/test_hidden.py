@@ -39,7 +39,7 @@ LAYOUTS = {
     "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
 }
 # The teacher is wider and deeper: its layers lie on other stages than those of the student.
-TEACHER = {**LLAMA, "num_hidden_layers": 6, "hidden_size": 60, "num_attention_heads": 8}
+TEACHER = {**LLAMA, "num_hidden_layers": 6, "hidden_size": 56, "num_attention_heads": 8}
 # Its output weight is its embedding, whose copies on the first and the last stage have gradients of their own.
 STUDENT = {**LLAMA, "num_attention_heads": 8, "tie_word_embeddings": True}
 NARROW = {**TEACHER, "hidden_size": 48}

@@ -54,15 +54,16 @@ def test_documents_are_apart(seq):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("spread", [1, 10])
-def test_bf16_is_about_as_precise_as_torchs(spread):
-    """Scores of some tens, as trained models have, that were rounded to bf16 would be several times as far off."""
-    qkv = [x.bfloat16() for x in inputs(256, groups=2, share=3, head_dim=64, spread=spread)]
+@pytest.mark.parametrize(("seq", "spread"), [(256, 1), (256, 10), (1024, 0.3)])
+def test_bf16_is_about_as_precise_as_torchs(seq, spread):
+    """Scores of some tens, as trained models have, or logarithms of small probabilities that were rounded to bf16 would
+    be several times as far off."""
+    qkv = [x.bfloat16() for x in inputs(seq, groups=2, share=3, head_dim=64, spread=spread)]
     exact = with_gradients(torchs, qkv, torch.float64, scale=0.125)
     found, expected = (with_gradients(f, qkv, torch.bfloat16, scale=0.125) for f in (causal_attention, torchs))
     for ours, theirs, right in zip(found, expected, exact, strict=True):
         own_error, error = ((x - right).norm() / right.norm() for x in (ours, theirs))
-        assert own_error < max(1.5 * error, 4 * 2**-9)
+        assert own_error < max(1.5 * error, 2.5 * 2**-9)
 
 
 def test_nothing_else_is_kept_alive_for_the_backward_pass():

@@ -154,9 +154,7 @@ def test_activations_are_those_that_a_model_keeps(switches, recompute):
 
     with process_groups(ParallelConfig()) as groups:
         [model] = build_model(shape, groups, config.dtype, recompute)
-        # Where the CPU's backend takes bf16 products in float32, attention keeps its inputs in that.
-        as_on_gpus = torch._C.DisableTorchFunction()
-        with as_on_gpus, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = forward_hidden(model.train(), batch)
         for parameter in model.parameters():
             kept.pop(parameter.untyped_storage().data_ptr(), None)
@@ -171,6 +169,8 @@ def test_activations_are_those_that_a_model_keeps(switches, recompute):
         # SwiGLU is one function, which keeps no factor of its product.
         again = 2 * shape.hidden + shape.gated * (1 + (shape.activation is Activation.SILU)) * shape.ffn
         expected -= shape.num_layers * 2 * 256 * again * 2
+        # Of a row of scores the CPU's attention keeps the largest one and its probability, others one number.
+        expected += shape.num_layers * 2 * 256 * shape.num_heads * 4
     # Not counted are the tokens, the angles that cosines are of, and float32 copies of the norms' weights.
     assert expected == pytest.approx(measured, rel=0.025 if recompute else 0.005)
 
@@ -183,23 +183,25 @@ def test_the_loss_takes_what_it_took_on_an_h100():
         assert loss / GIB == pytest.approx(gib, rel=0.06)
 
 
-@pytest.mark.parametrize("divergence", list(Divergence))
-def test_a_loss_by_autograd_takes_no_more_than_estimated(divergence):
-    vocab, width, tokens, logits = 4096, 8, 64, LogitsConfig(divergence, temperature=2.0)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", [*Divergence, None])
+def test_a_loss_takes_no_more_than_estimated(divergence, temperature):
+    vocab, width, tokens, logits = 4096, 8, 64, LogitsConfig(divergence or Divergence.FORWARD_KL, temperature)
+    kd_weight, lm_weight = (1.0, 0.0) if divergence else (0.0, 1.0)
     narrow = SMALL.replace(hidden=width, vocab=vocab, padded_vocab=vocab)
-    run = settings(tokens, micro_batch=1, dtype=DType.FP32, loss=LossConfig(logits=logits))
+    run = settings(tokens, micro_batch=1, dtype=DType.FP32, loss=LossConfig(kd_weight, lm_weight, logits=logits))
     with process_groups(ParallelConfig()) as groups, _Peak() as peak:
         hidden, weight = torch.randn(tokens, width).requires_grad_(), torch.randn(vocab, width).requires_grad_()
-        teacher = Teacher(torch.randn(tokens, width), torch.randn(vocab, width))
+        teacher = Teacher(torch.randn(tokens, width), torch.randn(vocab, width)) if divergence else None
         before = peak.now
         labels, mask = torch.zeros(tokens, dtype=torch.long), torch.ones(tokens)
         group = groups.collection.tp
         loss, _ = linear_distillation_loss(
-            hidden, weight, labels, mask, group, vocab, teacher, 1.0, 0.0, tokens, logits
+            hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, tokens, logits
         )
         loss.backward()
     measured, expected = peak.most - before, estimate_memory(narrow, narrow, run, Layout()).loss
-    assert measured <= 1.001 * expected  # beside a few values per token
+    assert measured <= expected + 128 * tokens  # a few values per token
 
 
 def test_a_teacher_costs_what_is_done_with_it():
