@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import random
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -161,9 +160,6 @@ def main() -> None:
     )
     judge_all([call for name, arm in CORRECTIONS.items() for call in learning(name, arm, keep=True)])
     judge_all([call for name, arm in (ARMS | SUBSTITUTED_ARMS).items() for call in learning(name, arm)])
-    for name in CORRECTIONS:
-        for seed in args.seeds:
-            shutil.rmtree(folder_of(name, seed) / "checkpoints", ignore_errors=True)
     config = settings(models, work, ARMS["KL"], {**students, TEACHER: models.teacher}, work, 0, args.steps)
     results = {
         "machine": facts,
@@ -211,8 +207,8 @@ def prepare_substituted(folder: Path, models: Models) -> Path:
 def substitution(documents: list[str]) -> Callable[[str], str]:
     """What puts another word, always the same one, for every word of three letters or more.
 
-    A language of the corpus's own grammar, punctuation and markup, whose words do not mean what a model has learned; but
-    one in a hundred stands for itself.
+    A language of the corpus's own grammar, punctuation and markup, whose words do not mean what a model has learned (one
+    in a hundred does).
     """
     counts = Counter(word.lower() for document in documents for word in re.findall(WORD, document))
     words = sorted(counts, key=lambda word: (-counts[word], word))
