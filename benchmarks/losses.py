@@ -207,8 +207,8 @@ def prepare_substituted(folder: Path, models: Models) -> Path:
 def substitution(documents: list[str]) -> Callable[[str], str]:
     """What puts another word, always the same one, for every word of three letters or more.
 
-    A language of the corpus's own grammar, punctuation and markup, whose words do not mean what a model has learned (one
-    in a hundred does).
+    A language of the corpus's own grammar, punctuation and markup, whose words do not mean what a model has learned; of
+    one word in a hundred that is not true.
     """
     counts = Counter(word.lower() for document in documents for word in re.findall(WORD, document))
     words = sorted(counts, key=lambda word: (-counts[word], word))
