@@ -1,8 +1,8 @@
 """Causal attention on the CPU: by blocks of queries, on torch's matrix products.
 
-torch's own kernel for the CPU, that of `scaled_dot_product_attention`, takes about twice as long in bf16, forward and
-backward (docs/benchmarks.md). Like it these blocks keep for the backward pass the inputs, the output and a number for
-each row of scores, and not the scores.
+torch's own kernel for the CPU, that of `scaled_dot_product_attention`, takes more than half as long again in bf16
+(docs/benchmarks.md). Like it these blocks keep for the backward pass the inputs, the output and numbers for each row of
+scores, and not the scores.
 """
 
 import math

@@ -10,6 +10,7 @@ from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.parallel.collectives import failing_together, main_first
 from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.training import loop
 from tests.ranks import run_on_ranks
 
 
@@ -61,3 +62,12 @@ def test_an_error_reaches_every_rank(ranks):
 
 def test_ranks_may_wait_longer_than_nccl_does_by_itself(ranks):
     assert all(rank["timeout_s"] >= 12 * 3600 for rank in ranks)
+
+
+def say_largest():
+    with process_groups(ParallelConfig(tensor=2)) as groups:
+        assert loop._largest({"one": dist.get_rank(), "other": 7 - dist.get_rank()}, groups) == {"one": 1, "other": 7}
+
+
+def test_times_and_memory_are_those_of_the_rank_that_needs_most():
+    run_on_ranks(2, say_largest)
