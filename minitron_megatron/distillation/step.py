@@ -22,6 +22,7 @@ from minitron_megatron.distillation.hidden import HiddenLosses
 from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
 from minitron_megatron.errors import raise_if_any
 from minitron_megatron.parallel.collectives import sum_over
+from minitron_megatron.parallel.cpu import give_back_freed_memory
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch, forward_hidden, output_weight, run_forward, run_schedule
 
@@ -235,6 +236,8 @@ class TeacherStudent:
         teacher = None
         if state is not None:
             teacher = Teacher(self._whole_sequence(state), output_weight(self._last["teacher"]))
+        # What teacher and student left free is between all that the student keeps, and too small for logits.
+        give_back_freed_memory()
         loss, terms = linear_distillation_loss(
             self._whole_sequence(output),
             output_weight(self._last["student"]),

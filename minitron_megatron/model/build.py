@@ -24,7 +24,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
 from minitron_megatron.model.documents import documents_apart
-from minitron_megatron.model.local import CausalAttention, ColumnLinear, GatedActivation, Norm, RowLinear
+from minitron_megatron.model.local import (
+    CausalAttention,
+    ColumnLinear,
+    GatedActivation,
+    Norm,
+    RecomputedLinear,
+    RowLinear,
+)
 from minitron_megatron.model.megatron_args import NO_FIELD
 from minitron_megatron.model.shape import (
     Activation,
@@ -174,6 +181,9 @@ def layer_modules(config: TransformerConfig) -> tuple[ModuleSpec, type[torch.nn.
         mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
         if config.use_te_activation_func:
             mlp.activation_func = GatedActivation
+        # Where the whole layer is run again, this is.
+        if config.activation_func is F.silu and config.gated_linear_unit and config.recompute_granularity is None:
+            mlp.linear_fc1 = RecomputedLinear
     return layer, norm
 
 

@@ -17,15 +17,58 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from minitron_megatron.model.attention import causal_attention
-from minitron_megatron.parallel.cpu import in_blocks
+from minitron_megatron.parallel.cpu import in_blocks, spared
 
 
 def recomputed(function: Callable[..., Tensor], *args) -> Tensor:
-    """What a cheap function returns, which a linear layer behind it does not keep, but recomputes when it needs it."""
-    out = function(*args)
+    """What a function returns, which those that read it do not keep for the backward pass, but compute again.
+
+    Neither does the function keep an argument that is `recomputed` itself.
+    """
+    out = _keeping_no(args[0], function, *args)
     if out.requires_grad:
-        out.recompute = partial(function, *args)
+        out.recompute = partial(_again, function, *(getattr(arg, "recompute", arg) for arg in args))
     return out
+
+
+def _again(function: Callable[..., Tensor], *args) -> Tensor:
+    return function(*(arg() if isinstance(arg, partial | _ForTwo) else arg for arg in args))
+
+
+def _keeping_no(input_: Tensor, function: Callable, *args, **kwargs):
+    """Call a function that keeps its input for the backward pass, or what makes that again where it is `recomputed`."""
+    recompute = getattr(input_, "recompute", None)
+    if recompute is None:
+        return function(*args, **kwargs)
+
+    # The hook lives as long as what it returns, and must not hold the input itself.
+    kept = input_.data_ptr(), input_.shape
+
+    def keep(saved: Tensor) -> Tensor | partial | _ForTwo:
+        return recompute if (saved.data_ptr(), saved.shape) == kept else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, _unpack):
+        return function(*args, **kwargs)
+
+
+def _unpack(kept: "Tensor | partial | _ForTwo") -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    with torch.no_grad():
+        return kept()
+
+
+class _ForTwo:
+    """Makes a tensor for the first of two who ask for it, and has it for the second."""
+
+    def __init__(self, make: Callable[[], Tensor]):
+        self.make, self.made = make, None
+
+    def __call__(self) -> Tensor:
+        made, self.made = self.made, None
+        if made is None:
+            made = self.made = self.make()
+        return made
 
 
 class _RecomputesInput:
@@ -35,29 +78,23 @@ class _RecomputesInput:
     """
 
     def forward(self, input_: Tensor, *args, **kwargs):
-        recompute = getattr(input_, "recompute", None)
-        if recompute is None:
-            return super().forward(input_, *args, **kwargs)
-
-        # The hook lives as long as what it returns, and must not hold the input itself.
-        address = input_.data_ptr()
-
-        def keep(saved: Tensor) -> Tensor | partial:
-            return recompute if saved.data_ptr() == address else saved
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, _unpack):
-            return super().forward(input_, *args, **kwargs)
-
-
-def _unpack(kept: Tensor | partial) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
-    with torch.no_grad():
-        return kept()
+        return _keeping_no(input_, super().forward, input_, *args, **kwargs)
 
 
 class ColumnLinear(_RecomputesInput, ColumnParallelLinear):
     """Megatron-Core's, behind a norm."""
+
+
+class RecomputedLinear(ColumnLinear):
+    """The first of a gated MLP, whose output, half of what a layer would keep, takes a tenth of its products."""
+
+    def forward(self, input_: Tensor, *args, **kwargs):
+        out, bias = super().forward(input_, *args, **kwargs)
+        recompute = getattr(input_, "recompute", None)
+        if recompute is not None and out.requires_grad:
+            # Two read it: the activation, and the second linear layer through what the activation returns.
+            out.recompute = _ForTwo(lambda: ColumnParallelLinear.forward(self, recompute(), *args, **kwargs)[0])
+        return out, bias
 
 
 class RowLinear(_RecomputesInput, RowParallelLinear):
@@ -73,10 +110,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-        for x_part, out_part, scale_part in in_blocks(x, out, scale):
-            wide = x_part.float()
-            torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps), out=scale_part)
-            out_part.copy_((wide * scale_part).mul_(weight))
+        with spared():
+            for x_part, out_part, scale_part in in_blocks(x, out, scale):
+                wide = x_part.float()
+                torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps), out=scale_part)
+                out_part.copy_((wide * scale_part).mul_(weight))
         ctx.save_for_backward(x, weight, scale)
         return out
 
@@ -84,13 +122,14 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
         out, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        for grad_part, x_part, scale_part, out_part in in_blocks(grad, x, scale, out):
-            normed = x_part.float() * scale_part
-            wide = grad_part.float()
-            grad_weight += (wide * normed).flatten(0, -2).sum(0)
-            wide = wide * weight
-            along = torch.linalg.vecdot(wide, normed).unsqueeze(-1) / x.size(-1)
-            out_part.copy_(wide.sub_(normed.mul_(along)).mul_(scale_part))
+        with spared():
+            for grad_part, x_part, scale_part, out_part in in_blocks(grad, x, scale, out):
+                normed = x_part.float() * scale_part
+                wide = grad_part.float()
+                grad_weight += (wide * normed).flatten(0, -2).sum(0)
+                wide = wide * weight
+                along = torch.linalg.vecdot(wide, normed).unsqueeze(-1) / x.size(-1)
+                out_part.copy_(wide.sub_(normed.mul_(along)).mul_(scale_part))
         return out, grad_weight, None
 
 
@@ -118,19 +157,21 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         out = x.new_empty(*x.shape[:-1], x.size(-1) // 2)
-        for x_part, out_part in in_blocks(x, out):
-            gate, up = x_part.chunk(2, dim=-1)
-            torch.mul(F.silu(gate), up, out=out_part)
+        with spared():
+            for x_part, out_part in in_blocks(x, out):
+                gate, up = x_part.chunk(2, dim=-1)
+                torch.mul(F.silu(gate), up, out=out_part)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         [x] = ctx.saved_tensors
         out = torch.empty_like(x)
-        for grad_part, x_part, out_part in in_blocks(grad, x, out):
-            (gate, up), (grad_gate, grad_up) = x_part.chunk(2, dim=-1), out_part.chunk(2, dim=-1)
-            torch.ops.aten.silu_backward(grad_part * up, gate, grad_input=grad_gate)
-            torch.mul(F.silu(gate), grad_part, out=grad_up)
+        with spared():
+            for grad_part, x_part, out_part in in_blocks(grad, x, out):
+                (gate, up), (grad_gate, grad_up) = x_part.chunk(2, dim=-1), out_part.chunk(2, dim=-1)
+                torch.ops.aten.silu_backward(grad_part * up, gate, grad_input=grad_gate)
+                torch.mul(F.silu(gate), grad_part, out=grad_up)
         return out
 
 

@@ -135,6 +135,16 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def give_back_freed_memory() -> None:
+    """Have glibc give the kernel the pages that it keeps and nothing uses, which lie between those that are used.
+
+    To be called before a step is at its largest. A no-op where CUDA exists.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None and not torch.cuda.is_available():
+        trim(0)
+
+
 def _enter(mode: _OnCPU) -> None:
     """Enter a mode for good, and again for backward passes, which torch runs with it switched off."""
     run_backward = torch.autograd._engine_run_backward

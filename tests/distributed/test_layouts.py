@@ -130,8 +130,8 @@ def work(folder, layout: ParallelConfig):
             for name in scorings(layout)
         }
 
-        # One layout recomputes activations, which must not change anything either.
-        chunks = build_model(student.shape, groups, DType.FP32, recompute=layout.sequence)
+        # One layout runs whole layers again, which must not change anything either.
+        chunks = build_model(student.shape, groups, DType.FP32, recompute=layout.data is not None)
         load_weights(chunks, student, groups)
         teacher_chunks = [chunk.requires_grad_(False) for chunk in teacher_chunks]
         # Nor does it matter when gradients are added up.

@@ -37,31 +37,38 @@ def test_logits_are_those_of_transformers(config):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_what_norms_and_activations_return_is_made_again_and_not_kept(recompute, monkeypatch):
+def test_what_norms_and_gated_mlps_make_is_made_again_and_not_kept(recompute, monkeypatch):
     shape = shape_from_config(LLAMA)
     tokens = torch.randint(0, shape.vocab, (2, 8), generator=torch.Generator().manual_seed(2))
     with process_groups(ParallelConfig()) as groups:
         [model] = build_model(shape, groups, DType.FP32, recompute)
         load_weights([model], StateDict(shape, hf_model(**LLAMA).state_dict()), groups)
-        inputs = []
+        passing, products = [], []
         for name, module in model.named_modules():
             if name.endswith(("linear_qkv", "linear_fc1", "linear_fc2")):
-                module.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
+                module.register_forward_pre_hook(lambda module, args: passing.append(weakref.ref(args[0])))
+            if name.endswith("linear_fc1"):
+                module.register_forward_hook(lambda module, args, outputs: passing.append(weakref.ref(outputs[0])))
+        product = local.ColumnParallelLinear.forward
+        counted = lambda *args, **kwargs: products.append(1) or product(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(local.ColumnParallelLinear, "forward", counted)
 
         def run() -> list[torch.Tensor]:
             model.zero_grad()
             output = model(tokens, torch.arange(8).expand(2, -1), attention_mask=None)
-            alive.append(sum(one() is not None for one in inputs))
+            alive.append(sum(one() is not None for one in passing))
             output.square().sum().backward()
             return [parameter.grad.clone() for parameter in model.parameters()]
 
         alive = []
         found = run()
-        assert len(inputs) == 3 * shape.num_layers * (1 + recompute)
+        assert len(passing) == 4 * shape.num_layers * (1 + recompute)
+        # Queries, keys and values, and an MLP's first product; this one, or both with the layer, once more.
+        assert len(products) == (4 if recompute else 3) * shape.num_layers + 1
         monkeypatch.setattr(local, "recomputed", lambda function, *args: function(*args))
         expected = run()
     assert alive[0] == 0
-    assert recompute or alive[1] == 3 * shape.num_layers
+    assert recompute or alive[1] == 4 * shape.num_layers
     assert all(map(torch.equal, found, expected))
 
 

@@ -165,9 +165,9 @@ def test_activations_are_those_that_a_model_keeps(switches, recompute):
     if recompute:  # the layer that is run again in the backward pass is not there yet
         expected -= sum(sublayer_activations(shape, symbol, 2, 256, Layout(), config.dtype) for symbol in "*-")
     else:
-        # The CPU's layers make again what norms and gated activations return; Transformer Engine's keep it. And their
-        # SwiGLU is one function, which keeps no factor of its product.
-        again = 2 * shape.hidden + shape.gated * (1 + (shape.activation is Activation.SILU)) * shape.ffn
+        # The CPU's layers make again what norms and gated activations return, and with SwiGLU the MLP's first product;
+        # Transformer Engine's keep it. And their SwiGLU is one function, which keeps no factor of its product.
+        again = 2 * shape.hidden + shape.gated * (4 if shape.activation is Activation.SILU else 1) * shape.ffn
         expected -= shape.num_layers * 2 * 256 * again * 2
         # Of a row of scores the CPU's attention keeps the largest one and its probability, others one number.
         expected += shape.num_layers * 2 * 256 * shape.num_heads * 4
