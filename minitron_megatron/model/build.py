@@ -181,8 +181,9 @@ def layer_modules(config: TransformerConfig) -> tuple[ModuleSpec, type[torch.nn.
         mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
         if config.use_te_activation_func:
             mlp.activation_func = GatedActivation
-        # Where the whole layer is run again, this is.
-        if config.activation_func is F.silu and config.gated_linear_unit and config.recompute_granularity is None:
+        # Memory is what a CPU is short of; where whole layers are run again, this is, too.
+        is_swiglu = config.gated_linear_unit and config.activation_func is F.silu
+        if is_swiglu and not torch.cuda.is_available() and config.recompute_granularity is None:
             mlp.linear_fc1 = RecomputedLinear
     return layer, norm
 

@@ -86,7 +86,7 @@ class ColumnLinear(_RecomputesInput, ColumnParallelLinear):
 
 
 class RecomputedLinear(ColumnLinear):
-    """The first of a gated MLP, whose output, half of what a layer would keep, takes a tenth of its products."""
+    """The first of a gated MLP, whose output, which is half of what a layer would keep, is `recomputed` as well."""
 
     def forward(self, input_: Tensor, *args, **kwargs):
         out, bias = super().forward(input_, *args, **kwargs)
