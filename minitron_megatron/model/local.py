@@ -20,6 +20,19 @@ from minitron_megatron.model.attention import causal_attention
 from minitron_megatron.parallel.cpu import in_blocks, spared
 
 
+class _ForTwo:
+    """Makes a tensor for the first of two who ask for it, and has it for the second."""
+
+    def __init__(self, make: Callable[[], Tensor]):
+        self.make, self.made = make, None
+
+    def __call__(self) -> Tensor:
+        made, self.made = self.made, None
+        if made is None:
+            made = self.made = self.make()
+        return made
+
+
 def recomputed(function: Callable[..., Tensor], *args) -> Tensor:
     """What a function returns, which those that read it do not keep for the backward pass, but compute again.
 
@@ -51,24 +64,11 @@ def _keeping_no(input_: Tensor, function: Callable, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-def _unpack(kept: "Tensor | partial | _ForTwo") -> Tensor:
+def _unpack(kept: Tensor | partial | _ForTwo) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     with torch.no_grad():
         return kept()
-
-
-class _ForTwo:
-    """Makes a tensor for the first of two who ask for it, and has it for the second."""
-
-    def __init__(self, make: Callable[[], Tensor]):
-        self.make, self.made = make, None
-
-    def __call__(self) -> Tensor:
-        made, self.made = self.made, None
-        if made is None:
-            made = self.made = self.make()
-        return made
 
 
 class _RecomputesInput:
