@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from rich.console import Console
@@ -104,18 +105,53 @@ def _quietly(function: Callable, *args):
     return function(*args)
 
 
-def run_in_turn(cases: dict[str, Callable], repeats: int, *args) -> dict[str, list[dict]]:
-    """Run every case once, then every case again, and so on: what slows the machine for a while hits all alike.
+def run_in_turn(cases: dict[str, Callable], repeats: int, *args) -> dict[str, list[list[dict]]]:
+    """Run all cases at once, of which one works while the others wait: after each step it is the next one's turn.
+
+    What slows the machine for a while hits all cases alike, and the steps of a round can be compared.
+
+    Args:
+        cases: generator functions, each of which does a step between one `yield` and the next.
+        repeats: so many times, with fresh processes.
+        args: of every case.
 
     Returns:
-        what each case returned, a dict per repeat.
+        what the steps of each case yielded, by repeat.
+
+    Raises:
+        SystemExit: a case failed.
     """
-    results: dict[str, list[dict]] = {name: [] for name in cases}
+    results: dict[str, list[list[dict]]] = {name: [] for name in cases}
+    context = get_context("spawn")
     for repeat in range(repeats):
-        for name, function in cases.items():
-            with console.status(f"{name}, repeat {repeat + 1} of {repeats}"):
-                results[name].append(in_fresh_process(function, *args))
+        turns = {}
+        for name, case in cases.items():
+            turns[name], theirs = context.Pipe()
+            context.Process(target=_quietly, args=(_take_turns, theirs, case, *args), daemon=True).start()
+            theirs.close()
+            results[name].append([])
+        while turns:
+            for name, turn in list(turns.items()):
+                steps = results[name][-1]
+                with console.status(f"{name}, repeat {repeat + 1} of {repeats}, step {len(steps) + 1}"):
+                    turn.send("go on")
+                    try:
+                        found = turn.recv()
+                    except EOFError:
+                        raise SystemExit(f"{name} failed in step {len(steps) + 1}; its error stands above") from None
+                if found is None:
+                    del turns[name]
+                else:
+                    steps.append(found)
     return results
+
+
+def _take_turns(turn: Connection, case: Callable, *args) -> None:
+    turn.recv()
+    for found in case(*args):
+        turn.send(found)
+        turn.recv()
+    turn.send(None)
 
 
 def on_gpu() -> bool:

@@ -1,11 +1,12 @@
 """One distillation step of a pruned SmolLM2-135M: this project beside Hugging Face models and ModelOpt's loss.
 
 All cases run the same models (teacher: 30 layers, hidden 576, FFN 1536; student: 448 and 1152) on the same tokens with
-AdamW. Each runs in a process of its own, whose peak resident memory is measured.
+AdamW. Each runs in a process of its own, whose peak resident memory is measured, and all of them take turns by steps.
 """
 
 import statistics
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -42,13 +43,13 @@ MODELOPT, PLAIN = "HF + ModelOpt's loss", "HF + plain KL"
 GOAL, MODELOPT_GOAL = (1.4, 0.6), (1.7, 0.5)
 # Of the processor's time: with more than this to other processes, the times say nothing.
 MAX_OTHERS = 0.05
-COLUMNS = ["case", "tokens/s", "peak GiB", "GiB with models", "first loss"]
+COLUMNS = ["case", "tokens/s", "peak GiB", "GiB with models", "first loss", "ours: speed", "ours: memory"]
 PHASES = ["phase", "seconds", "share", "TFLOP", "TFLOP/s", "of the peak"]
 
 
 def main() -> None:
     options = parser(__doc__, repeats=3, threads=2)
-    options.add_argument("--steps", type=int, default=5, help="timed steps of each repeat")
+    options.add_argument("--steps", type=int, default=5, help="timed steps of each case in each repeat")
     options.add_argument("--warmup", type=int, default=2, help="steps before those; the first one allocates much")
     options.add_argument("--batch", type=int, default=4, help=f"sequences of {LENGTH} tokens in a step")
     options.add_argument("--profile", action="store_true", help="show instead where the time of one step of ours goes")
@@ -67,15 +68,15 @@ def main() -> None:
         print_table("the phases of a step", PHASES, profile_rows(found))
         console.print(about_profile({"machine": facts, **found}))
         return
-    runs = run_in_turn(CASES, args.repeats, models, tokens, args.warmup, args.threads)
+    runs = run_in_turn(CASES, args.repeats, models, tokens, args.threads)
     asked = {"batch": args.batch, "threads": args.threads, "steps": args.steps, "repeats": args.repeats}
-    results = {"machine": facts, **asked, "cases": summarise(runs), "runs": runs}
+    results = {"machine": facts, **asked, "warmup": args.warmup, "runs": runs}
+    check_losses(runs)
     write_results(NAME, results)
     print_table(f"{args.batch} x {LENGTH} tokens a step, {args.threads} threads", COLUMNS, rows(results))
     console.print(describe(facts))
-    for line in verdict(results["cases"]):
+    for line in verdict(results):
         console.print(line)
-    check_losses(results["cases"])
 
 
 def write_tokens(models: Models, path: Path, steps: int, batch: int) -> None:
@@ -94,7 +95,7 @@ def write_tokens(models: Models, path: Path, steps: int, batch: int) -> None:
     torch.save(torch.stack([torch.cat([b["tokens"], b["labels"][:, -1:]], dim=1) for b in batches]), path)
 
 
-def ours(recompute: bool, models: Models, tokens: Path, warmup: int, threads: int) -> dict:
+def ours(recompute: bool, models: Models, tokens: Path, threads: int) -> Iterator[dict]:
     """Teacher and student under Megatron-Core, as `training/loop.py` runs them: bf16 with float32 main weights."""
     import torch
 
@@ -113,7 +114,7 @@ def ours(recompute: bool, models: Models, tokens: Path, warmup: int, threads: in
             training.step()
             return result.kd_logits
 
-        return measure(step, read_tokens(tokens), warmup, loaded)
+        yield from measure(step, read_tokens(tokens), loaded)
 
 
 def read_tokens(path: Path):
@@ -158,7 +159,7 @@ def as_batch(tokens) -> dict:
     }
 
 
-def theirs(make_loss, models: Models, tokens: Path, warmup: int, threads: int, autocast: bool = False) -> dict:
+def theirs(make_loss, models: Models, tokens: Path, threads: int, autocast: bool = False) -> Iterator[dict]:
     """Hugging Face models in bf16, and AdamW on the bf16 parameters: fused, as transformers' Trainer asks for it.
 
     With `autocast` the student's weights, gradients and moments are float32 and its products bf16, which is what this
@@ -196,7 +197,7 @@ def theirs(make_loss, models: Models, tokens: Path, warmup: int, threads: int, a
         optimizer.step()
         return loss.item()
 
-    return measure(step, read_tokens(tokens), warmup, loaded)
+    yield from measure(step, read_tokens(tokens), loaded)
 
 
 def modelopt_loss():
@@ -230,90 +231,94 @@ CASES = {
     LEANER: partial(ours, True),
     MODELOPT: partial(theirs, modelopt_loss),
     PLAIN: partial(theirs, plain_loss),
+    # The goals are not measured against these: the softmaxes of the one are rounded to bf16, which ours are not, and
+    # the other keeps the student in float32, as we do and as the goals' alternatives do not.
     "HF + ModelOpt's loss in bf16": partial(theirs, modelopt_bf16_loss),
     "HF + plain KL, float32 student under autocast": partial(theirs, plain_loss, autocast=True),
 }
-# The goal is not measured against these: the softmaxes of the one are rounded to bf16, which ours are not, and the
-# other keeps the student in float32, as we do and as the goal's alternatives do not.
-BESIDE = ("HF + ModelOpt's loss in bf16", "HF + plain KL, float32 student under autocast")
 
 
-def measure(step, tokens, warmup: int, loaded_gib: float) -> dict:
-    """Run a step on each `[batch, length + 1]` of `tokens`, and time those after the warm-up."""
-    losses = [step(batch) for batch in tokens[:warmup]]
-    watch = Stopwatch()
-    for batch in tokens[warmup:]:
-        with watch:
-            losses.append(step(batch))
-    return {
-        "tokens_per_s": len(tokens[0]) * LENGTH / statistics.median(watch.seconds),
-        "peak_gib": memory_gib()["peak_gib"],
-        "loaded_gib": loaded_gib,
-        "first_loss": losses[0],
-        "losses": losses,
-        "seconds": watch.seconds,
-        "others_share": watch.others_share,
-    }
+def measure(step, tokens, loaded_gib: float) -> Iterator[dict]:
+    """Run a step on each `[batch, length + 1]` of `tokens`, and measure it."""
+    for batch in tokens:
+        with Stopwatch() as watch:
+            loss = step(batch)
+        yield {
+            "loss": loss,
+            "seconds": watch.seconds[0],
+            "others_share": watch.others_share,
+            "loaded_gib": loaded_gib,
+            "peak_gib": memory_gib()["peak_gib"],
+        }
 
 
-def summarise(runs: dict[str, list[dict]]) -> dict[str, dict]:
-    """Each case's medians and spreads over the repeats."""
-    keys = ("tokens_per_s", "peak_gib", "loaded_gib", "first_loss", "others_share")
-    return {name: {key: spread([run[key] for run in of_case]) for key in keys} for name, of_case in runs.items()}
-
-
-def rows(results: dict) -> list[list[str]]:
-    return [
-        [
-            name,
-            show_spread(case["tokens_per_s"], 0),
-            show_spread(case["peak_gib"], 2),
-            f"{case['loaded_gib']['median']:.2f}",
-            f"{case['first_loss']['median']:.4f}",
-        ]
-        for name, case in results["cases"].items()
-    ]
-
-
-def verdict(cases: dict[str, dict]) -> list[str]:
-    """Whether the goals are reached, by each of our cases alone: both have to be by the same one."""
-    others = (MODELOPT, PLAIN)
-    fastest = max(others, key=lambda name: cases[name]["tokens_per_s"]["median"])
-    leanest = min(others, key=lambda name: cases[name]["peak_gib"]["median"])
-    lines = []
-    busiest = max(case["others_share"]["max"] for case in cases.values())
-    if busiest > MAX_OTHERS:
-        lines.append(f"NOT A MEASUREMENT: other processes took up to {busiest:.0%} of the processor meanwhile.")
-    for name in (OURS, LEANER):
-        for faster, leaner, (least, most) in ((fastest, leanest, GOAL), (MODELOPT, MODELOPT, MODELOPT_GOAL)):
-            speed, memory = ratio(cases, name, faster, "tokens_per_s"), ratio(cases, name, leaner, "peak_gib")
-            beside = faster if faster == leaner else f"the faster one ({faster}) and the leaner one ({leaner})"
-            reached = "reached" if speed >= least and memory <= most else "not reached"
-            lines.append(
-                f"{name} beside {beside}: {speed:.2f} times the tokens/s in {memory:.2f} of the memory; goal of at "
-                f"least {least} and at most {most}: {reached}."
-            )
-        lines += [
-            f"Beside {other}: {ratio(cases, name, other, 'tokens_per_s'):.2f} times the tokens/s in "
-            f"{ratio(cases, name, other, 'peak_gib'):.2f} of the memory."
-            for other in BESIDE
-        ]
-    return lines
-
-
-def ratio(cases: dict[str, dict], one: str, other: str, key: str) -> float:
-    return cases[one][key]["median"] / cases[other][key]["median"]
-
-
-def check_losses(cases: dict[str, dict]) -> None:
-    """All cases must compute the same thing."""
-    losses = {name: case["first_loss"]["median"] for name, case in cases.items()}
+def check_losses(runs: dict[str, list[list[dict]]]) -> None:
+    """All cases must compute the same thing: the loss before anything has learned."""
+    losses = {name: of_case[0][0]["loss"] for name, of_case in runs.items()}
     if max(losses.values()) - min(losses.values()) > LOSS_TOLERANCE * losses[OURS]:
         raise SystemExit(f"the first losses differ by more than {LOSS_TOLERANCE:.0%}: {losses}")
 
 
+def timed(results: dict, name: str, key: str) -> list[float]:
+    """A value of every timed step of a case, over all repeats."""
+    return [step[key] for steps in results["runs"][name] for step in steps[results["warmup"] :]]
+
+
+def speed(results: dict, one: str, other: str) -> list[float]:
+    """How many times as fast each step of `one` was as the step of `other` in the same round."""
+    pairs = zip(timed(results, one, "seconds"), timed(results, other, "seconds"), strict=True)
+    return [theirs / ours for ours, theirs in pairs]
+
+
+def peaks(results: dict, name: str) -> list[float]:
+    """The peak memory of each repeat of a case, in GiB."""
+    return [steps[-1]["peak_gib"] for steps in results["runs"][name]]
+
+
+def memory(results: dict, one: str, other: str) -> float:
+    """The share that the median peak of `one` is of that of `other`."""
+    return statistics.median(peaks(results, one)) / statistics.median(peaks(results, other))
+
+
+def rows(results: dict) -> list[list[str]]:
+    tokens, found = results["batch"] * LENGTH, []
+    for name, [first, *_] in results["runs"].items():
+        beside = [show_spread(spread(speed(results, OURS, name)), 2), f"{memory(results, OURS, name):.2f}"]
+        found.append(
+            [
+                name,
+                show_spread(spread([tokens / seconds for seconds in timed(results, name, "seconds")]), 0),
+                show_spread(spread(peaks(results, name)), 2),
+                f"{first[0]['loaded_gib']:.2f}",
+                f"{first[0]['loss']:.4f}",
+                *(beside if name != OURS else ["–"] * 2),
+            ]
+        )
+    return found
+
+
+def verdict(results: dict) -> list[str]:
+    """Whether the goals are reached, by each of our cases alone: both have to be by the same one."""
+    lines = []
+    busiest = max(statistics.fmean(timed(results, name, "others_share")) for name in results["runs"])
+    if busiest > MAX_OTHERS:
+        lines.append(f"NOT A MEASUREMENT: other processes took up to {busiest:.0%} of the processor meanwhile.")
+    for name in (OURS, LEANER):
+        speeds = {other: statistics.median(speed(results, name, other)) for other in (MODELOPT, PLAIN)}
+        shares = {other: memory(results, name, other) for other in (MODELOPT, PLAIN)}
+        fastest, leanest = min(speeds, key=speeds.get), max(shares, key=shares.get)
+        for faster, leaner, (least, most) in ((fastest, leanest, GOAL), (MODELOPT, MODELOPT, MODELOPT_GOAL)):
+            beside = faster if faster == leaner else f"the faster one ({faster}) and the leaner one ({leaner})"
+            reached = "reached" if speeds[faster] >= least and shares[leaner] <= most else "not reached"
+            lines.append(
+                f"{name} beside {beside}: {speeds[faster]:.2f} times as fast in {shares[leaner]:.2f} of the memory; "
+                f"goal of at least {least} and at most {most}: {reached}."
+            )
+    return lines
+
+
 def in_markdown(results: dict) -> str:
-    lines = "\n".join(f"- {line}" for line in verdict(results["cases"]))
+    lines = "\n".join(f"- {line}" for line in verdict(results))
     return "\n\n".join([markdown_table(COLUMNS, rows(results)), lines, describe(results["machine"])])
 
 

@@ -5,6 +5,7 @@ folder, through lm-eval's own HFLM. The requests are those of a multiple-choice 
 of one whose choices are single tokens, and of a task that generates. Texts are the standard library's.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import (
@@ -43,7 +44,8 @@ def main() -> None:
         return
     facts = machine()
     checkpoint, folder = prepare_model(args.work)
-    found = run_in_turn({OURS: measure_ours, THEIRS: measure_theirs}, args.repeats, checkpoint, folder, args)
+    runs = run_in_turn({OURS: measure_ours, THEIRS: measure_theirs}, args.repeats, checkpoint, folder, args)
+    found = {name: [merge(steps) for steps in of_case] for name, of_case in runs.items()}
     check_equal(found)
     results = {
         "machine": facts,
@@ -102,22 +104,29 @@ def make_requests(tokenizer, args) -> dict[str, list]:
     }
 
 
-def measure(lm, tokenizer, args) -> dict:
-    """Requests per second by kind, and the answers."""
-    requests = make_requests(tokenizer, args)
-    found: dict = {"answers": {}}
-    watch = Stopwatch()
-    for kind, instances in requests.items():
+def measure(lm, tokenizer, args) -> Iterator[dict]:
+    """Requests per second of each kind, and the answers."""
+    for kind, instances in make_requests(tokenizer, args).items():
         answer = getattr(lm, instances[0].request_type)
         answer(instances[: args.batch // 2], disable_tqdm=True)  # what is done once
-        with watch:
+        with Stopwatch() as watch:
             answers = answer(instances, disable_tqdm=True)
-        found[kind] = len(instances) / watch.seconds[-1]
-        found["answers"][kind] = answers
-    return {**found, "peak_gib": memory_gib()["peak_gib"], "others_share": watch.others_share}
+        yield {
+            kind: len(instances) / watch.seconds[0],
+            "answers": {kind: answers},
+            "peak_gib": memory_gib()["peak_gib"],
+            "others_share": watch.others_share,
+        }
 
 
-def measure_ours(checkpoint: Path, folder: Path, args) -> dict:
+def merge(steps: list[dict]) -> dict:
+    """One repeat of a case: all kinds of requests together."""
+    found = {key: value for step in steps for key, value in step.items()}
+    answers = {kind: of_kind for step in steps for kind, of_kind in step["answers"].items()}
+    return {**found, "answers": answers, "others_share": max(step["others_share"] for step in steps)}
+
+
+def measure_ours(checkpoint: Path, folder: Path, args) -> Iterator[dict]:
     """The harness on the checkpoint."""
     import torch
 
@@ -144,10 +153,10 @@ def measure_ours(checkpoint: Path, folder: Path, args) -> dict:
             source.shape.max_positions,
             defaults,
         )
-        return measure(lm, tokenizer, args)
+        yield from measure(lm, tokenizer, args)
 
 
-def measure_theirs(checkpoint: Path, folder: Path, args) -> dict:
+def measure_theirs(checkpoint: Path, folder: Path, args) -> Iterator[dict]:
     """The harness on the exported model."""
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -156,7 +165,7 @@ def measure_theirs(checkpoint: Path, folder: Path, args) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[args.dtype]
     lm = HFLM(str(folder), dtype=dtype, device=device, batch_size=args.batch, softmax_dtype="float32")
-    return measure(lm, lm.tokenizer, args)
+    yield from measure(lm, lm.tokenizer, args)
 
 
 def check_equal(found: dict[str, list[dict]]) -> None:
