@@ -49,7 +49,7 @@ PHASES = ["phase", "seconds", "share", "TFLOP", "TFLOP/s", "of the peak"]
 
 def main() -> None:
     options = parser(__doc__, repeats=3, threads=2)
-    options.add_argument("--steps", type=int, default=5, help="timed steps of each case in each repeat")
+    options.add_argument("--steps", type=int, default=8, help="timed steps of each case in each repeat")
     options.add_argument("--warmup", type=int, default=2, help="steps before those; the first one allocates much")
     options.add_argument("--batch", type=int, default=4, help=f"sequences of {LENGTH} tokens in a step")
     options.add_argument("--profile", action="store_true", help="show instead where the time of one step of ours goes")
