@@ -135,7 +135,8 @@ class HiddenConfig:
         loss: how far two states are apart.
         points: where they are taken.
         map: which layers belong together.
-        pairs: instead of the map, student's and teacher's layers, from 0: [[0,1],[1,3]].
+        pairs: instead of the map, student's and teacher's layers, from 0: [[0,1],[1,3]]. In a network that has lost
+            single sublayers each sublayer is a layer.
         projection: a linear map from the student's width to the teacher's, trained with the student.
     """
 

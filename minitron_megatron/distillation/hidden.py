@@ -9,7 +9,7 @@ adds the loss's gradient to the state's. So neither schedules nor the messages b
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -22,18 +22,21 @@ from torch import Tensor
 
 from minitron_megatron.config.loss import HiddenConfig, HiddenLoss, LayerMap, Point, Projection
 from minitron_megatron.model.axes import PROJECTIONS
-from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
 from minitron_megatron.parallel.collectives import gather_objects, sum_over
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.layout import Layout, layers_per_stage
 from minitron_megatron.parallel.schedule import Batch, own_tokens
 
 SHARED = "shared"
+# The sublayer that a layer needs for a point to be there.
+_SUBLAYERS = {Point.ATTENTION: ATTENTION, Point.MLP: MLP}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two states that shall become alike: of a student's layer and a teacher's, which count from 0."""
+    """Two states that shall become alike: of a student's layer and a teacher's, which count from 0 as Megatron-Core's
+    layers do."""
 
     point: Point
     student: int
@@ -50,19 +53,31 @@ class Pair:
         return name if self.point is Point.EMBEDDING else f"{name}_{self.student}_{self.teacher}"
 
 
-def resolve_pairs(config: HiddenConfig, student_layers: int, teacher_layers: int) -> list[Pair]:
-    """The pairs that a configuration asks for, of networks with so many layers."""
+def resolve_pairs(config: HiddenConfig, student: Sequence[str], teacher: Sequence[str]) -> list[Pair]:
+    """The pairs that a configuration asks for.
+
+    Args:
+        config: which.
+        student, teacher: the sublayers in each layer (`ModelShape.megatron_layers`). Of a pair that is named, points
+            that one of both layers does not have are left out.
+    """
     if config.pairs is not None:
         layers = [tuple(pair) for pair in config.pairs]
     elif config.map is LayerMap.UNIFORM:
-        ends = [(layer + 1) * teacher_layers / student_layers for layer in range(student_layers)]
+        ends = [(layer + 1) * len(teacher) / len(student) for layer in range(len(student))]
         layers = [(layer, max(round(end), 1) - 1) for layer, end in enumerate(ends)]
     else:
-        shift = teacher_layers - student_layers
-        layers = [(layer, layer + shift) for layer in range(student_layers) if layer + shift >= 0]
+        shift = len(teacher) - len(student)
+        layers = [(layer, layer + shift) for layer in range(len(student)) if layer + shift >= 0]
     pairs = []
     for point in config.points:
-        pairs += [Pair(point, 0, 0)] if point is Point.EMBEDDING else [Pair(point, *layer) for layer in layers]
+        if point is Point.EMBEDDING:
+            pairs.append(Pair(point, 0, 0))
+        else:
+            needed = _SUBLAYERS.get(point, "")
+            pairs += [
+                Pair(point, own, other) for own, other in layers if needed in student[own] and needed in teacher[other]
+            ]
     return pairs
 
 
@@ -71,21 +86,30 @@ def hidden_problems(config: HiddenConfig, student: ModelShape, teacher: ModelSha
     if not config.weight:
         return []
     found = []
-    for role, shape in (("student", student), ("teacher", teacher)):
-        if not shape.is_uniform:
-            found.append(
-                f"loss.hidden.weight = {config.weight}, and {role}.pattern = {shape.pattern!r} is not '*-' repeated, "
-                f"so that there are no layers to compare: set it to 0"
-            )
-    if found:
-        return found
+    shapes = {"student": student, "teacher": teacher}
+    layers = {role: shape.megatron_layers for role, shape in shapes.items()}
+    if config.pairs is None and set(config.points) != {Point.EMBEDDING}:
+        found += [
+            f"loss.hidden.map = {config.map.value} needs whole layers, and {role}.pattern = {shape.pattern!r} is not "
+            f"'*-' repeated: name loss.hidden.pairs, where each sublayer of this network counts as a layer"
+            for role, shape in shapes.items()
+            if not shape.is_uniform
+        ]
     for pair in config.pairs or ():
-        for role, layer, shape in (("student", pair[0], student), ("teacher", pair[1], teacher)):
-            if not 0 <= layer < shape.num_layers:
-                found.append(
-                    f"loss.hidden.pairs has {list(pair)}, and the {role} has layers 0 to {shape.num_layers - 1}: name "
-                    f"one of these"
-                )
+        outside = [
+            f"loss.hidden.pairs has {list(pair)}, and the {role} has layers 0 to {len(layers[role]) - 1}: name one of "
+            f"these"
+            for role, layer in zip(layers, pair, strict=True)
+            if not 0 <= layer < len(layers[role])
+        ]
+        found += outside
+        if not outside and not resolve_pairs(replace(config, pairs=[pair]), *layers.values()):
+            own, other = (of[layer] for of, layer in zip(layers.values(), pair, strict=True))
+            found.append(
+                f"loss.hidden.pairs has {list(pair)}: the student's layer is {own!r}, the teacher's {other!r} ('*' is "
+                f"attention, '-' an MLP), and loss.hidden.points = {', '.join(point.value for point in config.points)} "
+                f"is not in both; name other layers, or add the point layer"
+            )
     if student.hidden != teacher.hidden and config.projection is Projection.NONE:
         found.append(
             f"loss.hidden.projection = none, and student.hidden = {student.hidden} is not teacher.hidden = "
@@ -108,7 +132,7 @@ def add_projections(
     """
     if not config.weight or config.projection is Projection.NONE:
         return
-    pairs = resolve_pairs(config, student.num_layers, teacher.num_layers)
+    pairs = resolve_pairs(config, student.megatron_layers, teacher.megatron_layers)
     own = [
         {pair.name: n for n, pair in enumerate(pairs) if _module([chunk], pair.point, pair.student) is not None}
         for chunk in chunks
@@ -117,7 +141,7 @@ def add_projections(
     if config.projection is Projection.SHARED:
         first = next((number for number, names in enumerate(own) if names), None)
         own = [{SHARED: 0} if number == first else {} for number in range(len(chunks))]
-        stages = sorted({_owner(pair.point, pair.student, student.num_layers, groups.layout) for pair in pairs})
+        stages = sorted({_owner(pair.point, pair.student, student, groups.layout) for pair in pairs})
         group = _stages_group(stages, groups) if len(stages) > 1 else None
     for chunk, names in zip(chunks, own, strict=True):
         if names:
@@ -194,7 +218,7 @@ class HiddenLosses:
         self.config = config
         self.groups = groups
         self.teacher_width = shapes[1].hidden
-        self.pairs = resolve_pairs(config, *(shape.num_layers for shape in shapes))
+        self.pairs = resolve_pairs(config, *(shape.megatron_layers for shape in shapes))
         modules = ((n, _module(student, pair.point, pair.student)) for n, pair in enumerate(self.pairs))
         self._students = {n: module for n, module in modules if module is not None}
         projections = {name: p for chunk in student for name, p in getattr(chunk, PROJECTIONS, {}).items()}
@@ -207,8 +231,8 @@ class HiddenLosses:
             {
                 (*pair.source, owner, target)
                 for pair in self.pairs
-                if (owner := _owner(*pair.source, shapes[1].num_layers, layout))
-                != (target := _owner(pair.point, pair.student, shapes[0].num_layers, layout))
+                if (owner := _owner(*pair.source, shapes[1], layout))
+                != (target := _owner(pair.point, pair.student, shapes[0], layout))
             }
         )
         self._group = _stages_group(range(layout.pipeline), groups) if self._routes else None
@@ -438,11 +462,11 @@ def _module(chunks: Sequence[GPTModel], point: Point, layer: int) -> torch.nn.Mo
     return None
 
 
-def _owner(point: Point, layer: int, num_layers: int, layout: Layout) -> int:
+def _owner(point: Point, layer: int, shape: ModelShape, layout: Layout) -> int:
     """The pipeline rank that has a state."""
     if point is Point.EMBEDDING:
         return 0
-    ends = accumulate(layers_per_stage(num_layers, layout.stages))
+    ends = accumulate(layers_per_stage(len(shape.megatron_layers), layout.stages))
     return next(stage for stage, end in enumerate(ends) if layer < end) % layout.pipeline
 
 

@@ -14,7 +14,7 @@ from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.loss import Balance, HiddenConfig, HiddenLoss, LayerMap, LossConfig, Point, Projection
 from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.data.samples import rank_batches
-from minitron_megatron.distillation.hidden import HiddenLosses, add_projections, resolve_pairs
+from minitron_megatron.distillation.hidden import HiddenLosses, add_projections, hidden_problems, resolve_pairs
 from minitron_megatron.distillation.losses import forward_kl
 from minitron_megatron.distillation.step import TeacherStudent
 from minitron_megatron.model.axes import PROJECTIONS
@@ -153,6 +153,10 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(case, single, many):
             assert close(gradient, projections[name][1]), name
 
 
+def layers(count):
+    return ["*-"] * count
+
+
 def states_of(model, tokens):
     """Logits, and the hidden states by point and layer."""
     seen, hooks = {}, []
@@ -189,7 +193,7 @@ def test_a_step_is_the_plain_loss_on_transformers_models(case, single):
 
     projections = {name: weight.clone().requires_grad_() for name, (weight, _) in found["projections"].items()}
     distances = []
-    for pair in resolve_pairs(config, 4, 6):
+    for pair in resolve_pairs(config, layers(4), layers(6)):
         state, other = ours[pair.point, pair.student], theirs[pair.point, pair.teacher]
         if projections:
             state = state @ projections.get(pair.name, projections.get("shared")).T
@@ -276,23 +280,24 @@ def test_copies_of_a_shared_projection_learn_from_all_stages_and_replicas(virtua
 
 
 def test_maps_of_layers():
-    def layers(student, teacher, **settings):
-        return [(p.student, p.teacher) for p in resolve_pairs(HiddenConfig(1.0, **settings), student, teacher)]
+    def places(student, teacher, **settings):
+        pairs = resolve_pairs(HiddenConfig(1.0, **settings), layers(student), layers(teacher))
+        return [(pair.student, pair.teacher) for pair in pairs]
 
-    assert layers(4, 8) == [(0, 1), (1, 3), (2, 5), (3, 7)]
-    assert layers(3, 8) == [(0, 2), (1, 4), (2, 7)]
-    assert layers(2, 2) == [(0, 0), (1, 1)]
+    assert places(4, 8) == [(0, 1), (1, 3), (2, 5), (3, 7)]
+    assert places(3, 8) == [(0, 2), (1, 4), (2, 7)]
+    assert places(2, 2) == [(0, 0), (1, 1)]
     end = dict(map=LayerMap.END_ALIGNED)
-    assert layers(3, 8, **end) == [(0, 5), (1, 6), (2, 7)]
-    assert layers(4, 2, **end) == [(2, 0), (3, 1)]
-    assert layers(4, 8, pairs=[[3, 0]]) == [(3, 0)]
-    every = resolve_pairs(HiddenConfig(1.0, points=[Point.EMBEDDING, Point.MLP], pairs=[[1, 2]]), 4, 8)
+    assert places(3, 8, **end) == [(0, 5), (1, 6), (2, 7)]
+    assert places(4, 2, **end) == [(2, 0), (3, 1)]
+    assert places(4, 8, pairs=[[3, 0]]) == [(3, 0)]
+    every = resolve_pairs(HiddenConfig(1.0, points=[Point.EMBEDDING, Point.MLP], pairs=[[1, 2]]), layers(4), layers(8))
     assert [pair.name for pair in every] == ["embedding", "mlp_1_2"]
+    of_sublayers = resolve_pairs(HiddenConfig(1.0, points=list(Point), pairs=[[0, 1], [1, 2]]), "*-", layers(3))
+    assert [p.name for p in of_sublayers] == ["layer_0_1", "layer_1_2", "attention_0_1", "mlp_1_2", "embedding"]
 
 
 def test_what_cannot_be_compared_is_named():
-    from minitron_megatron.distillation.hidden import hidden_problems
-
     student = shape_from_config(hf_model(**STUDENT).config.to_dict())
     teacher = replace(student, hidden=60, pattern="*-" * 6)
     found = hidden_problems(HiddenConfig(1.0, pairs=[[0, 6], [4, 5]]), student, teacher)
@@ -303,3 +308,20 @@ def test_what_cannot_be_compared_is_named():
         "to shared or per_pair",
     ]
     assert hidden_problems(HiddenConfig(0.0, pairs=[[9, 9]]), student, teacher) == []
+
+
+def test_a_network_without_whole_layers_has_pairs_alone():
+    teacher = shape_from_config(hf_model(**STUDENT).config.to_dict())
+    student = replace(teacher, pattern="*-*--*-")
+    assert hidden_problems(HiddenConfig(1.0), student, teacher) == [
+        "loss.hidden.map = uniform needs whole layers, and student.pattern = '*-*--*-' is not '*-' repeated: name "
+        "loss.hidden.pairs, where each sublayer of this network counts as a layer"
+    ]
+    assert hidden_problems(HiddenConfig(1.0, pairs=[[6, 3], [0, 0]]), student, teacher) == []
+    assert hidden_problems(HiddenConfig(1.0, points=[Point.EMBEDDING]), student, teacher) == []
+    assert hidden_problems(HiddenConfig(1.0, pairs=[[4, 2], [5, 2], [7, 4]], points=[Point.MLP]), student, teacher) == [
+        "loss.hidden.pairs has [5, 2]: the student's layer is '*', the teacher's '*-' ('*' is attention, '-' an MLP), "
+        "and loss.hidden.points = mlp is not in both; name other layers, or add the point layer",
+        "loss.hidden.pairs has [7, 4], and the student has layers 0 to 6: name one of these",
+        "loss.hidden.pairs has [7, 4], and the teacher has layers 0 to 3: name one of these",
+    ]

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.utils import unwrap_model
 
 from minitron_megatron.checkpoint.load import load_weights, local_parameters
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import SHAPE, Checkpoint
 from minitron_megatron.checkpoint.source import instances, take
 from minitron_megatron.checkpoint.writer import write_checkpoint
-from minitron_megatron.config.loss import LossConfig
+from minitron_megatron.config.loss import HiddenConfig, HiddenLoss, LossConfig, Point
 from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.data.samples import rank_batches
 from minitron_megatron.model.axes import axis_sizes, parameters
@@ -34,11 +35,13 @@ LAYOUTS = {
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
     "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
 }
-LOSS = LossConfig(kd_logits_weight=0.7, lm_weight=0.4)
+# With pairs on the same stage and on different ones. The attention is compared at one of its layers, the MLP at three.
+HIDDEN = HiddenConfig(0.5, loss=HiddenLoss.SQUAREHEAD, points=list(Point), pairs=[[1, 0], [4, 1], [5, 2], [6, 3]])
+LOSS = LossConfig(kd_logits_weight=0.7, lm_weight=0.4, hidden=HIDDEN)
 PATTERN = "*-*--*-"
 WITH_ANOTHER = layers_pattern(4)  # the same sublayers, and an attention before the third MLP
 ANOTHER = 2  # its number among the attentions
-MICRO_BATCH, SEQUENCE = 2, 16
+BATCHES = list(rank_batches(Samples(8, 16, 101), 0, 8, 2, 0, 1))
 
 
 class RandomWeights:
@@ -129,39 +132,51 @@ def test_an_attention_that_adds_nothing_changes_nothing(folder):
 
 def work(folder, name):
     """A step of training in a layout, saved and loaded, by one of its ranks."""
-    from minitron_megatron.distillation.step import TeacherStudent
-    from minitron_megatron.training.optimizer import optimization
     from minitron_megatron.training.state import RunState, load_state, save_state
 
-    checkpoint, teacher = Checkpoint(folder / "student"), Checkpoint(folder / "teacher")
-    shape = checkpoint.shape
-    samples = Samples(8, SEQUENCE, shape.vocab)
-    batches = list(rank_batches(samples, 0, 8, MICRO_BATCH, 0, 1))
+    checkpoint = Checkpoint(folder / "student")
     with process_groups(LAYOUTS[name]) as groups:
-        # Weights from another seed, so that the teacher is not the student.
-        teacher_chunks = build_model(teacher.shape, groups, DType.FP32)
-        load_weights(teacher_chunks, Doubled(teacher), groups)
         found = {}
         for attempt in ("first", "again"):
-            chunks = build_model(shape, groups, DType.FP32, recompute=groups.layout.sequence)
-            load_weights(chunks, checkpoint, groups)
-            training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
-            pair = TeacherStudent(training.chunks, teacher_chunks, groups, LOSS, shape.vocab)
+            pair, training = teacher_and_student(folder, checkpoint, LOSS, groups)
             if attempt == "first":
-                training.zero_grad()
-                result = pair.train(batches)
+                result = pair.train(BATCHES)
                 found["gradients"] = [
-                    (param.name, layer, index, parameter.main_grad.clone())
-                    for chunk in chunks
-                    for parameter, param, layer, index in local_parameters(chunk, shape, groups)
+                    (param.name, layer, index, gradient)
+                    for param, layer, index, gradient in gradients(training.chunks, checkpoint.shape, groups)
                 ]
-                found["step"] = (result.kd_logits, result.lm, training.grad_norm(), training.step())
+                values = (result.kd_logits, result.lm, *result.of_pairs.values())
+                found["step"] = (*values, training.grad_norm(), training.step())
                 save_state(folder / name, RunState(step=1), {"": training})
             else:
                 assert load_state(folder / name, {"": training}).step == 1
-            result = pair.evaluate(batches)
-            found[attempt] = (result.kd_logits, result.lm)
+            result = pair.evaluate(BATCHES)
+            found[attempt] = (result.kd_logits, result.lm, *result.of_pairs.values())
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")
+
+
+def teacher_and_student(folder, student, loss, groups):
+    """A student with the teacher of a folder, and the student's optimiser, its gradients at zero."""
+    from minitron_megatron.distillation.hidden import HiddenLosses
+    from minitron_megatron.distillation.step import TeacherStudent
+    from minitron_megatron.training.optimizer import optimization
+
+    teacher = Checkpoint(folder / "teacher")
+    teacher_chunks = build_model(teacher.shape, groups, DType.FP32)
+    load_weights(teacher_chunks, Doubled(teacher), groups)  # so that the teacher is not the student
+    chunks = build_model(student.shape, groups, DType.FP32, recompute=groups.layout.sequence)
+    load_weights(chunks, student, groups)
+    training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+    training.zero_grad()
+    hidden = HiddenLosses(loss.hidden, chunks, teacher_chunks, (student.shape, teacher.shape), groups)
+    return TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.shape.vocab, hidden), training
+
+
+def gradients(chunks, shape, groups):
+    """This rank's part of the gradient of every parameter, and what it is a part of."""
+    for chunk in unwrap_model(chunks):
+        for parameter, param, layer, index in local_parameters(chunk, shape, groups):
+            yield param, layer, index, parameter.main_grad.clone()
 
 
 class Doubled:
@@ -188,9 +203,10 @@ def test_a_step_does_not_depend_on_the_layout_and_is_saved(folder, single, name)
     missing = set(expected)
     for rank in range(num_ranks):
         found = torch.load(folder / f"{name}_{rank}.pt", weights_only=False)
+        assert len(found["first"]) == 2 + 4 + 1 + 3 + 1  # two of predictions; at layers, attention, MLPs and embedding
         for what in ("step", "first"):
             np.testing.assert_allclose(found[what], single[what], rtol=1e-5)
-        assert found["again"] == found["first"] != found["step"][:2]
+        assert found["again"] == found["first"] != found["step"][:-2]
         for key, layer, index, gradient in found["gradients"]:
             whole = expected[key, layer]
             assert whole.abs().max() > 0, key
@@ -200,6 +216,33 @@ def test_a_step_does_not_depend_on_the_layout_and_is_saved(folder, single, name)
     shape = Checkpoint(folder / "student").shape
     (folder / name / SHAPE).write_text(json.dumps(shape.to_dict()))
     assert Checkpoint(folder / name).iteration == 1  # and whole, or it would not open
+
+
+# Layers of the network in `PATTERN`, and the same ones of the network with an attention more.
+SAME_PAIRS = {
+    "behind MLPs": ([Point.LAYER, Point.MLP], [[1, 0], [3, 2], [4, 1], [6, 3]], [[0, 0], [1, 2], [2, 1], [3, 3]]),
+    "attentions": ([Point.ATTENTION], [[0, 1], [5, 2]], [[0, 1], [3, 2]]),
+}
+
+
+@pytest.mark.parametrize("case", SAME_PAIRS)
+def test_hidden_losses_are_those_of_the_network_with_an_attention_that_adds_nothing(folder, case):
+    points, *pairs = SAME_PAIRS[case]
+    losses, found = [], []
+    with process_groups(ParallelConfig()) as groups:
+        for name, of_network in zip(("student", "teacher"), pairs, strict=True):
+            hidden = HiddenConfig(0.5, loss=HiddenLoss.MSE, points=points, pairs=of_network)
+            student = Checkpoint(folder / name)
+            pair, training = teacher_and_student(folder, student, LossConfig(hidden=hidden), groups)
+            losses.append(list(pair.train(BATCHES).of_pairs.values()))
+            found.append({(p.parts[0].name, n): g for p, n, _, g in gradients(training.chunks, student.shape, groups)})
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert min(losses[0]) > 0
+    own, other = found
+    attentions = {p.parts[0].name for p in parameters(Checkpoint(folder / "student").shape) if p.sublayer == ATTENTION}
+    for (name, number), gradient in own.items():
+        twin = other[name, number + 1 if name in attentions and number >= ANOTHER else number]
+        torch.testing.assert_close(gradient, twin, rtol=1e-4, atol=1e-5 * twin.abs().max().item())
 
 
 def write_on(folder, name):
