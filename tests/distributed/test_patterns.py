@@ -14,7 +14,7 @@ from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import SHAPE, Checkpoint
 from minitron_megatron.checkpoint.source import instances, take
 from minitron_megatron.checkpoint.writer import write_checkpoint
-from minitron_megatron.config.loss import HiddenConfig, HiddenLoss, LossConfig, Point
+from minitron_megatron.config.loss import HiddenConfig, HiddenLoss, LossConfig, Point, Projection
 from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.data.samples import rank_batches
 from minitron_megatron.model.axes import axis_sizes, parameters
@@ -36,7 +36,13 @@ LAYOUTS = {
     "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
 }
 # With pairs on the same stage and on different ones. The attention is compared at one of its layers, the MLP at three.
-HIDDEN = HiddenConfig(0.5, loss=HiddenLoss.SQUAREHEAD, points=list(Point), pairs=[[1, 0], [4, 1], [5, 2], [6, 3]])
+HIDDEN = HiddenConfig(
+    0.5,
+    loss=HiddenLoss.SQUAREHEAD,
+    points=list(Point),
+    pairs=[[1, 0], [4, 1], [5, 2], [6, 3]],
+    projection=Projection.SHARED,
+)
 LOSS = LossConfig(kd_logits_weight=0.7, lm_weight=0.4, hidden=HIDDEN)
 PATTERN = "*-*--*-"
 WITH_ANOTHER = layers_pattern(4)  # the same sublayers, and an attention before the third MLP
@@ -157,7 +163,7 @@ def work(folder, name):
 
 def teacher_and_student(folder, student, loss, groups):
     """A student with the teacher of a folder, and the student's optimiser, its gradients at zero."""
-    from minitron_megatron.distillation.hidden import HiddenLosses
+    from minitron_megatron.distillation.hidden import HiddenLosses, add_projections
     from minitron_megatron.distillation.step import TeacherStudent
     from minitron_megatron.training.optimizer import optimization
 
@@ -166,9 +172,11 @@ def teacher_and_student(folder, student, loss, groups):
     load_weights(teacher_chunks, Doubled(teacher), groups)  # so that the teacher is not the student
     chunks = build_model(student.shape, groups, DType.FP32, recompute=groups.layout.sequence)
     load_weights(chunks, student, groups)
+    shapes = student.shape, teacher.shape
+    add_projections(chunks, loss.hidden, *shapes, groups, seed=5)
     training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
     training.zero_grad()
-    hidden = HiddenLosses(loss.hidden, chunks, teacher_chunks, (student.shape, teacher.shape), groups)
+    hidden = HiddenLosses(loss.hidden, chunks, teacher_chunks, shapes, groups)
     return TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.shape.vocab, hidden), training
 
 
