@@ -174,7 +174,7 @@ def layer_modules(config: TransformerConfig) -> tuple[ModuleSpec, type[torch.nn.
         layer.submodules.pre_mlp_layernorm = norm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = CausalAttention
-        attention.linear_qkv = ColumnLinear
+        attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = norm
         mlp = submodules_of(layer.submodules.mlp)

@@ -16,7 +16,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from minitron_megatron.model.attention import causal_attention
 from minitron_megatron.parallel.cpu import in_blocks, spared
 
 
@@ -58,7 +57,11 @@ def _keeping_no(input_: Tensor, function: Callable, *args, **kwargs):
     kept = input_.data_ptr(), input_.shape
 
     def keep(saved: Tensor) -> Tensor | partial | _ForTwo:
-        return recompute if (saved.data_ptr(), saved.shape) == kept else saved
+        if (saved.data_ptr(), saved.shape) == kept:
+            return recompute
+        # Kept as it is, the function's own output would keep the function alive, and that its output. Of a parameter
+        # Megatron-Core reads more than the values.
+        return saved if isinstance(saved, torch.nn.Parameter) else saved.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, _unpack):
         return function(*args, **kwargs)
@@ -98,7 +101,7 @@ class RecomputedLinear(ColumnLinear):
 
 
 class RowLinear(_RecomputesInput, RowParallelLinear):
-    """Megatron-Core's, behind an activation."""
+    """Megatron-Core's, behind an activation or attention."""
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -211,7 +214,7 @@ class Norm(torch.nn.Module):
 
 
 class CausalAttention(MegatronModule):
-    """Causal attention that keeps no score matrix: torch's on CUDA, and on the CPU what is faster there."""
+    """Causal attention, by torch's `scaled_dot_product_attention`, which keeps no score matrix."""
 
     def __init__(
         self,
@@ -240,14 +243,14 @@ class CausalAttention(MegatronModule):
         Returns:
             `[seq, batch, heads/tp * head_dim]`.
         """
+        # Contiguous, for a view would keep the whole QKV projection alive for the backward pass.
+        key, value = (x.permute(1, 2, 0, 3).contiguous() for x in (key, value))
         if not query.is_cuda:
-            scale = query.size(-1) ** -0.5 if self.softmax_scale is None else self.softmax_scale
-            return causal_attention(query, key, value, attention_mask, scale)
+            with spared():
+                return _attend_by_blocks(query, key, value, attention_mask, self.softmax_scale)
         if attention_mask is not None:
             attention_mask = (attention_mask[:, None, :, None] == attention_mask[:, None, None, :]).tril()
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        # A view would keep the whole QKV projection alive for the backward pass.
-        value = value.contiguous()
+        query = query.permute(1, 2, 0, 3)
         context = F.scaled_dot_product_attention(
             query,
             key,
@@ -258,3 +261,57 @@ class CausalAttention(MegatronModule):
             enable_gqa=query.size(1) != key.size(1),
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+# Queries at a time: with fewer of them the kernel's backward pass is slower, and with more it computes more that is
+# hidden.
+_QUERIES = 256
+
+
+def _attend_by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attend with a part of the queries at a time, to the keys up to its last one: half of all there are, on average.
+
+    torch's kernel for the CPU has no query groups, and computes scores that are hidden. So it is given a group's heads
+    as so many more queries of one head.
+
+    Args:
+        query: `[seq, batch, heads, head_dim]`.
+        key, value: `[batch, groups, seq, head_dim]`.
+        documents, scale: as in `CausalAttention`.
+
+    Returns:
+        `[seq, batch, heads * head_dim]`.
+    """
+    groups = key.size(1)
+    share = query.size(2) // groups
+    blocks = []
+    for start in range(0, len(query), _QUERIES):
+        # [batch, groups, queries * share, head_dim]
+        queries = query[start : start + _QUERIES].unflatten(2, (groups, share)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        seen = slice(start + queries.size(2) // share)
+        make_mask = partial(_mask, start, seen.stop, share, query.dtype, documents)
+        mask = make_mask()
+        mask.recompute = make_mask
+        blocks.append(
+            _keeping_no(
+                mask, F.scaled_dot_product_attention, queries, key[:, :, seen], value[:, :, seen], mask, scale=scale
+            )
+        )
+    return recomputed(partial(_joined, share), *blocks)
+
+
+def _mask(start: int, end: int, share: int, dtype: torch.dtype, documents: Tensor | None) -> Tensor:
+    """`-inf` where a query `start:end` does not see a key `:end`: `[queries * share, keys]`, for several documents
+    `[batch, 1, queries * share, keys]`."""
+    hidden = torch.ones(end - start, end, dtype=torch.bool).triu_(start + 1)
+    if documents is not None:
+        hidden = hidden | (documents[:, None, start:end, None] != documents[:, None, None, :end])
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return mask.repeat_interleave(share, -2)
+
+
+def _joined(share: int, *blocks: Tensor) -> Tensor:
+    """Blocks `[batch, groups, queries * share, head_dim]` as `[seq, batch, groups * share * head_dim]`."""
+    return torch.cat([block.unflatten(2, (-1, share)).permute(2, 0, 1, 3, 4) for block in blocks]).flatten(2)

@@ -1,10 +1,15 @@
-"""The CPU's attention against torch's own, and in bf16 both against float64."""
+"""The CPU's attention by blocks against torch's of everything at once, and in bf16 both against float64."""
+
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from minitron_megatron.model.attention import causal_attention
+from minitron_megatron.model import local
 
 
 def inputs(seq: int, groups: int, share: int, head_dim: int = 16, batch: int = 2, spread: float = 1.0) -> list:
@@ -13,6 +18,12 @@ def inputs(seq: int, groups: int, share: int, head_dim: int = 16, batch: int = 2
     query = spread * torch.randn(seq, batch, groups * share, head_dim)
     key, value = torch.randn(seq, batch, groups, 3 * head_dim)[..., head_dim:].chunk(2, dim=-1)
     return [query, key, value]
+
+
+def ours(query, key, value, documents, scale):
+    config = SimpleNamespace(context_parallel_size=1)
+    attention = local.CausalAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=scale)
+    return attention(query, key, value, documents)
 
 
 def torchs(query, key, value, documents, scale):
@@ -35,23 +46,23 @@ def with_gradients(attention, qkv, dtype, documents=None, scale=0.3) -> list[tor
     return [out.detach(), *(x.grad for x in qkv)]
 
 
-@pytest.mark.parametrize("seq", [1, 63, 64, 150])
+@pytest.mark.parametrize("seq", [1, 40, 256, 257, 600])
 @pytest.mark.parametrize(("groups", "share"), [(1, 1), (3, 1), (2, 3)])
 def test_output_and_gradients_are_torchs(seq, groups, share):
     qkv = inputs(seq, groups, share)
-    found, expected = (with_gradients(f, qkv, torch.float64) for f in (causal_attention, torchs))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    found, expected = (with_gradients(f, qkv, torch.float64) for f in (ours, torchs))
+    for own, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("seq", [40, 150])
+@pytest.mark.parametrize("seq", [40, 600])
 def test_documents_are_apart(seq):
     qkv = inputs(seq, groups=2, share=2)
     # One of them begins again later in a row, with the number that it had: what a row's mask says, not what it means.
     documents = torch.stack([torch.arange(seq) // 33, torch.arange(seq) // 20 % 2])
-    found, expected = (with_gradients(f, qkv, torch.float64, documents) for f in (causal_attention, torchs))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    found, expected = (with_gradients(f, qkv, torch.float64, documents) for f in (ours, torchs))
+    for own, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("seq", "spread"), [(256, 1), (256, 10), (1024, 0.3)])
@@ -60,15 +71,43 @@ def test_bf16_is_about_as_precise_as_torchs(seq, spread):
     be several times as far off."""
     qkv = [x.bfloat16() for x in inputs(seq, groups=2, share=3, head_dim=64, spread=spread)]
     exact = with_gradients(torchs, qkv, torch.float64, scale=0.125)
-    found, expected = (with_gradients(f, qkv, torch.bfloat16, scale=0.125) for f in (causal_attention, torchs))
-    for ours, theirs, right in zip(found, expected, exact, strict=True):
-        own_error, error = ((x - right).norm() / right.norm() for x in (ours, theirs))
+    found, expected = (with_gradients(f, qkv, torch.bfloat16, scale=0.125) for f in (ours, torchs))
+    for own, theirs, right in zip(found, expected, exact, strict=True):
+        own_error, error = ((x - right).norm() / right.norm() for x in (own, theirs))
         assert own_error < max(1.5 * error, 2.5 * 2**-9)
 
 
-def test_nothing_else_is_kept_alive_for_the_backward_pass():
-    qkv = [x.requires_grad_() for x in inputs(64, groups=2, share=3)]
-    out = causal_attention(*qkv, None, 0.25)
-    kept = {x.untyped_storage().data_ptr() for x in out.grad_fn.saved_tensors if x is not None}
-    assert qkv[1].untyped_storage().data_ptr() not in kept
-    assert out.untyped_storage().data_ptr() in kept
+def test_neither_masks_nor_the_projection_are_kept_for_the_backward_pass(monkeypatch):
+    masks = []
+
+    def remembered(*args, make=local._mask):
+        mask = make(*args)
+        masks.append(weakref.ref(mask))
+        return mask
+
+    monkeypatch.setattr(local, "_mask", remembered)
+    # As in the model, key and value are parts of what one projection returns.
+    projected = torch.randn(600, 2, 5, 16, requires_grad=True) * 2
+    query, key, value = projected.split([3, 1, 1], dim=2)
+    out = ours(query * 2, key, value, None, 0.25)
+    storage = StorageWeakRef(projected.untyped_storage())
+    del projected, query, key, value
+    assert [mask() for mask in masks] == [None] * 3
+    assert storage.expired()
+    out.sum().backward()
+    assert len(masks) == 6
+
+
+def test_no_block_outlives_the_output(monkeypatch):
+    blocks = []
+
+    def remembered(share, *of_output, join=local._joined):
+        blocks.extend(map(weakref.ref, of_output))
+        return join(share, *of_output)
+
+    monkeypatch.setattr(local, "_joined", remembered)
+    qkv = [x.requires_grad_() for x in inputs(300, groups=2, share=3)]
+    out = ours(*qkv, None, 0.25)
+    assert all(block() is not None for block in blocks)
+    del out
+    assert [block() for block in blocks] == [None] * 2

@@ -142,19 +142,25 @@ def test_state_is_what_a_model_in_training_has(dtype, distributed):
     ],
     ids=["SwiGLU, norms of queries and keys", "gated GELU", "squared ReLU"],
 )
-def test_activations_are_those_that_a_model_keeps(switches, recompute):
+def test_activations_are_those_that_a_model_keeps(switches, recompute, monkeypatch):
     shape, config = SMALL.replace(**switches), settings(256, micro_batch=2, global_batch=2, recompute=recompute)
     tokens = torch.zeros(2, 256, dtype=torch.long)
     batch = {"tokens": tokens, "position_ids": torch.arange(256).expand(2, -1)}
-    kept = {}
+    kept, hooks = {}, torch.autograd.graph.saved_tensors_hooks
 
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
+    def keep(saved):
+        if isinstance(saved, torch.Tensor):
+            kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage()
+        return saved
+
+    def counted(pack, unpack):
+        return hooks(lambda tensor: keep(pack(tensor)), unpack)
 
     with process_groups(ParallelConfig()) as groups:
         [model] = build_model(shape, groups, config.dtype, recompute)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # The local layers have hooks of their own, which torch asks instead of those around them.
+        monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", counted)
+        with hooks(keep, lambda tensor: tensor):
             output = forward_hidden(model.train(), batch)
         for parameter in model.parameters():
             kept.pop(parameter.untyped_storage().data_ptr(), None)
@@ -169,8 +175,6 @@ def test_activations_are_those_that_a_model_keeps(switches, recompute):
         # Transformer Engine's keep it. And their SwiGLU is one function, which keeps no factor of its product.
         again = 2 * shape.hidden + shape.gated * (4 if shape.activation is Activation.SILU else 1) * shape.ffn
         expected -= shape.num_layers * 2 * 256 * again * 2
-        # Of a row of scores the CPU's attention keeps the largest one and its probability, others one number.
-        expected += shape.num_layers * 2 * 256 * shape.num_heads * 4
     # Not counted are the tokens, the angles that cosines are of, and float32 copies of the norms' weights.
     assert expected == pytest.approx(measured, rel=0.025 if recompute else 0.005)
 
