@@ -273,8 +273,8 @@ def _attend_by_blocks(
 ) -> Tensor:
     """Attend with a part of the queries at a time, to the keys up to its last one: half of all there are, on average.
 
-    torch's kernel for the CPU has no query groups, and computes scores that are hidden. So it is given a group's heads
-    as so many more queries of one head.
+    A causal call of torch's for everything computes the scores that are hidden as well. A group's heads are passed as
+    so many more queries of one head, which is faster than torch's own query groups.
 
     Args:
         query: `[seq, batch, heads, head_dim]`.

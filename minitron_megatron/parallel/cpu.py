@@ -160,8 +160,7 @@ def _enter(mode: _OnCPU) -> None:
 def spared() -> contextlib.AbstractContextManager:
     """Spare what names no device the questions of the CPU backend.
 
-    Those of the thousands of operations that make one new token take as long as its matrix products, and of attention
-    by blocks they take a tenth of the time.
+    Those of the thousands of operations that make one new token take as long as its matrix products.
     """
     if torch.cuda.is_available() or _widens():
         return contextlib.nullcontext()
