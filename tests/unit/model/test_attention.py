@@ -77,6 +77,17 @@ def test_bf16_is_about_as_precise_as_torchs(seq, spread):
         assert own_error < max(1.5 * error, 2.5 * 2**-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_kernel_does_the_work(dtype):
+    """Its fallback, for inputs that the kernel does not take, would hold all scores of a block."""
+    with torch.profiler.profile() as profile:
+        with_gradients(ours, inputs(600, groups=2, share=3), dtype)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == 3
+    assert calls["aten::_scaled_dot_product_flash_attention_for_cpu_backward"] == 3
+    assert "aten::_scaled_dot_product_attention_math" not in calls
+
+
 def test_neither_masks_nor_the_projection_are_kept_for_the_backward_pass(monkeypatch):
     masks = []
 
