@@ -7,14 +7,14 @@ from minitron_megatron.config.cluster import ClusterConfig
 from minitron_megatron.config.reader import show
 from minitron_megatron.config.schema import CompressConfig
 from minitron_megatron.launch.jobs import Job, Stages
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.fit import GIB, GPUS, estimate_memory, estimate_step, nearest_layout
-from minitron_megatron.model.shape import ModelShape, layout_problems
+from minitron_megatron.model.network import Network, layout_problems
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.pruning.target import resolve_target
 
-Shapes = dict[str, ModelShape]
-"""Shape of each network that is known, by its folder."""
+Networks = dict[str, Network]
+"""Each network that is known, by its folder."""
 
 
 def check_fit(
@@ -32,26 +32,26 @@ def check_fit(
         what to tell the user, and the problems of stages that do not fit.
 
     Raises:
-        UserError: a shape is not supported, or cannot be pruned to.
+        UserError: a network is not supported, or cannot be pruned to the target.
     """
     if cluster.gpu is None:
         return [], []
     if cluster.gpu not in GPUS:
         return [], [f"cluster.gpu = {cluster.gpu!r} is not known: choose one of {', '.join(GPUS)}, or null"]
     told, problems = [], []
-    shapes = shapes_of(stages, recipe)
+    networks = networks_of(stages, recipe)
     gpu = GPUS[cluster.gpu]
     for job in jobs:
         if job.verb != "distill":
             continue
         settings = stages[job.name][1]
         folders = [settings.student, *([settings.teacher] if settings.teacher else [])]
-        if unknown := [folder for folder in folders if folder not in shapes]:
+        if unknown := [folder for folder in folders if folder not in networks]:
             told.append(f"{job.name}: not checked whether it fits, for {' and '.join(unknown)} cannot be read here")
             continue
-        student, teacher = shapes[settings.student], shapes.get(settings.teacher or "")
+        student, teacher = networks[settings.student], networks.get(settings.teacher or "")
         layout = Layout.from_config(settings.parallel, job.ranks)
-        found = [p for shape in filter(None, (student, teacher)) for p in layout_problems(shape, layout, job.name)]
+        found = [p for network in filter(None, (student, teacher)) for p in layout_problems(network, layout, job.name)]
         if found:
             problems += found
             continue
@@ -81,32 +81,34 @@ def check_fit(
     return told, problems
 
 
-def shapes_of(stages: Stages, recipe: CompressConfig | None) -> Shapes:
-    """The shapes of what stages read and make, as far as they can be known before any of them has run."""
-    shapes: Shapes = {}
+def networks_of(stages: Stages, recipe: CompressConfig | None) -> Networks:
+    """The networks that stages read and make, as far as they can be known before any of them has run."""
+    networks: Networks = {}
     for verb, settings in stages.values():
         if verb == "import":
             path = Path(settings.source) / "config.json"
             config = json.loads(path.read_text()) if path.is_file() else recipe and recipe.architecture
             if config:
-                shapes[settings.output] = shape_from_config(config)
+                networks[settings.output] = network_from_config(config)
         elif verb == "prune":
-            source = _known(settings.checkpoint, shapes)
+            source = _known(settings.checkpoint, networks)
             if source and settings.plan is None:
                 target = resolve_target(source, settings.target, settings.parallel)
-                if not target.by_sublayer:
-                    shapes[settings.output] = target.shape_of(source)
+                if left := target.network_of(source):
+                    networks[settings.output] = left
         elif verb == "distill":
             for folder in filter(None, (settings.teacher, settings.student)):
-                _known(folder, shapes)
-            if settings.student in shapes:
-                shapes[settings.output] = shapes[settings.student]
-    return shapes
+                _known(folder, networks)
+            if settings.student in networks:
+                networks[settings.output] = networks[settings.student]
+    return networks
 
 
-def _known(folder: str, shapes: Shapes) -> ModelShape | None:
-    """The shape of a folder that a stage makes, or that has a manifest."""
+def _known(folder: str, networks: Networks) -> Network | None:
+    """The network of a folder that a stage makes, or that has a manifest."""
     for manifest in (Path(folder) / "manifest.json", Path(folder) / "checkpoints" / "manifest.json"):
-        if folder not in shapes and manifest.is_file() and (values := json.loads(manifest.read_text()).get("shape")):
-            shapes[folder] = ModelShape.from_dict(values)
-    return shapes.get(folder)
+        if folder not in networks and manifest.is_file():
+            values = json.loads(manifest.read_text())
+            if network := values.get("network") or values.get("shape"):  # as earlier versions called it
+                networks[folder] = Network.from_dict(network)
+    return networks.get(folder)

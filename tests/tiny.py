@@ -1,5 +1,6 @@
 """Tiny networks whose sizes are all different, so that a swapped axis shows."""
 
+import dataclasses
 import json
 import random
 from itertools import cycle
@@ -10,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.config.schema import ImportConfig
-from minitron_megatron.model.shape import ModelShape
-from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.model.network import Network
+from minitron_megatron.pruning.scores import Scores, scored_axes
 
 LLAMA = dict(
     model_type="llama",
@@ -151,14 +152,58 @@ def import_hf(folder: Path, model) -> Path:
     return import_checkpoint(ImportConfig(str(source), str(folder / "checkpoint")))
 
 
-def random_scores(folder: Path, shape: ModelShape, checkpoint: str | None = None) -> None:
+def changed(network: Network, num_layers: int | None = None, **fields) -> Network:
+    """A network with other sizes or switches, of itself or of all sublayers that have a field of that name."""
+    own = {name: fields.pop(name) for name in list(fields) if name in Network.__dataclass_fields__}
+    sublayers = []
+    for sublayer in network.sublayers:
+        changes = {name: value for name, value in fields.items() if name in sublayer.__dataclass_fields__}
+        sublayers.append(dataclasses.replace(sublayer, **changes))
+    assert all(any(name in one.__dataclass_fields__ for one in network.sublayers) for name in fields)
+    if num_layers is not None:
+        sublayers = sublayers[: len(network.layers[0])] * num_layers
+    return network.replace(sublayers=tuple(sublayers), **own)
+
+
+def without_sublayers(network: Network, *positions: int) -> Network:
+    """A network that has lost some sublayers."""
+    left = [sublayer for position, sublayer in enumerate(network.sublayers) if position not in positions]
+    return network.replace(sublayers=tuple(left))
+
+
+def unlike(network: Network) -> Network:
+    """A network of four dense layers with sizes of its own in each, one attention and one MLP missing.
+
+    All sizes divide by two tensor ranks.
+    """
+    attention, mlp = network.sublayers[:2]
+    heads = [(6, 2), (4, 2), (2, 2), (8, 4)]
+    sublayers = []
+    for number, (num_heads, groups) in enumerate(heads):
+        sublayers.append(dataclasses.replace(attention, num_heads=num_heads, num_query_groups=groups))
+        sublayers.append(dataclasses.replace(mlp, ffn_hidden_size=44 - 8 * number))
+    return without_sublayers(network.replace(sublayers=tuple(sublayers)), 2, 5)
+
+
+def scores_by_chance(network: Network, checkpoint: str | None = None, seed: int = 1) -> Scores:
+    """Scores that are not those of any data, of a network of any layers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator, dtype=torch.float64)
+
+    hidden = draw(network.hidden_size)
+    elements = {
+        axis.setting: [draw(*network.sublayers[p].score_shape(axis)) for p in network.positions(kind)]
+        for kind, axis in scored_axes(network)
+    }
+    return Scores(network, hidden, elements, {"loss": draw(len(network.layers))}, checkpoint=checkpoint)
+
+
+def random_scores(folder: Path, network: Network, checkpoint: str | None = None) -> None:
     """Scores that are not those of any data, written to `folder`."""
-    generator = torch.Generator().manual_seed(1)
-    layers, heads = shape.num_layers, (shape.num_query_groups, shape.heads_per_group)
-    sizes = [(shape.hidden,), (layers, shape.ffn), (layers, *heads), (layers,)]
-    *width, depth = (torch.rand(*size, generator=generator, dtype=torch.float64) for size in sizes)
     folder.mkdir()
-    Scores(shape, *width, {"loss": depth}, checkpoint=checkpoint).write(folder)
+    scores_by_chance(network, checkpoint).write(folder)
     Manifest("scores").write(folder)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError
-from minitron_megatron.model.shape import pad_vocab
+from minitron_megatron.model.network import pad_vocab
 
 RUN_CONFIG = "run_config.yaml"
 _ACTIVATIONS = ("silu", "gelu", "squared_relu")
@@ -22,7 +22,7 @@ def args_of_bridge(folder: Path) -> argparse.Namespace | None:
 
     Raises:
         CheckpointError: the file cannot be read, or does not describe a model.
-        UnsupportedModelError: its activation is one that `ModelShape` has no field for.
+        UnsupportedModelError: its activation is one that `Network` has no field for.
     """
     path = folder / RUN_CONFIG
     if not path.is_file():

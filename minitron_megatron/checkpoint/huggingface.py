@@ -19,12 +19,13 @@ from minitron_megatron.checkpoint.model_card import CARD
 from minitron_megatron.checkpoint.plain import read_json
 from minitron_megatron.checkpoint.rows import bits, copy_rows
 from minitron_megatron.checkpoint.shards import Tensor, cut_into_shards, write_shards
-from minitron_megatron.checkpoint.source import TensorSource, instances
+from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.disk import told_when_full
 from minitron_megatron.errors import CheckpointError
-from minitron_megatron.model.axes import Param, Part, axis_sizes, parameters
-from minitron_megatron.model.families import config_from_shape, shape_from_config
-from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.model.axes import Param, Part
+from minitron_megatron.model.families import config_from_network, network_from_config
+from minitron_megatron.model.network import Network
+from minitron_megatron.model.parameters import parameters
 from minitron_megatron.parallel.workers import Workers, join_workers
 
 INDEX = "model.safetensors.index.json"
@@ -77,32 +78,33 @@ class HuggingFaceTensors:
     """Tensors on the disk under Hugging Face names, as a source of weights that is read row by row.
 
     Raises:
-        CheckpointError: a tensor is missing, of another size than the shape says, or unknown.
+        CheckpointError: a tensor is missing, of another size than the network says, or unknown.
     """
 
-    def __init__(self, path: Path, shape: ModelShape, tensors: Mapping[str, StoredTensor]):
+    def __init__(self, path: Path, network: Network, tensors: Mapping[str, StoredTensor]):
         self.path = path
-        self.shape = shape
+        self.network = network
         self._tensors = tensors
         self._check()
-        self.dtype = tensors["model.embed_tokens.weight"].dtype
+        first = parameters(network)[0]
+        self.dtype = tensors[first.hf_name(first.parts[0])].dtype
 
-    def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
+    def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`. Rows that pad the vocabulary are zero."""
         rows, columns = index[0], index[1:]
         out = torch.zeros([len(i) for i in index], dtype=self.dtype)
         for part in param.parts:
             # Row i of this tensor is row `fused[i]` of Megatron's.
-            fused = true_rows(param, part, self.shape)
+            fused = param.hf_rows(part, self.network.vocab_size)
             _, where, own = np.intersect1d(rows, fused, assume_unique=True, return_indices=True)
             if not len(own):
                 continue
-            piece = self._tensors[part.name.format(layer=layer)].read([own, *columns])
+            piece = self._tensors[param.hf_name(part)].read([own, *columns])
             out[torch.from_numpy(where)] = piece.to(self.dtype)
         return out
 
     def _check(self) -> None:
-        expected = {name: size for name, size, *_ in hf_tensors(self.shape)}
+        expected = {name: size for name, size, *_ in hf_tensors(self.network)}
         problems = []
         for name, size in expected.items():
             if name not in self._tensors:
@@ -111,7 +113,7 @@ class HuggingFaceTensors:
                 problems.append(f"wrong size: {name} is {found}, the config says {size}")
             elif self._tensors[name].dtype is None:
                 problems.append(f"unknown number format: {name} is {self._tensors[name].kind}")
-        ignored = {*expected, "lm_head.weight"} if self.shape.tied else set(expected)
+        ignored = {*expected, "lm_head.weight"} if self.network.tie_embeddings else set(expected)
         unknown = [name for name in self._tensors if name not in ignored and "rotary_emb.inv_freq" not in name]
         problems += [f"unknown: {name}" for name in unknown]
         if problems:
@@ -134,35 +136,28 @@ class HuggingFaceFolder(HuggingFaceTensors):
             raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no config.json")
         config = read_config(folder)
         try:
-            shape = shape_from_config(config)
+            network = network_from_config(config)
         except (KeyError, TypeError, AttributeError, ArithmeticError) as e:
             raise CheckpointError(f"{folder / 'config.json'} is not the whole config of a model: {e!r}") from e
         names = _weight_files(folder)
         there = {file: _tensors_in(folder / file) for file in set(names.values())}
-        super().__init__(folder, shape, {n: there[file][n] for n, file in names.items() if n in there[file]})
+        super().__init__(folder, network, {n: there[file][n] for n, file in names.items() if n in there[file]})
 
 
-def hf_tensors(shape: ModelShape) -> Iterator[tuple[str, list[int], Param, Part, int | None]]:
-    """Every tensor of the Hugging Face layout: name, size, and the row of the axis table it lies in."""
-    sizes = axis_sizes(shape) | {"vocab": shape.vocab}
-    for param in parameters(shape):
+def hf_tensors(network: Network) -> Iterator[tuple[str, list[int], Param, Part]]:
+    """Every tensor of the Hugging Face layout: name, size, and the parameter that it lies in."""
+    for param in parameters(network):
         for part in param.parts:
-            size = list(param.size(sizes | dict.fromkeys(part.dropped, 0)))
-            for layer in instances(param, shape):
-                yield part.name.format(layer=layer), size, param, part, layer
+            yield param.hf_name(part), param.hf_shape(part, network.vocab_size), param, part
 
 
-def read_hf_tensor(source: TensorSource, param: Param, part: Part, layer: int | None) -> torch.Tensor:
-    """One tensor of the Hugging Face layout, out of any source."""
-    return _read_rows(source, param, part, layer, 0, None)
-
-
-def _read_rows(
-    source: TensorSource, param: Param, part: Part, layer: int | None, low: int, high: int | None
+def read_hf_tensor(
+    source: TensorSource, param: Param, part: Part, low: int = 0, high: int | None = None
 ) -> torch.Tensor:
-    rows = true_rows(param, part, source.shape)[low:high]
-    columns = [np.arange(n) for n in param.size(axis_sizes(source.shape))[1:]]
-    return source.read(param, layer, [rows, *columns])
+    """One tensor of the Hugging Face layout, or some of its rows, out of any source."""
+    rows = param.hf_rows(part, source.network.vocab_size)[low:high]
+    columns = [np.arange(n) for n in param.shape[1:]]
+    return source.read(param, [rows, *columns])
 
 
 def write_huggingface(
@@ -178,20 +173,20 @@ def write_huggingface(
         source: where the weights come from, read by several threads.
         companions: folder with the tokenizer and, where there is one, the original `config.json`.
         max_shard_bytes: largest size of one safetensors file, unless one tensor alone is larger.
-        manifest: of the result; its shape is set here.
+        manifest: of the result; its network is set here.
         card: text of its `README.md`.
 
     Raises:
         DiskSpaceError: the disk is or gets full.
         WorkerError: another rank failed or was ended.
     """
-    config = config_from_shape(source.shape, original_config(companions))
+    config = config_from_network(source.network, original_config(companions))
     # transformers 5 writes `dtype`; earlier readers know `torch_dtype`.
     config["dtype"] = config["torch_dtype"] = str(source.dtype).removeprefix("torch.")
     config["transformers_version"] = transformers.__version__
     tensors = [
-        Tensor(name, tuple(size), partial(_read_rows, source, param, part, layer))
-        for name, size, param, part, layer in hf_tensors(source.shape)
+        Tensor(name, tuple(size), partial(read_hf_tensor, source, param, part))
+        for name, size, param, part in hf_tensors(source.network)
     ]
     shards = cut_into_shards(tensors, source.dtype, max_shard_bytes)
     names = [SINGLE]
@@ -214,20 +209,11 @@ def write_huggingface(
             index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    manifest.shape = source.shape.to_dict()
+    manifest.network = source.network.to_dict()
     num_bytes = sum(tensor.num_bytes(source.dtype) for tensor in tensors)
     with join_workers() as workers, writing(output, manifest, num_bytes, workers) as folder:
         workers.run(lambda: write_share(folder, workers))
         workers.run_on_main(lambda: write_rest(folder))
-
-
-def true_rows(param: Param, part: Part, shape: ModelShape) -> np.ndarray:
-    """Rows of Megatron's tensor that make up `part`, without those that pad the vocabulary."""
-    sizes = axis_sizes(shape)
-    kept = dict(part.kept)
-    if param.split == "vocab":
-        kept["vocab"] = np.arange(shape.vocab)
-    return param.dims[0].index(kept, sizes)
 
 
 def _tensors_in(path: Path) -> dict[str, _SafeTensor]:

@@ -86,7 +86,7 @@ class Manifest:
 
     Attributes:
         kind: `checkpoint`, `scores`, `evaluation`, `huggingface` or `run`.
-        shape: the network's shape, as plain values, where there is one.
+        network: as plain values, where there is one.
         parents: what it was made from.
         config: the settings it was made with, resolved.
         details: what else is worth knowing (counts, seconds, notes).
@@ -94,7 +94,7 @@ class Manifest:
     """
 
     kind: str
-    shape: dict | None = None
+    network: dict | None = None
     parents: list[Parent] = field(default_factory=list)
     config: dict = field(default_factory=dict)
     details: dict = field(default_factory=dict)
@@ -116,13 +116,24 @@ class Manifest:
             raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a finished result")
         values = read_json(path, "a manifest")
         try:
-            found = cls(**{**values, "parents": [Parent(**parent) for parent in values.get("parents", [])]})
+            return cls.from_dict(values)
         except TypeError as e:
             raise CheckpointError(f"{path} is not a manifest: {e}") from e
-        kinds = {"kind": str, "shape": dict | None, "config": dict, "details": dict, "version": str}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Manifest":
+        """A manifest from the content of its file.
+
+        Raises:
+            TypeError: a field is unknown, or of no value that it may have.
+        """
+        former = {"network": values["shape"]} if "shape" in values else {}  # as earlier versions called it
+        given = {name: value for name, value in values.items() if name != "shape"}
+        found = cls(**{**given, **former, "parents": [Parent(**parent) for parent in values.get("parents", [])]})
+        kinds = {"kind": str, "network": dict | None, "config": dict, "details": dict, "version": str}
         for name, kind in kinds.items():
             if not isinstance(getattr(found, name), kind):
-                raise CheckpointError(f"{path} is not a manifest: {name} = {show(getattr(found, name))}")
+                raise TypeError(f"{name} = {show(getattr(found, name))}")
         return found
 
     @property

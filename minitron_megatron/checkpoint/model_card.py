@@ -11,13 +11,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from minitron_megatron.checkpoint.manifest import EVALUATION, MANIFEST, Manifest, Parent
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.model.facts import network_facts
+from minitron_megatron.model.network import Network
 
 CARD = "README.md"
 _LICENSE = ("license", "license_name", "license_link")
 # Settings whose value says what a stage did; the first that a stage has is it.
 _DONE = {"student": "distilled", "target": "pruned", "num_samples": "scored", "source": "imported"}
-_SIZES = ("hidden", "ffn", "num_heads", "num_query_groups", "head_dim", "vocab")
 
 
 @dataclass
@@ -53,14 +53,14 @@ def lineage(result: Parent) -> list[Step]:
     return list(steps.values())
 
 
-def model_card(checkpoint: Parent, shape: ModelShape, companions: Path) -> str:
+def model_card(checkpoint: Parent, network: Network, companions: Path) -> str:
     """The text of a `README.md`, with the front matter that Hugging Face reads.
 
     The licence is the source's, if that has a model card of its own that says it, and none else.
 
     Args:
         checkpoint: that is exported.
-        shape: of its network.
+        network: that it holds.
         companions: folder with the source's model card, where there is one.
 
     Raises:
@@ -76,15 +76,15 @@ def model_card(checkpoint: Parent, shape: ModelShape, companions: Path) -> str:
         tags=["minitron", "pruned"] if any(step.name == "pruned" for step in steps) else ["minitron"],
         **_license_of(companions / CARD),
     )
-    before = ModelShape.from_dict(first.manifest.shape) if first else shape
+    before = Network.from_dict(first.manifest.network) if first else network
     title = " and ".join(dict.fromkeys(step.name for step in steps if step.name in ("pruned", "distilled")))
     name = base_model(source) if source else Path(checkpoint.path).name
     paragraphs = [
         f"---\n{front.to_yaml()}\n---",
         f"# {name}{f', {title}' if title else ''}",
-        f"A network of {num_parameters(shape):,} parameters, written by minitron_megatron.",
+        f"A network of {num_parameters(network):,} parameters, written by minitron_megatron.",
         "## Size",
-        _size_table(before, shape),
+        _size_table(before, network),
     ]
     if measured := _evaluations(Path(checkpoint.path), steps):
         paragraphs += ["## Evaluation", "The loss is of held-out text of the sources named below.", *measured]
@@ -121,13 +121,10 @@ def _license_of(card: Path) -> dict[str, str]:
     return {key: values[key] for key in _LICENSE if values.get(key)}
 
 
-def _size_table(before: ModelShape, after: ModelShape) -> str:
-    def column(shape: ModelShape) -> list[str]:
-        counts = num_parameters(shape), num_parameters(shape, embeddings=False)
-        return [f"{n:,}" for n in (*counts, shape.num_layers, *(getattr(shape, name) for name in _SIZES))]
-
-    names = ["parameters", "without embeddings", "layers", *_SIZES]
-    return _table(["", "before", "after"], zip(names, column(before), column(after), strict=True))
+def _size_table(before: Network, after: Network) -> str:
+    columns = [network_facts(network) for network in (before, after)]
+    rows = [(name, *(column.get(name, "") for column in columns)) for name in columns[0]]
+    return _table(["", "before", "after"], rows)
 
 
 def _evaluations(checkpoint: Path, steps: list[Step]) -> list[str]:

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from minitron_megatron.checkpoint.source import take
-from minitron_megatron.model.axes import HIDDEN, Param, axis_sizes
-from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.model.axes import HIDDEN, VOCAB, Param
+from minitron_megatron.model.network import Network
 
 # Megatron-Core's `init_method_std`.
 _STD = 0.02
@@ -21,31 +21,32 @@ class RandomWeights:
     of the number of sublayers that do. Norms start as the identity, biases and rows that pad the vocabulary at zero.
 
     Args:
-        shape: of the network.
-        seed: with the name of a parameter and its layer, decides its values.
+        network: whose weights they are.
+        seed: with the name of a parameter and the number of its sublayer, decides its values.
     """
 
     dtype = torch.float32
 
-    def __init__(self, shape: ModelShape, seed: int):
-        self.shape = shape
+    def __init__(self, network: Network, seed: int):
+        self.network = network
         self.seed = seed
 
-    def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
+    def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`. The whole parameter is made first, in float32."""
-        return take(self._whole(param, layer), index)
+        return take(self._whole(param), index)
 
-    def _whole(self, param: Param, layer: int | None) -> torch.Tensor:
-        size = param.size(axis_sizes(self.shape))
+    def _whole(self, param: Param) -> torch.Tensor:
+        size = param.shape
         if len(size) == 1:
             is_bias = param.name.endswith("bias")
-            return torch.full(size, 0.0 if is_bias or self.shape.norm_zero_centered else 1.0)
-        digest = hashlib.sha256(f"{self.seed} {param.name} {layer}".encode()).digest()
+            return torch.full(size, 0.0 if is_bias or self.network.norm_zero_centered else 1.0)
+        number = None if param.position is None else self.network.number(param.position)
+        digest = hashlib.sha256(f"{self.seed} {param.name} {number}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
         writes_to_residual = param.dims[0] == HIDDEN
         whole = torch.empty(size).normal_(
-            std=_STD / math.sqrt(len(self.shape.pattern)) if writes_to_residual else _STD, generator=generator
+            std=_STD / math.sqrt(len(self.network.sublayers)) if writes_to_residual else _STD, generator=generator
         )
-        if param.split == "vocab":
-            whole[self.shape.vocab :] = 0
+        if param.split == VOCAB.name:
+            whole[self.network.vocab_size :] = 0
         return whole

@@ -28,15 +28,19 @@ from minitron_megatron.checkpoint.plain import PlainUnpickler, load_plain, read_
 from minitron_megatron.checkpoint.rows import bits
 from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError, UserError
-from minitron_megatron.model.axes import PROJECTIONS, Param, axis_sizes, parameters
-from minitron_megatron.model.megatron_args import shape_of_args
-from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.model.axes import Param
+from minitron_megatron.model.megatron_args import network_of_args
+from minitron_megatron.model.network import Network
+from minitron_megatron.model.parameters import PROJECTIONS, layer_key, parameters, stacked_key
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HUGGINGFACE = "huggingface"
 # In the folder of an iteration, where Megatron-LM (--save-tokenizer-assets) and Megatron-Bridge keep theirs.
 _TOKENIZER = "tokenizer"
-SHAPE = "shape.json"
+# Where a user may describe a network, and what the first of them was called in earlier versions.
+NETWORK, _FORMER_NETWORK = "network.json", "shape.json"
+# How HybridModel calls its final norm, where GPTModel has another name.
+_HYBRID_NORM, _GPT_NORM = "decoder.final_norm.", "decoder.final_layernorm."
 # Megatron-LM's name, in the place of an iteration, for weights that no run has trained on yet.
 RELEASE = "release"
 # Keys of a teacher that is trained beside its student begin with it.
@@ -128,14 +132,15 @@ class StoredTensor:
 class Checkpoint:
     """A whole `torch_dist` checkpoint on disk, as a source of weights.
 
-    `stacked` says whether the tensor of a parameter holds all layers, one behind the other, or each layer has its own.
-    Opening reads the index alone and checks that every file it names is there and long enough.
+    Opening reads the index alone and checks that every file it names is there and long enough. Layers may lie in one
+    tensor, one behind the other, or each in its own; numbered as GPTModel's, or as HybridModel's, whose every sublayer
+    is a layer.
 
     Args:
         path: the folder with `latest_checkpointed_iteration.txt`, or a training run's folder.
 
     Raises:
-        CheckpointError: it is not a checkpoint, not whole, or not of the shape that it claims.
+        CheckpointError: it is not a checkpoint, not whole, or not of the network that it claims.
     """
 
     def __init__(self, path: Path | str):
@@ -149,11 +154,12 @@ class Checkpoint:
         if not (self.folder / "metadata.json").is_file():
             raise CheckpointError(f"{self.folder} is not whole: it has no metadata.json, which is written last")
         self.tensors, self._objects = _read_index(self.folder)
-        self.shape = self._read_shape()
-        self._table = parameters(self.shape)
-        self.stacked = any(p.stacked_key in self.tensors for p in self._table if p.sublayer)
+        self.network = self._read_network()
+        self._table = parameters(self.network)
+        self.stacked = any(stacked_key(param) in self.tensors for param in self._table if param.layer is not None)
+        self._is_hybrid = any(key.startswith(_HYBRID_NORM) for key in self.tensors)
         self._check_tensors()
-        self.dtype = self._stored(self._table[0], None).dtype
+        self.dtype = self.tensors[self._key(self._table[0])].dtype
 
     @property
     def manifest(self) -> Manifest:
@@ -174,16 +180,22 @@ class Checkpoint:
         """The `args` that Megatron-LM saved beside the weights, see `read_args`."""
         return read_args(self.folder, self._objects)
 
-    def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
+    def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`."""
-        stored = self._stored(param, layer)
-        if layer is not None and self.stacked:
-            return self._gather(stored, [np.array([layer]), *index])[0]
+        stored = self.tensors[self._key(param)]
+        if param.layer is not None and self.stacked:
+            return self._gather(stored, [np.array([param.layer]), *index])[0]
         return self._gather(stored, index)
 
-    def _stored(self, param: Param, layer: int | None) -> StoredTensor:
-        key = param.stacked_key if layer is None or self.stacked else param.layer_key(layer, self.shape)
-        return self.tensors[key]
+    def _key(self, param: Param) -> str:
+        """Under which key a parameter is stored."""
+        if self.stacked:
+            return stacked_key(param)
+        if not self._is_hybrid:
+            return layer_key(param)
+        if param.position is None:
+            return param.name.replace(_GPT_NORM, _HYBRID_NORM)
+        return f"decoder.layers.{param.position}.{param.name}"
 
     def _gather(self, stored: StoredTensor, index: list[np.ndarray]) -> torch.Tensor:
         """The positions `index[0] x index[1] x ...` of a global tensor, read chunk by chunk."""
@@ -199,19 +211,22 @@ class Checkpoint:
                 chunk.read(wanted, bits(out)[tuple(inside)])
         return out
 
-    def _read_shape(self) -> ModelShape:
-        """The shape as this package or a user wrote it down, or else as the args of a Megatron-LM run tell."""
-        file = next((self.root / name for name in (MANIFEST, SHAPE) if (self.root / name).exists()), None)
+    def _read_network(self) -> Network:
+        """The network as this package or a user wrote it down, or else as the args of a Megatron-LM run tell."""
+        names = (MANIFEST, NETWORK, _FORMER_NETWORK)
+        file = next((self.root / name for name in names if (self.root / name).exists()), None)
         if file is None:
-            return self._shape_of_args()
+            return self._network_of_args()
         values = read_json(file, "the description of a network")
         try:
-            return ModelShape.from_dict(values["shape"] if file.name == MANIFEST else values)
+            if file.name == MANIFEST:
+                values = Manifest.from_dict(values).network
+            return Network.from_dict(values)
         except (TypeError, ValueError, KeyError) as e:
             raise CheckpointError(f"{file} does not describe a network: {e}") from e
 
-    def _shape_of_args(self) -> ModelShape:
-        describe = f"describe the network in {self.root / SHAPE} (the fields of ModelShape, as JSON)"
+    def _network_of_args(self) -> Network:
+        describe = f"describe the network in {self.root / NETWORK} (as a manifest's `network` does)"
         args = self.megatron_args() or args_of_bridge(self.folder)
         if args is None:
             raise CheckpointError(
@@ -219,38 +234,32 @@ class Checkpoint:
                 f"{RUN_CONFIG} of Megatron-Bridge; {describe}"
             )
         try:
-            shape = shape_of_args(args)
+            network = network_of_args(args)
         except UserError as e:
             raise UnsupportedModelError(f"{self.folder}: {e}\nif they do not tell the truth, {describe}") from e
         # A tokenizer may have fewer tokens than its model has rows for, and then the args know better.
         if getattr(args, "vocab_size", None) and not (self.huggingface_folder / "config.json").is_file():
-            return shape
-        known = num_tokens(self.huggingface_folder, shape.padded_vocab)
-        return shape.replace(vocab=known) if known else shape
+            return network
+        known = num_tokens(self.huggingface_folder, network.padded_vocab_size)
+        return network.replace(vocab_size=known) if known else network
 
     def _check_tensors(self) -> None:
-        sizes, count = axis_sizes(self.shape), {s: len(self.shape.sublayers(s)) for s in set(self.shape.pattern)}
-        expected = {}
+        expected: dict[str, tuple[int, ...]] = {}
         for param in self._table:
-            size = param.size(sizes)
-            if param.sublayer is None:
-                expected[param.name] = size
-            elif self.stacked:
-                expected[param.stacked_key] = (count[param.sublayer], *size)
-            else:
-                expected.update({param.layer_key(i, self.shape): size for i in range(count[param.sublayer])})
+            layers = (len(self.network.layers),) if self.stacked and param.layer is not None else ()
+            expected[self._key(param)] = (*layers, *param.shape)
         problems = []
         for key, size in expected.items():
             if key not in self.tensors:
                 problems.append(f"missing: {key} {list(size)}")
             elif self.tensors[key].shape != size:
-                problems.append(f"wrong size: {key} is {list(self.tensors[key].shape)}, the shape says {list(size)}")
+                problems.append(f"wrong size: {key} is {list(self.tensors[key].shape)}, the network has {list(size)}")
             elif not _is_whole(self.tensors[key]):
                 problems.append(f"not whole: {key} {list(size)}, of which some chunks are missing")
         unknown = [key for key in self.weights if key not in expected]
         problems += [f"unknown: {key} {list(self.tensors[key].shape)}" for key in unknown]
         if problems:
-            raise CheckpointError(f"{self.folder} does not hold the network of its shape:\n  " + "\n  ".join(problems))
+            raise CheckpointError(f"{self.folder} does not hold its network:\n  " + "\n  ".join(problems))
 
 
 def _is_whole(tensor: StoredTensor) -> bool:

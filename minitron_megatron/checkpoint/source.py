@@ -11,32 +11,26 @@ import torch
 
 from minitron_megatron.checkpoint.rows import bits, take_bits
 from minitron_megatron.model.axes import Param
-from minitron_megatron.model.shape import ModelShape
+from minitron_megatron.model.network import Network
 
 
 class TensorSource(Protocol):
     """Weights of a network, by the names and axes of the axis table."""
 
-    shape: ModelShape
+    network: Network
     dtype: torch.dtype
 
-    def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
+    def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
         """Read the given positions of one parameter.
 
         Args:
-            param: a row of the axis table of `shape`.
-            layer: which sublayer of the parameter's kind, counted from 0; None outside the layers.
+            param: of `parameters(network)`.
             index: for each dimension, the positions wanted, ascending.
 
         Returns:
             tensor with the lengths of `index`.
         """
         ...
-
-
-def instances(param: Param, shape: ModelShape) -> list[int | None]:
-    """Which sublayers have `param`: the `layer` arguments with which it can be read."""
-    return list(range(len(shape.sublayers(param.sublayer)))) if param.sublayer else [None]
 
 
 def take(tensor: torch.Tensor, index: list[np.ndarray]) -> torch.Tensor:

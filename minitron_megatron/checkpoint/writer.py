@@ -34,48 +34,40 @@ from torch.distributed.checkpoint.metadata import (
 
 from minitron_megatron.checkpoint.manifest import Manifest, writing
 from minitron_megatron.checkpoint.sharded import HUGGINGFACE, RELEASE, TRACKER
-from minitron_megatron.checkpoint.source import TensorSource, instances
+from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.disk import told_when_full
-from minitron_megatron.model.axes import Param, axis_sizes, parameters
-from minitron_megatron.model.megatron_args import args_of_shape
-from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
+from minitron_megatron.model.axes import Param
+from minitron_megatron.model.megatron_args import args_of_network
+from minitron_megatron.model.network import Network
+from minitron_megatron.model.parameters import layer_key, parameters, stacked_key
 from minitron_megatron.parallel.workers import join_workers
 from minitron_megatron.progress import progress
 
 CHUNK_BYTES = 64 * 2**20
 MAX_THREADS = 4
-# What saves a state of Transformer Engine's beside its weights and expects one, by the kind of sublayer.
-_WITH_EXTRA_STATE = {
-    ATTENTION: ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
-    MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
-}
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One chunk to write: the positions `ranges[0] x ranges[1] x ...` of a parameter of one layer."""
+    """One chunk to write: the positions `ranges[0] x ranges[1] x ...` of a parameter.
 
-    shape: ModelShape
+    Attributes:
+        stacked: the tensor of its key holds all layers, one behind the other.
+    """
+
     param: Param
-    layer: int | None
     ranges: tuple[range, ...]
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the tensor of its key holds all layers, one behind the other."""
-        return self.layer is not None and self.shape.is_uniform
+    stacked: bool
 
     @property
     def key(self) -> str:
-        if self.layer is None or self.stacked:
-            return self.param.stacked_key
-        return self.param.layer_key(self.layer, self.shape)
+        return stacked_key(self.param) if self.stacked else layer_key(self.param)
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """Where it begins in the tensor of its key."""
         own = tuple(r.start for r in self.ranges)
-        return (self.layer, *own) if self.stacked else own
+        return (self.param.layer, *own) if self.stacked else own
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -84,7 +76,7 @@ class _Item:
 
     def read(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
         index = [np.arange(r.start, r.stop) for r in self.ranges]
-        tensor = source.read(self.param, self.layer, index).to(dtype).reshape(self.sizes).contiguous()
+        tensor = source.read(self.param, index).to(dtype).reshape(self.sizes).contiguous()
         # Of a view, `torch.save` would write all of the tensor that it is a part of.
         return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
@@ -113,20 +105,20 @@ def write_checkpoint(
             trained on yet: it begins at iteration 0 and looks for no optimiser, without `--finetune`.
         source: where the weights come from, read a chunk at a time, by several threads.
         dtype: of the written weights.
-        manifest: of the result; its shape is set here.
+        manifest: of the result; its network is set here.
         huggingface: tokenizer and Hugging Face config that shall travel with the checkpoint.
         files: writes what else belongs into the folder.
         tensor_ranks: chunks end where the shares of so many tensor-parallel ranks do, so that each reads its own.
-        args: of the Megatron-LM run that the weights come from, if any; those of the new shape are written.
+        args: of the Megatron-LM run that the weights come from, if any; those of the new network are written.
 
     Raises:
         DiskSpaceError: the disk is or gets full.
         WorkerError: another rank failed or was ended.
     """
-    shape = source.shape
-    manifest.shape = shape.to_dict()
+    network = source.network
+    manifest.network = network.to_dict()
     manifest.details.setdefault("optimizer_state", "left out")
-    jobs = _jobs(shape, tensor_ranks, dtype)
+    jobs = _jobs(network, tensor_ranks, dtype)
     num_bytes = dtype.itemsize * sum(map(_num_elements, jobs))
     with join_workers() as workers, writing(output, manifest, num_bytes, workers) as temporary:
         folder = temporary / RELEASE
@@ -139,8 +131,8 @@ def write_checkpoint(
         places = [place for share in workers.run(write_share) for place in share]
 
         def write_rest() -> None:
-            _write_index(folder, shape, dtype, jobs, places)
-            common = {"iteration": 0, "checkpoint_version": 3.0, "args": args_of_shape(args, shape)}
+            _write_index(folder, network, dtype, jobs, places)
+            common = {"iteration": 0, "checkpoint_version": 3.0, "args": args_of_network(args, network)}
             torch.save(common, folder / "common.pt")
             backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
             (folder / "metadata.json").write_text(
@@ -154,30 +146,31 @@ def write_checkpoint(
         workers.run_on_main(write_rest)
 
 
-def _jobs(shape: ModelShape, tensor_ranks: int, dtype: torch.dtype) -> list[list[_Item]]:
-    """The chunks of all parameters. Those of one parameter and layer are one job: a chunk read is soon read again."""
-    sizes = axis_sizes(shape)
+def _jobs(network: Network, tensor_ranks: int, dtype: torch.dtype) -> list[list[_Item]]:
+    """The chunks of all parameters. Those of one parameter are one job: a chunk read is soon read again."""
     return [
-        [_Item(shape, param, layer, ranges) for ranges in _chunks(param, sizes, tensor_ranks, dtype.itemsize)]
-        for param in parameters(shape)
-        for layer in instances(param, shape)
+        [
+            _Item(param, ranges, param.layer is not None and network.has_equal_layers)
+            for ranges in _chunks(param, tensor_ranks, dtype.itemsize)
+        ]
+        for param in parameters(network)
     ]
 
 
-def _chunks(param: Param, sizes: dict[str, int], tensor_ranks: int, itemsize: int) -> list[tuple[range, ...]]:
+def _chunks(param: Param, tensor_ranks: int, itemsize: int) -> list[tuple[range, ...]]:
     """How a parameter is cut: at the ends of what each tensor-parallel rank holds, and then by `CHUNK_BYTES`.
 
     A rank's rows of a fused projection lie in several runs, each of which is a chunk of its own.
     """
-    shards = [param.shard(rank, tensor_ranks, sizes) for rank in range(tensor_ranks if param.split else 1)]
+    shards = [param.shard(rank, tensor_ranks) for rank in range(tensor_ranks if param.split else 1)]
     boxes = [box for shard in shards for box in itertools.product(*map(_runs, shard))]
-    found = []
+    chunks = []
     for rows, *columns in sorted(boxes, key=lambda box: [r.start for r in box]):
         row_bytes = itemsize * math.prod(map(len, columns))
         count = math.ceil(len(rows) / max(1, CHUNK_BYTES // row_bytes))
         borders = [rows.start + len(rows) * i // count for i in range(count + 1)]
-        found += [(range(*ends), *columns) for ends in itertools.pairwise(borders)]
-    return found
+        chunks += [(range(*ends), *columns) for ends in itertools.pairwise(borders)]
+    return chunks
 
 
 def _runs(positions: np.ndarray) -> list[range]:
@@ -239,14 +232,13 @@ def num_threads() -> int:
 
 
 def _write_index(
-    folder: Path, shape: ModelShape, dtype: torch.dtype, jobs: list[list[_Item]], places: list[_Place]
+    folder: Path, network: Network, dtype: torch.dtype, jobs: list[list[_Item]], places: list[_Place]
 ) -> None:
     """Write `.metadata`: what the tensors are, and where their chunks lie."""
-    sizes = axis_sizes(shape)
     stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for item in itertools.chain(*jobs):
-        layers = (len(instances(item.param, shape)),) if item.stacked else ()
-        size = torch.Size((*layers, *item.param.size(sizes)))
+        layers = (len(network.layers),) if item.stacked else ()
+        size = torch.Size((*layers, *item.param.shape))
         whole = TensorStorageMetadata(TensorProperties(dtype=dtype), size, [])
         chunk = ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes))
         stored.setdefault(item.key, whole).chunks.append(chunk)
@@ -254,20 +246,22 @@ def _write_index(
     empty = io.BytesIO()
     torch.save([None], empty)  # Megatron-Core keeps a list of objects under each key
     (folder / "__extra_state.distcp").write_bytes(empty.getvalue())
-    for key in _extra_states(shape):
+    for key in _extra_states(network):
         stored[key] = BytesStorageMetadata()
         files[MetadataIndex(key)] = _StorageInfo("__extra_state.distcp", 0, len(empty.getvalue()))
     metadata = Metadata(stored, storage_data=files, storage_meta=StorageMeta())
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def _extra_states(shape: ModelShape) -> list[str]:
-    """Keys of the states that Megatron's layers expect beside their weights."""
-    layers = list(enumerate(shape.megatron_layers))
-    modules = [(number, module) for number, held in layers for kind in held for module in _WITH_EXTRA_STATE[kind]]
-    if shape.is_uniform:
-        found = [f"decoder.layers.{module}._extra_state/shard_{number}_{len(layers)}" for number, module in modules]
-        return [*found, "decoder.final_layernorm._extra_state/shard_0_1"]
-    # HybridModel's output projection has one, and GPTModel's none.
-    names = [*(f"decoder.layers.{number}.{module}" for number, module in modules), "decoder.final_norm", "output_layer"]
-    return [f"{name}._extra_state/shard_0_1" for name in names]
+def _extra_states(network: Network) -> list[str]:
+    """Keys of the states of Transformer Engine's that Megatron's layers expect beside their weights."""
+    count = len(network.layers)
+    keys = ["decoder.final_layernorm._extra_state/shard_0_1"]
+    for position, sublayer in enumerate(network.sublayers):
+        layer = network.layer_of(position)
+        for module in sublayer.te_states:
+            if network.has_equal_layers:
+                keys.append(f"decoder.layers.{module}._extra_state/shard_{layer}_{count}")
+            else:
+                keys.append(f"decoder.layers.{layer}.{module}._extra_state/shard_0_1")
+    return keys

@@ -15,6 +15,13 @@ class DType(str, Enum):
     FP32 = "fp32"
 
 
+class Builder(str, Enum):
+    """The class of Megatron-Core that builds a network."""
+
+    GPT = "gpt"
+    HYBRID = "hybrid"
+
+
 @dataclass
 class ParallelConfig:
     """How ranks are laid out.
@@ -26,6 +33,8 @@ class ParallelConfig:
         virtual_pipeline: stages per pipeline rank (interleaved schedule); null for the plain one.
         sequence: sequence parallelism; norms and residuals are split over the tensor ranks.
         timeout_min: ranks that wait for each other for so many minutes are ended, with their stacks in the log.
+        builder: the class of Megatron-Core that builds networks, GPTModel or HybridModel (from 0.18 on); both give the
+            same numbers and checkpoints. null: GPTModel, and HybridModel for what GPTModel cannot express.
     """
 
     tensor: int = 1
@@ -34,6 +43,7 @@ class ParallelConfig:
     virtual_pipeline: int | None = None
     sequence: bool = False
     timeout_min: float = 30.0
+    builder: Builder | None = None
 
     def problems(self, where: str = "parallel.") -> list[str]:
         found = []

@@ -7,6 +7,7 @@ this one, and all of them are found here.
 """
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.cluster import LaunchConfig
@@ -42,6 +43,7 @@ __all__ = [
     "DistillConfig",
     "EvaluateConfig",
     "ExportConfig",
+    "ExportFormat",
     "ImportConfig",
     "InspectConfig",
     "LaunchConfig",
@@ -78,6 +80,13 @@ class ImportConfig:
         return at_least(where, "workers", self.workers, 1)
 
 
+class ExportFormat(str, Enum):
+    """What an exported network looks like."""
+
+    HF = "hf"
+    PADDED = "padded"
+
+
 @dataclass
 class ExportConfig:
     """`minitron export`: a checkpoint becomes a Hugging Face folder that serves.
@@ -88,6 +97,9 @@ class ExportConfig:
         max_shard_gb: largest size of one safetensors file, in 10^9 bytes.
         huggingface: Hugging Face folder with the model's tokenizer and `config.json`, for a checkpoint that carries
             none. Without a `config.json` in it, one of the first family that is the same network is written.
+        format: hf is a class of transformers, all of whose layers are alike. padded is the same for a network of
+            unlike layers, filled up with zero neurons, heads and sublayers: exact, and no smaller than its largest
+            layer makes it.
         workers: processes that share the files.
     """
 
@@ -95,6 +107,7 @@ class ExportConfig:
     output: str = "???"
     max_shard_gb: float = 5.0
     huggingface: str | None = None
+    format: ExportFormat = ExportFormat.HF
     workers: int = 1
 
     def problems(self, where: str = "") -> list[str]:

@@ -155,7 +155,7 @@ class ScoreConfig:
         names = ("criterion", "sequence_aggregation", "batch_aggregation")
         return {
             axis: AxisConfig(*(getattr(own, name) or getattr(self, name) for name in names))
-            for axis, own in (("hidden", self.hidden), ("ffn", self.ffn), ("head", self.heads))
+            for axis, own in (("hidden", self.hidden), ("ffn", self.ffn), ("heads", self.heads))
         }
 
     def problems(self, where: str = "") -> list[str]:

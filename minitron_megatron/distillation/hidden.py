@@ -21,22 +21,20 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from minitron_megatron.config.loss import HiddenConfig, HiddenLoss, LayerMap, Point, Projection
-from minitron_megatron.model.axes import PROJECTIONS
-from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
+from minitron_megatron.model.build import held_sublayers
+from minitron_megatron.model.network import Network
+from minitron_megatron.model.parameters import PROJECTIONS
 from minitron_megatron.parallel.collectives import gather_objects, sum_over
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.layout import Layout, layers_per_stage
 from minitron_megatron.parallel.schedule import Batch, own_tokens
 
 SHARED = "shared"
-# The sublayer that a layer needs for a point to be there.
-_SUBLAYERS = {Point.ATTENTION: ATTENTION, Point.MLP: MLP}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two states that shall become alike: of a student's layer and a teacher's, which count from 0 as Megatron-Core's
-    layers do."""
+    """Two states that shall become alike: of a student's transformer layer and a teacher's, which count from 0."""
 
     point: Point
     student: int
@@ -53,67 +51,68 @@ class Pair:
         return name if self.point is Point.EMBEDDING else f"{name}_{self.student}_{self.teacher}"
 
 
-def resolve_pairs(config: HiddenConfig, student: Sequence[str], teacher: Sequence[str]) -> list[Pair]:
+def resolve_pairs(config: HiddenConfig, student: Network, teacher: Network) -> list[Pair]:
     """The pairs that a configuration asks for.
 
     Args:
         config: which.
-        student, teacher: the sublayers in each layer (`ModelShape.megatron_layers`). Of a pair that is named, points
-            that one of both layers does not have are left out.
+        student, teacher: the networks. Points that one of both layers of a pair does not have are left out.
     """
+    count, of = len(student.layers), len(teacher.layers)
     if config.pairs is not None:
         layers = [tuple(pair) for pair in config.pairs]
     elif config.map is LayerMap.UNIFORM:
-        ends = [(layer + 1) * len(teacher) / len(student) for layer in range(len(student))]
+        ends = [(layer + 1) * of / count for layer in range(count)]
         layers = [(layer, max(round(end), 1) - 1) for layer, end in enumerate(ends)]
     else:
-        shift = len(teacher) - len(student)
-        layers = [(layer, layer + shift) for layer in range(len(student)) if layer + shift >= 0]
+        shift = of - count
+        layers = [(layer, layer + shift) for layer in range(count) if layer + shift >= 0]
     pairs = []
     for point in config.points:
         if point is Point.EMBEDDING:
             pairs.append(Pair(point, 0, 0))
         else:
-            needed = _SUBLAYERS.get(point, "")
             pairs += [
-                Pair(point, own, other) for own, other in layers if needed in student[own] and needed in teacher[other]
+                Pair(point, own, other)
+                for own, other in layers
+                if point in _points(student, own) and point in _points(teacher, other)
             ]
     return pairs
 
 
-def hidden_problems(config: HiddenConfig, student: ModelShape, teacher: ModelShape) -> list[str]:
+def _points(network: Network, layer: int) -> list[Point]:
+    """Where a transformer layer has a state."""
+    return [Point.LAYER, *(Point(network.sublayers[position].name) for position in network.layers[layer])]
+
+
+def hidden_problems(config: HiddenConfig, student: Network, teacher: Network) -> list[str]:
     """Why these losses cannot be between two networks, one sentence each."""
     if not config.weight:
         return []
     found = []
-    shapes = {"student": student, "teacher": teacher}
-    layers = {role: shape.megatron_layers for role, shape in shapes.items()}
-    if config.pairs is None and set(config.points) != {Point.EMBEDDING}:
-        found += [
-            f"loss.hidden.map = {config.map.value} needs whole layers, and {role}.pattern = {shape.pattern!r} is not "
-            f"'*-' repeated: name loss.hidden.pairs, where each sublayer of this network counts as a layer"
-            for role, shape in shapes.items()
-            if not shape.is_uniform
-        ]
+    networks = {"student": student, "teacher": teacher}
     for pair in config.pairs or ():
         outside = [
-            f"loss.hidden.pairs has {list(pair)}, and the {role} has layers 0 to {len(layers[role]) - 1}: name one of "
+            f"loss.hidden.pairs has {list(pair)}, and the {role} has layers 0 to {len(network.layers) - 1}: name one of "
             f"these"
-            for role, layer in zip(layers, pair, strict=True)
-            if not 0 <= layer < len(layers[role])
+            for (role, network), layer in zip(networks.items(), pair, strict=True)
+            if not 0 <= layer < len(network.layers)
         ]
         found += outside
-        if not outside and not resolve_pairs(replace(config, pairs=[pair]), *layers.values()):
-            own, other = (of[layer] for of, layer in zip(layers.values(), pair, strict=True))
+        if not outside and not resolve_pairs(replace(config, pairs=[pair]), student, teacher):
+            having = [
+                ", ".join(point.value for point in _points(network, layer))
+                for network, layer in zip(networks.values(), pair, strict=True)
+            ]
             found.append(
-                f"loss.hidden.pairs has {list(pair)}: the student's layer is {own!r}, the teacher's {other!r} ('*' is "
-                f"attention, '-' an MLP), and loss.hidden.points = {', '.join(point.value for point in config.points)} "
-                f"is not in both; name other layers, or add the point layer"
+                f"loss.hidden.pairs has {list(pair)}: the student's layer has the points {having[0]}, the teacher's "
+                f"{having[1]}, and loss.hidden.points = {', '.join(point.value for point in config.points)} is not in "
+                f"both; name other layers, or add the point layer"
             )
-    if student.hidden != teacher.hidden and config.projection is Projection.NONE:
+    if student.hidden_size != teacher.hidden_size and config.projection is Projection.NONE:
         found.append(
-            f"loss.hidden.projection = none, and student.hidden = {student.hidden} is not teacher.hidden = "
-            f"{teacher.hidden}: set loss.hidden.projection to shared or per_pair"
+            f"loss.hidden.projection = none, and student.hidden_size = {student.hidden_size} is not "
+            f"teacher.hidden_size = {teacher.hidden_size}: set loss.hidden.projection to shared or per_pair"
         )
     return found
 
@@ -121,8 +120,8 @@ def hidden_problems(config: HiddenConfig, student: ModelShape, teacher: ModelSha
 def add_projections(
     chunks: Sequence[GPTModel],
     config: HiddenConfig,
-    student: ModelShape,
-    teacher: ModelShape,
+    student: Network,
+    teacher: Network,
     groups: Groups,
     seed: int,
 ) -> None:
@@ -132,9 +131,9 @@ def add_projections(
     """
     if not config.weight or config.projection is Projection.NONE:
         return
-    pairs = resolve_pairs(config, student.megatron_layers, teacher.megatron_layers)
+    pairs = resolve_pairs(config, student, teacher)
     own = [
-        {pair.name: n for n, pair in enumerate(pairs) if _module([chunk], pair.point, pair.student) is not None}
+        {pair.name: n for n, pair in enumerate(pairs) if _module([chunk], student, pair.point, pair.student) is not None}
         for chunk in chunks
     ]
     group = None
@@ -146,7 +145,7 @@ def add_projections(
     for chunk, names in zip(chunks, own, strict=True):
         if names:
             projections = {
-                name: _projection(student.hidden, teacher.hidden, seed + n, chunk, groups) for name, n in names.items()
+                name: _projection(student.hidden_size, teacher.hidden_size, seed + n, chunk, groups) for name, n in names.items()
             }
             setattr(chunk, PROJECTIONS, Projections(projections, group))
 
@@ -200,7 +199,7 @@ class HiddenLosses:
     Args:
         config: which, and how they are weighted.
         student, teacher: this rank's chunks.
-        shapes: of the whole student and teacher.
+        networks: the whole student and teacher.
         groups: this rank's place.
 
     Attributes:
@@ -212,27 +211,27 @@ class HiddenLosses:
         config: HiddenConfig,
         student: Sequence[GPTModel],
         teacher: Sequence[GPTModel],
-        shapes: tuple[ModelShape, ModelShape],
+        networks: tuple[Network, Network],
         groups: Groups,
     ):
         self.config = config
         self.groups = groups
-        self.teacher_width = shapes[1].hidden
-        self.pairs = resolve_pairs(config, *(shape.megatron_layers for shape in shapes))
-        modules = ((n, _module(student, pair.point, pair.student)) for n, pair in enumerate(self.pairs))
+        self.teacher_width = networks[1].hidden_size
+        self.pairs = resolve_pairs(config, *networks)
+        modules = ((n, _module(student, networks[0], pair.point, pair.student)) for n, pair in enumerate(self.pairs))
         self._students = {n: module for n, module in modules if module is not None}
         projections = {name: p for chunk in student for name, p in getattr(chunk, PROJECTIONS, {}).items()}
         self._projections = [projections.get(pair.name, projections.get(SHARED)) for pair in self.pairs]
         # Several pairs may look at one state of the teacher's.
-        self._sources = {pair.source: _module(teacher, *pair.source) for pair in self.pairs}
+        self._sources = {pair.source: _module(teacher, networks[1], *pair.source) for pair in self.pairs}
         self._dtype = teacher[0].config.params_dtype
         layout = groups.layout
         self._routes = sorted(
             {
                 (*pair.source, owner, target)
                 for pair in self.pairs
-                if (owner := _owner(*pair.source, shapes[1], layout))
-                != (target := _owner(pair.point, pair.student, shapes[0], layout))
+                if (owner := _owner(*pair.source, networks[1], layout))
+                != (target := _owner(pair.point, pair.student, networks[0], layout))
             }
         )
         self._group = _stages_group(range(layout.pipeline), groups) if self._routes else None
@@ -451,22 +450,28 @@ def _state(output) -> Tensor:
     return state if bias is None else state + bias
 
 
-def _module(chunks: Sequence[GPTModel], point: Point, layer: int) -> torch.nn.Module | None:
+def _module(
+    chunks: Sequence[torch.nn.Module], network: Network, point: Point, layer: int
+) -> torch.nn.Module | None:
     """The module whose output a state is, if this rank has it."""
     for chunk in chunks:
         if point is Point.EMBEDDING and chunk.pre_process:
             return chunk.embedding
-        for own in chunk.decoder.layers if point is not Point.EMBEDDING else ():
-            if own.layer_number - 1 == layer:
-                return {Point.LAYER: own, Point.ATTENTION: own.self_attention, Point.MLP: own.mlp}[point]
+        for positions, own in held_sublayers(chunk, network) if point is not Point.EMBEDDING else ():
+            if point is Point.LAYER and positions[-1] == network.layers[layer][-1]:
+                return own
+            for position in positions:
+                sublayer = network.sublayers[position]
+                if sublayer.name == point.value and network.layer_of(position) == layer:
+                    return getattr(own, sublayer.slot.module)
     return None
 
 
-def _owner(point: Point, layer: int, shape: ModelShape, layout: Layout) -> int:
+def _owner(point: Point, layer: int, network: Network, layout: Layout) -> int:
     """The pipeline rank that has a state."""
     if point is Point.EMBEDDING:
         return 0
-    ends = accumulate(layers_per_stage(len(shape.megatron_layers), layout.stages))
+    ends = accumulate(layers_per_stage(len(network.layers), layout.stages))
     return next(stage for stage, end in enumerate(ends) if layer < end) % layout.pipeline
 
 

@@ -63,12 +63,12 @@ def evaluate(config: EvaluateConfig) -> Path:
     is_folder = (path / "config.json").is_file()
     checkpoint = None if is_folder else Checkpoint(path)
     problems = task_problems(config)
-    raise_if_any(problems + (build_problems(checkpoint.shape, layout, "model") if checkpoint else []))
+    raise_if_any(problems + (build_problems(checkpoint.network, layout, "model") if checkpoint else []))
     parents = [Parent.of("model", checkpoint.root if checkpoint else path)]
     parents += Parent.of_text(config.data.text)
     parents += [Parent.of("task_dir", Path(config.task_dir))] if config.task_dir else []
-    shape = checkpoint.shape.to_dict() if checkpoint else None
-    manifest = Manifest("evaluation", shape, parents, to_plain(config))
+    network = checkpoint.network.to_dict() if checkpoint else None
+    manifest = Manifest("evaluation", network, parents, to_plain(config))
     if is_done(output, manifest):
         return output
     with process_groups(layout) as groups:
@@ -94,19 +94,19 @@ def _measure_checkpoint(
     checkpoint: Checkpoint, samples: Samples, tasks: Tasks | None, config: EvaluateConfig, groups: Groups
 ) -> dict:
     """What goes into `evaluation.json`, of a model in the ranks' layout."""
-    chunks = build_model(checkpoint.shape, groups, config.dtype)
+    chunks = build_model(checkpoint.network, groups, config.dtype)
     load_weights(chunks, checkpoint, groups)
     found = _results(
-        num_parameters(checkpoint.shape),
-        num_parameters(checkpoint.shape, embeddings=False),
-        *_megatron_loss(chunks, checkpoint.shape.vocab, samples, config, groups),
+        num_parameters(checkpoint.network),
+        num_parameters(checkpoint.network, embeddings=False),
+        *_megatron_loss(chunks, checkpoint.network.vocab_size, samples, config, groups),
     )
     tokenizer = load_tokenizer(checkpoint.huggingface_folder)
     defaults = generation_defaults(checkpoint.huggingface_folder)
     inference = Inference(
         chunks,
         groups,
-        checkpoint.shape.vocab,
+        checkpoint.network,
         tokenizer,
         _end_tokens(defaults, tokenizer),
         config.micro_batch,
@@ -115,7 +115,7 @@ def _measure_checkpoint(
     def run_tasks(call: Callable) -> dict:
         from minitron_megatron.evaluation.lm import MegatronLM
 
-        return tasks.run(MegatronLM(call, tokenizer, checkpoint.shape.max_positions, defaults))
+        return tasks.run(MegatronLM(call, tokenizer, checkpoint.network.max_positions, defaults))
 
     if config.generate_tokens:
         decoding = Decoding(config.generate_tokens, min_new_tokens=config.generate_tokens)

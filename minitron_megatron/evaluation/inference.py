@@ -8,8 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron_megatron.evaluation.cache import key_value_cache
 from minitron_megatron.evaluation.decoding import Chooser, Decoding, Ending
+from minitron_megatron.model.kv_cache import key_value_cache
+from minitron_megatron.model.network import Network
 from minitron_megatron.parallel.collectives import broadcast_from_last, gather_dim, gather_objects
 from minitron_megatron.parallel.cpu import spared
 from minitron_megatron.parallel.groups import Groups
@@ -31,7 +32,7 @@ class Inference:
     Args:
         chunks: this rank's model, without virtual pipeline stages.
         groups: this rank's place, without sequence parallelism.
-        vocab: tokens of the tokenizer.
+        network: the whole network.
         tokenizer: of transformers.
         end_tokens: that end a sequence.
         batch: sequences per forward pass and rank. Of generation that is the prompts; up to four times as many go on
@@ -42,13 +43,13 @@ class Inference:
         self,
         chunks: Sequence[torch.nn.Module],
         groups: Groups,
-        vocab: int,
+        network: Network,
         tokenizer,
         end_tokens: list[int],
         batch: int,
     ):
         assert len(chunks) == 1 and not groups.layout.sequence
-        self.chunks, self.groups, self.vocab = chunks, groups, vocab
+        self.chunks, self.groups, self.network = chunks, groups, network
         self.tokenizer, self.end_tokens = tokenizer, end_tokens
         self.batch = batch
 
@@ -136,7 +137,7 @@ class Inference:
     def _logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states `[token, hidden]` to float32 logits `[token, vocab]`, on the last stage."""
         logits = F.linear(hidden, output_weight(self.chunks[-1]))
-        return gather_dim(logits, self.groups.collection.tp, dim=1)[:, : self.vocab].float()
+        return gather_dim(logits, self.groups.collection.tp, dim=1)[:, : self.network.vocab_size].float()
 
     def _score(self, hidden: Tensor, batch: Batch) -> list[list[tuple[float, bool]]]:
         """The scores of the sequences of each of a batch's rows, from the last hidden states `[seq, batch, hidden]`."""
@@ -178,7 +179,7 @@ class Inference:
 
         made: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
-        with key_value_cache(self.chunks, size * len(starts), longest + decoding.max_new_tokens) as cursor:
+        with key_value_cache(self.chunks, self.network, size * len(starts), longest + decoding.max_new_tokens) as cursor:
             batches = []
             for start in starts:
                 part, last = prompts[start : start + size], lengths[start : start + size] - 1

@@ -1,15 +1,15 @@
-"""The axis table: what every parameter's dimensions mean, where it is stored, and how it is cut.
+"""The algebra of the axis table: what every dimension of a parameter means, and how it is cut.
 
-A tensor dimension is described by a small algebra over named axes. `GROUP * (HEAD + KEY + VALUE) *
-HEAD_DIM` is the row order of Megatron's fused QKV projection: per query group its query heads, then
-its key head, then its value head. From that one description follow the size of the dimension and,
-for any choice of kept indices along the named axes, the rows that stay:
+A tensor dimension is an expression over named axes. `GROUP * (HEAD + KEY + VALUE) * HEAD_DIM` is the row order of
+Megatron's fused QKV projection: per query group its query heads, then its key head, then its value head. From that one
+description follow the size of the dimension and, for any choice of kept indices along the named axes, the rows that
+stay:
 
 - pruning keeps the indices of a plan,
 - a tensor-parallel shard keeps a range of one axis, or of the rows of a query group,
 - the Hugging Face tensors inside a fused one are the rows left when the other parts are dropped.
 
-So all of these are one function, `Dim.index`, and no other module spells a parameter's name.
+So all of these are one function, `Dim.index`. The rows of the table are in `parameters.py` and `layers/`.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape, NormKind
+Sizes = Mapping[str, int]
+"""Length of each axis by its name."""
 
 Kept = Mapping[str, np.ndarray]
-"""Kept indices by axis name, sorted. An axis without an entry is kept whole. `head` may be
-two-dimensional, `[kept group, kept head of that group]`, since every group keeps its own heads."""
-
-PROJECTIONS = "distillation_projections"
-"""The beginning of the names of what distillation trains beside the student, and that is no part of any network."""
+"""Kept indices by axis name, sorted. An axis without an entry is kept whole. Of an axis that lies within another one
+they may be two-dimensional, `[kept element of the outer axis, kept element]`."""
 
 
 class Dim:
@@ -36,42 +34,50 @@ class Dim:
     def __add__(self, other: "Dim") -> "Dim":
         return _Concat(self, other)
 
-    def size(self, sizes: Mapping[str, int]) -> int:
-        """Length of the dimension, given the length of each axis."""
+    def size(self, sizes: Sizes) -> int:
+        """Length of the dimension."""
         raise NotImplementedError
 
-    def index(self, kept: Kept, sizes: Mapping[str, int], row: int | None = None) -> np.ndarray:
+    def index(self, kept: Kept, sizes: Sizes, rows: Sizes | None = None) -> np.ndarray:
         """Positions in this dimension that stay when only `kept` stays of each axis, in order.
 
         Args:
             kept: indices per axis; axes that are not named are kept whole.
             sizes: length of each axis before cutting.
-            row: position among the kept elements of the enclosing axis, for two-dimensional entries.
+            rows: for each enclosing axis, which of its kept elements this is within.
 
         Returns:
             int64 array of positions.
         """
         raise NotImplementedError
 
-    def labels(self, axis: str, sizes: Mapping[str, int]) -> np.ndarray:
+    def labels(self, axis: str, sizes: Sizes) -> np.ndarray:
         """Which element of `axis` each position belongs to, -1 where to none."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Axis(Dim):
-    name: str
+    """A named axis.
 
-    def size(self, sizes):
+    Attributes:
+        name: of the axis.
+        within: name of the axis that it lies within, whose every element may keep other elements of this one.
+    """
+
+    name: str
+    within: str | None = None
+
+    def size(self, sizes: Sizes) -> int:
         return sizes[self.name]
 
-    def index(self, kept, sizes, row=None):
+    def index(self, kept: Kept, sizes: Sizes, rows: Sizes | None = None) -> np.ndarray:
         if self.name not in kept:
             return np.arange(sizes[self.name])
         indices = np.asarray(kept[self.name], dtype=np.int64)
-        return indices[row] if indices.ndim == 2 else indices
+        return indices[(rows or {})[self.within]] if indices.ndim == 2 else indices
 
-    def labels(self, axis, sizes):
+    def labels(self, axis: str, sizes: Sizes) -> np.ndarray:
         return np.arange(sizes[axis]) if self.name == axis else np.full(sizes[self.name], -1)
 
 
@@ -80,18 +86,22 @@ class _Product(Dim):
     outer: Dim
     inner: Dim
 
-    def size(self, sizes):
+    def __mul__(self, inner: Dim) -> Dim:
+        # An axis then stands outside of everything that lies within it.
+        return _Product(self.outer, self.inner * inner)
+
+    def size(self, sizes: Sizes) -> int:
         return self.outer.size(sizes) * self.inner.size(sizes)
 
-    def index(self, kept, sizes, row=None):
+    def index(self, kept: Kept, sizes: Sizes, rows: Sizes | None = None) -> np.ndarray:
         stride = self.inner.size(sizes)
-        parts = [
-            position * stride + self.inner.index(kept, sizes, i if row is None else row)
-            for i, position in enumerate(self.outer.index(kept, sizes, row))
-        ]
+        parts = []
+        for row, position in enumerate(self.outer.index(kept, sizes, rows)):
+            within = {**(rows or {}), self.outer.name: row} if isinstance(self.outer, Axis) else rows
+            parts.append(position * stride + self.inner.index(kept, sizes, within))
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
-    def labels(self, axis, sizes):
+    def labels(self, axis: str, sizes: Sizes) -> np.ndarray:
         outer = np.repeat(self.outer.labels(axis, sizes), self.inner.size(sizes))
         inner = np.tile(self.inner.labels(axis, sizes), self.outer.size(sizes))
         return np.maximum(outer, inner)
@@ -102,37 +112,18 @@ class _Concat(Dim):
     first: Dim
     second: Dim
 
-    def size(self, sizes):
+    def size(self, sizes: Sizes) -> int:
         return self.first.size(sizes) + self.second.size(sizes)
 
-    def index(self, kept, sizes, row=None):
-        first = self.first.index(kept, sizes, row)
-        return np.concatenate([first, self.first.size(sizes) + self.second.index(kept, sizes, row)])
+    def index(self, kept: Kept, sizes: Sizes, rows: Sizes | None = None) -> np.ndarray:
+        first = self.first.index(kept, sizes, rows)
+        return np.concatenate([first, self.first.size(sizes) + self.second.index(kept, sizes, rows)])
 
-    def labels(self, axis, sizes):
+    def labels(self, axis: str, sizes: Sizes) -> np.ndarray:
         return np.concatenate([self.first.labels(axis, sizes), self.second.labels(axis, sizes)])
 
 
-HIDDEN, FFN, VOCAB = Axis("hidden"), Axis("ffn"), Axis("vocab")
-GROUP, HEAD, HEAD_DIM = Axis("group"), Axis("head"), Axis("head_dim")
-# Parts of fused projections: axes of length one, so that a part is selected by dropping the others.
-KEY, VALUE, GATE, UP = Axis("key"), Axis("value"), Axis("gate"), Axis("up")
-
-_QKV_ROWS = GROUP * (HEAD + KEY + VALUE) * HEAD_DIM
-_HEAD_COLUMNS = GROUP * HEAD * HEAD_DIM
-
-
-def axis_sizes(shape: ModelShape) -> dict[str, int]:
-    """Length of every axis. `head` counts the query heads of one group; `vocab` includes the padding."""
-    return {
-        "hidden": shape.hidden,
-        "ffn": shape.ffn,
-        "group": shape.num_query_groups,
-        "head": shape.heads_per_group,
-        "head_dim": shape.head_dim,
-        "vocab": shape.padded_vocab,
-        **{part: 1 for part in ("key", "value", "gate", "up")},
-    }
+HIDDEN, VOCAB = Axis("hidden"), Axis("vocab")
 
 
 @dataclass(frozen=True)
@@ -140,12 +131,14 @@ class Part:
     """One Hugging Face tensor inside a Megatron parameter.
 
     Attributes:
-        name: its key in the Hugging Face layout; `{layer}` stands for the layer's number.
-        dropped: part axes that are not in it.
+        name: its key in the Hugging Face layout; `{layer}` stands for the number of the transformer layer.
+        dropped: part axes (of length one) that are not in it.
+        rotary_dim: rows of each head, where they pass through the rotary embedding; None where they do not.
     """
 
     name: str
     dropped: tuple[str, ...] = ()
+    rotary_dim: int | None = None
 
     @property
     def kept(self) -> Kept:
@@ -154,143 +147,77 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Param:
-    """One row of the axis table.
+class Row:
+    """A row of the axis table, as a kind of layer writes it.
 
     Attributes:
-        name: the key below `decoder.layers.` for parameters of a sublayer, else the whole key.
+        name: the key below the layer's for parameters of a sublayer, else the whole key.
         dims: what each dimension means.
-        sublayer: `*`, `-`, or None outside the layers.
         split: the axis that tensor parallelism splits, or None when every rank holds all of it.
         parts: its tensors in the Hugging Face layout.
         matmul: whether a token is multiplied by it (embedding lookups, norms and biases are not).
+        takes_merged: whether what a plan merges into kept elements goes into it (see `pruning/slicing.py`).
     """
 
     name: str
     dims: tuple[Dim, ...]
-    sublayer: str | None
     split: str | None
     parts: tuple[Part, ...]
     matmul: bool = False
+    takes_merged: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Param(Row):
+    """A parameter of a network: a row of the axis table with its place and sizes.
+
+    Attributes:
+        position: of its sublayer in the network, None outside of the layers.
+        layer: number of the transformer layer that holds the sublayer, None outside of the layers.
+        sizes: length of every axis.
+    """
+
+    position: int | None = None
+    layer: int | None = None
+    sizes: Sizes = None
 
     @property
     def is_embedding(self) -> bool:
         """Whether it is the table that tokens are looked up in."""
-        return self.split == "vocab" and not self.matmul
+        return self.split == VOCAB.name and not self.matmul
 
     @property
-    def has_queries(self) -> bool:
-        """Whether some of its rows make the queries of attention."""
-        return self.dims[0] == _QKV_ROWS
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(dim.size(self.sizes) for dim in self.dims)
 
-    @property
-    def stacked_key(self) -> str:
-        """Checkpoint key of the form that stacks all layers in a leading dimension."""
-        return self.name if self.sublayer is None else f"decoder.layers.{self.name}"
-
-    def layer_key(self, layer: int, shape: ModelShape) -> str:
-        """Checkpoint key of the form that stores each of Megatron's layers by itself.
-
-        Args:
-            layer: which sublayer of the parameter's kind, counted from 0.
-            shape: of the whole network.
-        """
-        holding = [number for number, held in enumerate(shape.megatron_layers) if self.sublayer in held]
-        return f"decoder.layers.{holding[layer]}.{self.name}"
-
-    def size(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Shape of the tensor (of one layer)."""
-        return tuple(dim.size(sizes) for dim in self.dims)
-
-    def index(self, kept: Kept, sizes: Mapping[str, int]) -> list[np.ndarray]:
+    def index(self, kept: Kept) -> list[np.ndarray]:
         """For each dimension, the positions that stay when only `kept` stays."""
-        return [dim.index(kept, sizes) for dim in self.dims]
+        return [dim.index(kept, self.sizes) for dim in self.dims]
 
-    def shard(self, rank: int, num_ranks: int, sizes: Mapping[str, int]) -> list[np.ndarray]:
+    def shard(self, rank: int, num_ranks: int) -> list[np.ndarray]:
         """For each dimension, the positions that one of `num_ranks` tensor-parallel ranks holds.
 
         All ranks hold equally many, element by element of the split axis: several query groups, or a part of one.
         """
-        found = []
-        for positions, dim in zip(self.index({}, sizes), self.dims, strict=True):
-            elements = np.full(len(positions), -1) if self.split is None else dim.labels(self.split, sizes)
+        shards = []
+        for positions, dim in zip(self.index({}), self.dims, strict=True):
+            elements = np.full(len(positions), -1) if self.split is None else dim.labels(self.split, self.sizes)
             if (elements >= 0).all():
                 positions = np.sort(elements.argsort(kind="stable").reshape(num_ranks, -1)[rank])
-            found.append(positions)
-        return found
+            shards.append(positions)
+        return shards
 
+    def hf_name(self, part: Part) -> str:
+        """Key of one of its `parts` in the Hugging Face layout."""
+        return part.name.format(layer=self.layer)
 
-def parameters(shape: ModelShape) -> list[Param]:
-    """The axis table of one network: all of its parameters, in the order of the forward pass."""
-    final_norm = "final_layernorm" if shape.is_uniform else "final_norm"  # GPTModel's name and HybridModel's
-    return [
-        Param("embedding.word_embeddings.weight", (VOCAB, HIDDEN), None, "vocab", (Part("model.embed_tokens.weight"),)),
-        *_attention(shape),
-        *_mlp(shape),
-        *_norm(shape, HIDDEN, f"decoder.{final_norm}.", "model.norm.", None),
-        *([] if shape.tied else [_OUTPUT]),
-    ]
+    def hf_shape(self, part: Part, vocab_size: int) -> list[int]:
+        """Shape of one of its `parts`, whose vocabulary is not padded."""
+        sizes = {**self.sizes, VOCAB.name: vocab_size, **dict.fromkeys(part.dropped, 0)}
+        return [dim.size(sizes) for dim in self.dims]
 
-
-_OUTPUT = Param("output_layer.weight", (VOCAB, HIDDEN), None, "vocab", (Part("lm_head.weight"),), matmul=True)
-
-
-def _norm(shape: ModelShape, dim: Dim, prefix: str, hf_prefix: str, sublayer: str | None) -> list[Param]:
-    tensors = ["weight", "bias"] if shape.norm is NormKind.LAYERNORM else ["weight"]
-    return [Param(prefix + t, (dim,), sublayer, None, (Part(hf_prefix + t),)) for t in tensors]
-
-
-def _attention(shape: ModelShape) -> list[Param]:
-    hf = "model.layers.{layer}.self_attn."
-
-    def qkv(tensor: str) -> tuple[Part, ...]:
-        return (
-            Part(f"{hf}q_proj.{tensor}", ("key", "value")),
-            Part(f"{hf}k_proj.{tensor}", ("head", "value")),
-            Part(f"{hf}v_proj.{tensor}", ("head", "key")),
-        )
-
-    def param(name, dims, split, parts, matmul=False):
-        return Param(f"self_attention.{name}", dims, ATTENTION, split, parts, matmul)
-
-    rows = [
-        *_norm(
-            shape, HIDDEN, "self_attention.linear_qkv.layer_norm_", "model.layers.{layer}.input_layernorm.", ATTENTION
-        ),
-        param("linear_qkv.weight", (_QKV_ROWS, HIDDEN), "group", qkv("weight"), matmul=True),
-    ]
-    if shape.qkv_bias or shape.linear_bias:
-        rows.append(param("linear_qkv.bias", (_QKV_ROWS,), "group", qkv("bias")))
-    if shape.qk_norm:
-        for one in "qk":
-            rows += _norm(shape, HEAD_DIM, f"self_attention.{one}_layernorm.", f"{hf}{one}_norm.", ATTENTION)
-    rows.append(
-        param("linear_proj.weight", (HIDDEN, _HEAD_COLUMNS), "group", (Part(f"{hf}o_proj.weight"),), matmul=True)
-    )
-    if shape.linear_bias:
-        rows.append(param("linear_proj.bias", (HIDDEN,), None, (Part(f"{hf}o_proj.bias"),)))
-    return rows
-
-
-def _mlp(shape: ModelShape) -> list[Param]:
-    hf = "model.layers.{layer}.mlp."
-    neurons = (GATE + UP) * FFN if shape.gated else FFN
-
-    def fc1(tensor: str) -> tuple[Part, ...]:
-        if not shape.gated:
-            return (Part(f"{hf}up_proj.{tensor}"),)
-        return (Part(f"{hf}gate_proj.{tensor}", ("up",)), Part(f"{hf}up_proj.{tensor}", ("gate",)))
-
-    def param(name, dims, split, parts, matmul=False):
-        return Param(f"mlp.{name}", dims, MLP, split, parts, matmul)
-
-    rows = [
-        *_norm(shape, HIDDEN, "mlp.linear_fc1.layer_norm_", "model.layers.{layer}.post_attention_layernorm.", MLP),
-        param("linear_fc1.weight", (neurons, HIDDEN), "ffn", fc1("weight"), matmul=True),
-    ]
-    if shape.linear_bias:
-        rows.append(param("linear_fc1.bias", (neurons,), "ffn", fc1("bias")))
-    rows.append(param("linear_fc2.weight", (HIDDEN, FFN), "ffn", (Part(f"{hf}down_proj.weight"),), matmul=True))
-    if shape.linear_bias:
-        rows.append(param("linear_fc2.bias", (HIDDEN,), None, (Part(f"{hf}down_proj.bias"),)))
-    return rows
+    def hf_rows(self, part: Part, vocab_size: int) -> np.ndarray:
+        """Rows of Megatron's tensor that make up one of its `parts`, without those that pad the vocabulary."""
+        kept = {**part.kept, **({VOCAB.name: np.arange(vocab_size)} if self.split == VOCAB.name else {})}
+        return self.dims[0].index(kept, self.sizes)

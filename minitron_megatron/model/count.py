@@ -2,39 +2,38 @@
 
 import math
 
-from minitron_megatron.model.axes import axis_sizes, parameters
-from minitron_megatron.model.shape import ATTENTION, ModelShape
+from minitron_megatron.model.axes import VOCAB
+from minitron_megatron.model.network import Network
+from minitron_megatron.model.parameters import parameters
 
 
-def num_parameters(shape: ModelShape, embeddings: bool = True) -> int:
+def num_parameters(network: Network, embeddings: bool = True) -> int:
     """Parameters of the network. Rows that only pad the vocabulary do not count.
 
     Args:
-        shape: the network.
+        network: to count.
         embeddings: whether the embedding table and an untied output projection count.
     """
-    sizes = axis_sizes(shape) | {"vocab": shape.vocab}
     return sum(
-        math.prod(param.size(sizes)) * (len(shape.sublayers(param.sublayer)) if param.sublayer else 1)
-        for param in parameters(shape)
-        if embeddings or param.split != "vocab"
+        math.prod(dim.size({**param.sizes, VOCAB.name: network.vocab_size}) for dim in param.dims)
+        for param in parameters(network)
+        if embeddings or param.split != VOCAB.name
     )
 
 
-def forward_flops_per_token(shape: ModelShape, sequence_length: int) -> float:
+def forward_flops_per_token(network: Network, sequence_length: int) -> float:
     """Floating-point operations of one forward pass, per token, at a given sequence length.
 
-    Matrix products count two operations per multiply-add. Causal attention counts the half of the
-    score matrix that is used: a token attends to `(sequence_length + 1) / 2` positions on average.
-    Norms, activations and the softmaxes are left out, as is usual in the field. A backward pass costs
-    twice a forward pass.
+    Matrix products count two operations per multiply-add; what a kind of layer has beside them, it says itself. Norms,
+    activations and the softmaxes are left out, as is usual in the field. A backward pass costs twice a forward pass.
     """
-    sizes = axis_sizes(shape)
-    per_layer = sum(
-        2 * math.prod(param.size(sizes)) * len(shape.sublayers(param.sublayer))
-        for param in parameters(shape)
-        if param.matmul and param.sublayer
+    matrices = sum(
+        2 * math.prod(param.shape) for param in parameters(network) if param.matmul and param.position is not None
     )
-    scores_and_values = 2 * 2 * shape.num_heads * shape.head_dim * (sequence_length + 1) / 2
-    attention = scores_and_values * len(shape.sublayers(ATTENTION))
-    return per_layer + attention + 2 * shape.padded_vocab * shape.hidden
+    others = sum(sublayer.flops_per_token(sequence_length) for sublayer in network.sublayers)
+    return matrices + others + 2 * network.padded_vocab_size * network.hidden_size
+
+
+def cache_bytes_per_token(network: Network, number_bytes: int) -> int:
+    """Bytes that generation keeps of every token of a sequence, over all layers."""
+    return sum(sublayer.cache_bytes_per_token(number_bytes) for sublayer in network.sublayers)

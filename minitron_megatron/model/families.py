@@ -1,21 +1,22 @@
-"""Model families: between a Hugging Face config and a `ModelShape`, both ways.
+"""Model families: between a Hugging Face config and a `Network`, both ways.
 
-A family says how its config spells the sizes. Where its tensors lie is the axis table's business.
+A family says how its config spells sizes and switches, and names the kinds of layers that it has. Where its tensors lie
+is the kinds' business. How to add one: docs/architecture.md.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from minitron_megatron.errors import UnsupportedModelError
-from minitron_megatron.model.shape import (
-    Activation,
-    Llama3RopeScaling,
-    ModelShape,
-    NormKind,
-    layers_pattern,
-    pad_vocab,
-)
+from minitron_megatron.model.layers.attention import Attention
+from minitron_megatron.model.layers.mlp import MLP, Activation
+from minitron_megatron.model.network import Llama3RopeScaling, Network, pad_vocab, transformer
+from minitron_megatron.model.norms import NormKind
+
+Config = dict[str, Any]
+"""The content of a `config.json`."""
 
 
 @dataclass(frozen=True)
@@ -24,83 +25,199 @@ class Family:
 
     Attributes:
         architecture: its class in transformers.
-        switches: fields of `ModelShape` that are the same for every model of the family.
-        activation: what its config calls their activation.
-        defaults: config fields that transformers assumes where a config leaves them out.
-        config: the family's own config fields that follow from a shape.
-        read: fields of `ModelShape` that follow from the family's own config fields.
+        read: the network that a config describes. Raises `UnsupportedModelError` for what it cannot be.
+        write: fields of the config of a network, beside `model_type` and `architectures`.
+        obstacles: why a network is none of the family, as `NAME = VALUE`.
     """
 
     architecture: str
-    switches: dict
-    activation: str
-    defaults: dict
-    config: Callable[[ModelShape], dict]
-    read: Callable[[dict], dict]
+    read: Callable[[Config], Network]
+    write: Callable[[Network], Config]
+    obstacles: Callable[[Network], list[str]] = lambda network: []
 
 
-def _no_window(shape: ModelShape) -> dict:
+@dataclass(frozen=True)
+class _Dense:
+    """What tells one family of dense transformers from another.
+
+    Attributes:
+        norm_eps: its name in the config.
+        hidden_act: what the config calls the activation.
+        attention, mlp, network: fields of these that are the same for every model of the family.
+        defaults: config fields that transformers assumes where a config leaves them out.
+        config: the family's own fields of the config of a network.
+    """
+
+    norm_eps: str = "rms_norm_eps"
+    hidden_act: str = "silu"
+    attention: Mapping[str, Any] = field(default_factory=dict)
+    mlp: Mapping[str, Any] = field(default_factory=dict)
+    network: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    config: Callable[[Network], Config] = lambda network: {}
+
+    def read(self, config: Config) -> Network:
+        config = {**self.defaults, **config}
+        self._require_known(config)
+        # The one is transformers 5's name, the other that of earlier versions, which kept these two fields outside.
+        rope: Config = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+        rope |= {name: config[name] for name in rope if config.get(name)}
+        rope |= config.get("rope_scaling") or config.get("rope_parameters") or {}
+        heads = config["num_attention_heads"]
+        attention = Attention(
+            num_heads=heads,
+            num_query_groups=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            **self.attention,
+        )
+        mlp = MLP(ffn_hidden_size=config["intermediate_size"], **self.mlp)
+        return Network(
+            transformer(config["num_hidden_layers"], [attention, mlp]),
+            hidden_size=config["hidden_size"],
+            vocab_size=config["vocab_size"],
+            padded_vocab_size=pad_vocab(config["vocab_size"]),
+            max_positions=config["max_position_embeddings"],
+            norm_eps=config[self.norm_eps],
+            rotary_base=rope["rope_theta"],
+            rotary_fraction=rope["partial_rotary_factor"],
+            rotary_scaling=_rotary_scaling(rope),
+            tie_embeddings=bool(config.get("tie_word_embeddings")),
+            **self.network,
+        )
+
+    def _require_known(self, config: Config) -> None:
+        """Refuse what a config switches on that networks have no field for."""
+        if (activation := config.get("hidden_act", self.hidden_act)) != self.hidden_act:
+            raise UnsupportedModelError(
+                f"config.json: hidden_act = {activation!r} is not supported for this family: choose a model with "
+                f"{self.hidden_act!r}"
+            )
+        for name in ("attention_bias", "attention_out_bias", "mlp_bias"):
+            if bool(config.get(name)) != (expected := self.defaults.get(name, False)):
+                raise UnsupportedModelError(
+                    f"config.json: {name} = {json.dumps(config.get(name))} is not supported for this family: choose a "
+                    f"model {'with' if expected else 'without'}"
+                )
+        window = config.get("sliding_window")
+        if window and config.get("use_sliding_window", True) and window < config["max_position_embeddings"]:
+            raise UnsupportedModelError(
+                f"config.json: sliding_window = {window} is not supported, being shorter than max_position_embeddings "
+                f"= {config['max_position_embeddings']}: lower that to {window} if longer sequences are not needed"
+            )
+
+    def write(self, network: Network) -> Config:
+        attention, mlp = (network.sublayers[position] for position in network.layers[0])
+        rope: Config = {"rope_type": "default", "rope_theta": network.rotary_base}
+        if scaling := network.rotary_scaling:
+            rope = {
+                "rope_type": "llama3",
+                "rope_theta": network.rotary_base,
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_positions,
+            }
+        if network.rotary_fraction != 1:
+            rope["partial_rotary_factor"] = network.rotary_fraction
+        return {
+            "num_hidden_layers": len(network.layers),
+            "hidden_size": network.hidden_size,
+            "intermediate_size": mlp.ffn_hidden_size,
+            "num_attention_heads": attention.num_heads,
+            "num_key_value_heads": attention.num_query_groups,
+            "head_dim": attention.head_dim,
+            "vocab_size": network.vocab_size,
+            "max_position_embeddings": network.max_positions,
+            "rope_parameters": rope,
+            # Readers older than transformers 5 look for these two.
+            "rope_theta": network.rotary_base,
+            "rope_scaling": rope if network.rotary_scaling else None,
+            "tie_word_embeddings": network.tie_embeddings,
+            "hidden_act": self.hidden_act,
+            self.norm_eps: network.norm_eps,
+            **self.config(network),
+        }
+
+    def obstacles(self, network: Network) -> list[str]:
+        """Switches that have another value in every model of the family; networks of other layers have them all."""
+        if any(tuple(type(network.sublayers[p]) for p in layer) != (Attention, MLP) for layer in network.layers):
+            return [f"pattern = {network.pattern!r}"]
+        if not network.has_equal_layers:
+            return unlike_layers(network)
+        attention, mlp = (network.sublayers[position] for position in network.layers[0])
+        switches = {"norm": NormKind.RMSNORM, "norm_zero_centered": False, **self.network}
+        if "partial_rotary_factor" not in self.defaults:
+            switches["rotary_fraction"] = 1.0
+        expected = [
+            (network, "network", switches),
+            (attention, attention.name, {"bias": False, "qkv_bias": False, "qk_norm": False, **self.attention}),
+            (mlp, mlp.name, {"activation": Activation.SILU, "gated": True, "bias": False, **self.mlp}),
+        ]
+        return [
+            f"{where}.{name} = {found}"
+            for owner, where, values in expected
+            for name, value in values.items()
+            if (found := getattr(owner, name)) != value
+        ]
+
+    def family(self, architecture: str) -> Family:
+        return Family(architecture, self.read, self.write, self.obstacles)
+
+
+def _no_window(network: Network) -> Config:
     """What Qwen's configs say of layers that all attend to the whole sequence."""
-    return dict(use_sliding_window=False, sliding_window=None, layer_types=["full_attention"] * shape.num_layers)
+    layer_types = ["full_attention"] * len(network.layers)
+    return dict(use_sliding_window=False, sliding_window=None, layer_types=layer_types)
 
 
-_LLAMA = dict(norm=NormKind.RMSNORM, activation=Activation.SILU, gated=True)
+FAMILIES: dict[str, Family] = {}
+"""Every family by its `model_type`. `register_family` fills it."""
 
-FAMILIES = {
-    "llama": Family(
-        "LlamaForCausalLM",
-        _LLAMA,
-        "silu",
-        {},
-        lambda shape: dict(rms_norm_eps=shape.norm_eps, attention_bias=False, mlp_bias=False),
-        lambda config: dict(norm_eps=config["rms_norm_eps"]),
-    ),
-    "mistral": Family(
-        "MistralForCausalLM",
-        _LLAMA,
-        "silu",
-        dict(num_key_value_heads=8, sliding_window=4096),
-        lambda shape: dict(rms_norm_eps=shape.norm_eps, sliding_window=None),
-        lambda config: dict(norm_eps=config["rms_norm_eps"]),
-    ),
-    "qwen2": Family(
-        "Qwen2ForCausalLM",
-        {**_LLAMA, "qkv_bias": True},
-        "silu",
-        dict(num_key_value_heads=32, use_sliding_window=False),
-        lambda shape: dict(rms_norm_eps=shape.norm_eps, **_no_window(shape)),
-        lambda config: dict(norm_eps=config["rms_norm_eps"]),
-    ),
-    "seed_oss": Family(
-        "SeedOssForCausalLM",
-        {**_LLAMA, "qkv_bias": True},
-        "silu",
-        dict(num_key_value_heads=8, head_dim=128, attention_bias=True),
-        lambda shape: dict(rms_norm_eps=shape.norm_eps, attention_bias=True, attention_out_bias=False, mlp_bias=False),
-        lambda config: dict(norm_eps=config["rms_norm_eps"]),
-    ),
-    "qwen3": Family(
-        "Qwen3ForCausalLM",
-        {**_LLAMA, "qk_norm": True},
-        "silu",
-        dict(num_key_value_heads=32, head_dim=128, use_sliding_window=False),
-        lambda shape: dict(rms_norm_eps=shape.norm_eps, attention_bias=False, **_no_window(shape)),
-        lambda config: dict(norm_eps=config["rms_norm_eps"]),
-    ),
-    "nemotron": Family(
-        "NemotronForCausalLM",
-        dict(norm=NormKind.LAYERNORM, norm_zero_centered=True, activation=Activation.SQUARED_RELU, gated=False),
-        "relu2",
-        dict(partial_rotary_factor=0.5),
-        lambda shape: dict(
-            norm_eps=shape.norm_eps,
-            attention_bias=False,
-            mlp_bias=False,
-            partial_rotary_factor=shape.rotary_fraction,
+
+def register_family(model_type: str, family: Family) -> None:
+    """Make a family known.
+
+    Raises:
+        ValueError: there is one of that type already.
+    """
+    if model_type in FAMILIES:
+        raise ValueError(f"the family {model_type!r} is registered already, for {FAMILIES[model_type].architecture}")
+    FAMILIES[model_type] = family
+
+
+_DENSE = {
+    "llama": _Dense(config=lambda network: dict(attention_bias=False, mlp_bias=False)).family("LlamaForCausalLM"),
+    "mistral": _Dense(
+        defaults=dict(num_key_value_heads=8, sliding_window=4096), config=lambda network: dict(sliding_window=None)
+    ).family("MistralForCausalLM"),
+    "qwen2": _Dense(
+        attention=dict(qkv_bias=True),
+        defaults=dict(num_key_value_heads=32, use_sliding_window=False),
+        config=_no_window,
+    ).family("Qwen2ForCausalLM"),
+    "seed_oss": _Dense(
+        attention=dict(qkv_bias=True),
+        defaults=dict(num_key_value_heads=8, head_dim=128, attention_bias=True),
+        config=lambda network: dict(attention_bias=True, attention_out_bias=False, mlp_bias=False),
+    ).family("SeedOssForCausalLM"),
+    "qwen3": _Dense(
+        attention=dict(qk_norm=True),
+        defaults=dict(num_key_value_heads=32, head_dim=128, use_sliding_window=False),
+        config=lambda network: dict(attention_bias=False, **_no_window(network)),
+    ).family("Qwen3ForCausalLM"),
+    "nemotron": _Dense(
+        norm_eps="norm_eps",
+        hidden_act="relu2",
+        mlp=dict(activation=Activation.SQUARED_RELU, gated=False),
+        network=dict(norm=NormKind.LAYERNORM, norm_zero_centered=True),
+        defaults=dict(partial_rotary_factor=0.5),
+        config=lambda network: dict(
+            attention_bias=False, mlp_bias=False, partial_rotary_factor=network.rotary_fraction
         ),
-        lambda config: dict(norm_eps=config["norm_eps"]),
-    ),
+    ).family("NemotronForCausalLM"),
 }
+for _model_type, _family in _DENSE.items():
+    register_family(_model_type, _family)
 
 _SEED_OSS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, attention_dropout=0.0, residual_dropout=0.0)
 """What a Qwen2 config means where it leaves these out, and Seed-OSS's does not."""
@@ -122,60 +239,22 @@ _GEMMA = (
 )
 
 
-def shape_from_config(config: dict) -> ModelShape:
-    """The shape of the network that a Hugging Face `config.json` describes.
+def network_from_config(config: Config) -> Network:
+    """The network that a Hugging Face `config.json` describes.
 
     Raises:
         UnsupportedModelError: the family, or a switch of it, has no axis table.
     """
-    family = FAMILIES.get(config.get("model_type"))
+    family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         raise UnsupportedModelError(
             f"config.json: model_type = {config.get('model_type')!r} is not supported{_why_not(config)}: choose a "
             f"model of one of {', '.join(sorted(FAMILIES))}"
         )
-    config = {**family.defaults, **config}
-    if (activation := config.get("hidden_act", family.activation)) != family.activation:
-        raise UnsupportedModelError(
-            f"config.json: hidden_act = {activation!r} is not supported for this family: choose a model with "
-            f"{family.activation!r}"
-        )
-    for name in ("attention_bias", "attention_out_bias", "mlp_bias"):
-        if bool(config.get(name)) != (expected := family.defaults.get(name, False)):
-            raise UnsupportedModelError(
-                f"config.json: {name} = {json.dumps(config.get(name))} is not supported for this family: choose a "
-                f"model {'with' if expected else 'without'}"
-            )
-    window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", True) and window < config["max_position_embeddings"]:
-        raise UnsupportedModelError(
-            f"config.json: sliding_window = {window} is not supported, being shorter than max_position_embeddings = "
-            f"{config['max_position_embeddings']}: lower that to {window} if longer sequences are not needed"
-        )
-    # The one is transformers 5's name, the other that of earlier versions, which kept these two fields outside.
-    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-    rope |= {name: config[name] for name in rope if config.get(name)}
-    rope |= config.get("rope_scaling") or config.get("rope_parameters") or {}
-    return ModelShape(
-        pattern=layers_pattern(config["num_hidden_layers"]),
-        hidden=config["hidden_size"],
-        ffn=config["intermediate_size"],
-        num_heads=config["num_attention_heads"],
-        num_query_groups=config.get("num_key_value_heads") or config["num_attention_heads"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        vocab=config["vocab_size"],
-        padded_vocab=pad_vocab(config["vocab_size"]),
-        max_positions=config["max_position_embeddings"],
-        rotary_base=rope["rope_theta"],
-        rotary_fraction=rope["partial_rotary_factor"],
-        rotary_scaling=_rotary_scaling(rope),
-        tied=bool(config.get("tie_word_embeddings")),
-        **family.switches,
-        **family.read(config),
-    )
+    return family.read(config)
 
 
-def config_from_shape(shape: ModelShape, original: dict) -> dict:
+def config_from_network(network: Network, original: Config) -> Config:
     """The `config.json` of a network, keeping what `original` says beside sizes (token ids and the like).
 
     Without a family in `original` it is of the first one that is the same network.
@@ -183,81 +262,63 @@ def config_from_shape(shape: ModelShape, original: dict) -> dict:
     Raises:
         UnsupportedModelError: no network of transformers is this one, or none of that family.
     """
-    if not shape.is_uniform:
-        raise UnsupportedModelError(
-            f"shape.pattern = {shape.pattern!r} is not '*-' repeated, and transformers has no such network: export "
-            f"what keeps or drops attention and MLP of a layer together"
-        )
-    model_type = original.get("model_type") or _family_of(shape)
-    if model_type == "llama" and shape.hidden % shape.num_heads:
-        # LlamaConfig refuses a width that is no multiple of the heads. Mistral's is the same network without
-        # that restriction (no sliding window, no biases).
-        model_type = "mistral"
-    if model_type == "qwen2" and shape.hidden != shape.num_heads * shape.head_dim:
-        # Servers take Qwen2's head_dim to be the width divided by the heads, whatever the config says.
-        # Seed-OSS's is the same network with a head_dim of its own.
-        model_type = "seed_oss"
-        original = {**_SEED_OSS, **{name: value for name, value in original.items() if name not in _QWEN2_ALONE}}
+    model_type, original = _written_as(original.get("model_type") or _family_of(network), network, original)
     family = FAMILIES[model_type]
-    if others := _other_switches(family, shape):
+    others = family.obstacles(network)
+    if others and (unlike := unlike_layers(network)):
+        raise UnsupportedModelError(
+            f"no class of transformers has layers of unlike sizes, and {'; '.join(unlike)}: make these alike, or export "
+            f"with format=padded, which fills layers up with zeros"
+        )
+    if others:
         raise UnsupportedModelError(
             f"the checkpoint is no {model_type} network, by {', '.join(others)}: give the config.json of its own family"
         )
-    rope = {"rope_type": "default", "rope_theta": shape.rotary_base}
-    if scaling := shape.rotary_scaling:
-        rope = {
-            "rope_type": "llama3",
-            "rope_theta": shape.rotary_base,
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_positions,
-        }
-    if shape.rotary_fraction != 1:
-        rope["partial_rotary_factor"] = shape.rotary_fraction
-    return {
-        **original,
-        "model_type": model_type,
-        "architectures": [family.architecture],
-        "num_hidden_layers": shape.num_layers,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_query_groups,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab,
-        "max_position_embeddings": shape.max_positions,
-        "rope_parameters": rope,
-        # Readers older than transformers 5 look for these two.
-        "rope_theta": shape.rotary_base,
-        "rope_scaling": rope if shape.rotary_scaling else None,
-        "tie_word_embeddings": shape.tied,
-        "hidden_act": family.activation,
-        **family.config(shape),
-    }
+    return {**original, "model_type": model_type, "architectures": [family.architecture], **family.write(network)}
 
 
-def _other_switches(family: Family, shape: ModelShape) -> list[str]:
-    """The fields of a shape that have another value in every model of a family, as `shape.NAME = VALUE`."""
-    switches = {"qkv_bias": False, "linear_bias": False, "qk_norm": False, "norm_zero_centered": False}
-    if "partial_rotary_factor" not in family.defaults:
-        switches["rotary_fraction"] = 1.0
-    wrong = [name for name, value in {**switches, **family.switches}.items() if getattr(shape, name) != value]
-    return [f"shape.{name} = {getattr(shape, name)}" for name in wrong]
+def _written_as(model_type: str, network: Network, original: Config) -> tuple[str, Config]:
+    """The family that a network of another width is written as, and what its config begins with."""
+    attention = next((own for own in network.sublayers if isinstance(own, Attention)), None)
+    if attention and model_type == "llama" and network.hidden_size % attention.num_heads:
+        # LlamaConfig refuses a width that is no multiple of the heads. Mistral's is the same network without
+        # that restriction (no sliding window, no biases).
+        return "mistral", original
+    if attention and model_type == "qwen2" and network.hidden_size != attention.num_heads * attention.head_dim:
+        # Servers take Qwen2's head_dim to be the width divided by the heads, whatever the config says.
+        # Seed-OSS's is the same network with a head_dim of its own.
+        return "seed_oss", {**_SEED_OSS, **{name: v for name, v in original.items() if name not in _QWEN2_ALONE}}
+    return model_type, original
 
 
-def _family_of(shape: ModelShape) -> str:
+def unlike_layers(network: Network) -> list[str]:
+    """What differs between the layers of a network, one phrase each: which sizes, and which sublayers are missing."""
+    phrases = []
+    for kind in network.kinds:
+        own = [network.sublayers[position] for position in network.positions(kind)]
+        for name in own[0].__dataclass_fields__:
+            values = [getattr(sublayer, name) for sublayer in own]
+            if any(value != values[0] for value in values):
+                shown = ", ".join(map(str, dict.fromkeys(values)))
+                phrases.append(f"{kind.name}.{name} is {shown} by layer")
+        having = {network.layer_of(position) for position in network.positions(kind)}
+        if missing := [number for number in range(len(network.layers)) if number not in having]:
+            phrases.append(f"layers {', '.join(map(str, missing))} have no {kind.title}")
+    return phrases
+
+
+def _family_of(network: Network) -> str:
     """The first family that is the same network."""
     missing = {}
     for name, family in FAMILIES.items():
-        if not (others := _other_switches(family, shape)):
+        if not (others := family.obstacles(network)):
             return name
         missing[name] = others
     listed = "\n  ".join(f"not {name}: {', '.join(others)}" for name, others in missing.items())
     raise UnsupportedModelError(f"transformers has no network of this shape that this package writes:\n  {listed}")
 
 
-def _why_not(config: dict) -> str:
+def _why_not(config: Config) -> str:
     """What Megatron-Core or the axis tables lack for a family, as far as its config tells."""
     if str(config.get("model_type")).startswith("gemma"):
         return f" ({_GEMMA})"

@@ -12,9 +12,11 @@ from itertools import accumulate, product
 
 from minitron_megatron.config.loss import Point
 from minitron_megatron.config.schema import DistillConfig, DType
-from minitron_megatron.model.axes import Param, axis_sizes, parameters
+from minitron_megatron.model.axes import Param
 from minitron_megatron.model.count import forward_flops_per_token
-from minitron_megatron.model.shape import ATTENTION, ModelShape, NormKind, layout_problems
+from minitron_megatron.model.layers import Sublayer
+from minitron_megatron.model.network import Network, layout_problems
+from minitron_megatron.model.parameters import parameters
 from minitron_megatron.parallel.layout import Layout, layers_per_stage
 
 GIB = 2**30
@@ -112,11 +114,11 @@ class Step:
     cost: float | None
 
 
-def estimate_memory(student: ModelShape, teacher: ModelShape | None, config: DistillConfig, layout: Layout) -> Memory:
+def estimate_memory(student: Network, teacher: Network | None, config: DistillConfig, layout: Layout) -> Memory:
     """Memory on a GPU of the pipeline stage that needs the most.
 
     Args:
-        student, teacher: shapes of the whole networks; None for no teacher.
+        student, teacher: the whole networks; None for no teacher.
         config: settings of the run. A `teacher_dtype` of null counts as `dtype`. Of `parallel` nothing is read.
         layout: which can split both networks; see `layout_problems`.
     """
@@ -125,8 +127,8 @@ def estimate_memory(student: ModelShape, teacher: ModelShape | None, config: Dis
 
 
 def estimate_step(
-    student: ModelShape,
-    teacher: ModelShape | None,
+    student: Network,
+    teacher: Network | None,
     config: DistillConfig,
     layout: Layout,
     gpu: GPU,
@@ -159,8 +161,8 @@ def estimate_step(
 
 
 def nearest_layout(
-    student: ModelShape,
-    teacher: ModelShape | None,
+    student: Network,
+    teacher: Network | None,
     config: DistillConfig,
     layout: Layout,
     gpu: GPU,
@@ -175,10 +177,10 @@ def nearest_layout(
     Returns:
         settings by their dotted names, none where it fits already, and the memory with them; None if nothing helps.
     """
-    for pipeline in _doublings(layout.pipeline, len(student.megatron_layers) // layout.virtual_pipeline):
+    for pipeline in _doublings(layout.pipeline, len(student.layers) // layout.virtual_pipeline):
         for tensor in _doublings(layout.tensor, gpus_per_node):
             candidate = _with_ranks(layout, tensor, pipeline, config.data.sequence_length)
-            if any(layout_problems(shape, candidate) for shape in (student, teacher) if shape):
+            if any(layout_problems(network, candidate) for network in (student, teacher) if network):
                 continue
             for changed in _cheaper(config, candidate):
                 memory = estimate_memory(student, teacher, changed, candidate)
@@ -187,49 +189,35 @@ def nearest_layout(
     return None
 
 
-def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
+def rank_parameters(network: Network, layout: Layout, stage: int) -> int:
     """Parameters on a rank of one pipeline stage, with the rows that pad the vocabulary."""
-    return sum(numel for numel, _ in _held(shape, layout, stage))
+    return sum(_held(network, layout, stage))
 
 
 def sublayer_activations(
-    shape: ModelShape, symbol: str, micro_batch: int, sequence_length: int, layout: Layout, dtype: DType
+    network: Network, sublayer: Sublayer, micro_batch: int, sequence_length: int, layout: Layout, dtype: DType
 ) -> int:
     """Bytes that a sublayer keeps of one micro-batch for its backward pass, on a rank.
 
-    Per token in the number format: input and output of the norm; queries, keys, values and the context, or the MLP's
-    input of the activation and of the last matrix, and with a gate both factors. Beside it, in float32: the norms'
-    statistics and the attention's log-sums. Norms of queries and keys keep the projection as well, and
-    the queries by themselves. No dropout, so no masks.
+    Per token in the number format: input and output of the norm, and what the kind of layer says. Beside it, in float32,
+    the norm's statistics.
 
     Args:
-        shape: of the whole network.
-        symbol: `*` for an attention sublayer, `-` for an MLP.
+        network: that it is part of.
+        sublayer: one of the network's.
         micro_batch: sequences.
         sequence_length: tokens of each.
         layout: tensor parallelism splits all but norms and residual stream; with sequence parallelism these too.
         dtype: of computation.
     """
     tokens, size = micro_batch * sequence_length, _BYTES[dtype]
-    statistics = _FLOAT32 * (2 if shape.norm is NormKind.LAYERNORM else 1)
-    norm = tokens * (2 * shape.hidden * size + statistics) // _stream_ranks(layout)
-    if symbol == ATTENTION:
-        heads, groups = shape.num_heads // layout.tensor, max(1, shape.num_query_groups // layout.tensor)
-        kept = tokens * ((2 * heads + 2 * groups) * shape.head_dim * size + heads * _FLOAT32)
-        if layout.tensor > shape.num_query_groups:  # Megatron-Core gathers what all ranks project, and cuts views of it
-            kept += tokens * (shape.num_heads + 2 * shape.num_query_groups) * shape.head_dim * size
-        if shape.qk_norm:  # of queries where Megatron-Core reshapes them, which copies what a group has several of
-            copied = heads if shape.heads_per_group > 1 else 0
-            kept += tokens * ((heads + 2 * groups + copied) * shape.head_dim * size + (heads + groups) * statistics)
-        # Cosines and sines, which Megatron-Core makes anew for queries and for keys; all sequences share them.
-        rotary = 4 * sequence_length * int(shape.rotary_fraction * shape.head_dim) * size
-        return norm + kept + rotary
-    # fc1's output, both halves; the activated gate; the product, which is fc2's input. Nothing here is fused.
-    return norm + tokens * (4 if shape.gated else 2) * shape.ffn // layout.tensor * size
+    statistics = _FLOAT32 * len(network.norm.tensors)
+    norm = tokens * (2 * network.hidden_size * size + statistics) // _stream_ranks(layout)
+    return norm + sublayer.activation_bytes(network, micro_batch, sequence_length, layout.tensor, size)
 
 
 def _memory_of_stage(
-    student: ModelShape, teacher: ModelShape | None, config: DistillConfig, layout: Layout, stage: int
+    student: Network, teacher: Network | None, config: DistillConfig, layout: Layout, stage: int
 ) -> Memory:
     is_last = stage == layout.pipeline - 1
     size = _BYTES[config.dtype]
@@ -239,7 +227,7 @@ def _memory_of_stage(
         optimizer=_optimizer(student, config.dtype, config, layout, stage),
         activations=_activations(student, config.dtype, config, layout, stage, config.recompute),
         # The loss adds the output weight's to the buffer by itself.
-        weight_gradient=max(share for _, share in _held(student, layout, stage, outputs=False)) * size,
+        weight_gradient=max(_held(student, layout, stage, outputs=False)) * size,
         loss=_loss(student, teacher, config, layout) if is_last else 0,
     )
     if teacher is None or not config.loss.needs_teacher:  # then it is not loaded
@@ -258,37 +246,33 @@ def _memory_of_stage(
     return Memory(stage, **found)
 
 
-def _held(shape: ModelShape, layout: Layout, stage: int, outputs: bool = True) -> Iterator[tuple[int, int]]:
-    """Of each row of the axis table that a rank of a stage holds some of: its parameters there, and those of one
-    layer."""
-    sizes = axis_sizes(shape)
-    pattern = "".join("".join(chunk) for chunk in _chunks(shape, layout, stage))
-    for param in parameters(shape):
-        count = pattern.count(param.sublayer) if param.sublayer else int(_is_on(param, shape, layout, stage))
-        if not count or (not outputs and param.sublayer is None and param.matmul):
+def _held(network: Network, layout: Layout, stage: int, outputs: bool = True) -> Iterator[int]:
+    """Elements of each parameter that a rank of a stage holds."""
+    layers = {number for chunk in _chunks(network, layout, stage) for number in chunk}
+    for param in parameters(network):
+        if param.layer not in layers if param.layer is not None else not _is_on(param, network, layout, stage):
             continue
-        numel = math.prod(param.size(sizes)) // (layout.tensor if param.split else 1)
-        yield numel * count, numel
+        if outputs or param.layer is not None or not param.matmul:
+            yield math.prod(param.shape) // (layout.tensor if param.split else 1)
 
 
-def _is_on(param: Param, shape: ModelShape, layout: Layout, stage: int) -> bool:
+def _is_on(param: Param, network: Network, layout: Layout, stage: int) -> bool:
     """Whether a stage has a parameter that is of no layer. A tied table is on both ends."""
     is_last = stage == layout.pipeline - 1
-    return (stage == 0 or (is_last and shape.tied)) if param.is_embedding else is_last
+    return (stage == 0 or (is_last and network.tie_embeddings)) if param.is_embedding else is_last
 
 
-def _chunks(shape: ModelShape, layout: Layout, stage: int) -> list[list[str]]:
-    """The layers on a pipeline rank, chunk by chunk, each by its sublayers."""
-    layers = shape.megatron_layers
-    ends = list(accumulate(layers_per_stage(len(layers), layout.stages), initial=0))
-    return [layers[ends[part] : ends[part + 1]] for part in range(stage, layout.stages, layout.pipeline)]
+def _chunks(network: Network, layout: Layout, stage: int) -> list[range]:
+    """Numbers of the transformer layers on a pipeline rank, chunk by chunk."""
+    ends = list(accumulate(layers_per_stage(len(network.layers), layout.stages), initial=0))
+    return [range(ends[part], ends[part + 1]) for part in range(stage, layout.stages, layout.pipeline)]
 
 
-def _optimizer(shape: ModelShape, dtype: DType, config: DistillConfig, layout: Layout, stage: int) -> int:
+def _optimizer(network: Network, dtype: DType, config: DistillConfig, layout: Layout, stage: int) -> int:
     """Two moments, and main weights beside weights that are not in float32."""
     per_parameter = (2 if dtype is DType.FP32 else 3) * _FLOAT32
     replicas = layout.data if config.optimizer.distributed else 1
-    return -(-rank_parameters(shape, layout, stage) * per_parameter // replicas)
+    return -(-rank_parameters(network, layout, stage) * per_parameter // replicas)
 
 
 def _stream_ranks(layout: Layout) -> int:
@@ -296,34 +280,35 @@ def _stream_ranks(layout: Layout) -> int:
     return layout.tensor if layout.sequence else 1
 
 
-def _stream(shape: ModelShape, dtype: DType, config: DistillConfig, layout: Layout) -> int:
+def _stream(network: Network, dtype: DType, config: DistillConfig, layout: Layout) -> int:
     """Bytes of the residual stream of one micro-batch on a rank."""
     tokens = config.micro_batch * config.data.sequence_length
-    return tokens * shape.hidden * _BYTES[dtype] // _stream_ranks(layout)
+    return tokens * network.hidden_size * _BYTES[dtype] // _stream_ranks(layout)
 
 
-def _layer(shape: ModelShape, layer: str, dtype: DType, config: DistillConfig, layout: Layout) -> int:
+def _layer(network: Network, number: int, dtype: DType, config: DistillConfig, layout: Layout) -> int:
     size = config.micro_batch, config.data.sequence_length
-    return sum(sublayer_activations(shape, symbol, *size, layout, dtype) for symbol in layer)
+    own = [network.sublayers[position] for position in network.layers[number]]
+    return sum(sublayer_activations(network, sublayer, *size, layout, dtype) for sublayer in own)
 
 
-def _largest_layer(shape: ModelShape, dtype: DType, config: DistillConfig, layout: Layout) -> int:
-    return max(_layer(shape, layer, dtype, config, layout) for layer in set(shape.megatron_layers))
+def _largest_layer(network: Network, dtype: DType, config: DistillConfig, layout: Layout) -> int:
+    return max(_layer(network, number, dtype, config, layout) for number in range(len(network.layers)))
 
 
 def _activations(
-    shape: ModelShape, dtype: DType, config: DistillConfig, layout: Layout, stage: int, recompute: bool
+    network: Network, dtype: DType, config: DistillConfig, layout: Layout, stage: int, recompute: bool
 ) -> int:
     """What a stage keeps of all micro-batches whose backward pass is still to come, and one layer that is run again."""
-    stream, chunks = _stream(shape, dtype, config, layout), _chunks(shape, layout, stage)
-    layers = [layer for chunk in chunks for layer in chunk]
+    stream, chunks = _stream(network, dtype, config, layout), _chunks(network, layout, stage)
+    layers = [number for chunk in chunks for number in chunk]
     if recompute:
         kept = len(layers) * stream
     else:
-        kept = sum(_layer(shape, layer, dtype, config, layout) for layer in layers)
+        kept = sum(_layer(network, number, dtype, config, layout) for number in layers)
     # What a chunk hands on, which on the last stage is the final norm's input.
     kept += len(chunks) * stream
-    again = _largest_layer(shape, dtype, config, layout) if recompute else 0
+    again = _largest_layer(network, dtype, config, layout) if recompute else 0
     return _chunks_in_flight(config, layout, stage) * kept // len(chunks) + again
 
 
@@ -343,31 +328,31 @@ def _num_micro_batches(config: DistillConfig, layout: Layout) -> int:
     return -(-config.global_batch // (config.micro_batch * layout.data))
 
 
-def _loss(student: ModelShape, teacher: ModelShape | None, config: DistillConfig, layout: Layout) -> int:
+def _loss(student: Network, teacher: Network | None, config: DistillConfig, layout: Layout) -> int:
     """What `linear_distillation_loss` takes while it runs or while its backward pass does, whichever is more."""
     teacher = teacher if config.loss.kd_logits_weight else None
     tokens = config.micro_batch * config.data.sequence_length
-    rows, size = student.padded_vocab // layout.tensor, _BYTES[config.dtype]
+    rows, size = student.padded_vocab_size // layout.tensor, _BYTES[config.dtype]
     logits = config.loss.logits
     copies = _KL_COPIES + (logits.temperature != 1) if logits.is_whole_forward_kl else _OTHER_COPIES
     per_logit = size + _FLOAT32 * (copies if teacher else _LM_COPIES)
     # The last hidden states and their gradient, of all tokens; under sequence parallelism they are gathered.
-    states = (3 if layout.sequence else 2) * tokens * student.hidden * size
+    states = (3 if layout.sequence else 2) * tokens * student.hidden_size * size
     if teacher:
         teacher_size = _BYTES[config.teacher_dtype or config.dtype]
         per_logit += teacher_size
-        states += tokens * teacher.hidden * teacher_size if layout.sequence else 0
+        states += tokens * teacher.hidden_size * teacher_size if layout.sequence else 0
     chunk = min(config.loss.chunk_tokens, tokens) * rows * per_logit
-    weight = rows * student.hidden
+    weight = rows * student.hidden_size
     return weight * _FLOAT32 + states + max(chunk, weight * size)
 
 
-def _teacher_states(student: ModelShape, teacher: ModelShape, config: DistillConfig, layout: Layout, stage: int) -> int:
+def _teacher_states(student: Network, teacher: Network, config: DistillConfig, layout: Layout, stage: int) -> int:
     """The teacher's last hidden states on the last stage, and those that hidden states are compared with on each."""
     count = int(stage == layout.pipeline - 1 and config.loss.kd_logits_weight > 0)
     hidden = config.loss.hidden
     if hidden.weight:
-        of_layers = len(hidden.pairs) if hidden.pairs is not None else len(student.megatron_layers)
+        of_layers = len(hidden.pairs) if hidden.pairs is not None else len(student.layers)
         pairs = sum(1 if point is Point.EMBEDDING else of_layers for point in hidden.points)
         count += -(-pairs // layout.pipeline)
     dtype = config.teacher_dtype or config.dtype

@@ -1,59 +1,113 @@
-"""Networks whose sublayers come in any order: HybridModel, which Megatron-Core has from 0.19 on, on our modules."""
+"""Networks in HybridModel, which Megatron-Core has from 0.18 on: one layer of its own for every sublayer.
+
+HybridModel chooses a layer's class by its symbol, and all layers share one configuration. Here every layer is built by
+its own sublayer, so that kinds are ours to define and sizes may differ. On disk layers are numbered as GPTModel's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+
+from minitron_megatron.model.layers import Slot
+from minitron_megatron.model.network import Network
+from minitron_megatron.model.specs import layer_submodules, norm_module
+
+# The symbols of Megatron-Core's own layers that are called as a sublayer in each slot is.
+_SYMBOLS = {Slot.MIXER: Symbols.ATTENTION, Slot.CHANNEL: Symbols.MLP}
+
+
+class Layer(TransformerLayer):
+    """A transformer layer with one half, which the sublayer at its place in the network builds.
+
+    Args:
+        config: of the network.
+        submodules: not used.
+        network: that it is part of.
+        layer_number: position in the network, counted from 1.
+        options: of Megatron-Core's layer.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, submodules: None, network: Network, layer_number: int = 1, **options: Any
+    ):
+        from minitron_megatron.model.build import layer_config
+
+        sublayer = network.sublayers[layer_number - 1]
+        own = layer_config(config, [sublayer])
+        super().__init__(own, layer_submodules({sublayer.slot: sublayer.modules(own)}), layer_number, **options)
 
 
 class Stack(HybridStack):
-    """The sublayers of a stage. HybridStack's own final norm is Transformer Engine's, whether it is there or not.
-
-    Args:
-        norm: class of the final norm, which the last stage has.
-    """
+    """The sublayers of a stage. HybridStack's own final norm is Transformer Engine's, whether it is there or not."""
 
     def __init__(
         self,
         config: TransformerConfig,
         submodules: HybridStackSubmodules,
-        norm: type[torch.nn.Module],
+        network: Network,
         post_process: bool,
-        **options,
+        **options: Any,
     ):
         super().__init__(config, submodules, post_process=post_process, post_layer_norm=False, **options)
-        self.final_norm = None
+        self.network = network
+        self.final_layernorm = None
         if post_process:
-            self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            norm = norm_module(config)
+            self.final_layernorm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
-    def forward(self, *args, **kwargs) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden = super().forward(*args, **kwargs)
-        return hidden if self.final_norm is None else self.final_norm(hidden)
+        return hidden if self.final_layernorm is None else self.final_layernorm(hidden)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """As GPTModel's: its layers are numbered, and stacked where all are alike."""
+        layers, state = self.layers, {}
+        self.layers = torch.nn.ModuleList()
+        try:
+            state |= super().sharded_state_dict(prefix, sharded_offsets, metadata)  # all that is no layer
+        finally:
+            self.layers = layers
+        stacked = self.network.has_equal_layers and not (metadata or {}).get("non_homogeneous_layers")
+        for index, layer in enumerate(layers):
+            number, own = self.network.layer_of(layer.layer_number - 1), f"{prefix}layers.{index}."
+            offsets = [(0, number, len(self.network.layers))] if stacked else []
+            part = layer.sharded_state_dict(own, offsets, metadata)
+            replace_prefix_for_sharding(part, own, f"{prefix}layers." if stacked else f"{prefix}layers.{number}.")
+            state |= part
+        return state
 
 
-def stack_spec(layer: ModuleSpec, norm: type[torch.nn.Module]) -> ModuleSpec:
-    """The modules of a hybrid model, from those of a transformer layer, which has both kinds of sublayers."""
-    both = layer.submodules
-    attention = TransformerLayerSubmodules(
-        input_layernorm=both.input_layernorm,
-        self_attention=both.self_attention,
-        self_attn_bda=both.self_attn_bda,
-        sharded_state_dict_keys_map=both.sharded_state_dict_keys_map,
-    )
-    mlp = TransformerLayerSubmodules(
-        pre_mlp_layernorm=both.pre_mlp_layernorm,
-        mlp=both.mlp,
-        mlp_bda=both.mlp_bda,
-        sharded_state_dict_keys_map=both.sharded_state_dict_keys_map,
-    )
-    return ModuleSpec(
-        module=Stack,
-        params={"norm": norm},
-        submodules=HybridStackSubmodules(
-            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
-            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+def hybrid_model(network: Network, stages: Sequence[range], settings: dict[str, Any]) -> HybridModel:
+    """This rank's part of a network.
+
+    Args:
+        network: the whole network.
+        stages: numbers of the transformer layers on each.
+        settings: of GPTModel and HybridModel alike.
+    """
+    symbols = [_SYMBOLS[sublayer.slot] for sublayer in network.sublayers]
+    parts = [
+        "".join(symbols[position] for number in stage for position in network.layers[number]) for stage in stages
+    ]
+    layer = ModuleSpec(module=Layer, params={"network": network})
+    return HybridModel(
+        hybrid_stack_spec=ModuleSpec(
+            module=Stack,
+            params={"network": network},
+            submodules=HybridStackSubmodules(attention_layer=layer, mlp_layer=layer),
         ),
+        hybrid_layer_pattern="|".join(parts),
+        **settings,
     )

@@ -1,4 +1,4 @@
-"""A network's shape in the words of Megatron-LM's command line, which it keeps in its checkpoints as `args`.
+"""A network in the words of Megatron-LM's command line, which it keeps in its checkpoints as `args`.
 
 The names and defaults are those of `megatron/training/arguments.py`. A newer Megatron-LM takes some of the names from
 `TransformerConfig`; both are read, and both are written.
@@ -10,7 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 from minitron_megatron.errors import UnsupportedModelError
-from minitron_megatron.model.shape import Activation, Llama3RopeScaling, ModelShape, NormKind, layers_pattern
+from minitron_megatron.model.layers import DENSE, KINDS
+from minitron_megatron.model.network import Llama3RopeScaling, Network, transformer
+from minitron_megatron.model.norms import NormKind
 
 _BY_STAGE = (
     "decoder_first_pipeline_num_layers",
@@ -24,7 +26,7 @@ _NULL_TOKENIZERS = ("NullTokenizer", "NullMultimodalTokenizer")
 """Tokenizers of a number of tokens alone. To that number, `vocab_size`, they add one that ends a document."""
 
 _NORMS = {"RMSNorm": NormKind.RMSNORM, "LayerNorm": NormKind.LAYERNORM}
-_SYMBOLS = {"M": "Mamba", "E": "mixtures of experts", "G": "gated linear attention", "D": "sparse attention"}
+_OTHER_KINDS = {"M": "Mamba", "E": "mixtures of experts", "G": "gated linear attention", "D": "sparse attention"}
 _GPT_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
 """What GPTModel stretches the rotary embedding with, beside `rope_scaling_factor`: Llama 3.1's numbers."""
 
@@ -42,7 +44,7 @@ _FRESH = dict(
     expert_model_parallel_size=1,
     ckpt_format="torch_dist",
 )
-"""Args that follow from no field of `ModelShape`, for weights that Megatron-LM did not train."""
+"""Args that follow from no field of `Network`, for weights that Megatron-LM did not train."""
 
 _OTHER_NETWORKS = (
     "num_layers_per_virtual_pipeline_stage",
@@ -105,82 +107,75 @@ NO_FIELD: dict[str, tuple[Callable[[Any], bool], str]] = {
     "apply_residual_connection_post_layernorm": (_is_unset, "residuals taken behind the norm"),
     "use_mup": (_is_unset, "muP's scales"),
 }
-"""Args that `ModelShape` has no field for: which values leave the network as it is, and what others make of it."""
+"""Args that `Network` has no field for: which values leave the network as it is, and what others make of it."""
 
 
 _PATTERNS = ["hybrid_layer_pattern", "hybrid_override_pattern"]
 """Names of the layers' pattern: that of today, and the former one."""
 
 
-def shape_of_args(args: argparse.Namespace) -> ModelShape:
-    """The shape of the network that a Megatron-LM run with these args has trained.
+def network_of_args(args: argparse.Namespace) -> Network:
+    """The network that a Megatron-LM run with these args has trained.
 
     What an older Megatron-LM did not have yet has the default that it has now. Where the args do not tell how many
     tokens the tokenizer has, all rows of the embedding table count as tokens.
 
     Raises:
-        UnsupportedModelError: a switch is on that `ModelShape` has no field for, or a size is not there.
+        UnsupportedModelError: a switch is on that `Network` has no field for, or a size is not there.
     """
 
     def get(*names: str, default: Any = None) -> Any:
         values = (getattr(args, name, None) for name in names)
         return next((value for value in values if value is not None), default)
 
-    hybrid = get(*_PATTERNS)
+    pattern = get(*_PATTERNS)
+    if problems := _arg_problems(args, pattern, get):
+        raise UnsupportedModelError(
+            "the args of the run do not describe a network that this package reads:\n  " + "\n  ".join(problems)
+        )
+    if pattern:
+        made = {symbol: KINDS[symbol].from_args(get) for symbol in set(pattern) if symbol in KINDS}
+        sublayers = tuple(made[symbol] for symbol in pattern if symbol in made)
+    else:
+        sublayers = transformer(args.num_layers, [kind.from_args(get) for kind in DENSE])
+    scaling = None
+    if get("use_rope_scaling", default=False):
+        rest = {name: get(f"rope_scaling_{name}", default=value) for name, value in _GPT_ROPE.items()}
+        scaling = Llama3RopeScaling(get("rope_scaling_factor", default=8.0), **rest)
+    return Network(
+        sublayers,
+        hidden_size=args.hidden_size,
+        vocab_size=_num_tokens(args),
+        padded_vocab_size=args.padded_vocab_size,
+        max_positions=get("max_position_embeddings", "seq_length", default=2048),
+        norm=_NORMS[get("normalization", default="LayerNorm")],
+        norm_eps=get("layernorm_epsilon", "norm_epsilon", default=1e-5),
+        norm_zero_centered=get("layernorm_zero_centered_gamma", "apply_layernorm_1p", default=False),
+        rotary_base=float(get("rotary_base", default=10000)),
+        rotary_fraction=get("rotary_percent", default=1.0),
+        rotary_scaling=scaling,
+        tie_embeddings=not get("untie_embeddings_and_output_weights", default=False),
+    )
+
+
+def _arg_problems(args: argparse.Namespace, pattern: str | None, get: Callable[..., Any]) -> list[str]:
+    """Why args describe no network that `Network` can be, one sentence each."""
     problems = [
         f"{name} = {value!r} is not supported ({what})"
         for name, (is_same, what) in NO_FIELD.items()
         if not is_same(value := getattr(args, name, None))
     ]
-    if others := set(hybrid or "") - {"*", "-", "|"}:
-        kinds = ", ".join(f"{_SYMBOLS.get(symbol, 'another kind')} ({symbol!r})" for symbol in sorted(others))
-        problems.append(f"hybrid_layer_pattern = {hybrid!r} is not supported (layers of {kinds})")
-    if not hybrid and get("spec"):
+    if others := set(pattern or "") - {*KINDS, "|"}:
+        kinds = ", ".join(f"{_OTHER_KINDS.get(symbol, 'another kind')} ({symbol!r})" for symbol in sorted(others))
+        problems.append(f"hybrid_layer_pattern = {pattern!r} is not supported (layers of {kinds})")
+    if not pattern and get("spec"):
         problems.append(f"spec = {args.spec!r} is not supported (layers that other code describes)")
     if not get("use_rotary_position_embeddings") and (kind := get("position_embedding_type")) != "rope":
         problems.append(f"position_embedding_type = {kind!r} is not supported (only 'rope' is)")
     if (norm := get("normalization", default="LayerNorm")) not in _NORMS:
         problems.append(f"normalization = {norm!r} is not supported (only {' and '.join(_NORMS)} are)")
-    sizes = ["hidden_size", "num_attention_heads", "padded_vocab_size", *([] if hybrid else ["num_layers"])]
-    problems += [f"{name} is missing" for name in sizes if get(name) is None]
-    if problems:
-        raise UnsupportedModelError(
-            "the args of the run do not describe a network that this package reads:\n  " + "\n  ".join(problems)
-        )
-
-    hidden, heads, gated = args.hidden_size, args.num_attention_heads, bool(get("swiglu", default=False))
-    if gated:
-        activation = Activation.SILU
-    else:
-        activation = Activation.SQUARED_RELU if get("squared_relu", default=False) else Activation.GELU
-    linear_bias = get("add_bias_linear", default=True)
-    scaling = None
-    if get("use_rope_scaling", default=False):
-        rest = {name: get(f"rope_scaling_{name}", default=value) for name, value in _GPT_ROPE.items()}
-        scaling = Llama3RopeScaling(get("rope_scaling_factor", default=8.0), **rest)
-    return ModelShape(
-        pattern=hybrid.replace("|", "") if hybrid else layers_pattern(args.num_layers),
-        hidden=hidden,
-        ffn=get("ffn_hidden_size", default=int(8 * hidden / 3 / 64) * 64 if gated else 4 * hidden),
-        num_heads=heads,
-        num_query_groups=get("num_query_groups", default=1) if get("group_query_attention", default=False) else heads,
-        head_dim=get("kv_channels", default=hidden // heads),
-        vocab=_num_tokens(args),
-        padded_vocab=args.padded_vocab_size,
-        max_positions=get("max_position_embeddings", "seq_length", default=2048),
-        norm=_NORMS[norm],
-        norm_eps=get("layernorm_epsilon", "norm_epsilon", default=1e-5),
-        norm_zero_centered=get("layernorm_zero_centered_gamma", "apply_layernorm_1p", default=False),
-        activation=activation,
-        gated=gated,
-        qkv_bias=get("add_qkv_bias", default=False) and not linear_bias,
-        linear_bias=linear_bias,
-        qk_norm=get("qk_layernorm", default=False),
-        rotary_base=float(get("rotary_base", default=10000)),
-        rotary_fraction=get("rotary_percent", default=1.0),
-        rotary_scaling=scaling,
-        tied=not get("untie_embeddings_and_output_weights", default=False),
-    )
+    sizes = ["hidden_size", "num_attention_heads", "padded_vocab_size", *([] if pattern else ["num_layers"])]
+    return problems + [f"{name} is missing" for name in sizes if get(name) is None]
 
 
 def _num_tokens(args: argparse.Namespace) -> int:
@@ -190,41 +185,37 @@ def _num_tokens(args: argparse.Namespace) -> int:
     return given + (getattr(args, "tokenizer_type", None) in _NULL_TOKENIZERS)
 
 
-def args_of_shape(args: argparse.Namespace | None, shape: ModelShape) -> argparse.Namespace:
+def args_of_network(args: argparse.Namespace | None, network: Network) -> argparse.Namespace:
     """The saved args of fresh weights, which no run has trained on yet: all that `--use-checkpoint-args` reads.
+
+    Of a network whose layers differ they are those of the first layer: Megatron-LM has no args for the others.
 
     Args:
         args: of the network that it was made from, where Megatron-LM trained that; they stay as they are.
-        shape: of the network that it is now.
+        network: that it is now.
     """
     before = vars(args) if args is not None else {}
     patterns = [name for name in _PATTERNS if before.get(name) is not None] or _PATTERNS[:1]
+    of_kinds: dict[str, Any] = {}
+    for kind in network.kinds:
+        of_kinds |= network.sublayers[network.positions(kind)[0]].to_args()
     values = {
-        "num_layers": len(shape.megatron_layers),
-        "hidden_size": shape.hidden,
-        "ffn_hidden_size": shape.ffn,
-        "num_attention_heads": shape.num_heads,
-        "group_query_attention": shape.num_query_groups != shape.num_heads,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.head_dim,
-        "vocab_size": shape.vocab - (before.get("tokenizer_type") in _NULL_TOKENIZERS),
-        "padded_vocab_size": shape.padded_vocab,
-        "max_position_embeddings": shape.max_positions,
+        "num_layers": len(network.layers),
+        "hidden_size": network.hidden_size,
+        **of_kinds,
+        "vocab_size": network.vocab_size - (before.get("tokenizer_type") in _NULL_TOKENIZERS),
+        "padded_vocab_size": network.padded_vocab_size,
+        "max_position_embeddings": network.max_positions,
         "position_embedding_type": "rope",
         "use_rotary_position_embeddings": True,
-        "rotary_base": int(shape.rotary_base) if float(shape.rotary_base).is_integer() else shape.rotary_base,
-        "rotary_percent": shape.rotary_fraction,
-        "use_rope_scaling": shape.rotary_scaling is not None,
-        "normalization": next(name for name, norm in _NORMS.items() if norm is shape.norm),
-        **dict.fromkeys(("norm_epsilon", "layernorm_epsilon"), shape.norm_eps),
-        **dict.fromkeys(("apply_layernorm_1p", "layernorm_zero_centered_gamma"), shape.norm_zero_centered),
-        "swiglu": shape.gated,
-        "squared_relu": shape.activation is Activation.SQUARED_RELU,
-        "add_bias_linear": shape.linear_bias,
-        "add_qkv_bias": shape.qkv_bias,
-        "qk_layernorm": shape.qk_norm,
-        "untie_embeddings_and_output_weights": not shape.tied,
-        **dict.fromkeys(patterns, None if shape.is_uniform else shape.pattern),
+        "rotary_base": int(network.rotary_base) if float(network.rotary_base).is_integer() else network.rotary_base,
+        "rotary_percent": network.rotary_fraction,
+        "use_rope_scaling": network.rotary_scaling is not None,
+        "normalization": next(name for name, norm in _NORMS.items() if norm is network.norm),
+        **dict.fromkeys(("norm_epsilon", "layernorm_epsilon"), network.norm_eps),
+        **dict.fromkeys(("apply_layernorm_1p", "layernorm_zero_centered_gamma"), network.norm_zero_centered),
+        "untie_embeddings_and_output_weights": not network.tie_embeddings,
+        **dict.fromkeys(patterns, None if _is_gpt(network) else network.pattern),
         "iteration": 0,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
@@ -235,12 +226,17 @@ def args_of_shape(args: argparse.Namespace | None, shape: ModelShape) -> argpars
         "no_save_optim": True,
         "no_save_rng": True,
     }
-    if shape.rotary_scaling is not None:
-        scaling = asdict(shape.rotary_scaling)
+    if network.rotary_scaling is not None:
+        scaling = asdict(network.rotary_scaling)
         values["rope_scaling_factor"] = scaling.pop("factor")
         # Those of GPTModel need no name.
         values |= {f"rope_scaling_{name}": value for name, value in scaling.items() if value != _GPT_ROPE[name]}
     if "encoder_num_layers" in before:  # a second name, which Megatron-LM fills with the first
         values["encoder_num_layers"] = values["num_layers"]
-    fresh = {"seq_length": shape.max_positions, **_FRESH, **dict.fromkeys(_OTHER_NETWORKS)}
+    fresh = {"seq_length": network.max_positions, **_FRESH, **dict.fromkeys(_OTHER_NETWORKS)}
     return argparse.Namespace(**{**fresh, **before, **values})
+
+
+def _is_gpt(network: Network) -> bool:
+    """Whether every transformer layer is one of Megatron-LM's dense ones, which need no pattern."""
+    return all(tuple(type(network.sublayers[p]) for p in layer) == DENSE for layer in network.layers)

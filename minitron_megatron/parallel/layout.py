@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.config.common import Builder, ParallelConfig
 from minitron_megatron.errors import raise_if_any
 
 
@@ -14,6 +14,7 @@ class Layout:
         tensor, pipeline, data: ranks along each axis; their product is the world.
         virtual_pipeline: model chunks per pipeline rank, 1 for the plain schedule.
         sequence: whether norms and residuals are split over the tensor ranks.
+        builder: the class of Megatron-Core that builds networks; None for the one that can.
     """
 
     tensor: int = 1
@@ -21,6 +22,7 @@ class Layout:
     data: int = 1
     virtual_pipeline: int = 1
     sequence: bool = False
+    builder: Builder | None = None
 
     @classmethod
     def from_config(cls, config: ParallelConfig, world_size: int) -> "Layout":
@@ -40,7 +42,9 @@ class Layout:
                 f"ranks, but the world has {world_size}: start {needed} ranks or change the layout"
             ]
         )
-        return cls(config.tensor, config.pipeline, data, config.virtual_pipeline or 1, config.sequence)
+        return cls(
+            config.tensor, config.pipeline, data, config.virtual_pipeline or 1, config.sequence, config.builder
+        )
 
     @property
     def world_size(self) -> int:

@@ -1,6 +1,6 @@
 """Running a network with sublayers left out, computing once what several such networks share.
 
-A path is the set of sublayers that it leaves out, by their positions in the pattern. Up to the first position at
+A path is the set of sublayers that it leaves out, by their positions in the network. Up to the first position at
 which two paths part they have the same hidden states. So leaving out each layer of an L-layer network by itself
 costs about L/2 forward passes beside the whole network's, and not L; measuring where a layer is left out alone
 (Block Influence) costs none.
@@ -14,25 +14,27 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
+from minitron_megatron.model.build import first_position, held_sublayers
+from minitron_megatron.model.network import Network
 from minitron_megatron.parallel.cpu import in_blocks
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch, forward_hidden, output_weight, own_tokens
-from minitron_megatron.pruning.outputs import compare_outputs
+from minitron_megatron.pruning.logit_change import compare_outputs
 
 Drops = frozenset[int]
 WHOLE: Drops = frozenset()
+
+_Held = tuple[tuple[int, ...], torch.nn.Module]
+"""A layer of Megatron-Core's on this rank, behind the positions of its sublayers."""
 
 
 class Ablation:
     """Runs micro-batches through a network and through what is left of it when paths leave sublayers out.
 
     Args:
-        shape: of the whole network.
+        network: the whole network.
         groups: this rank's place.
         base: what every path leaves out; Block Influence is relative to it.
         paths: what to leave out, each a superset of `base`.
@@ -43,8 +45,8 @@ class Ablation:
             behind the last sublayer that the path leaves out, `[path]` in float64. Each rank adds what no other adds.
     """
 
-    def __init__(self, shape: ModelShape, groups: Groups, base: Drops, paths: Sequence[Drops], outputs: bool):
-        self.shape = shape
+    def __init__(self, network: Network, groups: Groups, base: Drops, paths: Sequence[Drops], outputs: bool):
+        self.network = network
         self.groups = groups
         self.base = base
         self.paths = list(paths)
@@ -52,9 +54,9 @@ class Ablation:
         self.cosine = torch.zeros(len(self.paths), dtype=torch.float64, device=groups.device)
         self._ends = [max(path - base) for path in self.paths]
         # Where nothing has to run again, no layer's output is kept longer than it takes to look at it.
-        self._only_looks = not outputs and not base and all(map(_is_block, self.paths))
+        self._only_looks = not outputs and not base and all(map(self._is_block, self.paths))
 
-    def run(self, chunks: Sequence[GPTModel], batch: Batch, watching: AbstractContextManager) -> Tensor | None:
+    def run(self, chunks: Sequence[torch.nn.Module], batch: Batch, watching: AbstractContextManager) -> Tensor | None:
         """Run one micro-batch through the whole network, and through every path.
 
         Args:
@@ -72,30 +74,30 @@ class Ablation:
         states: dict[Drops, Tensor] = {}
         runs: list[tuple] = []
 
-        def advance(layer, inputs: dict, output: Tensor) -> None:
+        def advance(held: _Held, inputs: dict, output: Tensor) -> None:
             nonlocal states
-            states = self._advance(layer, inputs, output, states | {WHOLE: inputs["hidden_states"]}, mask)
+            states = self._advance(held, inputs, output, states | {WHOLE: inputs["hidden_states"]}, mask)
 
         def keep(*run) -> None:
             runs.append(run)
 
         for number, chunk in enumerate(chunks):
             stage = number * groups.layout.pipeline + groups.pipeline_rank
-            # Somebody's own stages may be uneven, or hold no layer.
+            held = list(held_sublayers(chunk, self.network))
             virtual = number if len(chunks) > 1 else None
-            before = 2 * get_transformer_layer_offset(chunk.config, virtual, groups.pipeline_rank) - 1
+            before = first_position(chunk, self.network, groups, virtual) - 1
             states = {}
             if stage > 0:
                 dtype = chunk.config.pipeline_dtype or chunk.config.params_dtype
                 states = self._receive(before, batch, dtype)
                 chunk.set_input_tensor(states[WHOLE])
-            with _after_layers(chunk, advance if self._only_looks else keep), watching:
+            with _after_layers(held, advance if self._only_looks else keep), watching:
                 last = forward_hidden(chunk, batch)
             for run in runs:
                 advance(*run)
             runs.clear()
             if stage < num_stages - 1:
-                self._send(states or {WHOLE: last}, before + 2 * len(chunk.decoder.layers))
+                self._send(states or {WHOLE: last}, held[-1][0][-1] if held else before)
         if not self.outputs or not groups.is_last_stage:
             return None
         model = chunks[-1]
@@ -108,7 +110,7 @@ class Ablation:
             labels,
             counts,
             groups.collection.tp,
-            self.shape.vocab,
+            self.network.vocab_size,
         )
 
     def _parts(self, position: int) -> list[Drops]:
@@ -119,24 +121,64 @@ class Ablation:
         alive = [path for path, end in zip(self.paths, self._ends, strict=True) if self.outputs or position <= end]
         return sorted({_up_to(path, position) for path in [self.base, *alive]} - {WHOLE}, key=sorted)
 
-    def _advance(self, layer, inputs: dict, output: Tensor, states: dict[Drops, Tensor], mask: Tensor) -> dict:
+    def _advance(self, held: _Held, inputs: dict, output: Tensor, states: dict[Drops, Tensor], mask: Tensor) -> dict:
         """The states behind a layer, by what has been left out, from those before it."""
-        positions = _positions(layer)
+        positions, _ = held
         behind = {WHOLE: output}
         for part in self._parts(positions[-1]):
-            without = [self.shape.pattern[p] for p in positions if p in part]
-            behind[part] = _run_layer(layer, inputs, states[part - set(positions)], without)
+            before = states[part - set(positions)]
+            behind[part] = self._run_layer(held, inputs, before, [p for p in positions if p in part])
         for number, (path, end) in enumerate(zip(self.paths, self._ends, strict=True)):
-            if end == positions[-1]:
-                base, other = behind[_up_to(self.base, end)], behind[_up_to(path, end)]
-            elif end in positions:  # inside of the layer: behind its attention
-                before = states[_up_to(self.base, end) - {end}]
-                base, other = _run_layer(layer, inputs, before, [MLP]), states[_up_to(path, end) - {end}]
-            else:
+            if end not in positions:
                 continue
+            # Inside of a layer these are the states behind the sublayer, without what follows it.
+            after = [position for position in positions if position > end]
+            base, other = (
+                self._behind(held, inputs, states, behind, _up_to(drops, end), end, after)
+                for drops in (self.base, path)
+            )
             if self.groups.layout.sequence or self.groups.tensor_rank == 0:
                 self.cosine[number] += (_cosine(base, other) * mask).sum(dtype=torch.float64)
         return behind
+
+    def _behind(
+        self,
+        held: _Held,
+        inputs: dict,
+        states: dict[Drops, Tensor],
+        behind: dict[Drops, Tensor],
+        part: Drops,
+        end: int,
+        after: list[int],
+    ) -> Tensor:
+        """The state behind the sublayer at `end` of a layer, with a part left out, whatever follows in the layer."""
+        if not after:
+            return behind[part]
+        own = set(held[0])
+        gone = [position for position in held[0] if position in part]
+        return self._run_layer(held, inputs, states[part - own], [*gone, *after])
+
+    def _run_layer(self, held: _Held, inputs: dict, state: Tensor, without: list[int]) -> Tensor:
+        """A layer's output for another hidden state, without some of its sublayers."""
+        positions, layer = held
+        if len(without) == len(positions):
+            return state
+        names = [self.network.sublayers[position].slot.module for position in without]
+        left_out = {name: getattr(layer, name) for name in names}
+        for name in left_out:
+            setattr(layer, name, _Nothing())
+        try:
+            output = layer(**{**inputs, "hidden_states": state})
+        finally:
+            for name, module in left_out.items():
+                setattr(layer, name, module)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _is_block(self, path: Drops) -> bool:
+        """Whether a path leaves out layers as a whole that follow upon each other."""
+        layers = sorted({self.network.layer_of(position) for position in path})
+        whole = {position for layer in layers for position in self.network.layers[layer]}
+        return path == whole and layers == list(range(layers[0], layers[-1] + 1))
 
     def _receive(self, position: int, batch: Batch, dtype: torch.dtype) -> dict[Drops, Tensor]:
         """The states behind `position`, from the stage before this one."""
@@ -144,7 +186,7 @@ class Ablation:
         if self.groups.layout.sequence:
             sequence_length //= self.groups.layout.tensor
         states = torch.empty(
-            len(parts), sequence_length, size, self.shape.hidden, dtype=dtype, device=self.groups.device
+            len(parts), sequence_length, size, self.network.hidden_size, dtype=dtype, device=self.groups.device
         )
         dist.recv(states, self._neighbour(-1), self.groups.collection.pp)
         return dict(zip(parts, states, strict=True))
@@ -178,12 +220,6 @@ def _up_to(path: Drops, position: int) -> Drops:
     return frozenset(p for p in path if p <= position)
 
 
-def _positions(layer) -> list[int]:
-    """Positions in the pattern of a layer's sublayers: attention, then MLP."""
-    number = layer.layer_number - 1
-    return [2 * number, 2 * number + 1]
-
-
 class _Nothing(torch.nn.Module):
     """A sublayer that adds nothing to the residual stream."""
 
@@ -191,39 +227,18 @@ class _Nothing(torch.nn.Module):
         return torch.zeros_like(x), None
 
 
-_MODULES = {ATTENTION: "self_attention", MLP: "mlp"}
-
-
-def _run_layer(layer, inputs: dict, state: Tensor, without: list[str]) -> Tensor:
-    """A layer's output for another hidden state, without its sublayers of the given kinds."""
-    if len(without) == len(_MODULES):
-        return state
-    left_out = {_MODULES[kind]: getattr(layer, _MODULES[kind]) for kind in without}
-    for name in left_out:
-        setattr(layer, name, _Nothing())
-    try:
-        output = layer(**{**inputs, "hidden_states": state})
-    finally:
-        for name, module in left_out.items():
-            setattr(layer, name, module)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _is_block(path: Drops) -> bool:
-    """Whether a path leaves out layers as a whole that follow upon each other."""
-    first, last = min(path), max(path)
-    return (first % 2, last % 2) == (0, 1) and len(path) == last - first + 1
-
-
 @contextmanager
-def _after_layers(chunk: GPTModel, call: Callable[[torch.nn.Module, dict, Tensor], None]) -> Iterator[None]:
+def _after_layers(held: Sequence[_Held], call: Callable[[_Held, dict, Tensor], None]) -> Iterator[None]:
     """Calls with each layer of a chunk that has run, what it was called with, and what it returned."""
 
-    def hook(layer, args, kwargs, output):
-        assert not args, "Megatron-Core calls layers by keyword"
-        call(layer, kwargs, output[0] if isinstance(output, tuple) else output)
+    def watch(own: _Held):
+        def hook(layer: torch.nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+            assert not args, "Megatron-Core calls layers by keyword"
+            call(own, kwargs, output[0] if isinstance(output, tuple) else output)
 
-    hooks = [layer.register_forward_hook(hook, with_kwargs=True) for layer in chunk.decoder.layers]
+        return own[1].register_forward_hook(hook, with_kwargs=True)
+
+    hooks = [watch(own) for own in held]
     try:
         yield
     finally:

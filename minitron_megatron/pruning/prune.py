@@ -11,11 +11,13 @@ from minitron_megatron.config.schema import PruneConfig
 from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.model.build import build_problems
 from minitron_megatron.model.count import num_parameters
+from minitron_megatron.model.network import Network
 from minitron_megatron.parallel.workers import join_workers
-from minitron_megatron.pruning.plan import Plan, plan_for
+from minitron_megatron.pruning.make_plan import plan_for
+from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.plan_summary import show_plan
 from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.pruning.slicing import write_pruned
-from minitron_megatron.pruning.summary import show_plan
 from minitron_megatron.pruning.target import resolve_target
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ def prune(config: PruneConfig) -> Path:
     if config.scores is not None:
         scores = Scores.read(Path(config.scores))
         _require_same(
-            "scores", config.scores, scores.shape, scores.checkpoint, checkpoint, parents[0], "score that checkpoint"
+            "scores", config.scores, scores.network, scores.checkpoint, checkpoint, parents[0], "score that checkpoint"
         )
         parents.append(Parent.of("scores", Path(config.scores)))
     if config.plan is not None:
@@ -47,11 +49,11 @@ def prune(config: PruneConfig) -> Path:
         _require_same("plan", config.plan, plan.source, plan.checkpoint, checkpoint, parents[0], "make a plan for it")
         parents.append(Parent.of("plan", path))
     else:
-        target = resolve_target(checkpoint.shape, config.target, config.parallel)
+        target = resolve_target(checkpoint.network, config.target, config.parallel)
         rounded = target.rounded
         plan = plan_for(scores, target, config.depth_criterion, config.merge_heads)
-    shape = plan.target
-    problems = build_problems(shape, config.parallel, "target")
+    network = plan.target
+    problems = build_problems(network, config.parallel, "target")
     for sentence in rounded:
         logger.info(sentence)
 
@@ -66,7 +68,7 @@ def prune(config: PruneConfig) -> Path:
     manifest = Manifest("checkpoint", parents=parents, config=settings)
     if is_done(output, manifest):
         return output
-    before, after = num_parameters(checkpoint.shape), num_parameters(shape)
+    before, after = num_parameters(checkpoint.network), num_parameters(network)
     manifest.details = {"parameters": after, "parameters_before": before, "rounded": rounded}
     write_pruned(output, checkpoint, plan, manifest, config.parallel.tensor)
     logger.info("pruned %.1fM to %.1fM parameters", before / 1e6, after / 1e6)
@@ -93,9 +95,17 @@ def _set_aside(file: Path) -> None:
     logger.info("another plan was in %s; it is now %s", file, aside)
 
 
-def _require_same(role: str, given: str, shape, fingerprint: str | None, checkpoint, parent: Parent, fix: str) -> None:
+def _require_same(
+    role: str,
+    given: str,
+    network: Network,
+    fingerprint: str | None,
+    checkpoint: Checkpoint,
+    parent: Parent,
+    fix: str,
+) -> None:
     """See that scores or a plan are of the checkpoint that they shall be used on."""
-    if shape != checkpoint.shape:
+    if network != checkpoint.network:
         why = "another network"
     elif fingerprint not in (None, parent.fingerprint):
         why = "another checkpoint"

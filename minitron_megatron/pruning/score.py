@@ -13,23 +13,24 @@ from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done, writing
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.compose import to_plain
-from minitron_megatron.config.schema import ScoreConfig, Unit
+from minitron_megatron.config.schema import ScoreConfig
 from minitron_megatron.data.choices import ChoiceSamples, read_questions
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.data.samples import training_samples
 from minitron_megatron.data.tokens import prepare_corpus
-from minitron_megatron.errors import UnsupportedModelError, raise_if_any
+from minitron_megatron.errors import raise_if_any
+from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.build import build_model, build_problems
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.shape import ATTENTION, MLP, layout_problems
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
-from minitron_megatron.pruning.calibration import Search, score_model
+from minitron_megatron.pruning.make_plan import plan_for
 from minitron_megatron.pruning.partial import PartialSums
-from minitron_megatron.pruning.plan import Plan, plan_for
-from minitron_megatron.pruning.scores import WIDTH, Scores
+from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.score_model import Search, score_model
+from minitron_megatron.pruning.scores import DEPTH, Scores
 from minitron_megatron.pruning.slicing import Pruned, write_pruned
-from minitron_megatron.pruning.target import resolve_target
+from minitron_megatron.pruning.target import Target, resolve_target
 
 logger = logging.getLogger(__name__)
 
@@ -49,31 +50,26 @@ def score(config: ScoreConfig) -> Path:
         CheckpointError: the checkpoint is not whole.
         DataError: the text is shorter than one sequence, a question is none, or activations are not finite.
         ConfigError: the layout does not fit the network or the world, or the target cannot be reached.
-        UnsupportedModelError: the network has no layers of an attention and an MLP each.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
-    raise_if_any(layout_problems(checkpoint.shape, config.parallel, "checkpoint"))
-    if not checkpoint.shape.is_uniform:
-        raise UnsupportedModelError(
-            f"checkpoint = {config.checkpoint} has shape.pattern = {checkpoint.shape.pattern!r}, and only '*-' "
-            f"repeated is scored: score the network that it comes from"
-        )
+    raise_if_any(build_problems(checkpoint.network, config.parallel, "checkpoint"))
     questions = read_questions(Path(config.depth.choices)) if config.depth.choices else None
     settings, ways = to_plain(config), []
     if config.depends_on_target:
         # In numbers, so that a layout for which a fraction is rounded otherwise is not taken for the same target.
-        settings["target"] = resolve_target(checkpoint.shape, config.target, config.parallel).sizes
-        Search(checkpoint.shape, config)  # which says now what could not be left out later
+        settings["target"] = resolve_target(checkpoint.network, config.target, config.parallel).sizes
+        Search(checkpoint.network, config)  # which says now what could not be left out later
         ways = [_part_way(config, checkpoint, number) for number in range(1, config.rounds)]
         for number, way in enumerate(ways, start=1):
-            raise_if_any(build_problems(way.shape_of(checkpoint.shape), config.parallel, f"what round {number} leaves"))
+            if left := way.network_of(checkpoint.network):
+                raise_if_any(build_problems(left, config.parallel, f"what round {number} leaves"))
     else:
         # What does not depend on the target need not be scored again for another one.
         del settings["target"]
     parents = [Parent.of("checkpoint", checkpoint.root), *Parent.of_text(config.data.text)]
     if config.depth.choices:
         parents.append(Parent.of("choices", Path(config.depth.choices)))
-    manifest = Manifest("scores", checkpoint.shape.to_dict(), parents, settings)
+    manifest = Manifest("scores", checkpoint.network.to_dict(), parents, settings)
     if is_done(output, manifest):
         return output
     for number in range(1, config.rounds) if config.save_rounds else ():
@@ -129,10 +125,10 @@ def _score_in_rounds(
     for number in range(1, config.rounds + 1):
         source = Pruned(checkpoint, plan) if plan else checkpoint
         if config.rounds > 1:
-            logger.info("round %d of %d: %.1fM parameters", number, config.rounds, num_parameters(source.shape) / 1e6)
-        chunks = build_model(source.shape, groups, config.dtype)
+            logger.info("round %d of %d: %.1fM parameters", number, config.rounds, num_parameters(source.network) / 1e6)
+        chunks = build_model(source.network, groups, config.dtype)
         load_weights(chunks, source, groups)
-        found = score_model(chunks, source.shape, groups, samples, config, choices, partial, f"{number}.")
+        found = score_model(chunks, source.network, groups, samples, config, choices, partial, f"{number}.")
         found.checkpoint = None if plan else manifest.parents[0].fingerprint
         del chunks
         scores = _as_of_source(scores, found, plan, number) if config.rounds > 1 else found
@@ -146,12 +142,12 @@ def _score_in_rounds(
     return scores
 
 
-def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int):
+def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int) -> Target:
     """The target of one round among several: so far on the way from the source to the last target.
 
     Layers that are named rather than counted go in the first round.
     """
-    source, part = checkpoint.shape, number / config.rounds
+    source, part = checkpoint.network, number / config.rounds
     target = resolve_target(source, config.target, config.parallel)
 
     def between(has: int, wanted: int, split: bool = False) -> int:
@@ -162,45 +158,59 @@ def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int):
             multiple = math.lcm(min(both & -both, _MOST_RANKS), math.gcd(both, config.parallel.tensor))
         return max(wanted, round((has + (wanted - has) * part) / multiple) * multiple)
 
-    attention, mlp = len(source.sublayers(ATTENTION)), len(source.sublayers(MLP))
-    if target.keep_layers is not None:
-        attention, mlp = target.attention, target.mlp
+    sublayers = []
+    for sublayer, wanted in zip(source.sublayers, target.sublayers, strict=True):
+        names = [axis.axis.name for axis in sublayer.prunable]
+        lengths = {name: between(sublayer.sizes[name], wanted.sizes[name], split=True) for name in names}
+        sublayers.append(sublayer.resized(lengths))
+    layers, counts = target.layers, target.counts
+    if target.keep_layers is None:
+        layers = None if layers is None else between(len(source.layers), layers)
+        has = {kind.name: len(source.positions(kind)) for kind in source.kinds}
+        counts = {name: between(has[name], count) for name, count in counts.items()}
     return dataclasses.replace(
         target,
-        attention=between(attention, target.attention),
-        mlp=between(mlp, target.mlp),
+        hidden=between(source.hidden_size, target.hidden),
+        sublayers=tuple(sublayers),
+        counts=counts,
+        layers=layers,
         keep_layers=target.keep_layers if number == 1 else None,
-        hidden=between(source.hidden, target.hidden),
-        ffn=between(source.ffn, target.ffn, split=True),
-        groups=between(source.num_query_groups, target.groups, split=True),
-        heads_per_group=between(source.heads_per_group, target.heads_per_group, split=True),
     )
 
 
-def _as_of_source(before: Scores | None, found: Scores, plan: Plan | None, number: int) -> Scores:
+def _as_of_source(before: Scores | None, latest: Scores, plan: Plan | None, number: int) -> Scores:
     """Scores of what a plan leaves of a network, laid over those of the rounds before, as scores of the whole."""
-    if before is None:
-        fields = {name: getattr(found, name) for name in WIDTH}
-        if found.depth:
-            fields["depth"] = next(iter(found.depth.values()))
-        rounds = {name: torch.full_like(values, number, dtype=torch.int64) for name, values in fields.items()}
-        return dataclasses.replace(found, rounds=rounds)
+    if before is None or plan is None:
 
-    def lay(name: str, target: Tensor, where, values: Tensor) -> None:
+        def rounds(values: Tensor) -> Tensor:
+            return torch.full_like(values, number, dtype=torch.int64)
+
+        depth = {DEPTH: rounds(next(iter(latest.depth.values())))} if latest.depth else {}
+        return dataclasses.replace(
+            latest,
+            rounds={HIDDEN.name: rounds(latest.hidden), **depth},
+            element_rounds={setting: list(map(rounds, values)) for setting, values in latest.elements.items()},
+        )
+
+    def lay(target: Tensor, rounds: Tensor, where, values: Tensor) -> None:
         target[where] = values
-        before.rounds[name][where] = number
+        rounds[where] = number
 
-    lay("hidden", before.hidden, plan.hidden, found.hidden)
-    for layer, values in enumerate(found.ffn):
-        lay("ffn", before.ffn, (plan.source_layer(MLP, layer), plan.ffn[plan.position(MLP, layer)]), values)
-    for layer, groups in enumerate(found.head):
-        origin, position = plan.source_layer(ATTENTION, layer), plan.position(ATTENTION, layer)
-        for group, heads, values in zip(plan.group[position], plan.head[position], groups, strict=True):
-            lay("head", before.head, (origin, group, heads), values)
-    by_layer = found.depth_settings.unit is Unit.LAYER
-    units = [p // 2 for p in plan.sublayers[::2]] if by_layer else plan.sublayers
-    for criterion, values in found.depth.items():
-        lay("depth", before.depth[criterion], units, values)
+    lay(before.hidden, before.rounds[HIDDEN.name], plan.hidden, latest.hidden)
+    for position, origin in enumerate(plan.sublayers):
+        sublayer, kept = before.network.sublayers[origin], plan.elements[origin]
+        scores, rounds = before.of(origin), before.rounds_of(origin)
+        for setting, values in latest.of(position).items():
+            outer = sublayer.outer(sublayer.axis(setting))
+            if outer is None:
+                lay(scores[setting], rounds[setting], kept[setting], values)
+                continue
+            for element, within, own in zip(kept[outer.setting], kept[setting], values, strict=True):
+                lay(scores[setting], rounds[setting], (element, within), own)
+    units = before.depth_settings.units(before.network)
+    left = [number for number, unit in enumerate(units) if set(unit) <= set(plan.sublayers)]
+    for criterion, values in latest.depth.items():
+        lay(before.depth[criterion], before.rounds[DEPTH], left, values)
     return before
 
 

@@ -18,11 +18,13 @@ from torch import Tensor
 from minitron_megatron.checkpoint.manifest import MANIFEST
 from minitron_megatron.config.schema import Aggregation, DepthSearch, Unit
 from minitron_megatron.errors import CheckpointError, raise_if_any
-from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
+from minitron_megatron.model.axes import HIDDEN
+from minitron_megatron.model.layers import PrunableAxis, Sublayer
+from minitron_megatron.model.network import Network
 from minitron_megatron.parallel.cpu import in_blocks
 
 FILE = "scores.safetensors"
-WIDTH = ("hidden", "ffn", "head")
+DEPTH = "depth"
 _DTYPES = (torch.float32, torch.float64, torch.int64)
 
 
@@ -31,7 +33,7 @@ class DepthSettings:
     """What the numbers in `Scores.depth` are of.
 
     Attributes:
-        unit: layers, or sublayers by their position in the pattern.
+        unit: transformer layers, or sublayers by their position in the network.
         search: what was left out: one unit, a block of units, or one unit after another.
         drop: how many units a block has, or how many were left out one after another.
         protect_first, protect_last: layers at both ends that never go.
@@ -43,11 +45,20 @@ class DepthSettings:
     protect_first: int = 0
     protect_last: int = 0
 
-    def protected(self, num_units: int) -> list[int]:
+    def units(self, network: Network) -> list[tuple[int, ...]]:
+        """Positions of the sublayers in each unit."""
+        if self.unit is Unit.LAYER:
+            return network.layers
+        return [(position,) for position in range(len(network.sublayers))]
+
+    def protected(self, network: Network) -> list[int]:
         """Which of all units never go."""
-        per_layer = 1 if self.unit is Unit.LAYER else 2
-        first, last = per_layer * self.protect_first, num_units - per_layer * self.protect_last
-        return [number for number in range(num_units) if not first <= number < last]
+        last = len(network.layers) - self.protect_last
+        return [
+            number
+            for number, unit in enumerate(self.units(network))
+            if not self.protect_first <= network.layer_of(unit[0]) < last
+        ]
 
 
 @dataclass
@@ -55,44 +66,65 @@ class Scores:
     """Importance of everything that can be pruned; larger is more important. float64 throughout.
 
     Attributes:
-        shape: the network that was scored.
+        network: that was scored.
         hidden: `[hidden]`, summed over all norms of the network.
-        ffn: `[MLP sublayer, ffn]`.
-        head: `[attention sublayer, query group, head of the group]`. A query group is as important as the sum of
-            its heads.
+        elements: by the setting of an axis, for each sublayer that has it, in order, `[element]`; where the axis lies
+            within another one, `[element of that one, element]`. Of that one, an element is as important as the sum of
+            what lies within.
         depth: by criterion, what leaving out a unit does, `[unit]`; with a search for blocks, what leaving out the
             block that begins there does. NaN where nothing was left out.
         depth_settings: what these numbers are of.
-        rounds: by field, in which round of several an element was scored last; in a greedy search, at which step a
-            unit went, and for those that stay one more than the last step. An element of an earlier round is less
-            important, whatever its score. Empty if one round scored everything.
-        settings: how the scores were made: criteria, aggregation, calibration data and its hash.
+        rounds: for `hidden` and `depth`, in which round of several an element was scored last; in a greedy search, at
+            which step a unit went, and for those that stay one more than the last step. An element of an earlier round
+            is less important, whatever its score. Empty if one round scored everything.
+        element_rounds: the same for `elements`.
+        settings: how it was scored, with the calibration data and its hash.
         checkpoint: fingerprint of the checkpoint that was scored, or None.
     """
 
-    shape: ModelShape
+    network: Network
     hidden: Tensor
-    ffn: Tensor
-    head: Tensor
+    elements: dict[str, list[Tensor]]
     depth: dict[str, Tensor] = field(default_factory=dict)
     depth_settings: DepthSettings = field(default_factory=DepthSettings)
     rounds: dict[str, Tensor] = field(default_factory=dict)
+    element_rounds: dict[str, list[Tensor]] = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
     checkpoint: str | None = None
 
+    def of(self, position: int) -> dict[str, Tensor]:
+        """Scores of the sublayer at a position, by setting."""
+        return self._at(position, self.elements)
+
+    def rounds_of(self, position: int) -> dict[str, Tensor]:
+        """Rounds of the sublayer at a position, by setting."""
+        return self._at(position, self.element_rounds)
+
+    def _at(self, position: int, values: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        kind, number = type(self.network.sublayers[position]), self.network.number(position)
+        return {axis.setting: values[axis.setting][number] for axis in kind.scored() if axis.setting in values}
+
     def write(self, folder: Path) -> None:
         """Write `scores.safetensors` into `folder`."""
-        tensors = {name: getattr(self, name).contiguous() for name in WIDTH}
-        tensors |= {f"depth.{name}": values.contiguous() for name, values in self.depth.items()}
-        tensors |= {f"rounds.{name}": values.contiguous() for name, values in self.rounds.items()}
+        tensors = {HIDDEN.name: self.hidden}
+        tensors |= {f"depth.{name}": values for name, values in self.depth.items()}
+        tensors |= {f"rounds.{name}": values for name, values in self.rounds.items()}
+        for _, axis in scored_axes(self.network):
+            tensors |= _named(axis.axis.name, self.elements[axis.setting])
+            if self.element_rounds:
+                tensors |= _named(f"rounds.{axis.axis.name}", self.element_rounds[axis.setting])
         metadata = {
-            "shape": self.shape.to_dict(),
+            "network": self.network.to_dict(),
             "criteria": list(self.depth),  # in order: a file of tensors is sorted by name
             "depth_settings": asdict(self.depth_settings),
             "settings": self.settings,
             "checkpoint": self.checkpoint,
         }
-        save_file(tensors, folder / FILE, metadata={name: json.dumps(value) for name, value in metadata.items()})
+        save_file(
+            {name: values.contiguous() for name, values in tensors.items()},
+            folder / FILE,
+            metadata={name: json.dumps(value) for name, value in metadata.items()},
+        )
 
     @classmethod
     def read(cls, folder: Path) -> "Scores":
@@ -109,43 +141,73 @@ class Scores:
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118, it is no dict
             depth = dict(metadata["depth_settings"])
             depth |= {"unit": Unit(depth["unit"]), "search": DepthSearch(depth["search"])}
-            found = cls(
-                ModelShape.from_dict(metadata["shape"]),
-                **{name: tensors.pop(name) for name in WIDTH},
+            # Earlier versions called the network its shape.
+            network = Network.from_dict(metadata["network"] if "network" in metadata else metadata["shape"])
+            elements, rounds = {}, {}
+            for kind, axis in scored_axes(network):
+                count = len(network.positions(kind))
+                elements[axis.setting] = _listed(tensors, axis.axis.name, count)
+                if any(name.startswith(f"rounds.{axis.axis.name}") for name in tensors):
+                    rounds[axis.setting] = _listed(tensors, f"rounds.{axis.axis.name}", count)
+            scores = cls(
+                network,
+                tensors.pop(HIDDEN.name),
+                elements,
                 depth={name: tensors[f"depth.{name}"] for name in metadata["criteria"]},
                 depth_settings=DepthSettings(**depth),
-                rounds={name.partition(".")[2]: t for name, t in tensors.items() if name.startswith("rounds.")},
+                rounds={n: tensors[f"rounds.{n}"] for n in (HIDDEN.name, DEPTH) if f"rounds.{n}" in tensors},
+                element_rounds=rounds,
                 settings=metadata["settings"],
                 checkpoint=metadata["checkpoint"],
             )
-            raise_if_any(found._problems())
+            raise_if_any(scores._problems())
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
             raise CheckpointError(f"{folder / FILE} is not whole: {e}") from e
-        return found
+        return scores
 
     def _problems(self) -> list[str]:
-        """What does not go with the shape, one sentence each."""
-        shape, depth = self.shape, self.depth_settings
+        """What does not go with the network, one sentence each."""
+        network, depth = self.network, self.depth_settings
         counts = {name: getattr(depth, name) for name in ("drop", "protect_first", "protect_last")}
-        found = [
+        problems = [
             f"{name} = {value!r} is no count" for name, value in counts.items() if type(value) is not int or value < 0
         ]
-        by_layer = depth.unit is Unit.LAYER
-        if self.depth and by_layer and not shape.is_uniform:
-            found.append(f"its depth is of layers, and the pattern {shape.pattern!r} has none")
-        units = len(shape.pattern) // 2 if by_layer else len(shape.pattern)
-        sizes = {
-            "hidden": (shape.hidden,),
-            "ffn": (len(shape.sublayers(MLP)), shape.ffn),
-            "head": (len(shape.sublayers(ATTENTION)), shape.num_query_groups, shape.heads_per_group),
-        }
-        tensors = {name: (getattr(self, name), size) for name, size in sizes.items()}
-        tensors |= {f"depth.{name}": (values, (units,)) for name, values in self.depth.items()}
-        tensors |= {f"rounds.{name}": (values, sizes.get(name, (units,))) for name, values in self.rounds.items()}
-        for name, (values, size) in tensors.items():
+        expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {HIDDEN.name: (self.hidden, (network.hidden_size,))}
+        for kind, axis in scored_axes(network):
+            for number, position in enumerate(network.positions(kind)):
+                size = network.sublayers[position].score_shape(axis)
+                for what, values in (("", self.elements), ("rounds.", self.element_rounds)):
+                    if axis.setting in values:
+                        expected[f"{what}{axis.setting}.{number}"] = values[axis.setting][number], size
+        units = (0,) if problems else (len(depth.units(network)),)
+        expected |= {f"depth.{name}": (values, units) for name, values in self.depth.items()}
+        for name, values in self.rounds.items():
+            expected[f"rounds.{name}"] = values, units if name == DEPTH else (network.hidden_size,)
+        for name, (values, size) in expected.items():
             if tuple(values.shape) != size or values.dtype not in _DTYPES:
-                found.append(f"{name} is {values.dtype} {list(values.shape)}, and the network has {list(size)}")
-        return found
+                problems.append(f"{name} is {values.dtype} {list(values.shape)}, and the network has {list(size)}")
+        return problems
+
+
+def scored_axes(network: Network) -> list[tuple[type[Sublayer], PrunableAxis]]:
+    """The axes of a network's kinds that have scores of their own, sorted by setting."""
+    axes = [(kind, axis) for kind in network.kinds for axis in kind.scored()]
+    return sorted(axes, key=lambda pair: pair[1].setting)
+
+
+def _named(name: str, values: list[Tensor]) -> dict[str, Tensor]:
+    """Tensors of all sublayers in a file: stacked in one where they are of one size, else one by one."""
+    if len({tuple(value.shape) for value in values}) == 1:
+        return {name: torch.stack(values)}
+    return {f"{name}.{number}": value for number, value in enumerate(values)}
+
+
+def _listed(tensors: dict[str, Tensor], name: str, count: int) -> list[Tensor]:
+    """What `_named` was made from."""
+    values = list(tensors[name]) if name in tensors else [tensors[f"{name}.{number}"] for number in range(count)]
+    if len(values) != count:
+        raise ValueError(f"{name} is of {len(values)} sublayers, and the network has {count}")
+    return values
 
 
 def descending(values: Tensor, rounds: Tensor | None) -> np.ndarray:
@@ -155,16 +217,16 @@ def descending(values: Tensor, rounds: Tensor | None) -> np.ndarray:
     return np.lexsort((-values, -rounds))
 
 
-def group_scores(heads: Tensor, rounds: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Scores and rounds of whole query groups: the sum of the heads scored last.
+def outer_scores(values: Tensor, rounds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scores and rounds of the elements of an axis that others lie within: the sum of those scored last.
 
     Args:
-        heads, rounds: `[..., group, head of the group]`.
+        values, rounds: `[..., outer element, element within]`.
     """
     if rounds is None:
-        return heads.sum(-1), None
+        return values.sum(-1), None
     last = rounds.amax(-1, keepdim=True)
-    return (heads * (rounds == last)).sum(-1), last[..., 0]
+    return (values * (rounds == last)).sum(-1), last[..., 0]
 
 
 def aggregate_sequence(x: Tensor, how: Aggregation) -> Tensor:

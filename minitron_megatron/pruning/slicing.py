@@ -15,7 +15,8 @@ from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.checkpoint.writer import write_checkpoint
-from minitron_megatron.model.axes import Param, axis_sizes, parameters
+from minitron_megatron.model.axes import Param
+from minitron_megatron.model.parameters import parameters
 from minitron_megatron.pruning.plan import Plan
 
 
@@ -23,31 +24,29 @@ class Pruned:
     """What a plan leaves of a source, as a source. Nothing is read before it is asked for."""
 
     def __init__(self, source: TensorSource, plan: Plan):
-        assert source.shape == plan.source
+        assert source.network == plan.source
         self.source = source
         self.plan = plan
-        self.shape = plan.target
+        self.network = plan.target
         self.dtype = source.dtype
-        self._sizes = axis_sizes(source.shape)
-        # The final norm is called otherwise in a HybridModel, which the target may be where the source is none.
-        self._origins = dict(zip(parameters(self.shape), parameters(source.shape), strict=True))
+        self._origins = {(param.position, param.name): param for param in parameters(source.network)}
 
-    def read(self, param: Param, layer: int | None, index: list[np.ndarray]) -> torch.Tensor:
+    def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`."""
-        param = self._origins[param]
-        kept = self.plan.kept(param.sublayer, layer)
-        origin = None if layer is None else self.plan.source_layer(param.sublayer, layer)
-        positions = [k[i] for k, i in zip(param.index(kept, self._sizes), index, strict=True)]
-        tensor = self.source.read(param, origin, positions)
-        if not self.plan.merge or not param.has_queries:
+        position = None if param.position is None else self.plan.sublayers[param.position]
+        origin, kept = self._origins[position, param.name], self.plan.kept(position)
+        positions = [k[i] for k, i in zip(origin.index(kept), index, strict=True)]
+        tensor = self.source.read(origin, positions)
+        if not origin.takes_merged or position not in self.plan.merge:
             return tensor
-        partners = np.array(self.plan.merge[self.plan.position(param.sublayer, layer)])
-        rows = param.index({**kept, "head": partners}, self._sizes)[0][index[0]]
+        sublayer = self.plan.source.sublayers[position]
+        merged = sublayer.axis(sublayer.merged).axis.name
+        rows = origin.index({**kept, merged: np.array(self.plan.merge[position])})[0][index[0]]
         # Partners do not ascend; a source wants ascending positions, each once.
         wanted, back = np.unique(rows, return_inverse=True)
-        partner = self.source.read(param, origin, [wanted, *positions[1:]])[torch.from_numpy(back)]
-        merged = (2 * tensor.float() - partner.float()).to(tensor.dtype)
-        return torch.where(torch.from_numpy(rows != positions[0]).view(-1, *[1] * (tensor.dim() - 1)), merged, tensor)
+        partner = self.source.read(origin, [wanted, *positions[1:]])[torch.from_numpy(back)]
+        mixed = (2 * tensor.float() - partner.float()).to(tensor.dtype)
+        return torch.where(torch.from_numpy(rows != positions[0]).view(-1, *[1] * (tensor.dim() - 1)), mixed, tensor)
 
 
 def write_pruned(output: Path, checkpoint: Checkpoint, plan: Plan, manifest: Manifest, tensor_ranks: int) -> None:

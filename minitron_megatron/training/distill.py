@@ -32,7 +32,7 @@ from minitron_megatron.distillation.step import TeacherStudent
 from minitron_megatron.errors import ConfigError, Preempted, raise_if_any
 from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems, fp8_problems
 from minitron_megatron.model.count import forward_flops_per_token, num_parameters
-from minitron_megatron.model.megatron_args import args_of_shape
+from minitron_megatron.model.megatron_args import args_of_network
 from minitron_megatron.parallel.collectives import failing_together, main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
 from minitron_megatron.training.loop import train
@@ -70,13 +70,13 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
     teacher = Checkpoint(config.teacher) if config.teacher else None
     raise_if_any(_mismatches(teacher, student, config))
     networks = {"student": student, "teacher": teacher} if teacher else {"student": student}
-    raise_if_any([p for role, c in networks.items() for p in build_problems(c.shape, config.parallel, role)])
+    raise_if_any([p for role, c in networks.items() for p in build_problems(c.network, config.parallel, role)])
     if teacher and config.teacher_fp8:
-        raise_if_any(fp8_problems(teacher.shape, config.parallel, "teacher_fp8"))
+        raise_if_any(fp8_problems(teacher.network, config.parallel, "teacher_fp8"))
     output = Path(config.output)
     parents = [Parent.of(role, checkpoint.root) for role, checkpoint in networks.items()]
     parents += Parent.of_text(config.data.text)
-    manifest = Manifest("run", student.shape.to_dict(), parents, to_plain(config))
+    manifest = Manifest("run", student.network.to_dict(), parents, to_plain(config))
     with process_groups(config.parallel) as groups:
         raise_if_any(config.batch_problems(groups.layout.data))
         if main_first(lambda: _is_finished(output, manifest)):
@@ -129,23 +129,23 @@ def _run(
     metrics: Metrics | None,
     asked_to_stop: Callable[[], bool],
 ) -> None:
-    chunks = build_model(student.shape, groups, config.dtype, recompute=config.recompute)
-    load_weights(chunks, RandomWeights(student.shape, config.seed) if config.random_init else student, groups)
+    chunks = build_model(student.network, groups, config.dtype, recompute=config.recompute)
+    load_weights(chunks, RandomWeights(student.network, config.seed) if config.random_init else student, groups)
     teacher_chunks = None
-    flops = 3 * forward_flops_per_token(student.shape, config.data.sequence_length)
+    flops = 3 * forward_flops_per_token(student.network, config.data.sequence_length)
     if teacher:
         dtype = config.teacher_dtype or next(own for own, torchs in TORCH_DTYPES.items() if torchs is teacher.dtype)
         recompute = config.recompute and config.teacher_lr is not None
-        teacher_chunks = build_model(teacher.shape, groups, dtype, recompute, config.teacher_fp8)
+        teacher_chunks = build_model(teacher.network, groups, dtype, recompute, config.teacher_fp8)
         load_weights(teacher_chunks, teacher, groups)
         passes = 1 if config.teacher_lr is None else 3
-        flops += passes * forward_flops_per_token(teacher.shape, config.data.sequence_length)
+        flops += passes * forward_flops_per_token(teacher.network, config.data.sequence_length)
 
     hidden = None
     if teacher and config.loss.hidden.weight:
-        shapes = student.shape, teacher.shape
-        add_projections(chunks, config.loss.hidden, *shapes, groups, config.seed)
-        hidden = HiddenLosses(config.loss.hidden, chunks, teacher_chunks, shapes, groups)
+        networks = student.network, teacher.network
+        add_projections(chunks, config.loss.hidden, *networks, groups, config.seed)
+        hidden = HiddenLosses(config.loss.hidden, chunks, teacher_chunks, networks, groups)
     models = {"": optimization(chunks, config.optimizer, config.steps, config.dtype, groups)}
     if teacher and config.teacher_lr is not None:
         share = config.teacher_lr / config.optimizer.lr
@@ -155,13 +155,13 @@ def _run(
     elif teacher:
         for chunk in teacher_chunks:
             chunk.requires_grad_(False)
-    pair = TeacherStudent(models[""].chunks, teacher_chunks, groups, config.loss, student.shape.vocab, hidden)
+    pair = TeacherStudent(models[""].chunks, teacher_chunks, groups, config.loss, student.network.vocab_size, hidden)
     checkpoints = output / "checkpoints"
     run = load_state(checkpoints, models)
     if run.step:
         logger.info("going on after step %d", run.step)
     main_first(lambda: metrics.go_on(run.step))
-    args = args_of_shape(student.megatron_args(), student.shape)
+    args = args_of_network(student.megatron_args(), student.network)
     args.tensor_model_parallel_size = groups.layout.tensor
     args.pipeline_model_parallel_size = groups.layout.pipeline
     train(config, pair, models, samples, heldout, groups, run, checkpoints, metrics, flops, asked_to_stop, args)
@@ -170,20 +170,20 @@ def _run(
 def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: DistillConfig) -> list[str]:
     if teacher is None:
         return []
-    found = hidden_problems(config.loss.hidden, student.shape, teacher.shape)
+    found = hidden_problems(config.loss.hidden, student.network, teacher.network)
     if config.teacher_lr is not None and config.teacher_dtype is None and teacher.dtype is torch.float16:
         found.append(
             f"teacher = {config.teacher} is in fp16, and teacher_lr = {config.teacher_lr} trains it, which needs bf16 "
             f"or fp32: set teacher_dtype=bf16"
         )
-    found += config.loss.logits.vocab_problems(teacher.shape.vocab)
-    theirs, ours = (f"vocab = {s.vocab}, padded to {s.padded_vocab}" for s in (teacher.shape, student.shape))
+    found += config.loss.logits.vocab_problems(teacher.network.vocab_size)
+    theirs, ours = (f"vocab = {n.vocab_size}, padded to {n.padded_vocab_size}" for n in (teacher.network, student.network))
     if theirs != ours:
         found.append(
             f"teacher = {config.teacher} has {theirs}; student = {config.student} has {ours}: they must share one "
             f"vocabulary, and its padding"
         )
-    if teacher.shape.vocab == student.shape.vocab:
+    if teacher.network.vocab_size == student.network.vocab_size:
         theirs, ours = (tokenizer_fingerprint(c.huggingface_folder) for c in (teacher, student))
         if theirs != ours:
             found.append(
@@ -220,7 +220,7 @@ def _prepare(output: Path, config: DistillConfig, student: Checkpoint, manifest:
         # What is kept stays until the next one is whole, and the best one may be none of the latest.
         count = config.keep_checkpoints + 1 + bool(config.validate_every)
         trained = [student] if config.teacher_lr is None else [student, Checkpoint(config.teacher)]
-        num_bytes = count * _BYTES_PER_PARAMETER * sum(num_parameters(checkpoint.shape) for checkpoint in trained)
+        num_bytes = count * _BYTES_PER_PARAMETER * sum(num_parameters(checkpoint.network) for checkpoint in trained)
         with writing(checkpoints, dataclasses.replace(manifest, kind="checkpoint"), num_bytes) as folder:
             copy_companions(student.huggingface_folder, folder / HUGGINGFACE)
     write_atomically(output / "config.yaml", to_yaml(config))

@@ -12,8 +12,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 
 from minitron_megatron.config.schema import DType, OptimizerConfig
-from minitron_megatron.model.axes import PROJECTIONS
 from minitron_megatron.model.build import TORCH_DTYPES
+from minitron_megatron.model.parameters import PROJECTIONS
 from minitron_megatron.parallel.groups import Groups
 
 

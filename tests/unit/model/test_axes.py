@@ -5,21 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from minitron_megatron.model.axes import (
-    FFN,
-    GATE,
-    GROUP,
-    HEAD,
-    HEAD_DIM,
-    HIDDEN,
-    KEY,
-    UP,
-    VALUE,
-    axis_sizes,
-    parameters,
-)
-from minitron_megatron.model.families import shape_from_config
-from tests.tiny import NEMOTRON
+from minitron_megatron.model.axes import HIDDEN, Axis
+from minitron_megatron.model.families import network_from_config
+from minitron_megatron.model.layers.attention import GROUP, HEAD, HEAD_DIM, KEY, VALUE
+from minitron_megatron.model.layers.mlp import FFN, GATE, UP
+from minitron_megatron.model.parameters import parameters
+from tests.tiny import NEMOTRON, changed
 from tests.unit.model.configs import CONFIGS
 
 GROUPS, HEADS, DIM, FFN_SIZE = 3, 4, 5, 7
@@ -67,6 +58,21 @@ def test_kept_heads_belong_to_the_groups_that_are_kept():
     assert found.tolist() == qkv_rows({0: heads[0], 2: heads[1]})
 
 
+def test_heads_are_those_of_their_group_whatever_stands_outside_of_the_groups():
+    """Row i of a two-dimensional entry is for the i-th kept group, and not for the i-th of an axis around it."""
+    outer, heads = Axis("outer"), np.array([[0, 3], [1, 2]])
+    dim, sizes = outer * GROUP * HEAD, {**SIZES, "outer": 2}
+    numbered = np.arange(2 * GROUPS * HEADS).reshape(2, GROUPS, HEADS)
+    expected = [numbered[o, g, heads[i]] for o in range(2) for i, g in enumerate([0, 2])]
+    found = dim.index({"group": np.array([0, 2]), "head": heads}, sizes)
+    assert found.tolist() == np.concatenate(expected).tolist()
+    # Two projections side by side of the same rows of groups, as a fused input projection has them.
+    double = (Axis("key") + Axis("value")) * (GROUP * HEAD)
+    found = double.index({"group": np.array([0, 2]), "head": heads}, SIZES)
+    single = (GROUP * HEAD).index({"group": np.array([0, 2]), "head": heads}, SIZES)
+    assert found.tolist() == [*single, *(single + GROUPS * HEADS)]
+
+
 def test_a_range_of_groups_is_what_a_tensor_rank_holds():
     found = QKV.index({"group": np.arange(1, 3)}, SIZES)
     per_group = (HEADS + 2) * DIM
@@ -83,20 +89,18 @@ def test_gate_and_up_of_the_same_neuron_stay_together():
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_parts_of_a_parameter_cover_its_rows_exactly_once(config):
-    shape = shape_from_config(config)
-    sizes = axis_sizes(shape)
+    network = network_from_config(config)
     names = []
-    for param in parameters(shape):
-        rows = np.concatenate([param.dims[0].index(part.kept, sizes) for part in param.parts])
-        assert sorted(rows) == list(range(param.size(sizes)[0])), param.name
-        names += [part.name for part in param.parts]
+    for param in parameters(network):
+        rows = np.concatenate([param.dims[0].index(part.kept, param.sizes) for part in param.parts])
+        assert sorted(rows) == list(range(param.shape[0])), param.name
+        names += [param.hf_name(part) for part in param.parts]
     assert len(set(names)) == len(names)
 
 
 def test_kept_indices_along_all_axes_give_the_sizes_of_the_smaller_network():
-    shape = shape_from_config(NEMOTRON)
-    smaller = shape.replace(hidden=40, ffn=30, num_heads=4)
+    network = network_from_config(NEMOTRON)
+    smaller = changed(network, hidden_size=40, ffn_hidden_size=30, num_heads=4)
     kept = {"hidden": np.arange(8, 48), "ffn": np.arange(0, 30), "head": np.array([[0, 2], [1, 2]])}
-    for before, after in zip(parameters(shape), parameters(smaller), strict=True):
-        cut = tuple(len(index) for index in before.index(kept, axis_sizes(shape)))
-        assert cut == after.size(axis_sizes(smaller)), before.name
+    for before, after in zip(parameters(network), parameters(smaller), strict=True):
+        assert tuple(map(len, before.index(kept))) == after.shape, before.name

@@ -80,9 +80,9 @@ def test_logits_of_packed_documents_are_those_of_each_alone(family):
     theirs = hf_model(**FAMILIES[family])
     batch = {key: torch.stack([row[key] for row in packed()]) for key in packed()[0]}
     with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        chunks, shape = build_ours(theirs, groups)
+        chunks, network = build_ours(theirs, groups)
         [hidden] = run_forward(chunks, [batch], groups, on_output=lambda output, batch: output)
-        found = (hidden @ output_weight(chunks[0]).T)[..., : shape.vocab].transpose(0, 1)
+        found = (hidden @ output_weight(chunks[0]).T)[..., : network.vocab_size].transpose(0, 1)
         for logits, row in zip(found, documents()):
             for own, document in zip(logits.split([len(d) for d in row]), row):
                 torch.testing.assert_close(own, theirs(document[None]).logits[0], rtol=1e-5, atol=1e-5)

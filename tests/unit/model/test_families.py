@@ -6,9 +6,9 @@ import pytest
 from transformers import AutoConfig
 
 from minitron_megatron.errors import ConfigError, UnsupportedModelError
-from minitron_megatron.model.families import config_from_shape, shape_from_config
-from minitron_megatron.model.shape import Llama3RopeScaling, ModelShape
-from tests.tiny import FAMILIES, LLAMA, NEMOTRON, NETWORKS, QWEN2
+from minitron_megatron.model.families import config_from_network, network_from_config
+from minitron_megatron.model.network import Llama3RopeScaling, Network
+from tests.tiny import FAMILIES, LLAMA, NEMOTRON, NETWORKS, QWEN2, changed, unlike
 from tests.unit.model.configs import CONFIGS, LLAMA3_ROPE
 
 
@@ -20,21 +20,25 @@ def in_transformers(config):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_shapes_survive_plain_values_and_a_hugging_face_config(config):
-    shape = shape_from_config(in_transformers(config))
-    assert ModelShape.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
-    written = config_from_shape(shape, config)
+    network = network_from_config(in_transformers(config))
+    assert Network.from_dict(json.loads(json.dumps(network.to_dict()))) == network
+    written = config_from_network(network, config)
     # Once as the file says it, once as transformers reads it.
-    assert shape_from_config(written) == shape
-    assert shape_from_config(in_transformers(written)) == shape
+    assert network_from_config(written) == network
+    assert network_from_config(in_transformers(written)) == network
 
 
 def test_a_config_says_what_the_shape_says():
-    shape = shape_from_config(CONFIGS["llama3 rope"])
-    assert shape.rotary_scaling == Llama3RopeScaling(8.0, 1.0, 4.0, 16)
-    assert (shape.rotary_base, shape.hidden, shape.ffn, shape.head_dim) == (5e3, 48, 44, 12)
-    assert (shape.num_layers, shape.heads_per_group, shape.vocab, shape.padded_vocab) == (4, 3, 101, 128)
-    shape = shape_from_config(NEMOTRON)
-    assert (shape.rotary_fraction, shape.norm_zero_centered, shape.gated, shape.tied) == (0.5, True, False, True)
+    network = network_from_config(CONFIGS["llama3 rope"])
+    assert network.rotary_scaling == Llama3RopeScaling(8.0, 1.0, 4.0, 16)
+    attention, mlp = network.sublayers[:2]
+    sizes = network.rotary_base, network.hidden_size, mlp.ffn_hidden_size, attention.head_dim
+    assert sizes == (5e3, 48, 44, 12)
+    assert (len(network.layers), attention.heads_per_group) == (4, 3)
+    assert (network.vocab_size, network.padded_vocab_size) == (101, 128)
+    network = network_from_config(NEMOTRON)
+    switches = network.rotary_fraction, network.norm_zero_centered, network.tie_embeddings
+    assert (*switches, network.sublayers[1].gated) == (0.5, True, True, False)
 
 
 @pytest.mark.parametrize(
@@ -62,32 +66,32 @@ def test_a_config_says_what_the_shape_says():
 def test_older_and_shorter_configs_mean_what_they_mean_to_transformers(changes):
     config = {k: v for k, v in LLAMA.items() if k not in ("rope_parameters", "head_dim")} | changes
     config = {k: v for k, v in config.items() if v is not ...}
-    assert shape_from_config(config) == shape_from_config(in_transformers(config))
+    assert network_from_config(config) == network_from_config(in_transformers(config))
 
 
 def test_families_that_are_the_same_network_have_the_same_shape():
-    shapes = {family: shape_from_config(config).replace(tied=False) for family, config in FAMILIES.items()}
-    assert shapes["mistral"] == shapes["llama"] and shapes["seed_oss"] == shapes["qwen2"]
-    assert len({repr(shape) for shape in shapes.values()}) == len(NETWORKS)
+    networks = {family: network_from_config(config).replace(tie_embeddings=False) for family, config in FAMILIES.items()}
+    assert networks["mistral"] == networks["llama"] and networks["seed_oss"] == networks["qwen2"]
+    assert len({repr(network) for network in networks.values()}) == len(NETWORKS)
 
 
 def test_a_llama_whose_width_is_no_multiple_of_the_heads_is_written_as_mistral():
-    shape = shape_from_config(LLAMA).replace(hidden=46)
-    written = config_from_shape(shape, LLAMA)
+    network = network_from_config(LLAMA).replace(hidden_size=46)
+    written = config_from_network(network, LLAMA)
     assert (written["model_type"], written["architectures"]) == ("mistral", ["MistralForCausalLM"])
-    assert shape_from_config(in_transformers(written)) == shape
+    assert network_from_config(in_transformers(written)) == network
 
 
 def test_a_qwen2_whose_width_is_not_that_of_its_heads_is_written_as_seed_oss():
     """The one's servers divide the width by the heads; what the other's config assumes is not what this one's does."""
     whole = {**QWEN2, "head_dim": 8, "sliding_window": None, "layer_types": ["full_attention"] * 4}
-    shape = shape_from_config(whole)
-    assert config_from_shape(shape, whole)["model_type"] == "qwen2"
-    shape = shape.replace(hidden=46, pattern="*-" * 3)
-    written = config_from_shape(shape, whole)
+    network = network_from_config(whole)
+    assert config_from_network(network, whole)["model_type"] == "qwen2"
+    network = changed(network, num_layers=3, hidden_size=46)
+    written = config_from_network(network, whole)
     assert (written["model_type"], written["architectures"]) == ("seed_oss", ["SeedOssForCausalLM"])
     read = in_transformers(written)
-    assert shape_from_config(read) == shape
+    assert network_from_config(read) == network
     special = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout")
     assert {name: read[name] for name in special} == {name: in_transformers(whole)[name] for name in special}
     assert read["residual_dropout"] == 0
@@ -133,40 +137,103 @@ def test_a_qwen2_whose_width_is_not_that_of_its_heads_is_written_as_seed_oss():
 )
 def test_what_has_no_axis_table_is_refused_by_name(changes, named):
     with pytest.raises(UnsupportedModelError) as raised:
-        shape_from_config({**LLAMA, **changes})
+        network_from_config({**LLAMA, **changes})
     assert named in str(raised.value)
 
 
 def test_a_window_that_no_sequence_fills_is_no_window():
     config = {**LLAMA, "model_type": "mistral", "sliding_window": LLAMA["max_position_embeddings"]}
-    assert shape_from_config(config) == shape_from_config({**config, "sliding_window": None})
+    assert network_from_config(config) == network_from_config({**config, "sliding_window": None})
 
 
-def test_a_shape_that_cannot_be_lists_every_problem():
-    values = shape_from_config(LLAMA).to_dict()
+def test_a_network_that_cannot_be_lists_every_problem():
+    values = network_from_config(LLAMA).to_dict()
     with pytest.raises(ConfigError) as raised:
-        ModelShape.from_dict({**values, "hidden": 0, "padded_vocab": 100, "rotary_fraction": 0.0, "pattern": "*E"})
-    named = ("shape.hidden = 0", "['E']", "shape.padded_vocab = 100", "shape.rotary_fraction = 0.0")
+        Network.from_dict({**values, "hidden_size": 0, "padded_vocab_size": 100, "rotary_fraction": 0.0})
+    named = ("network.hidden_size = 0", "network.padded_vocab_size = 100", "network.rotary_fraction = 0.0")
     assert all(name in problem for name, problem in zip(named, raised.value.problems, strict=True))
-    with pytest.raises(ConfigError, match="num_heads = 6 is not a multiple of shape.num_query_groups = 4"):
-        ModelShape.from_dict({**values, "num_query_groups": 4})
-
-
-def test_what_is_no_shape_names_the_field_and_what_it_may_be():
-    values = shape_from_config(LLAMA).to_dict()
-    del values["ffn"]
-    wrong = {"widht": 3, "norm": "batchnorm", "activation": "relu", "rotary_scaling": {"factor": 8.0, "kind": "yarn"}}
+    with pytest.raises(ConfigError, match="num_heads = 6 is not a multiple of attention.num_query_groups = 4"):
+        Network.from_dict({**values, "attention": {**values["attention"], "num_query_groups": 4}})
     with pytest.raises(ConfigError) as raised:
-        ModelShape.from_dict({**values, **wrong})
+        Network.from_dict({**values, "pattern": "*E"})
+    assert raised.value.problems == [
+        "network.pattern has sublayers ['E']: the known ones are '*' (attention), '-' (MLP)"
+    ]
+
+
+def test_what_is_no_network_names_the_field_and_what_it_may_be():
+    values = network_from_config(LLAMA).to_dict()
+    wrong = {"widht": 3, "norm": "batchnorm", "rotary_scaling": {"factor": 8.0, "kind": "yarn"}}
+    with pytest.raises(ConfigError) as raised:
+        Network.from_dict({**values, **wrong})
     found = raised.value.problems
-    assert found[0].startswith("shape.widht is no field: the fields are pattern, hidden, ffn, num_heads, ")
-    assert found[1:5] == [
-        "shape.ffn is missing: give it a value",
-        "shape.norm = 'batchnorm': must be one of rmsnorm, layernorm",
-        "shape.activation = 'relu': must be one of silu, gelu, squared_relu",
-        "shape.rotary_scaling.kind is no field: the fields are factor, low_freq_factor, high_freq_factor, "
+    assert found[0].startswith("network.widht is no field: the fields are pattern, hidden_size, vocab_size, ")
+    assert found[-5:-3] == [
+        "network.norm = 'batchnorm': must be one of rmsnorm, layernorm",
+        "network.rotary_scaling.kind is no field: the fields are factor, low_freq_factor, high_freq_factor, "
         "original_max_positions",
     ]
-    assert [problem.split(" ")[0] for problem in found[5:]] == [
-        f"shape.rotary_scaling.{name}" for name in ("low_freq_factor", "high_freq_factor", "original_max_positions")
+    assert [problem.split(" ")[0] for problem in found[-3:]] == [
+        f"network.rotary_scaling.{name}" for name in ("low_freq_factor", "high_freq_factor", "original_max_positions")
     ]
+    with pytest.raises(ConfigError) as raised:
+        Network.from_dict({**values, "mlp": {"activation": "relu"}})
+    assert raised.value.problems == [
+        "network.mlp.ffn_hidden_size is missing: give it a value",
+        "network.mlp.activation = 'relu': must be one of silu, gelu, squared_relu",
+    ]
+    with pytest.raises(ConfigError, match="network.mlp is missing: give the sizes of the MLP sublayers"):
+        Network.from_dict({name: value for name, value in values.items() if name != "mlp"})
+    with pytest.raises(ConfigError, match="ffn_hidden_size has 2 values for 4 MLP sublayers"):
+        Network.from_dict({**values, "mlp": {**values["mlp"], "ffn_hidden_size": [44, 40]}})
+
+
+def test_plain_values_are_short_where_layers_are_alike_and_lists_where_they_differ():
+    network = network_from_config(LLAMA)
+    assert network.to_dict()["mlp"]["ffn_hidden_size"] == 44
+    differs = unlike(network)
+    values = json.loads(json.dumps(differs.to_dict()))
+    assert values["pattern"] == "*--**-"
+    assert values["attention"]["num_heads"] == [6, 2, 8]
+    assert values["mlp"]["ffn_hidden_size"] == [44, 36, 20]
+    assert values["mlp"]["gated"] is True
+    assert Network.from_dict(values) == differs
+    assert differs.layers == [(0, 1), (2,), (3,), (4, 5)]
+    assert [differs.layer_of(position) for position in range(6)] == [0, 0, 1, 2, 3, 3]
+    assert [differs.number(position) for position in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_what_earlier_versions_wrote_is_the_same_network():
+    former = {
+        "pattern": "*-*-*-*-",
+        "hidden": 48,
+        "ffn": 44,
+        "num_heads": 6,
+        "num_query_groups": 2,
+        "head_dim": 12,
+        "vocab": 101,
+        "padded_vocab": 128,
+        "max_positions": 64,
+        "norm": "layernorm",
+        "norm_eps": 1e-05,
+        "norm_zero_centered": True,
+        "activation": "squared_relu",
+        "gated": False,
+        "qkv_bias": False,
+        "linear_bias": False,
+        "qk_norm": False,
+        "rotary_base": 500.0,
+        "rotary_fraction": 0.5,
+        "rotary_scaling": None,
+        "tied": True,
+    }
+    assert Network.from_dict(former) == network_from_config(NEMOTRON)
+
+
+def test_a_config_of_unlike_layers_is_refused_with_what_would_have_to_be_alike():
+    with pytest.raises(UnsupportedModelError) as raised:
+        config_from_network(unlike(network_from_config(LLAMA)), LLAMA)
+    message = str(raised.value)
+    assert "attention.num_heads is 6, 2, 8 by layer" in message and "mlp.ffn_hidden_size is 44, 36, 20" in message
+    assert "layers 1 have no attention" in message and "layers 2 have no MLP" in message
+    assert "format=padded" in message

@@ -24,13 +24,13 @@ from minitron_megatron.model.fit import (
     rank_parameters,
     sublayer_activations,
 )
-from minitron_megatron.model.shape import Activation, ModelShape, NormKind, layers_pattern, layout_problems
+from minitron_megatron.model.network import Activation, Network, NormKind, layers_pattern, layout_problems
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.schedule import forward_hidden
 from minitron_megatron.training.optimizer import optimization
 
-TEACHER = ModelShape(
+TEACHER = Network(
     pattern=layers_pattern(32),
     hidden=4096,
     ffn=14336,
@@ -41,7 +41,7 @@ TEACHER = ModelShape(
     padded_vocab=128256,
 )
 STUDENT = TEACHER.replace(hidden=3072, ffn=9216)  # Llama-3.1-Minitron 4B Width
-SMALL = ModelShape(
+SMALL = Network(
     pattern=layers_pattern(5),
     hidden=256,
     ffn=448,
@@ -76,15 +76,15 @@ LLAMA_RUN = settings(8192, global_batch=128, micro_batch=4)
     ids=str,
 )
 def test_the_ranks_hold_all_weights_once_but_for_those_that_each_must_have(layout, norm, tied):
-    shape = SMALL.replace(tied=tied, norm=norm, linear_bias=True)
-    held = layout.tensor * sum(rank_parameters(shape, layout, stage) for stage in range(layout.pipeline))
+    network = SMALL.replace(tied=tied, norm=norm, linear_bias=True)
+    held = layout.tensor * sum(rank_parameters(network, layout, stage) for stage in range(layout.pipeline))
     tensors = 2 if norm is NormKind.LAYERNORM else 1
-    norms = (2 * shape.num_layers + 1) * tensors * shape.hidden
-    biases = 2 * shape.num_layers * shape.hidden  # of the two matrices whose outputs are summed over the ranks
-    padding = (1 if tied else 2) * 24 * shape.hidden
-    expected = num_parameters(shape) + padding + (layout.tensor - 1) * (norms + biases)
+    norms = (2 * len(network.layers) + 1) * tensors * network.hidden_size
+    biases = 2 * len(network.layers) * network.hidden_size  # of the two matrices whose outputs are summed over the ranks
+    padding = (1 if tied else 2) * 24 * network.hidden_size
+    expected = num_parameters(network) + padding + (layout.tensor - 1) * (norms + biases)
     if tied and layout.pipeline > 1:
-        expected += 1024 * shape.hidden
+        expected += 1024 * network.hidden_size
     assert held == expected
 
 
@@ -143,7 +143,7 @@ def test_state_is_what_a_model_in_training_has(dtype, distributed):
     ids=["SwiGLU, norms of queries and keys", "gated GELU", "squared ReLU"],
 )
 def test_activations_are_those_that_a_model_keeps(switches, recompute, monkeypatch):
-    shape, config = SMALL.replace(**switches), settings(256, micro_batch=2, global_batch=2, recompute=recompute)
+    network, config = SMALL.replace(**switches), settings(256, micro_batch=2, global_batch=2, recompute=recompute)
     tokens = torch.zeros(2, 256, dtype=torch.long)
     batch = {"tokens": tokens, "position_ids": torch.arange(256).expand(2, -1)}
     kept, hooks = {}, torch.autograd.graph.saved_tensors_hooks
@@ -157,7 +157,7 @@ def test_activations_are_those_that_a_model_keeps(switches, recompute, monkeypat
         return hooks(lambda tensor: keep(pack(tensor)), unpack)
 
     with process_groups(ParallelConfig()) as groups:
-        [model] = build_model(shape, groups, config.dtype, recompute)
+        [model] = build_model(network, groups, config.dtype, recompute)
         # The local layers have hooks of their own, which torch asks instead of those around them.
         monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", counted)
         with hooks(keep, lambda tensor: tensor):
@@ -167,14 +167,14 @@ def test_activations_are_those_that_a_model_keeps(switches, recompute, monkeypat
     measured = sum(storage.nbytes() for storage in kept.values())
     assert output.requires_grad
 
-    expected = estimate_memory(shape, None, config, Layout()).activations
+    expected = estimate_memory(network, None, config, Layout()).activations
     if recompute:  # the layer that is run again in the backward pass is not there yet
-        expected -= sum(sublayer_activations(shape, symbol, 2, 256, Layout(), config.dtype) for symbol in "*-")
+        expected -= sum(sublayer_activations(network, symbol, 2, 256, Layout(), config.dtype) for symbol in "*-")
     else:
         # The CPU's layers make again what norms and gated activations return, and with SwiGLU the MLP's first product;
         # Transformer Engine's keep it. And their SwiGLU is one function, which keeps no factor of its product.
-        again = 2 * shape.hidden + shape.gated * (4 if shape.activation is Activation.SILU else 1) * shape.ffn
-        expected -= shape.num_layers * 2 * 256 * again * 2
+        again = 2 * network.hidden_size + network.gated * (4 if network.activation is Activation.SILU else 1) * network.ffn
+        expected -= len(network.layers) * 2 * 256 * again * 2
     # Not counted are the tokens, the angles that cosines are of, and float32 copies of the norms' weights.
     assert expected == pytest.approx(measured, rel=0.025 if recompute else 0.005)
 
@@ -274,7 +274,7 @@ def test_the_nearest_layout_takes_one_change_before_two_and_ranks_from_replicas(
     changes, _ = nearest_layout(STUDENT, TEACHER, three, Layout(data=3), GPUS["a100-40gb"], gpus_per_node=8)
     assert "parallel.tensor" in changes and "parallel.data" not in changes  # six GPUs or more for three replicas
     # Of three query groups, tensor parallelism of a power of two cannot take any.
-    three = [shape.replace(num_heads=24, num_query_groups=3) for shape in (STUDENT, TEACHER)]
+    three = [network.replace(num_heads=24, num_query_groups=3) for network in (STUDENT, TEACHER)]
     changes, _ = nearest_layout(*three, run, Layout(), h100, gpus_per_node=8)
     assert "parallel.tensor" not in changes and changes["parallel.pipeline"] > 1
     assert nearest_layout(STUDENT, TEACHER.replace(hidden=2**20), run, Layout(), h100, gpus_per_node=8) is None

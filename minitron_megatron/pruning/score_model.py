@@ -5,7 +5,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -13,27 +12,28 @@ from minitron_megatron.config.schema import AxisConfig, Criterion, DepthCriterio
 from minitron_megatron.data.choices import ChoiceSamples
 from minitron_megatron.data.samples import Samples
 from minitron_megatron.errors import ConfigError, DataError, raise_if_any
-from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape, layout_problems
+from minitron_megatron.model.axes import HIDDEN
+from minitron_megatron.model.network import Network, layout_problems
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.schedule import Batch
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 from minitron_megatron.pruning.ablation import WHOLE, Ablation, Drops
-from minitron_megatron.pruning.capture import Capture, place_name
-from minitron_megatron.pruning.outputs import MEASURES
+from minitron_megatron.pruning.activation_stats import ActivationStats, ElementSpans, place_name
+from minitron_megatron.pruning.logit_change import MEASURES
 from minitron_megatron.pruning.partial import PartialSums
-from minitron_megatron.pruning.scores import DepthSettings, Scores, batch_score
+from minitron_megatron.pruning.scores import DEPTH, DepthSettings, Scores, batch_score, scored_axes
 from minitron_megatron.pruning.target import resolve_target
-from minitron_megatron.pruning.weights import squared_weights
+from minitron_megatron.pruning.weight_norms import squared_weights
 
-_NAMES = {"layer": "layers", ATTENTION: "attention sublayers", MLP: "MLP sublayers"}
+_LAYERS = "layers"
 _NEED_OUTPUTS = {DepthCriterion.LOSS, DepthCriterion.KL, DepthCriterion.LOGITS}
 
 
 def score_model(
-    chunks: Sequence[GPTModel],
-    shape: ModelShape,
+    chunks: Sequence[torch.nn.Module],
+    network: Network,
     groups: Groups,
     samples: Samples,
     config: ScoreConfig,
@@ -44,9 +44,9 @@ def score_model(
     """Score a model that is there already, on this rank's share of `samples`. Collective.
 
     Args:
-        chunks: this rank's part of a GPTModel, one per virtual pipeline stage; see `shape_of` and `current_groups`
-            for somebody's own.
-        shape: of the whole network.
+        chunks: this rank's part of a model, one per virtual pipeline stage; see `network_of` and `current_groups` for
+            somebody's own.
+        network: the whole network.
         groups: this rank's place.
         samples: the calibration set; every sequence is read once over all data-parallel ranks.
         config: what to score and how; its checkpoint, output and rounds are for the verb.
@@ -64,7 +64,7 @@ def score_model(
     """
     depth = replace(config.depth, choices=None if choices is None else config.depth.choices or "choices")
     problems = replace(config, depth=depth).problems()
-    raise_if_any(problems + layout_problems(shape, Layout(tensor=groups.layout.tensor)))
+    raise_if_any(problems + layout_problems(network, Layout(tensor=groups.layout.tensor)))
     model = chunks[0].config
     if model.sequence_parallel != groups.layout.sequence:
         raise ConfigError(
@@ -73,9 +73,9 @@ def score_model(
                 f"{model.sequence_parallel}: give current_groups(sequence={model.sequence_parallel})"
             ]
         )
-    calibration = _Calibration(chunks, shape, groups, samples, config, choices, partial, name)
+    calibration = _Calibration(chunks, network, groups, samples, config, choices, partial, name)
     watch = any(a.criterion in (Criterion.ACTIVATION, Criterion.ACTIVATION_WEIGHT) for a in config.axes.values())
-    search = Search(shape, config)
+    search = Search(network, config)
     sums: dict[str, Tensor] = {}
     num_steps = calibration.num_steps(search.num_sweeps, watch)
     timeout_min = groups.timeout_min
@@ -92,12 +92,14 @@ def score_model(
             search.take(calibration.effects(sums))
         while search.paths:
             search.take(calibration.effects(calibration.sweep(search.base, search.paths, False)))
-        width = _width_scores(chunks, shape, groups, config, sums)
-    return Scores(shape, **width, depth=search.scores, depth_settings=search.settings, rounds=search.rounds)
+        hidden, elements = _width_scores(chunks, network, groups, config, sums)
+    return Scores(
+        network, hidden, elements, depth=search.scores, depth_settings=search.settings, rounds=search.rounds
+    )
 
 
 @contextmanager
-def _evaluating(chunks: Sequence[GPTModel]) -> Iterator[None]:
+def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """A model in evaluation mode, and afterwards in the mode that it was in."""
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
@@ -123,19 +125,16 @@ class Search:
         ConfigError: the target leaves nothing out, or more than is not protected.
     """
 
-    def __init__(self, shape: ModelShape, config: ScoreConfig):
+    def __init__(self, network: Network, config: ScoreConfig):
         depth = config.depth
-        self.shape = shape
+        self.network = network
         self.by_layer = depth.unit is Unit.LAYER
-        self.units: list[Drops] = [
-            frozenset((2 * number, 2 * number + 1)) if self.by_layer else frozenset([number])
-            for number in range(shape.num_layers if self.by_layer else len(shape.pattern))
-        ]
         self.left = {} if depth.search is DepthSearch.SINGLE else self._surplus(config)
         drop = sum(self.left.values()) or 1
         self.settings = DepthSettings(depth.unit, depth.search, drop, depth.protect_first, depth.protect_last)
+        self.units: list[Drops] = [frozenset(unit) for unit in self.settings.units(network)]
         # Every unit by itself is scored in any case; what is protected is for the plan to respect.
-        protected = [] if depth.search is DepthSearch.SINGLE else self.settings.protected(len(self.units))
+        protected = [] if depth.search is DepthSearch.SINGLE else self.settings.protected(network)
         self.free = [number for number in range(len(self.units)) if number not in protected]
         self.deciding = depth.criteria[0].value if depth.criteria else ""
         self.scores = {
@@ -155,11 +154,11 @@ class Search:
                 raise ConfigError(
                     [
                         f"depth.protect_first = {depth.protect_first} and depth.protect_last = {depth.protect_last} "
-                        f"leave {free} of {len(own)} {_NAMES[kind]}, of which {count} shall go: protect less"
+                        f"leave {free} of {len(own)} {self._title(kind)}, of which {count} shall go: protect less"
                     ]
                 )
         if self._is_greedy:
-            self.rounds["depth"] = torch.full((len(self.units),), drop + 1, dtype=torch.int64)
+            self.rounds[DEPTH] = torch.full((len(self.units),), drop + 1, dtype=torch.int64)
         self._next()
 
     @property
@@ -185,7 +184,7 @@ class Search:
         self.base |= self.units[gone]
         self.left[self._kind(gone)] -= 1
         remaining = sum(self.left.values())
-        self.rounds["depth"][gone] = self.settings.drop - remaining
+        self.rounds[DEPTH][gone] = self.settings.drop - remaining
         if remaining:
             self._next()
 
@@ -200,16 +199,20 @@ class Search:
         self.paths = [self.base.union(*self.units[number : number + length]) for number in self.tried]
 
     def _kind(self, number: int) -> str:
-        return "layer" if self.by_layer else self.shape.pattern[number]
+        """Name of the kind of a unit."""
+        return _LAYERS if self.by_layer else self.network.sublayers[number].name
+
+    def _title(self, name: str) -> str:
+        return next((f"{kind.title} sublayers" for kind in self.network.kinds if kind.name == name), name)
 
     def _surplus(self, config: ScoreConfig) -> dict[str, int]:
         """How many units of each kind the target has too few for."""
-        target = resolve_target(self.shape, config.target, config.parallel)
-        surplus = {
-            ATTENTION: len(self.shape.sublayers(ATTENTION)) - target.attention,
-            MLP: len(self.shape.sublayers(MLP)) - target.mlp,
-        }
-        surplus = {"layer": surplus[ATTENTION]} if self.by_layer else surplus
+        target = resolve_target(self.network, config.target, config.parallel)
+        if self.by_layer:
+            surplus = {_LAYERS: len(self.network.layers) - (target.layers or 0)}
+        else:
+            counts = {kind.name: len(self.network.positions(kind)) for kind in self.network.kinds}
+            surplus = {name: count - target.counts[name] for name, count in counts.items()}
         if not any(surplus.values()):
             raise ConfigError(
                 [f"depth.search = {config.depth.search.value}, and target leaves no {config.depth.unit.value} out"]
@@ -220,9 +223,19 @@ class Search:
 class _Calibration:
     """Runs a calibration set through a model, and through what is left of it without some sublayers."""
 
-    def __init__(self, chunks, shape, groups, samples, config, choices, partial, name):
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        network: Network,
+        groups: Groups,
+        samples: Samples,
+        config: ScoreConfig,
+        choices: ChoiceSamples | None,
+        partial: PartialSums | None,
+        name: str,
+    ):
         self.chunks = chunks
-        self.shape = shape
+        self.network = network
         self.groups = groups
         self.samples = samples
         self.num_samples = min(config.num_samples, len(samples))
@@ -253,7 +266,7 @@ class _Calibration:
         Returns:
             sums over all samples, the same on every rank. What criteria need: `num_tokens`, `cosine` `[path]`,
             `outputs` `[whole and paths, measure]`, and `losses` `[whole and paths, choice]`. Of what is watched:
-            `hidden`, `ffn`, `head` and `num_sequences` of `Capture`.
+            those by setting and `num_sequences` of `ActivationStats`.
         """
         name = f"{self.name}{self.sweeps}"
         self.sweeps += 1
@@ -265,26 +278,26 @@ class _Calibration:
     def _over_samples(self, name: str, base: Drops, paths: list[Drops], watch: bool) -> dict[str, Tensor]:
         config, groups, device = self.config, self.groups, self.groups.device
         networks = [WHOLE, *paths]
-        how = {axis: settings.sequence_aggregation for axis, settings in config.axes.items()}
-        capture = Capture(self.chunks, self.shape, groups, how, config.neurons)
-        ablation = Ablation(self.shape, groups, base, paths, bool(_NEED_OUTPUTS & set(config.depth.criteria)))
+        how = {setting: axis.sequence_aggregation for setting, axis in config.axes.items()}
+        stats = ActivationStats(self.chunks, self.network, groups, how, config.neurons)
+        ablation = Ablation(self.network, groups, base, paths, bool(_NEED_OUTPUTS & set(config.depth.criteria)))
         outputs = torch.zeros(len(networks), len(MEASURES), dtype=torch.float64, device=device)
         num_tokens = torch.zeros((), dtype=torch.float64, device=device)
         sums = {"cosine": ablation.cosine, "outputs": outputs, "num_tokens": num_tokens}
         if watch:
-            sums |= {**capture.sums, "num_sequences": capture.num_sequences}
+            sums |= {**stats.sums, "num_sequences": stats.num_sequences}
 
         def add(batch: Batch) -> Tensor:
             if watch:
-                capture.set_mask(batch["loss_mask"])
-            found = ablation.run(self.chunks, batch, capture if watch else nullcontext())
+                stats.set_mask(batch["loss_mask"])
+            found = ablation.run(self.chunks, batch, stats if watch else nullcontext())
             if self._counts_here:
                 mask = batch["loss_mask"].transpose(0, 1).flatten()
                 num_tokens.add_(mask.sum())
                 if found is not None:
                     outputs.add_((found * mask).sum(-1, dtype=torch.float64))
             faults = [_first_fault(outputs, self._behind), _first_fault(ablation.cosine, self._behind + 1)]
-            return torch.stack([capture.add_up(), *faults]).min()
+            return torch.stack([stats.add_up(), *faults]).min()
 
         describe = self._describe(networks)
         total = self.partial.over(name, self.samples, self.num_samples, sums, add, describe, self.advance)
@@ -294,7 +307,7 @@ class _Calibration:
 
     def _over_choices(self, name: str, base: Drops, paths: list[Drops]) -> dict[str, Tensor]:
         networks, choices = [WHOLE, *paths], self.choices
-        ablation = Ablation(self.shape, self.groups, base, paths, outputs=True)
+        ablation = Ablation(self.network, self.groups, base, paths, outputs=True)
         losses = torch.zeros(len(networks), len(choices), dtype=torch.float64, device=self.groups.device)
 
         def add(batch: Batch) -> Tensor:
@@ -319,12 +332,12 @@ class _Calibration:
     def _behind(self) -> int:
         """Number of the first fault of whole networks, behind those of activations; the network itself comes before its
         parts."""
-        return len(self.shape.pattern) + 1
+        return len(self.network.sublayers) + 1
 
     def _describe(self, networks: list[Drops]) -> Callable[[float], str]:
         def describe(place: float) -> str:
             if place < self._behind:
-                return place_name(place, self.shape)
+                return place_name(place, self.network)
             dropped = sorted(networks[int(place) - self._behind])
             return "states or predictions of the network" + (f" without sublayers {dropped}" if dropped else "")
 
@@ -361,37 +374,35 @@ def _first_fault(values: Tensor, before: int) -> Tensor:
 
 
 def _width_scores(
-    chunks: Sequence[GPTModel], shape: ModelShape, groups: Groups, config: ScoreConfig, sums: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Scores of channels, neurons and heads, by name as in `Scores`."""
-    sizes = {
-        "hidden": (1, shape.hidden),
-        "ffn": (len(shape.sublayers(MLP)), shape.ffn),
-        "head": (len(shape.sublayers(ATTENTION)), shape.num_heads),
-    }
+    chunks: Sequence[torch.nn.Module], network: Network, groups: Groups, config: ScoreConfig, sums: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """Scores of hidden channels, and of the elements of all sublayers, as in `Scores`."""
+    spans = ElementSpans(network)
+    axes = {setting: config.axes[setting] for setting in spans.totals}
     generator = torch.Generator().manual_seed(config.seed)
-    chance = {axis: torch.rand(size, generator=generator, dtype=torch.float64) for axis, size in sizes.items()}
+    lengths = {**spans.totals, HIDDEN.name: network.hidden_size}
+    chance = {n: torch.rand(length, generator=generator, dtype=torch.float64) for n, length in lengths.items()}
     squares = {
-        criterion: squared_weights(chunks, shape, groups, outgoing=criterion is Criterion.ACTIVATION_WEIGHT)
+        criterion: squared_weights(chunks, network, groups, outgoing=criterion is Criterion.ACTIVATION_WEIGHT)
         for criterion in (Criterion.WEIGHT, Criterion.ACTIVATION_WEIGHT)
-        if criterion in {settings.criterion for settings in config.axes.values()}
+        if criterion in {axis.criterion for axis in axes.values()}
     }
 
-    def score(axis: str, settings: AxisConfig) -> Tensor:
-        criterion = settings.criterion
-        if criterion is Criterion.RANDOM:
-            return chance[axis]
-        if criterion is Criterion.WEIGHT:  # of a channel: all of the network's that go with it
-            own = squares[criterion][axis]
-            return (own.sum(0, keepdim=True) if axis == "hidden" else own).sqrt()
-        activations = batch_score(*sums[axis], sums["num_sequences"], settings.batch_aggregation)
-        if criterion is Criterion.ACTIVATION_WEIGHT:
-            return activations * squares[criterion][axis].sqrt()
+    def score(setting: str, axis: AxisConfig) -> Tensor:
+        if axis.criterion is Criterion.RANDOM:
+            return chance[setting]
+        if axis.criterion is Criterion.WEIGHT:  # of a channel: all of the network's that go with it
+            own = squares[axis.criterion][setting]
+            return (own.view(-1, network.hidden_size).sum(0) if setting == HIDDEN.name else own).sqrt()
+        activations = batch_score(*sums[setting], sums["num_sequences"], axis.batch_aggregation)
+        if axis.criterion is Criterion.ACTIVATION_WEIGHT:
+            return activations * squares[axis.criterion][setting].sqrt()
         return activations
 
-    scores = {axis: score(axis, settings) for axis, settings in config.axes.items()}
-    return {
-        "hidden": scores["hidden"].sum(0),
-        "ffn": scores["ffn"],
-        "head": scores["head"].view(-1, shape.num_query_groups, shape.heads_per_group),
-    }
+    scores = {setting: score(setting, axis) for setting, axis in axes.items()}
+    elements = {}
+    for kind, axis in scored_axes(network):
+        shapes = [network.sublayers[position].score_shape(axis) for position in network.positions(kind)]
+        parts = spans.split(axis.setting, scores[axis.setting])
+        elements[axis.setting] = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return scores[HIDDEN.name].view(-1, network.hidden_size).sum(0), elements

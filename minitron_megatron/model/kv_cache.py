@@ -1,14 +1,16 @@
 """A key-value cache for generation: each new token costs one position, and not all of those before it again."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.transformer.attention import Attention
 from torch import Tensor
+
+from minitron_megatron.model.build import held_sublayers
+from minitron_megatron.model.network import Network
 
 
 @dataclass
@@ -43,8 +45,10 @@ class Cursor:
 
 
 @contextmanager
-def key_value_cache(chunks: Sequence[torch.nn.Module], num_sequences: int, length: int) -> Iterator[Cursor]:
-    """Have a model's attention remember keys and values while the block runs.
+def key_value_cache(
+    chunks: Sequence[torch.nn.Module], network: Network, num_sequences: int, length: int
+) -> Iterator[Cursor]:
+    """Have a model's layers remember what they need of earlier tokens while the block runs.
 
     The place of a token in the cache is its position in its own sequence. Prompts are padded on the right, where causal
     attention does not see the padding, and what a sequence goes on with overwrites it. So the prompts run through the
@@ -55,6 +59,7 @@ def key_value_cache(chunks: Sequence[torch.nn.Module], num_sequences: int, lengt
 
     Args:
         chunks: this rank's model, anybody's GPTModel or HybridModel with rotary positions.
+        network: the whole network.
         num_sequences: that there is room for.
         length: longest sequence, prompt and what follows it, in tokens.
 
@@ -63,18 +68,25 @@ def key_value_cache(chunks: Sequence[torch.nn.Module], num_sequences: int, lengt
         after each `move_to` tokens `[sequences, 1]`.
     """
     cursor = Cursor(num_sequences, length)
-    attentions = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Attention)]
-    cores = [attention.core_attention for attention in attentions]
-    hooks = [chunk.rotary_pos_emb.register_forward_hook(_angles_at(cursor)) for chunk in chunks]
-    try:
-        for attention, core in zip(attentions, cores, strict=True):
-            attention.core_attention = _CachedAttention(core, cursor, attention.config.softmax_scale)
+    with ExitStack() as stack:
+        for chunk in chunks:
+            hook = chunk.rotary_pos_emb.register_forward_hook(_angles_at(cursor))
+            stack.callback(hook.remove)
+            for positions, layer in held_sublayers(chunk, network):
+                for position in positions:
+                    stack.enter_context(network.sublayers[position].caching(layer, cursor))
         yield cursor
+
+
+@contextmanager
+def cached_attention(attention: torch.nn.Module, cursor: Cursor) -> Iterator[None]:
+    """Have an attention of Megatron-Core's remember keys and values while the block runs."""
+    core = attention.core_attention
+    attention.core_attention = _CachedAttention(core, cursor, attention.config.softmax_scale)
+    try:
+        yield
     finally:
-        for attention, core in zip(attentions, cores, strict=True):
-            attention.core_attention = core
-        for hook in hooks:
-            hook.remove()
+        attention.core_attention = core
 
 
 def _angles_at(cursor: Cursor):

@@ -1,0 +1,42 @@
+"""The kinds of layers, by the symbol that each has in a network's pattern."""
+
+from minitron_megatron.model.layers.attention import Attention
+from minitron_megatron.model.layers.mlp import MLP
+from minitron_megatron.model.layers.sublayer import PrunableAxis, Slot, Sublayer
+
+__all__ = ["DENSE", "KINDS", "PrunableAxis", "Slot", "Sublayer", "prunable_axes", "register"]
+
+DENSE: tuple[type[Sublayer], ...] = (Attention, MLP)
+"""The sublayers of a dense transformer layer, which is what Megatron-Core's flat configurations describe."""
+
+KINDS: dict[str, type[Sublayer]] = {}
+"""Every kind that a network may have, by its symbol. `register` fills it."""
+
+
+def register(kind: type[Sublayer]) -> type[Sublayer]:
+    """Make a kind known. May decorate its class.
+
+    Raises:
+        ValueError: its symbol, its name or a setting of its axes is another kind's already.
+    """
+    for other in KINDS.values():
+        names = {"symbol": "symbol", "name": "name"}
+        clashes = [what for what, name in names.items() if getattr(other, name) == getattr(kind, name)]
+        settings = {axis.setting for axis in other.prunable} & {axis.setting for axis in kind.prunable}
+        clashes += [f"setting {setting}" for setting in sorted(settings)]
+        if clashes:
+            raise ValueError(
+                f"{kind.__module__}.{kind.__qualname__} cannot be registered: its {' and '.join(clashes)} is that of "
+                f"{other.__module__}.{other.__qualname__}; give it another one"
+            )
+    KINDS[kind.symbol] = kind
+    return kind
+
+
+def prunable_axes() -> dict[str, tuple[type[Sublayer], PrunableAxis]]:
+    """Kind and axis by the axis' setting."""
+    return {axis.setting: (kind, axis) for kind in KINDS.values() for axis in kind.prunable}
+
+
+for _kind in DENSE:
+    register(_kind)

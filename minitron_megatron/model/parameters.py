@@ -1,0 +1,49 @@
+"""The axis table of a network: all of its parameters, what their dimensions mean, and where they lie."""
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+from minitron_megatron.model.axes import HIDDEN, VOCAB, Param, Part, Row
+from minitron_megatron.model.layers import Sublayer
+from minitron_megatron.model.network import Network
+from minitron_megatron.model.norms import norm_rows
+
+PROJECTIONS = "distillation_projections"
+"""The beginning of the names of what distillation trains beside the student, and that is no part of any network."""
+
+_EMBEDDING = Row(
+    "embedding.word_embeddings.weight", (VOCAB, HIDDEN), VOCAB.name, (Part("model.embed_tokens.weight"),)
+)
+_OUTPUT = Row("output_layer.weight", (VOCAB, HIDDEN), VOCAB.name, (Part("lm_head.weight"),), matmul=True)
+
+
+@lru_cache(maxsize=64)
+def parameters(network: Network) -> tuple[Param, ...]:
+    """All parameters of a network, in the order of the forward pass."""
+    own, outside = [], network.axis_sizes()
+    rows_of: dict[Sublayer, list[Row]] = {sublayer: sublayer.rows(network) for sublayer, _ in network.alike()}
+    for position, sublayer in enumerate(network.sublayers):
+        sizes = network.axis_sizes(position)
+        own += [_param(row, sizes, position, network.layer_of(position)) for row in rows_of[sublayer]]
+    norm = norm_rows(network.norm, HIDDEN, "decoder.final_layernorm.", "model.norm.")
+    last = [*norm, *([] if network.tie_embeddings else [_OUTPUT])]
+    return (_param(_EMBEDDING, outside), *own, *(_param(row, outside) for row in last))
+
+
+def _param(row: Row, sizes: dict[str, int], position: int | None = None, layer: int | None = None) -> Param:
+    return Param(**vars(row), position=position, layer=layer, sizes=sizes)
+
+
+def by_key(params: Iterable[Param]) -> dict[str, Param]:
+    """Parameters by the key that Megatron-Core gives them where each layer has its own."""
+    return {layer_key(param): param for param in params}
+
+
+def layer_key(param: Param) -> str:
+    """Checkpoint key of the form that stores each transformer layer by itself."""
+    return param.name if param.layer is None else f"decoder.layers.{param.layer}.{param.name}"
+
+
+def stacked_key(param: Param) -> str:
+    """Checkpoint key of the form that stacks all layers, which must be alike, in a leading dimension."""
+    return param.name if param.layer is None else f"decoder.layers.{param.name}"

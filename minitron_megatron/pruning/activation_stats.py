@@ -1,0 +1,222 @@
+"""Capturing activations: hooks on a running Megatron-Core model that sum up importance as it goes.
+
+Each rank adds to arrays of the whole network, and only what no other rank adds as well, so that one sum over all
+ranks gives the model's scores, whatever the layout:
+
+| axis                  | watched at               | a rank adds                                   |
+|-----------------------|--------------------------|-----------------------------------------------|
+| hidden                | output of every norm     | all of its channels, on the first tensor rank |
+| those of a sublayer   | where its kind says      | the elements that it holds                    |
+
+Under sequence parallelism the tokens of a norm's output lie on several tensor ranks, which add them up first.
+
+A hook only sums over tokens. What follows is done for all places at once, when a micro-batch is through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer.identity_op import IdentityOp
+from torch import Tensor
+
+from minitron_megatron.config.schema import Aggregation, Neurons
+from minitron_megatron.model.axes import HIDDEN
+from minitron_megatron.model.build import held_sublayers
+from minitron_megatron.model.local import normalize
+from minitron_megatron.model.network import Network
+from minitron_megatron.parallel.collectives import sum_over
+from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.schedule import own_tokens
+from minitron_megatron.pruning.scores import aggregate_sequence, scored_axes, sequence_score
+
+
+class ElementSpans:
+    """Where the elements of every place lie in one flat array for each axis.
+
+    Places are norms, of `hidden`: norm p stands before sublayer p, and the final one is last. Of another axis they are
+    the sublayers that have it.
+
+    Attributes:
+        totals: length of the array, by setting.
+    """
+
+    def __init__(self, network: Network):
+        num_norms = len(network.sublayers) + 1
+        self.sizes: dict[str, dict[int, int]] = {
+            HIDDEN.name: dict.fromkeys(range(num_norms), network.hidden_size),
+            **{
+                axis.setting: {
+                    position: network.sublayers[position].total(axis) for position in network.positions(kind)
+                }
+                for kind, axis in scored_axes(network)
+            },
+        }
+        self.totals = {setting: sum(sizes.values()) for setting, sizes in self.sizes.items()}
+
+    def spans(self, setting: str) -> dict[int, slice]:
+        """The part of the array that each place has."""
+        end, spans = 0, {}
+        for place, size in self.sizes[setting].items():
+            spans[place] = slice(end, end := end + size)
+        return spans
+
+    def split(self, setting: str, values: Tensor) -> list[Tensor]:
+        """An array `[..., total]` as one for each place, in order."""
+        return list(values.split(list(self.sizes[setting].values()), dim=-1))
+
+
+class ActivationStats:
+    """Sums importance while a model runs. A context manager: the hooks are there inside of it alone.
+
+    Works with both layer specs: where Transformer Engine fuses a norm into the projection behind it, the
+    norm's formula is applied to that module's input.
+
+    Args:
+        chunks: this rank's model.
+        network: the whole network.
+        groups: this rank's place.
+        sequence_aggregation: over the tokens of a sequence, by setting.
+        neurons: look at neurons after their activation and gate, or before.
+
+    Attributes:
+        sums: by setting, `[2, total]` in float64 (see `ElementSpans`): the scores of all sequences so far, summed, and
+            their squares.
+        num_sequences: with any valid token, so far.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        network: Network,
+        groups: Groups,
+        sequence_aggregation: Mapping[str, Aggregation],
+        neurons: Neurons = Neurons.AFTER,
+    ):
+        self.chunks = chunks
+        self.network = network
+        self.groups = groups
+        self.how = sequence_aggregation
+        self.neurons = neurons
+        layout = ElementSpans(network)
+        self._spans = {setting: layout.spans(setting) for setting in layout.totals}
+        self.sums = {
+            setting: torch.zeros(2, total, dtype=torch.float64, device=groups.device)
+            for setting, total in layout.totals.items()
+        }
+        self.num_sequences = torch.zeros((), dtype=torch.float64, device=groups.device)
+        # Of the current micro-batch: by setting and place, the sums over this rank's tokens.
+        self._current: dict[str, dict[int, Tensor]] = {setting: {} for setting in layout.totals}
+        self._mask: Tensor  # of the whole sequence, [seq, batch]
+        self._own_mask: Tensor  # of this rank's part of it under sequence parallelism
+        self._num_tokens: Tensor
+        self._all_valid = False
+        self._hooks: list = []
+
+    def __enter__(self) -> ActivationStats:
+        for chunk in self.chunks:
+            for positions, layer in held_sublayers(chunk, self.network):
+                for position in positions:
+                    self._watch(position, layer)
+            if (final_norm := chunk.decoder.final_layernorm) is not None:
+                self._after(final_norm, self._channels(len(self.network.sublayers)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def set_mask(self, loss_mask: Tensor) -> None:
+        """Say which tokens `[batch, seq]` count in the forward pass to come. Before each micro-batch."""
+        self._mask, self._own_mask = loss_mask.transpose(0, 1), own_tokens(loss_mask, self.groups)
+        self._num_tokens = self._mask.sum(0, dtype=torch.float64)
+        self._all_valid = bool((self._num_tokens == len(self._mask)).all())
+        if self.groups.tensor_rank == self.groups.pipeline_rank == 0:
+            self.num_sequences += (self._num_tokens > 0).sum()
+
+    def add_up(self) -> Tensor:
+        """Add the forward pass that is through to `sums`. After each micro-batch, on all tensor ranks.
+
+        Returns:
+            the first place in the network with an activation that is not finite, inf if there is none. Places are
+            positions of sublayers: a norm stands at its sublayer's, other activations half a step behind it.
+        """
+        faults = [torch.full((), torch.inf, dtype=torch.float64, device=self.groups.device)]
+        for setting, current in self._current.items():
+            if not current:
+                continue
+            is_hidden = setting == HIDDEN.name
+            places, sizes = list(current), [values.size(-1) for values in current.values()]
+            together = torch.cat(list(current.values()), dim=-1)
+            current.clear()
+            if is_hidden and self.groups.layout.sequence:
+                sum_over(together, self.groups.collection.tp)
+            # A sequence without valid tokens has sums, and then a score, of 0.
+            score = sequence_score(*together, self._num_tokens.clamp(min=1), self.how[setting])
+            sums = torch.stack([score.sum(0), score.square().sum(0)])
+            for place, own in zip(places, sums.split(sizes, dim=-1), strict=True):
+                at = torch.full((), place if is_hidden else place + 0.5, dtype=sums.dtype, device=sums.device)
+                faults.append(at.where(~own[1].isfinite().all(), torch.inf))
+                self._add(setting, place, own)
+        return torch.stack(faults).min()
+
+    def _add(self, setting: str, place: int, sums: Tensor) -> None:
+        """Add what this rank has of a place's elements, if no other rank adds it."""
+        span, rank = self._spans[setting][place], self.groups.tensor_rank
+        if setting != HIDDEN.name:
+            start = span.start + rank * sums.size(-1)
+            self.sums[setting][:, start : start + sums.size(-1)] += sums
+        elif rank == 0:
+            self.sums[setting][:, span] += sums
+
+    def _watch(self, position: int, layer: torch.nn.Module) -> None:
+        """Put the hooks of one sublayer, and of the norm before it."""
+        sublayer = self.network.sublayers[position]
+        norm, channels = getattr(layer, sublayer.slot.norm), self._channels(position)
+        if isinstance(norm, IdentityOp):
+            linear = sublayer.first_projection(layer)
+
+            def normed(x: Tensor) -> None:
+                channels(normalize(x, linear.layer_norm_weight, linear.layer_norm_bias, linear.config))
+
+            self._before(linear, normed)
+        else:
+            self._after(norm, channels)
+        for tap in sublayer.taps(layer, self.neurons is Neurons.BEFORE):
+
+            def watch(value: Any, tap=tap) -> None:
+                self._sum(tap.setting, position, tap.elements(value), self._mask)
+
+            (self._before if tap.at_input else self._after)(tap.module, watch)
+
+    def _channels(self, place: int) -> Callable[[Tensor], None]:
+        def watch(x: Tensor) -> None:
+            # Without sequence parallelism all tensor ranks have the same.
+            if self.groups.layout.sequence or self.groups.tensor_rank == 0:
+                self._sum(HIDDEN.name, place, x, self._own_mask)
+
+        return watch
+
+    def _sum(self, setting: str, place: int, x: Tensor, mask: Tensor) -> None:
+        """Sum `[seq, batch, elements]` over the tokens that count."""
+        if not self._all_valid:
+            x = x * mask.unsqueeze(-1).to(x.dtype)
+        self._current[setting][place] = aggregate_sequence(x, self.how[setting])
+
+    def _before(self, module: torch.nn.Module, call: Callable[[Any], None]) -> None:
+        self._hooks.append(module.register_forward_pre_hook(lambda module, args: call(args[0])))
+
+    def _after(self, module: torch.nn.Module, call: Callable[[Any], None]) -> None:
+        self._hooks.append(module.register_forward_hook(lambda module, args, output: call(output)))
+
+
+def place_name(place: float, network: Network) -> str:
+    """What to say of a place that `ActivationStats.add_up` reports."""
+    if place == len(network.sublayers):
+        return f"activations of the final norm ({HIDDEN.name})"
+    position = int(place)
+    what = [HIDDEN.name] if place == position else [axis.setting for axis in network.sublayers[position].scored()]
+    return f"activations of layer {network.layer_of(position)} ({', '.join(what)})"
