@@ -1,6 +1,6 @@
 """Controls: what of the demo's result is due to its pruned start, and what to its teacher?
 
-The same student shape learns from the same tokens for the same number of steps in three ways, once per seed of the data
+The same student network learns from the same tokens for the same number of steps in three ways, once per seed of the data
 order. The settings are those of the demo's `distilled` stage. Runs that are done are skipped, and one that was
 interrupted goes on.
 """
@@ -235,10 +235,10 @@ def judge(model: Path, teacher: Path, texts: dict[str, Path], windows: int | Non
         chunks = {}
         for role, folder in (("model", model), ("teacher", teacher)):
             checkpoint = Checkpoint(folder)
-            chunks[role] = build_model(checkpoint.shape, groups, DType.BF16)
+            chunks[role] = build_model(checkpoint.network, groups, DType.BF16)
             load_weights(chunks[role], checkpoint, groups)
         loss = LossConfig(kd_logits_weight=1.0, lm_weight=1.0)
-        pair = TeacherStudent(chunks["model"], chunks["teacher"], groups, loss, checkpoint.shape.vocab)
+        pair = TeacherStudent(chunks["model"], chunks["teacher"], groups, loss, checkpoint.network.vocab_size)
         for name, path in texts.items():
             samples = as_samples(torch.load(path), windows)
             batches = rank_batches(samples, 0, len(samples), 4, 0, 1)

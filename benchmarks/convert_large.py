@@ -1,4 +1,4 @@
-"""Importing and exporting a model of Llama 3.1 8B's shape: seconds and memory, beside plain copies of as many bytes.
+"""Importing and exporting a model of Llama 3.1 8B's network: seconds and memory, beside plain copies of as many bytes.
 
 The Hugging Face folder has files of 5 GB at most. It is imported, and the checkpoint that comes of it exported, with
 `minitron import` and `minitron export`. Plain copies read everything.

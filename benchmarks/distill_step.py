@@ -134,15 +134,15 @@ def teacher_and_student(models: Models, groups, recompute: bool = False):
     from minitron_megatron.training.optimizer import optimization
 
     teacher, student = Checkpoint(models.teacher), Checkpoint(models.pruned)
-    student_chunks = build_model(student.shape, groups, DType.BF16, recompute)
+    student_chunks = build_model(student.network, groups, DType.BF16, recompute)
     load_weights(student_chunks, student, groups)
-    teacher_chunks = build_model(teacher.shape, groups, DType.BF16)
+    teacher_chunks = build_model(teacher.network, groups, DType.BF16)
     load_weights(teacher_chunks, teacher, groups)
     for chunk in teacher_chunks:
         chunk.requires_grad_(False)
     settings = OptimizerConfig(LR, LR, 0, CLIP_GRAD, WEIGHT_DECAY, *BETAS, EPS)
     training = optimization(student_chunks, settings, 1000, DType.BF16, groups)
-    pair = TeacherStudent(training.chunks, teacher_chunks, groups, LossConfig(), student.shape.vocab)
+    pair = TeacherStudent(training.chunks, teacher_chunks, groups, LossConfig(), student.network.vocab_size)
     return pair, training
 
 
@@ -336,13 +336,13 @@ def profile(models: Models, tokens: Path, warmup: int, threads: int) -> dict:
     from minitron_megatron.parallel.groups import process_groups
     from minitron_megatron.parallel.schedule import forward_hidden, output_weight, run_forward
 
-    shapes = {
-        name: Checkpoint(folder).shape for name, folder in (("teacher", models.teacher), ("student", models.pruned))
+    networks = {
+        name: Checkpoint(folder).network for name, folder in (("teacher", models.teacher), ("student", models.pruned))
     }
     steps = read_tokens(tokens)
     count = len(steps[0]) * LENGTH
-    head = {name: 2 * shape.padded_vocab * shape.hidden * count for name, shape in shapes.items()}
-    body = {n: forward_flops_per_token(shape, LENGTH) * count - head[n] for n, shape in shapes.items()}
+    head = {name: 2 * network.padded_vocab_size * network.hidden_size * count for name, network in networks.items()}
+    body = {n: forward_flops_per_token(network, LENGTH) * count - head[n] for n, network in networks.items()}
     flops = {
         "teacher forward": body["teacher"],
         "student forward": body["student"],
@@ -386,11 +386,11 @@ def profile(models: Models, tokens: Path, warmup: int, threads: int) -> dict:
                 for phase, start, end in zip(seconds, times[:-1], times[1:], strict=True):
                     seconds[phase].append(end - start)
     medians = {phase: statistics.median(s) for phase, s in seconds.items()}
-    attention = attention_seconds(shapes["teacher"], len(steps[0]))
+    attention = attention_seconds(networks["teacher"], len(steps[0]))
     return {"seconds": medians, "flops": flops, "tokens": count, "peak": matmul_peak(), "attention": attention}
 
 
-def attention_seconds(shape, batch: int, repeats: int = 20) -> dict[str, list[float]]:
+def attention_seconds(network, batch: int, repeats: int = 20) -> dict[str, list[float]]:
     """Median seconds of the attention of one layer, forward and backward, by blocks of queries as it is in this
     project, and by one call of torch's for everything."""
     from types import SimpleNamespace
@@ -401,7 +401,7 @@ def attention_seconds(shape, batch: int, repeats: int = 20) -> dict[str, list[fl
 
     from minitron_megatron.model.local import CausalAttention
 
-    scale = shape.head_dim**-0.5
+    scale = network.head_dim**-0.5
 
     def at_once(query, key, value, documents):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -409,10 +409,10 @@ def attention_seconds(shape, batch: int, repeats: int = 20) -> dict[str, list[fl
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def random(heads: int):
-        return torch.randn(LENGTH, batch, heads, shape.head_dim, dtype=torch.bfloat16, device=device())
+        return torch.randn(LENGTH, batch, heads, network.head_dim, dtype=torch.bfloat16, device=device())
 
-    inputs = [random(count).requires_grad_() for count in (shape.num_heads, *[shape.num_query_groups] * 2)]
-    grad = random(shape.num_heads).flatten(2)
+    inputs = [random(count).requires_grad_() for count in (network.num_heads, *[network.num_query_groups] * 2)]
+    grad = random(network.num_heads).flatten(2)
     config = SimpleNamespace(context_parallel_size=1)
     by_blocks = CausalAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=scale)
     seconds = {"blocks": ([], []), "at once": ([], [])}

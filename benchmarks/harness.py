@@ -143,14 +143,14 @@ def measure_ours(checkpoint: Path, folder: Path, args) -> Iterator[dict]:
     torch.set_num_threads(args.threads)
     source = Checkpoint(checkpoint)
     with process_groups(ParallelConfig()) as groups:
-        chunks = build_model(source.shape, groups, DType(args.dtype))
+        chunks = build_model(source.network, groups, DType(args.dtype))
         load_weights(chunks, source, groups)
         tokenizer, defaults = load_tokenizer(folder), generation_defaults(folder)
-        inference = Inference(chunks, groups, source.shape.vocab, tokenizer, [defaults.eos_token_id], args.batch)
+        inference = Inference(chunks, groups, source.network.vocab_size, tokenizer, [defaults.eos_token_id], args.batch)
         lm = MegatronLM(
             lambda method, *arguments: getattr(inference, method)(*arguments),
             tokenizer,
-            source.shape.max_positions,
+            source.network.max_positions,
             defaults,
         )
         yield from measure(lm, tokenizer, args)

@@ -1,4 +1,4 @@
-"""What the measurements on a model of Llama 3.1 8B's shape share: the model, and a verb's work beside plain copies.
+"""What the measurements on a model of Llama 3.1 8B's network share: the model, and a verb's work beside plain copies.
 
 The model has random weights, in bf16. A verb's work is done by one process and by two; beside it stands a loop that
 reads the bytes that the result is made of and writes as many as the result has, a buffer at a time, as `cp` does. All
@@ -93,15 +93,15 @@ def run(name: str, description: str, title: str, make_cases: Callable[[Path, int
 
 
 class RandomModel:
-    """A source of weights of Llama 3.1 8B's shape, which are cut, when they are asked for, out of the same numbers."""
+    """A source of weights of Llama 3.1 8B's network, which are cut, when they are asked for, out of the same numbers."""
 
     def __init__(self, layers: int):
         import torch
 
-        from minitron_megatron.model.shape import ModelShape, layers_pattern
+        from minitron_megatron.model.network import Network, layers_pattern
 
         sizes = dict(hidden=4096, ffn=14336, num_heads=32, num_query_groups=8, head_dim=128)
-        self.shape = ModelShape(
+        self.shape = Network(
             layers_pattern(layers), **sizes, vocab=128256, padded_vocab=128256, max_positions=131072
         )
         self.dtype = torch.bfloat16

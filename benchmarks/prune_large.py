@@ -1,7 +1,7 @@
-"""Pruning a checkpoint of Llama 3.1 8B's shape: seconds and memory, beside plain file copies of as many bytes.
+"""Pruning a checkpoint of Llama 3.1 8B's network: seconds and memory, beside plain file copies of as many bytes.
 
 The checkpoint is in the chunks in which 4 tensor-parallel x 2 pipeline ranks of Megatron write it. It is pruned to
-Minitron's 4B-Width shape (hidden 4096 to 3072, FFN 14336 to 9216) and 4B-Depth shape (32 layers to 16), by random
+Minitron's 4B-Width network (hidden 4096 to 3072, FFN 14336 to 9216) and 4B-Depth network (32 layers to 16), by random
 scores, with `minitron prune`. Plain copies read the bytes that the pruned network is made of: all, or those of the
 layers that stay.
 """
@@ -21,21 +21,21 @@ def make_cases(work: Path, layers: int) -> dict[str, Case]:
     from minitron_megatron.checkpoint.manifest import Manifest
     from minitron_megatron.config.schema import PruneConfig, TargetConfig
     from minitron_megatron.model.count import num_parameters
-    from minitron_megatron.model.shape import layers_pattern
+    from minitron_megatron.model.network import layers_pattern
     from minitron_megatron.pruning.scores import Scores
 
     model = RandomModel(layers)
-    shape = model.shape
+    network = model.shape
     targets = {"4B-Width": TargetConfig(hidden=3072, ffn=9216), "4B-Depth": TargetConfig(layers=layers // 2)}
-    results = [shape.replace(hidden=3072, ffn=9216), shape.replace(pattern=layers_pattern(layers // 2))]
-    num_bytes = 2 * (num_parameters(shape) + max(map(num_parameters, results)))
+    results = [network.replace(hidden=3072, ffn=9216), network.replace(pattern=layers_pattern(layers // 2))]
+    num_bytes = 2 * (num_parameters(network) + max(map(num_parameters, results)))
     require_disk(work, num_bytes, LEAST_FREE_GB)
 
     writer.CHUNK_BYTES = num_bytes  # Megatron has no largest chunk: a rank's part of a tensor is one
     writer.write_checkpoint(work / "source", model, torch.bfloat16, Manifest("checkpoint"), None, tensor_ranks=4)
     generator = torch.Generator().manual_seed(0)
     *width, depth = (torch.rand(s, generator=generator) for s in [(4096,), (layers, 14336), (layers, 8, 4), (layers,)])
-    scores = Scores(shape, *width, {"loss": depth})
+    scores = Scores(network, *width, {"loss": depth})
     (work / "scores").mkdir()
     scores.write(work / "scores")
     Manifest("scores").write(work / "scores")

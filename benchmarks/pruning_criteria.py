@@ -132,7 +132,7 @@ def measure(teacher: Path, data, known: Known, args) -> None:
     from minitron_megatron.distillation.step import TeacherStudent, mean_of
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
-    from minitron_megatron.pruning.calibration import score_model
+    from minitron_megatron.pruning.score_model import score_model
     from minitron_megatron.pruning.partial import PartialSums
     from minitron_megatron.pruning.plan import make_plan
     from minitron_megatron.pruning.slicing import Pruned
@@ -141,7 +141,7 @@ def measure(teacher: Path, data, known: Known, args) -> None:
     checkpoint = Checkpoint(teacher)
     corpus = prepare_corpus(data, checkpoint.huggingface_folder)
     with process_groups(ParallelConfig()) as groups:
-        whole = build_model(checkpoint.shape, groups, DType.BF16)
+        whole = build_model(checkpoint.network, groups, DType.BF16)
         load_weights(whole, checkpoint, groups)
         heldout = heldout_samples(corpus, data)
         tokenizer = load_tokenizer(checkpoint.huggingface_folder)
@@ -149,9 +149,9 @@ def measure(teacher: Path, data, known: Known, args) -> None:
         def judge(source) -> float:
             chunks = whole
             if source is not checkpoint:
-                chunks = build_model(source.shape, groups, DType.BF16)
+                chunks = build_model(source.network, groups, DType.BF16)
                 load_weights(chunks, source, groups)
-            model = TeacherStudent(chunks, None, groups, LossConfig(0.0, 1.0), source.shape.vocab)
+            model = TeacherStudent(chunks, None, groups, LossConfig(0.0, 1.0), source.network.vocab_size)
             return mean_of([model.evaluate([b]) for b in rank_batches(heldout, 0, len(heldout), 4, 0, 1)]).lm
 
         per_draw = max(args.samples, args.depth_samples, args.greedy_samples)
@@ -161,7 +161,7 @@ def measure(teacher: Path, data, known: Known, args) -> None:
             drawn = [pool[draw * per_draw + i] for i in range(per_draw)]
             choices = ChoiceSamples(questions(drawn, tokenizer, num_questions), tokenizer, 1) if num_questions else None
             config = ScoreConfig(num_samples=num_samples, **settings)
-            return score_model(whole, checkpoint.shape, groups, drawn[:num_samples], config, choices, partial)
+            return score_model(whole, checkpoint.network, groups, drawn[:num_samples], config, choices, partial)
 
         def loss_of(scores, criterion=None, **target) -> float:
             return judge(Pruned(checkpoint, make_plan(scores, TargetConfig(**target), depth_criterion=criterion)))
@@ -188,14 +188,14 @@ def measure(teacher: Path, data, known: Known, args) -> None:
                     lambda settings=settings: loss_of(score(0, args.samples, **settings), **WIDTH),
                 )
         criteria = [DepthCriterion(name) for name in CRITERIA]
-        shape = {"criterion": Criterion.WEIGHT, "target": TargetConfig(layers=LAYERS)}
+        network = {"criterion": Criterion.WEIGHT, "target": TargetConfig(layers=LAYERS)}
         for seed in range(args.depth_seeds):
             for search in ("single", "block"):
                 depth = DepthConfig(criteria=criteria, search=DepthSearch(search))
                 scores = None
                 for criterion in criteria:
                     if (f"{criterion.value} {search}", seed) not in known.losses():
-                        scores = scores or score(seed, args.depth_samples, args.questions, depth=depth, **shape)
+                        scores = scores or score(seed, args.depth_samples, args.questions, depth=depth, **network)
                     known.get(
                         f"{criterion.value} {search}",
                         seed,
@@ -208,7 +208,7 @@ def measure(teacher: Path, data, known: Known, args) -> None:
                     f"{criterion.value} greedy",
                     seed,
                     lambda seed=seed, depth=depth, asked=asked: loss_of(
-                        score(seed, args.greedy_samples, asked, depth=depth, **shape), layers=LAYERS
+                        score(seed, args.greedy_samples, asked, depth=depth, **network), layers=LAYERS
                     ),
                 )
 

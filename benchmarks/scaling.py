@@ -63,8 +63,8 @@ def run_on(ranks: int, axis: str, repeats: int) -> tuple[list[float], float, flo
     return seconds, max(mb for _, mb, _ in found), max(mb for *_, mb in found)
 
 
-def shapes():
-    from minitron_megatron.model.families import shape_from_config
+def networks():
+    from minitron_megatron.model.families import network_from_config
 
     common = {
         "model_type": "llama",
@@ -76,7 +76,7 @@ def shapes():
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
     }
-    return [shape_from_config({**common, **sizes}) for sizes in (TEACHER, STUDENT)]
+    return [network_from_config({**common, **sizes}) for sizes in (TEACHER, STUDENT)]
 
 
 def measure(rank: int, ranks: int, port: int, axis: str, repeats: int) -> tuple[list[float], float, float]:
@@ -96,7 +96,7 @@ def measure(rank: int, ranks: int, port: int, axis: str, repeats: int) -> tuple[
     from minitron_megatron.parallel.groups import process_groups
     from minitron_megatron.training.optimizer import optimization
 
-    teacher_shape, student_shape = shapes()
+    teacher_shape, student_shape = networks()
     with process_groups(ParallelConfig(**{axis: ranks} if axis else {})) as groups:
         teacher = build_model(teacher_shape, groups, DType.BF16)
         for chunk in teacher:

@@ -71,13 +71,13 @@ def measure(teacher, data, args) -> dict[str, list[float]]:
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
     from minitron_megatron.parallel.schedule import run_forward
-    from minitron_megatron.pruning.calibration import score_model
+    from minitron_megatron.pruning.score_model import score_model
 
     torch.set_num_threads(args.threads)
     checkpoint = Checkpoint(teacher)
     corpus = prepare_corpus(data, checkpoint.huggingface_folder)
     with process_groups(ParallelConfig()) as groups:
-        chunks = build_model(checkpoint.shape, groups, DType.BF16)
+        chunks = build_model(checkpoint.network, groups, DType.BF16)
         load_weights(chunks, checkpoint, groups)
         samples = training_samples(corpus, data, args.samples)
         every_layer = DepthConfig(criteria=[DepthCriterion.KL])
@@ -89,7 +89,7 @@ def measure(teacher, data, args) -> dict[str, list[float]]:
 
         def scored(**settings):
             config = ScoreConfig(num_samples=args.samples, micro_batch=4, **settings)
-            score_model(chunks, checkpoint.shape, groups, samples, config)
+            score_model(chunks, checkpoint.network, groups, samples, config)
 
         ways = {BARE: bare}
         ways |= {SCORED.format(how.value): partial(scored, sequence_aggregation=how) for how in Aggregation}

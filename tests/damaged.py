@@ -78,11 +78,11 @@ class TooSlow(BaseException):
 
 def everything(source: TensorSource) -> list[torch.Tensor]:
     """All weights, as they are read to be written elsewhere."""
-    sizes = axis_sizes(source.shape)
+    sizes = axis_sizes(source.network)
     return [
         source.read(param, layer, [np.arange(n) for n in param.size(sizes)])
-        for param in parameters(source.shape)
-        for layer in instances(param, source.shape)
+        for param in parameters(source.network)
+        for layer in instances(param, source.network)
     ]
 
 
@@ -144,10 +144,10 @@ def targets(kind: str, folder: Path) -> Iterator[Target]:
         yield Target(file, ((text[:20], text.encode()) for text in ("", "-1", "x", "²", "9" * 5000, "1", "\0")), read)
     elif kind == "scores":
         root = import_hf(folder, hf_model(**SMALL))
-        shape = Checkpoint(root).shape
+        network = Checkpoint(root).network
         sizes = [(12,), (2, 10), (2, 2, 3), (2,)]
         *width, depth = (torch.rand(size, dtype=torch.float64) for size in sizes)
-        scores = Scores(shape, *width, {"loss": depth}, rounds={"ffn": torch.ones(2, 10, dtype=torch.int64)})
+        scores = Scores(network, *width, {"loss": depth}, rounds={"ffn": torch.ones(2, 10, dtype=torch.int64)})
         made = folder / "scores"
         made.mkdir()
         scores.write(made)

@@ -40,8 +40,8 @@ class Zeros:
 
     dtype = torch.float32
 
-    def __init__(self, shape):
-        self.shape = shape
+    def __init__(self, network):
+        self.shape = network
 
     def read(self, param, layer, index):
         return torch.zeros([len(i) for i in index])
@@ -74,15 +74,15 @@ def inputs(tmp_path_factory):
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
 
-    shape = Checkpoint(teacher).shape
-    for name, scored in (("scores", shape), ("other-scores", shape.replace(hidden=40))):
+    network = Checkpoint(teacher).network
+    for name, scored in (("scores", network), ("other-scores", network.replace(hidden=40))):
         (folder / name).mkdir()
         sizes = [(scored.hidden,), (4, 44), (4, 2, 3), (4,)]
         *width, depth = (torch.rand(*size, dtype=torch.float64) for size in sizes)
         Scores(scored, *width, {"loss": depth}, DepthSettings(protect_first=1, protect_last=1)).write(folder / name)
         Manifest("scores").write(folder / name)
 
-    other_order = shape.replace(pattern="*-*--*-")
+    other_order = network.replace(pattern="*-*--*-")
     companions = teacher / "huggingface"
     write_checkpoint(folder / "other-order", Zeros(other_order), torch.float32, Manifest("checkpoint"), companions)
 

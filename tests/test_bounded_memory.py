@@ -16,7 +16,7 @@ from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.schema import PruneConfig, TargetConfig
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.shape import ModelShape, layers_pattern
+from minitron_megatron.model.network import Network, layers_pattern
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.scores import Scores
 from tests.tiny import LLAMA, hf_model, write_gguf
@@ -72,8 +72,8 @@ print(json.dumps(memory()["VmHWM"] - before))
 class RandomWeights:
     dtype = torch.bfloat16
 
-    def __init__(self, shape):
-        self.shape = shape
+    def __init__(self, network):
+        self.shape = network
 
     def read(self, param, layer, index):
         return torch.randint(-(2**15), 2**15, [len(i) for i in index], dtype=torch.int16).view(torch.bfloat16)
@@ -86,13 +86,13 @@ def models(tmp_path_factory):
     (folder / "companions").mkdir()
     (folder / "companions/config.json").write_text('{"model_type": "llama"}')
     for name, num_layers in {"tiny": 1, **LAYERS}.items():
-        shape = ModelShape(layers_pattern(num_layers), 1024, 4096, 8, 4, 128, vocab=1024, padded_vocab=1024)
+        network = Network(layers_pattern(num_layers), 1024, 4096, 8, 4, 128, vocab=1024, padded_vocab=1024)
         manifest = Manifest("checkpoint")
-        write_checkpoint(folder / name, RandomWeights(shape), torch.bfloat16, manifest, folder / "companions")
+        write_checkpoint(folder / name, RandomWeights(network), torch.bfloat16, manifest, folder / "companions")
         (folder / f"{name}-scores").mkdir()
         sizes = [(1024,), (num_layers, 4096), (num_layers, 4, 2), (num_layers,)]
         *width, depth = (torch.rand(size) for size in sizes)
-        Scores(shape, *width, {"loss": depth}).write(folder / f"{name}-scores")
+        Scores(network, *width, {"loss": depth}).write(folder / f"{name}-scores")
         Manifest("scores").write(folder / f"{name}-scores")
     return folder
 
@@ -134,7 +134,7 @@ def test_a_layer_that_goes_is_not_read_and_the_others_are_once(models, tmp_path,
     monkeypatch.setattr(rows, "_fill", lambda buffer, file: num_bytes.append(len(buffer)) or fill(buffer, file))
     paths = [str(models / "large"), str(tmp_path / "pruned"), str(models / "large-scores")]
     prune(PruneConfig(*paths, target=TargetConfig(layers=3)))
-    assert sum(num_bytes) == 2 * num_parameters(Checkpoint(tmp_path / "pruned").shape)
+    assert sum(num_bytes) == 2 * num_parameters(Checkpoint(tmp_path / "pruned").network)
 
 
 def test_who_reads_the_whole_model_would_be_noticed(models, tmp_path):

@@ -31,15 +31,12 @@ class Layer(TransformerLayer):
 
     Args:
         config: of the network.
-        submodules: not used.
         network: that it is part of.
         layer_number: position in the network, counted from 1.
         options: of Megatron-Core's layer.
     """
 
-    def __init__(
-        self, config: TransformerConfig, submodules: None, network: Network, layer_number: int = 1, **options: Any
-    ):
+    def __init__(self, config: TransformerConfig, network: Network, layer_number: int = 1, **options: Any):
         from minitron_megatron.model.build import layer_config
 
         sublayer = network.sublayers[layer_number - 1]
@@ -89,7 +86,19 @@ class Stack(HybridStack):
         return state
 
 
-def hybrid_model(network: Network, stages: Sequence[range], settings: dict[str, Any]) -> HybridModel:
+class Model(HybridModel):
+    """HybridModel with the keys that GPTModel gives a checkpoint."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Without a state of Transformer Engine's for the output projection, which GPTModel leaves out as well."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.pop(f"{prefix}output_layer._extra_state", None)
+        return state
+
+
+def hybrid_model(network: Network, stages: Sequence[range], settings: dict[str, Any]) -> Model:
     """This rank's part of a network.
 
     Args:
@@ -102,7 +111,7 @@ def hybrid_model(network: Network, stages: Sequence[range], settings: dict[str, 
         "".join(symbols[position] for number in stage for position in network.layers[number]) for stage in stages
     ]
     layer = ModuleSpec(module=Layer, params={"network": network})
-    return HybridModel(
+    return Model(
         hybrid_stack_spec=ModuleSpec(
             module=Stack,
             params={"network": network},

@@ -93,11 +93,11 @@ def stop_after_saving(monkeypatch):
 
 def random_weights_of_a_rank(inputs, folder, parallel):
     def keep(config, pair, models, samples, heldout, groups, *rest):
-        shape = Checkpoint(config.student).shape
+        network = Checkpoint(config.student).network
         found = [
             (param.stacked_key, layer, index, parameter.detach().clone())
             for chunk in unwrap_model(models[""].chunks)
-            for parameter, param, layer, index in local_parameters(chunk, shape, groups)
+            for parameter, param, layer, index in local_parameters(chunk, network, groups)
         ]
         torch.save(found, folder / f"{dist.get_rank()}.pt")
 
@@ -107,16 +107,16 @@ def random_weights_of_a_rank(inputs, folder, parallel):
 
 def test_random_weights_do_not_depend_on_the_layout(inputs, tmp_path):
     run_on_ranks(4, random_weights_of_a_rank, inputs, tmp_path, ParallelConfig(tensor=2, pipeline=2))
-    shape = Checkpoint(inputs / "checkpoint").shape
-    expected = RandomWeights(shape, settings(inputs, "").seed)
-    table, seen = {param.stacked_key: param for param in parameters(shape)}, Counter()
+    network = Checkpoint(inputs / "checkpoint").network
+    expected = RandomWeights(network, settings(inputs, "").seed)
+    table, seen = {param.stacked_key: param for param in parameters(network)}, Counter()
     for rank in range(4):
         for key, layer, index, weight in torch.load(tmp_path / f"{rank}.pt", weights_only=False):
             assert torch.equal(weight, expected.read(table[key], layer, index)), (key, layer)
             seen[key] += weight.numel()
-    sizes = axis_sizes(shape)
+    sizes = axis_sizes(network)
     for param in table.values():
-        copies = (1 if param.split else 2) * (shape.num_layers if param.sublayer else 1)
+        copies = (1 if param.split else 2) * (len(network.layers) if param.sublayer else 1)
         assert seen[param.stacked_key] == copies * np.prod(param.size(sizes))
 
 
@@ -139,7 +139,7 @@ def test_no_rank_goes_on_when_the_first_ones_tracker_does_not_start(inputs, tmp_
 def test_a_teacher_that_counts_nothing_is_neither_built_nor_counted(inputs, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(distill, "train", lambda *arguments: calls.append(arguments))
-    forward = forward_flops_per_token(Checkpoint(inputs / "checkpoint").shape, 16)
+    forward = forward_flops_per_token(Checkpoint(inputs / "checkpoint").network, 16)
     for weights in ((0.0, 1.0), (1.0, 0.0)):
         distill.distill(settings(inputs, tmp_path / str(weights), loss=LossConfig(*weights)))
     (_, without, *_, flops_without, _, _), (_, with_teacher, *_, flops_with, _, _) = calls
@@ -222,7 +222,7 @@ def test_a_teacher_is_trained_beside_its_student_as_it_would_be_alone(inputs, tm
     assert len(expected) > 5 and found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     # The student's checkpoint is still one of the student alone.
-    assert Checkpoint(tmp_path / "both").shape.hidden == 36
+    assert Checkpoint(tmp_path / "both").network.hidden_size == 36
 
 
 def test_a_teacher_in_fp16_is_not_trained(inputs, tmp_path):
@@ -279,9 +279,9 @@ def whole(inputs):
 
 def test_a_step_says_where_its_time_went_and_what_it_did(whole):
     config, lines = whole
-    shapes = [Checkpoint(folder).shape for folder in (config.student, config.teacher)]
+    networks = [Checkpoint(folder).network for folder in (config.student, config.teacher)]
     # Both networks are trained: a backward pass costs two forward passes.
-    flops = 3 * sum(forward_flops_per_token(shape, config.data.sequence_length) for shape in shapes)
+    flops = 3 * sum(forward_flops_per_token(network, config.data.sequence_length) for network in networks)
     for line in lines:
         seconds = {name[len("time/") : -len("_s")]: value for name, value in line.items() if name.startswith("time/")}
         step, check = seconds.pop("step"), seconds.pop("teacher_check", 0.0)

@@ -70,34 +70,34 @@ def alone():
 def work(folder, name: str):
     from minitron_megatron.distillation.step import TeacherStudent
     from minitron_megatron.parallel.groups import process_groups
-    from minitron_megatron.pruning.calibration import score_model
+    from minitron_megatron.pruning.score_model import score_model
     from minitron_megatron.training.optimizer import optimization
     from tests.unit.pruning.direct import build_ours
 
     samples = alone() if name == "alone" else packed()
     with process_groups(LAYOUTS[name]) as groups:
-        teacher_chunks, shape = build_ours(hf_model(seed=1, **LLAMA), groups)
+        teacher_chunks, network = build_ours(hf_model(seed=1, **LLAMA), groups)
         scoring = ScoreConfig(
             num_samples=len(samples),
             micro_batch=MICRO_BATCH,
             depth=DepthConfig(criteria=ON_TEXT, search=DepthSearch.GREEDY),
             target=TargetConfig(layers=2),
         )
-        scores = score_model(teacher_chunks, shape, groups, samples, scoring)
-        chunks, shape = build_ours(hf_model(seed=2, **LLAMA), groups, recompute=groups.layout.sequence)
+        scores = score_model(teacher_chunks, network, groups, samples, scoring)
+        chunks, network = build_ours(hf_model(seed=2, **LLAMA), groups, recompute=groups.layout.sequence)
         for chunk in teacher_chunks:
             chunk.requires_grad_(False)
         training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
         pair = TeacherStudent(
-            training.chunks, teacher_chunks, groups, LossConfig(0.7, 0.4, chunk_tokens=7), shape.vocab
+            training.chunks, teacher_chunks, groups, LossConfig(0.7, 0.4, chunk_tokens=7), network.vocab_size
         )
         training.zero_grad()
         result = pair.train(list(rank_batches(samples, 0, len(samples), MICRO_BATCH, 0, 1)))
         found = {
             "losses": (result.kd_logits, result.lm, result.num_tokens),
             "depth": scores.depth,
-            "gradients": local_gradients(chunks, shape, groups),
-            "shape": shape,
+            "gradients": local_gradients(chunks, network, groups),
+            "network": network,
         }
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")
 
@@ -109,16 +109,16 @@ def test_documents_of_a_row_do_not_see_each_other(tmp_path):
         run_on_ranks(ranks, work, tmp_path, name)
         found[name] = [torch.load(tmp_path / f"{name}_{rank}.pt", weights_only=False) for rank in range(ranks)]
     [expected] = found.pop("alone")
-    shape = expected["shape"]
+    network = expected["network"]
     assert expected["losses"][2] == sum(length - 1 for row in ROWS for length in row)
-    whole = Gradients(shape, [expected["gradients"]])
+    whole = Gradients(network, [expected["gradients"]])
     for name, ranks in found.items():
         for rank in ranks:
             np.testing.assert_allclose(rank["losses"], expected["losses"], rtol=1e-5)
             for criterion, values in expected["depth"].items():
                 np.testing.assert_allclose(rank["depth"][criterion], values, rtol=1e-4, err_msg=f"{name} {criterion}")
-        gradients = Gradients(shape, [rank["gradients"] for rank in ranks])
-        for key, _, param, part, layer in hf_tensors(shape):
-            assert close(read_hf_tensor(gradients, param, part, layer), read_hf_tensor(whole, param, part, layer)), (
+        gradients = Gradients(network, [rank["gradients"] for rank in ranks])
+        for key, _, param, part in hf_tensors(network):
+            assert close(read_hf_tensor(gradients, param, part), read_hf_tensor(whole, param, part)), (
                 f"{name} {key}"
             )

@@ -8,7 +8,7 @@ from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.data.samples import rank_batches
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
 from tests.gradients import Gradients, local_gradients
 from tests.in_memory import StateDict
 from tests.ranks import run_on_ranks
@@ -35,15 +35,15 @@ def work(folder, name):
     with process_groups(LAYOUTS[name]) as groups:
         for family, config in FAMILIES.items():
             model, batch = hf_model(**config), batch_of(config)
-            shape = shape_from_config(config)
-            chunks = build_model(shape, groups, DType.FP32)
-            load_weights(chunks, StateDict(shape, model.state_dict()), groups)
+            network = network_from_config(config)
+            chunks = build_model(network, groups, DType.FP32)
+            load_weights(chunks, StateDict(network, model.state_dict()), groups)
             hidden = run_forward(chunks, [batch], groups, lambda hidden, _: hidden)
             logits = [(last @ output_weight(chunks[-1]).T).transpose(0, 1) for last in hidden]
             training = optimization(chunks, OptimizerConfig(warmup_steps=1), 4, DType.FP32, groups)
             training.zero_grad()
-            TeacherStudent(training.chunks, None, groups, LossConfig(0.0, 1.0), shape.vocab).train([batch])
-            found[family] = logits, local_gradients(chunks, shape, groups)
+            TeacherStudent(training.chunks, None, groups, LossConfig(0.0, 1.0), network.vocab_size).train([batch])
+            found[family] = logits, local_gradients(chunks, network, groups)
         torch.save(found, folder / f"{dist.get_rank()}.pt")
 
 
@@ -57,18 +57,18 @@ def ranks(request, tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_those_of_transformers(ranks, family):
     model, batch = hf_model(**FAMILIES[family]), batch_of(FAMILIES[family])
-    shape = shape_from_config(FAMILIES[family])
+    network = network_from_config(FAMILIES[family])
     logits = model(batch["tokens"]).logits
     found = torch.cat([of_rank[family][0][0] for of_rank in ranks if of_rank[family][0]], dim=-1)
     assert logits.std() > 0.3  # or the tolerance below would say little
-    torch.testing.assert_close(found[..., : shape.vocab], logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[..., : network.vocab_size], logits, rtol=1e-4, atol=1e-4)
 
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
     ((losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    gradients = Gradients(shape, [of_rank[family][1] for of_rank in ranks])
-    for name, _, param, part, layer in hf_tensors(shape):
+    gradients = Gradients(network, [of_rank[family][1] for of_rank in ranks])
+    for name, _, param, part in hf_tensors(network):
         # That a bias of all keys changes no attention is exact on paper alone.
         scale = expected[name.replace("k_proj.bias", "q_proj.bias")].abs().max()
-        difference = read_hf_tensor(gradients, param, part, layer) - expected[name]
+        difference = read_hf_tensor(gradients, param, part) - expected[name]
         assert scale > 0 and difference.abs().max() <= 1e-4 * scale, name

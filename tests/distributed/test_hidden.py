@@ -17,9 +17,9 @@ from minitron_megatron.data.samples import rank_batches
 from minitron_megatron.distillation.hidden import HiddenLosses, add_projections, hidden_problems, resolve_pairs
 from minitron_megatron.distillation.losses import forward_kl
 from minitron_megatron.distillation.step import TeacherStudent
-from minitron_megatron.model.axes import PROJECTIONS
 from minitron_megatron.model.build import build_model
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
+from minitron_megatron.model.parameters import PROJECTIONS
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.training.optimizer import optimization
 from tests.gradients import Gradients, close, local_gradients
@@ -67,7 +67,7 @@ def networks(name):
 
 
 def source_of(model):
-    return StateDict(shape_from_config(model.config.to_dict()), model.state_dict())
+    return StateDict(network_from_config(model.config.to_dict()), model.state_dict())
 
 
 def samples():
@@ -81,15 +81,15 @@ def work(folder, name):
         for case, hidden in CASES.items():
             teacher, student = map(source_of, networks(case))
             loss = LossConfig(0.7, 0.4, chunk_tokens=7, hidden=hidden)
-            teacher_chunks = build_model(teacher.shape, groups, DType.FP32)
+            teacher_chunks = build_model(teacher.network, groups, DType.FP32)
             load_weights(teacher_chunks, teacher, groups)
-            chunks = build_model(student.shape, groups, DType.FP32, recompute="interleaved" in name or "dp2" in name)
+            chunks = build_model(student.network, groups, DType.FP32, recompute="interleaved" in name or "dp2" in name)
             load_weights(chunks, student, groups)
-            shapes = student.shape, teacher.shape
-            add_projections(chunks, hidden, *shapes, groups, seed=5)
-            losses = HiddenLosses(hidden, chunks, teacher_chunks, shapes, groups)
+            networks = student.network, teacher.network
+            add_projections(chunks, hidden, *networks, groups, seed=5)
+            losses = HiddenLosses(hidden, chunks, teacher_chunks, networks, groups)
             training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
-            pair = TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.shape.vocab, losses)
+            pair = TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.network.vocab_size, losses)
             own = found[case] = {"steps": []}
             for step in range(STEPS):
                 batches = rank_batches(
@@ -98,7 +98,7 @@ def work(folder, name):
                 training.zero_grad()
                 result = pair.train(list(batches))
                 if step == 0:
-                    own["gradients"] = local_gradients(chunks, student.shape, groups)
+                    own["gradients"] = local_gradients(chunks, student.network, groups)
                     own["projections"] = {
                         name: (projection.weight.detach().clone(), projection.weight.main_grad.clone())
                         for chunk in chunks
@@ -119,8 +119,8 @@ class Run:
         self.ranks = [torch.load(folder / f"{name}_{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
     def gradients(self, case):
-        shape = shape_from_config(hf_model(**STUDENT).config.to_dict())
-        return Gradients(shape, [rank[case]["gradients"] for rank in self.ranks])
+        network = network_from_config(hf_model(**STUDENT).config.to_dict())
+        return Gradients(network, [rank[case]["gradients"] for rank in self.ranks])
 
 
 @pytest.fixture(scope="module")
@@ -237,19 +237,19 @@ def train_a_shared_projection(folder, name, layout):
     """The projection on this rank, and its gradients' norms, after steps with every kind of optimiser."""
     found = {}
     teacher, student = source_of(hf_model(seed=1, **{**LLAMA, "hidden_size": 1032})), source_of(hf_model(**LLAMA))
-    shapes = student.shape, teacher.shape
+    networks = student.network, teacher.network
     with process_groups(layout) as groups:
         for (case, hidden), settings in itertools.product(SHARING.items(), OPTIMIZERS):
-            teacher_chunks = build_model(teacher.shape, groups, DType.FP32)
+            teacher_chunks = build_model(teacher.network, groups, DType.FP32)
             load_weights(teacher_chunks, teacher, groups)
-            chunks = build_model(student.shape, groups, DType.FP32)
+            chunks = build_model(student.network, groups, DType.FP32)
             load_weights(chunks, student, groups)
-            add_projections(chunks, hidden, *shapes, groups, seed=5)
-            losses = HiddenLosses(hidden, chunks, teacher_chunks, shapes, groups)
+            add_projections(chunks, hidden, *networks, groups, seed=5)
+            losses = HiddenLosses(hidden, chunks, teacher_chunks, networks, groups)
             config = OptimizerConfig(lr=1e-2, warmup_steps=1, eps=1e-3, **settings)
             training = optimization(chunks, config, 9, DType.FP32, groups)
             loss = LossConfig(hidden=hidden)
-            pair = TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.shape.vocab, losses)
+            pair = TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.network.vocab_size, losses)
             norms = []
             for step in range(3):
                 batches = rank_batches(samples(), 4 * step, 4, MICRO_BATCH, groups.data_rank, groups.layout.data)
@@ -298,7 +298,7 @@ def test_maps_of_layers():
 
 
 def test_what_cannot_be_compared_is_named():
-    student = shape_from_config(hf_model(**STUDENT).config.to_dict())
+    student = network_from_config(hf_model(**STUDENT).config.to_dict())
     teacher = replace(student, hidden=60, pattern="*-" * 6)
     found = hidden_problems(HiddenConfig(1.0, pairs=[[0, 6], [4, 5]]), student, teacher)
     assert found == [
@@ -311,7 +311,7 @@ def test_what_cannot_be_compared_is_named():
 
 
 def test_a_network_without_whole_layers_has_pairs_alone():
-    teacher = shape_from_config(hf_model(**STUDENT).config.to_dict())
+    teacher = network_from_config(hf_model(**STUDENT).config.to_dict())
     student = replace(teacher, pattern="*-*--*-")
     assert hidden_problems(HiddenConfig(1.0), student, teacher) == [
         "loss.hidden.map = uniform needs whole layers, and student.pattern = '*-*--*-' is not '*-' repeated: name "

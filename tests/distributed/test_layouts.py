@@ -31,7 +31,7 @@ from minitron_megatron.data.choices import ChoiceSamples, Question
 from minitron_megatron.data.samples import rank_batches
 from tests.gradients import Gradients, close, local_gradients
 from tests.ranks import run_on_ranks
-from tests.tiny import NEMOTRON, QWEN3, Samples, hf_model, import_hf
+from tests.tiny import NEMOTRON, QWEN3, Samples, hf_model, import_hf, scores_by_chance
 
 LAYOUTS = {
     "1x1": ParallelConfig(),
@@ -89,10 +89,10 @@ def letters(text, add_special_tokens):
     return {"input_ids": [ord(letter) - 33 for letter in text]}
 
 
-def score_and_plan(chunks, shape, groups, name: str, layout_name: str) -> dict:
+def score_and_plan(chunks, network, groups, name: str, layout_name: str) -> dict:
     """Scores as tensors by name, and the plan that is made from them."""
-    from minitron_megatron.pruning.calibration import score_model
-    from minitron_megatron.pruning.plan import make_plan
+    from minitron_megatron.pruning.make_plan import make_plan
+    from minitron_megatron.pruning.score_model import score_model
 
     settings, depth, target = SCORINGS[name]
     config = ScoreConfig(
@@ -102,12 +102,13 @@ def score_and_plan(chunks, shape, groups, name: str, layout_name: str) -> dict:
         target=TargetConfig(**target),
         **settings,
     )
-    samples = Samples(CALIBRATION, SEQUENCE, shape.vocab)
+    samples = Samples(CALIBRATION, SEQUENCE, network.vocab_size)
     # Under sequence parallelism these are padded, to a multiple of the tensor ranks.
     multiple = groups.layout.tensor if groups.layout.sequence else 1
     choices = ChoiceSamples(QUESTIONS, letters, multiple) if config.depth.choices else None
-    scores = score_model(chunks, shape, groups, samples, config, choices)
-    found = {name: getattr(scores, name) for name in ("hidden", "ffn", "head")}
+    scores = score_model(chunks, network, groups, samples, config, choices)
+    found = {"hidden": scores.hidden}
+    found |= {f"{name}.{n}": one for name, values in scores.elements.items() for n, one in enumerate(values)}
     found |= {f"depth.{name}": values for name, values in scores.depth.items()}
     found |= {f"rounds.{name}": values for name, values in scores.rounds.items()}
     return {"scores": found, "plan": asdict(make_plan(scores, config.target))}
@@ -123,22 +124,22 @@ def work(folder, layout: ParallelConfig):
 
     teacher, student = Checkpoint(folder / "teacher/checkpoint"), Checkpoint(folder / "student")
     with process_groups(layout) as groups:
-        teacher_chunks = build_model(teacher.shape, groups, DType.FP32)
+        teacher_chunks = build_model(teacher.network, groups, DType.FP32)
         load_weights(teacher_chunks, teacher, groups)
         found = {
-            name: score_and_plan(teacher_chunks, teacher.shape, groups, name, layout_name(layout))
+            name: score_and_plan(teacher_chunks, teacher.network, groups, name, layout_name(layout))
             for name in scorings(layout)
         }
 
         # One layout runs whole layers again, which must not change anything either.
-        chunks = build_model(student.shape, groups, DType.FP32, recompute=layout.data is not None)
+        chunks = build_model(student.network, groups, DType.FP32, recompute=layout.data is not None)
         load_weights(chunks, student, groups)
         teacher_chunks = [chunk.requires_grad_(False) for chunk in teacher_chunks]
         # Nor does it matter when gradients are added up.
         optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1, overlap=layout.data is not None)
         training = optimization(chunks, optimizer, 4, DType.FP32, groups)
-        pair = TeacherStudent(training.chunks, teacher_chunks, groups, LOSS, student.shape.vocab)
-        samples = Samples(2 * GLOBAL_BATCH, SEQUENCE, student.shape.vocab, seed=3)
+        pair = TeacherStudent(training.chunks, teacher_chunks, groups, LOSS, student.network.vocab_size)
+        samples = Samples(2 * GLOBAL_BATCH, SEQUENCE, student.network.vocab_size, seed=3)
         found["steps"] = []
         for step in range(2):
             first = step * GLOBAL_BATCH
@@ -148,7 +149,7 @@ def work(folder, layout: ParallelConfig):
             training.zero_grad()
             result = pair.train(batches)
             if step == 0:
-                gradients = local_gradients(chunks, student.shape, groups)
+                gradients = local_gradients(chunks, student.network, groups)
             found["steps"].append(
                 (result.kd_logits, result.lm, result.num_tokens, training.grad_norm(), training.step())
             )
@@ -183,23 +184,9 @@ def models(request, tmp_path_factory):
 
 def _write_random_scores(checkpoint, folder):
     from minitron_megatron.checkpoint.manifest import Manifest
-    from minitron_megatron.pruning.scores import Scores
-
-    shape = Checkpoint(checkpoint).shape
-    generator = torch.Generator().manual_seed(5)
-
-    def random(*size):
-        return torch.rand(*size, generator=generator, dtype=torch.float64)
 
     folder.mkdir()
-    layers = shape.num_layers
-    Scores(
-        shape,
-        random(shape.hidden),
-        random(layers, shape.ffn),
-        random(layers, shape.num_query_groups, shape.heads_per_group),
-        {"loss": random(layers)},
-    ).write(folder)
+    scores_by_chance(Checkpoint(checkpoint).network, seed=5).write(folder)
     Manifest("scores").write(folder)
 
 
@@ -211,8 +198,8 @@ class Run:
         num_ranks = layout.tensor * layout.pipeline * (layout.data or 1)
         run_on_ranks(num_ranks, work, folder, layout)
         self.ranks = [torch.load(folder / f"{name}_{r}.pt", weights_only=False) for r in range(num_ranks)]
-        self.shape = Checkpoint(folder / "student").shape
-        self.gradients = Gradients(self.shape, [rank["gradients"] for rank in self.ranks])
+        self.network = Checkpoint(folder / "student").network
+        self.gradients = Gradients(self.network, [rank["gradients"] for rank in self.ranks])
 
 
 @pytest.fixture(scope="module")
@@ -242,12 +229,12 @@ def test_losses_and_gradient_norms_do_not_depend_on_the_layout(single, many):
 
 
 def test_every_gradient_does_not_depend_on_the_layout(single, many):
-    names = list(hf_tensors(single.shape))
+    names = list(hf_tensors(single.network))
     assert len(names) > 20
-    for name, _, param, part, layer in names:
-        expected = read_hf_tensor(single.gradients, param, part, layer)
+    for name, _, param, part in names:
+        expected = read_hf_tensor(single.gradients, param, part)
         assert expected.abs().max() > 0, name
-        assert close(read_hf_tensor(many.gradients, param, part, layer), expected), name
+        assert close(read_hf_tensor(many.gradients, param, part), expected), name
 
 
 def test_the_step_is_the_plain_loss_on_transformers_models(models, single):
@@ -257,7 +244,7 @@ def test_the_step_is_the_plain_loss_on_transformers_models(models, single):
 
     teacher = AutoModelForCausalLM.from_pretrained(models / "teacher/hf")
     student = AutoModelForCausalLM.from_pretrained(models / "student_hf")
-    samples = Samples(2 * GLOBAL_BATCH, SEQUENCE, single.shape.vocab, seed=3)
+    samples = Samples(2 * GLOBAL_BATCH, SEQUENCE, single.network.vocab_size, seed=3)
     batch = next(rank_batches(samples, 0, GLOBAL_BATCH, GLOBAL_BATCH, 0, 1))
     with torch.no_grad():
         target = teacher(batch["tokens"]).logits.flatten(0, 1)
@@ -268,5 +255,5 @@ def test_the_step_is_the_plain_loss_on_transformers_models(models, single):
     kd_logits, lm, *_ = single.ranks[0]["steps"][0]
     assert LOSS.kd_logits_weight * kd_logits + LOSS.lm_weight * lm == pytest.approx(loss.item(), rel=1e-5)
     expected = {name: parameter.grad for name, parameter in student.named_parameters()}
-    for name, _, param, part, layer in hf_tensors(single.shape):
-        assert close(read_hf_tensor(single.gradients, param, part, layer), expected[name], 1e-4), name
+    for name, _, param, part in hf_tensors(single.network):
+        assert close(read_hf_tensor(single.gradients, param, part), expected[name], 1e-4), name

@@ -20,8 +20,8 @@ from minitron_megatron.data.samples import rank_batches
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.families import shape_from_config
-from minitron_megatron.model.shape import ATTENTION, layers_pattern
+from minitron_megatron.model.families import network_from_config
+from minitron_megatron.model.network import ATTENTION, layers_pattern
 from minitron_megatron.parallel.groups import process_groups
 from tests.ranks import run_on_ranks
 from tests.tiny import NETWORKS, Samples
@@ -55,8 +55,8 @@ class RandomWeights:
 
     dtype = torch.float32
 
-    def __init__(self, shape):
-        self.shape = shape
+    def __init__(self, network):
+        self.shape = network
 
     def read(self, param, layer, index):
         name = param.parts[0].name
@@ -76,11 +76,11 @@ class WithAnotherAttention(RandomWeights):
         return super().read(param, layer, index)
 
 
-def every(shape):
+def every(network):
     """What can be read of a network."""
-    sizes = axis_sizes(shape)
-    for param in parameters(shape):
-        for layer in instances(param, shape):
+    sizes = axis_sizes(network)
+    for param in parameters(network):
+        for layer in instances(param, network):
             yield param, layer, [np.arange(n) for n in param.size(sizes)]
 
 
@@ -92,9 +92,9 @@ def write(folder, source):
 def folder(request, tmp_path_factory):
     """A folder with the checkpoint of a student and of a teacher that computes the same."""
     folder = tmp_path_factory.mktemp(request.param)
-    shape = shape_from_config(NETWORKS[request.param])
-    write(folder / "student", RandomWeights(shape.replace(pattern=PATTERN)))
-    write(folder / "teacher", WithAnotherAttention(shape.replace(pattern=WITH_ANOTHER)))
+    network = network_from_config(NETWORKS[request.param])
+    write(folder / "student", RandomWeights(network.replace(pattern=PATTERN)))
+    write(folder / "teacher", WithAnotherAttention(network.replace(pattern=WITH_ANOTHER)))
     return folder
 
 
@@ -102,13 +102,13 @@ def test_a_checkpoint_holds_each_sublayer_under_its_place_in_the_pattern(folder)
     checkpoint = Checkpoint(folder / "student")
     assert checkpoint.tensors["decoder.layers.4.mlp.linear_fc2.weight"].shape == (48, 44)
     assert checkpoint.tensors["decoder.layers.5.self_attention.linear_proj.weight"].shape == (48, 72)
-    assert checkpoint.shape.pattern == PATTERN
-    expected = RandomWeights(checkpoint.shape)
-    for where in every(checkpoint.shape):
+    assert checkpoint.network.pattern == PATTERN
+    expected = RandomWeights(checkpoint.network)
+    for where in every(checkpoint.network):
         assert torch.equal(checkpoint.read(*where), expected.read(*where))
-    attention = num_parameters(Checkpoint(folder / "teacher").shape) - num_parameters(checkpoint.shape)
-    sizes = [torch.Size(p.size(axis_sizes(checkpoint.shape))).numel() for p in parameters(checkpoint.shape)]
-    assert attention == sum(n for p, n in zip(parameters(checkpoint.shape), sizes) if p.sublayer == ATTENTION)
+    attention = num_parameters(Checkpoint(folder / "teacher").network) - num_parameters(checkpoint.network)
+    sizes = [torch.Size(p.size(axis_sizes(checkpoint.network))).numel() for p in parameters(checkpoint.network)]
+    assert attention == sum(n for p, n in zip(parameters(checkpoint.network), sizes) if p.sublayer == ATTENTION)
 
 
 def test_megatron_loads_what_is_written_here(folder):
@@ -116,10 +116,10 @@ def test_megatron_loads_what_is_written_here(folder):
 
     checkpoint = Checkpoint(folder / "student")
     with process_groups(ParallelConfig()) as groups:
-        [model] = build_model(checkpoint.shape, groups, DType.FP32)
+        [model] = build_model(checkpoint.network, groups, DType.FP32)
         state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint.folder))
         model.load_state_dict(state["model"], strict=True)
-        for parameter, param, layer, index in local_parameters(model, checkpoint.shape, groups):
+        for parameter, param, layer, index in local_parameters(model, checkpoint.network, groups):
             assert torch.equal(parameter, checkpoint.read(param, layer, index))
 
 
@@ -129,7 +129,7 @@ def test_an_attention_that_adds_nothing_changes_nothing(folder):
     with process_groups(ParallelConfig()) as groups, torch.no_grad():
         for name in ("student", "teacher"):
             checkpoint = Checkpoint(folder / name)
-            [model] = build_model(checkpoint.shape, groups, DType.FP32)
+            [model] = build_model(checkpoint.network, groups, DType.FP32)
             load_weights([model], checkpoint, groups)
             logits.append(model(tokens, torch.arange(20).expand(3, -1), attention_mask=None))
     assert logits[0].std() > 0.3  # or the tolerance below would say little
@@ -149,7 +149,7 @@ def work(folder, name):
                 result = pair.train(BATCHES)
                 found["gradients"] = [
                     (param.name, layer, index, gradient)
-                    for param, layer, index, gradient in gradients(training.chunks, checkpoint.shape, groups)
+                    for param, layer, index, gradient in gradients(training.chunks, checkpoint.network, groups)
                 ]
                 values = (result.kd_logits, result.lm, *result.of_pairs.values())
                 found["step"] = (*values, training.grad_norm(), training.step())
@@ -168,22 +168,22 @@ def teacher_and_student(folder, student, loss, groups):
     from minitron_megatron.training.optimizer import optimization
 
     teacher = Checkpoint(folder / "teacher")
-    teacher_chunks = build_model(teacher.shape, groups, DType.FP32)
+    teacher_chunks = build_model(teacher.network, groups, DType.FP32)
     load_weights(teacher_chunks, Doubled(teacher), groups)  # so that the teacher is not the student
-    chunks = build_model(student.shape, groups, DType.FP32, recompute=groups.layout.sequence)
+    chunks = build_model(student.network, groups, DType.FP32, recompute=groups.layout.sequence)
     load_weights(chunks, student, groups)
-    shapes = student.shape, teacher.shape
-    add_projections(chunks, loss.hidden, *shapes, groups, seed=5)
+    networks = student.network, teacher.network
+    add_projections(chunks, loss.hidden, *networks, groups, seed=5)
     training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
     training.zero_grad()
-    hidden = HiddenLosses(loss.hidden, chunks, teacher_chunks, shapes, groups)
-    return TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.shape.vocab, hidden), training
+    hidden = HiddenLosses(loss.hidden, chunks, teacher_chunks, networks, groups)
+    return TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.network.vocab_size, hidden), training
 
 
-def gradients(chunks, shape, groups):
+def gradients(chunks, network, groups):
     """This rank's part of the gradient of every parameter, and what it is a part of."""
     for chunk in unwrap_model(chunks):
-        for parameter, param, layer, index in local_parameters(chunk, shape, groups):
+        for parameter, param, layer, index in local_parameters(chunk, network, groups):
             yield param, layer, index, parameter.main_grad.clone()
 
 
@@ -191,7 +191,7 @@ class Doubled:
     """A source whose embedding is twice as large."""
 
     def __init__(self, source):
-        self.source, self.shape, self.dtype = source, source.shape, source.dtype
+        self.source, self.shape, self.dtype = source, source.network, source.dtype
 
     def read(self, param, layer, index):
         return self.source.read(param, layer, index) * (2 if param.sublayer is None else 1)
@@ -221,8 +221,8 @@ def test_a_step_does_not_depend_on_the_layout_and_is_saved(folder, single, name)
             torch.testing.assert_close(gradient, take(whole, index), rtol=0, atol=1e-5 * whole.abs().max().item())
             missing.discard((key, layer))
     assert not missing
-    shape = Checkpoint(folder / "student").shape
-    (folder / name / SHAPE).write_text(json.dumps(shape.to_dict()))
+    network = Checkpoint(folder / "student").network
+    (folder / name / SHAPE).write_text(json.dumps(network.to_dict()))
     assert Checkpoint(folder / name).iteration == 1  # and whole, or it would not open
 
 
@@ -243,11 +243,11 @@ def test_hidden_losses_are_those_of_the_network_with_an_attention_that_adds_noth
             student = Checkpoint(folder / name)
             pair, training = teacher_and_student(folder, student, LossConfig(hidden=hidden), groups)
             losses.append(list(pair.train(BATCHES).of_pairs.values()))
-            found.append({(p.parts[0].name, n): g for p, n, _, g in gradients(training.chunks, student.shape, groups)})
+            found.append({(p.parts[0].name, n): g for p, n, _, g in gradients(training.chunks, student.network, groups)})
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert min(losses[0]) > 0
     own, other = found
-    attentions = {p.parts[0].name for p in parameters(Checkpoint(folder / "student").shape) if p.sublayer == ATTENTION}
+    attentions = {p.parts[0].name for p in parameters(Checkpoint(folder / "student").network) if p.sublayer == ATTENTION}
     for (name, number), gradient in own.items():
         twin = other[name, number + 1 if name in attentions and number >= ANOTHER else number]
         torch.testing.assert_close(gradient, twin, rtol=1e-4, atol=1e-5 * twin.abs().max().item())
@@ -260,9 +260,9 @@ def write_on(folder, name):
 
     checkpoint = Checkpoint(folder / "student")
     with process_groups(LAYOUTS[name]) as groups:
-        chunks = build_model(checkpoint.shape, groups, DType.FP32)
+        chunks = build_model(checkpoint.network, groups, DType.FP32)
         load_weights(chunks, checkpoint, groups)
-        inference = Inference(chunks, groups, checkpoint.shape.vocab, None, [], batch=2)
+        inference = Inference(chunks, groups, checkpoint.network.vocab_size, None, [], batch=2)
         made = inference.generate(PROMPTS, Decoding(max_new_tokens=12))
         (folder / f"{name}_{dist.get_rank()}.json").write_text(json.dumps(made))
 
@@ -276,14 +276,14 @@ def test_what_is_written_is_what_whole_sequences_predict(folder, name):
     run_on_ranks(num_ranks, write_on, folder, name)
     checkpoint = Checkpoint(folder / "student")
     with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        [model] = build_model(checkpoint.shape, groups, DType.FP32)
+        [model] = build_model(checkpoint.network, groups, DType.FP32)
         load_weights([model], checkpoint, groups)
         expected = []
         for prompt in PROMPTS:
             tokens = torch.tensor([prompt])
             for _ in range(12):
                 logits = model(tokens, torch.arange(tokens.size(1))[None], attention_mask=None)[0, -1]
-                tokens = torch.cat([tokens, logits[: checkpoint.shape.vocab].argmax().view(1, 1)], dim=1)
+                tokens = torch.cat([tokens, logits[: checkpoint.network.vocab_size].argmax().view(1, 1)], dim=1)
             expected.append(tokens[0, len(prompt) :].tolist())
     assert len({token for made in expected for token in made}) > 2
     for rank in range(num_ranks):

@@ -12,9 +12,9 @@ from minitron_megatron.distillation.linear_losses import Teacher, linear_distill
 from minitron_megatron.distillation.losses import distillation_loss
 from minitron_megatron.distillation.step import TeacherStudent
 from minitron_megatron.model.build import build_model, fp8_problems
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
 from minitron_megatron.parallel.schedule import output_weight, run_forward
-from minitron_megatron.pruning.calibration import score_model
+from minitron_megatron.pruning.score_model import score_model
 from minitron_megatron.training.optimizer import optimization
 from tests.gradients import Gradients, close, local_gradients
 from tests.in_memory import StateDict
@@ -32,11 +32,11 @@ def on_gpu(batch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(groups, family):
     theirs = hf_model(**FAMILIES[family])
-    chunks, shape = build_ours(theirs, groups)
-    [batch] = rank_batches(Samples(BATCH, SEQUENCE, shape.vocab), 0, BATCH, BATCH, 0, 1)
+    chunks, network = build_ours(theirs, groups)
+    [batch] = rank_batches(Samples(BATCH, SEQUENCE, network.vocab_size), 0, BATCH, BATCH, 0, 1)
     [hidden] = run_forward(chunks, [on_gpu(batch)], groups, on_output=lambda output, batch: output)
     assert hidden.is_cuda
-    logits = (hidden @ output_weight(chunks[0]).T)[..., : shape.vocab].transpose(0, 1).cpu()
+    logits = (hidden @ output_weight(chunks[0]).T)[..., : network.vocab_size].transpose(0, 1).cpu()
     with torch.no_grad():
         torch.testing.assert_close(logits, theirs(batch["tokens"]).logits, rtol=1e-4, atol=1e-4)
 
@@ -47,16 +47,16 @@ def test_a_step_is_that_of_autograd_on_transformers_models(groups, family, fruga
     """With activations recomputed, a distributed optimiser and overlapped communication, as in the recipes, or none."""
     teacher, student = hf_model(seed=1, **FAMILIES[family]), hf_model(seed=2, **FAMILIES[family])
     teacher_chunks, _ = build_ours(teacher, groups)
-    chunks, shape = build_ours(student, groups, recompute=frugal)
+    chunks, network = build_ours(student, groups, recompute=frugal)
     for chunk in teacher_chunks:
         chunk.requires_grad_(False)
     optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1, distributed=frugal, overlap=frugal)
     training = optimization(chunks, optimizer, 4, DType.FP32, groups)
-    pair = TeacherStudent(training.chunks, teacher_chunks, groups, LossConfig(0.7, 0.4, chunk_tokens=7), shape.vocab)
-    [batch] = rank_batches(Samples(BATCH, SEQUENCE, shape.vocab), 0, BATCH, BATCH, 0, 1)
+    pair = TeacherStudent(training.chunks, teacher_chunks, groups, LossConfig(0.7, 0.4, chunk_tokens=7), network.vocab_size)
+    [batch] = rank_batches(Samples(BATCH, SEQUENCE, network.vocab_size), 0, BATCH, BATCH, 0, 1)
     training.zero_grad()
     result = pair.train([on_gpu(batch)])
-    found = Gradients(shape, [local_gradients(chunks, shape, groups)])
+    found = Gradients(network, [local_gradients(chunks, network, groups)])
 
     with torch.no_grad():
         target = teacher(batch["tokens"]).logits.flatten(0, 1)
@@ -66,7 +66,7 @@ def test_a_step_is_that_of_autograd_on_transformers_models(groups, family, fruga
     loss.backward()
     assert 0.7 * result.kd_logits + 0.4 * result.lm == pytest.approx(loss.item(), rel=1e-4)
     expected = {name: parameter.grad for name, parameter in student.named_parameters()}
-    for name, _, param, part, layer in hf_tensors(shape):
+    for name, _, param, part, layer in hf_tensors(network):
         assert close(read_hf_tensor(found, param, part, layer), expected[name], 1e-3), name
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
     assert training.grad_norm() == pytest.approx(norm, rel=1e-3)
@@ -77,14 +77,14 @@ def test_a_step_is_that_of_autograd_on_transformers_models(groups, family, fruga
 def test_a_teacher_in_fp8_says_nearly_the_same(groups):
     config = {**FAMILIES["llama"], "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
     theirs = hf_model(**config)
-    shape = shape_from_config(config)
-    if fp8_problems(shape, groups.layout, "teacher_fp8"):
+    network = network_from_config(config)
+    if fp8_problems(network, groups.layout, "teacher_fp8"):
         pytest.skip("no Transformer Engine here")
-    [batch] = rank_batches(Samples(BATCH, SEQUENCE, shape.vocab), 0, BATCH, BATCH, 0, 1)
+    [batch] = rank_batches(Samples(BATCH, SEQUENCE, network.vocab_size), 0, BATCH, BATCH, 0, 1)
     states = []
     for fp8 in (False, True):
-        chunks = build_model(shape, groups, DType.BF16, fp8=fp8)
-        load_weights(chunks, StateDict(shape, theirs.state_dict()), groups)
+        chunks = build_model(network, groups, DType.BF16, fp8=fp8)
+        load_weights(chunks, StateDict(network, theirs.state_dict()), groups)
         states += run_forward(chunks, [on_gpu(batch)], groups, on_output=lambda output, batch: output.float())
     difference = (states[1] - states[0]).norm() / states[0].norm()
     assert 1e-4 < difference < 0.1  # in FP8 indeed, whose e4m3 has 3 bits of mantissa
@@ -92,9 +92,9 @@ def test_a_teacher_in_fp8_says_nearly_the_same(groups):
 
 def test_scores_are_those_of_hooks_on_a_transformers_model(groups):
     theirs = hf_model(**FAMILIES["llama"])
-    chunks, shape = build_ours(theirs, groups)
+    chunks, network = build_ours(theirs, groups)
     samples = samples_for(theirs)
-    scores = score_model(chunks, shape, groups, samples, score_config())
+    scores = score_model(chunks, network, groups, samples, score_config())
     seen = {}
     for number, layer in enumerate(theirs.model.layers):
         layer.mlp.down_proj.register_forward_pre_hook(lambda m, args, n=number: seen.update({n: args[0]}))

@@ -87,7 +87,7 @@ def losses(model, batch: dict) -> torch.Tensor:
 )
 def test_it_trains_what_was_pruned_and_what_it_saves_is_exported(tmp_path, corpus, family, layout):
     checkpoint = import_hf(tmp_path, hf_model(**FAMILIES[family] | {"vocab_size": VOCAB}))
-    random_scores(tmp_path / "scores", Checkpoint(checkpoint).shape)
+    random_scores(tmp_path / "scores", Checkpoint(checkpoint).network)
     pruned = prune(PruneConfig(str(checkpoint), str(tmp_path / "pruned"), str(tmp_path / "scores"), target=TARGET))
     trained = tmp_path / "trained"
     first, second = pretrain(pruned, trained, corpus, *LAYOUTS[layout], BY_HAND.get(family, []))

@@ -47,7 +47,7 @@ def served(tmp_path_factory):
     for family, config in CONFIGS.items():
         root = tmp_path_factory.mktemp(family)
         checkpoint = import_hf(root, hf_model(**config | SIZES))
-        random_scores(root / "scores", Checkpoint(checkpoint).shape)
+        random_scores(root / "scores", Checkpoint(checkpoint).network)
         for name, target in TARGETS.items():
             source = checkpoint
             if target is not None:

@@ -11,7 +11,7 @@ from minitron_megatron.checkpoint.convert import import_checkpoint
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import ImportConfig
 from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
 from tests.in_memory import as_transformers_model
 from tests.tiny import FAMILIES, LLAMA, hf_model, write_gguf
 
@@ -67,8 +67,8 @@ def test_a_width_that_is_no_multiple_of_the_heads_is_read(tmp_path):
     model = hf_model(**FAMILIES["mistral"] | {"hidden_size": 46, "max_position_embeddings": 8192})
     path = write_gguf(tmp_path / "model.gguf", model, name="no name that tells")
     checkpoint = Checkpoint(import_checkpoint(ImportConfig(str(path), str(tmp_path / "c"))))
-    expected = shape_from_config(model.config.to_dict())
-    assert checkpoint.shape.replace(norm_eps=expected.norm_eps) == expected  # which the file has in float32
+    expected = network_from_config(model.config.to_dict())
+    assert checkpoint.network.replace(norm_eps=expected.norm_eps) == expected  # which the file has in float32
     found = as_transformers_model(checkpoint)
     for name, tensor in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name
@@ -99,7 +99,7 @@ def test_the_rotary_scaling_of_llama3_is_found_in_its_effect(tmp_path):
     assert len({1.0, 32.0, *divisors}) > 2
     path = write_gguf(tmp_path / "model.gguf", model, scaling=divisors)
     found = Checkpoint(import_checkpoint(ImportConfig(str(path), str(tmp_path / "c"))))
-    assert found.shape.rotary_scaling == shape_from_config(model.config.to_dict()).rotary_scaling
+    assert found.network.rotary_scaling == network_from_config(model.config.to_dict()).rotary_scaling
 
     divisors[3] *= 1.01
     path = write_gguf(tmp_path / "other.gguf", model, scaling=divisors)

@@ -15,13 +15,12 @@ from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.checkpoint.source import instances
 from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.schema import DType, ExportConfig, ImportConfig, ParallelConfig
 from minitron_megatron.errors import CheckpointError
-from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
+from minitron_megatron.model.parameters import parameters
 from minitron_megatron.parallel.groups import process_groups
 from tests.in_memory import StateDict, as_transformers_model
 from tests.tiny import LLAMA, NEMOTRON, QWEN2, QWEN3, SEED_OSS, hf_model, save_hf
@@ -102,18 +101,17 @@ def test_import_and_export_give_back_every_tensor_bit_for_bit(config, dtype, sha
 def test_any_positions_are_read_from_a_folder(config, tmp_path):
     """Rows of fused parameters lie in several of its tensors, and those that pad the vocabulary in none."""
     model = hf_model(**config)
-    shape = shape_from_config(model.config.to_dict())
-    in_memory, folder = StateDict(shape, model.state_dict()), HuggingFaceFolder(save_hf(tmp_path / "hf", model))
+    network = network_from_config(model.config.to_dict())
+    in_memory, folder = StateDict(network, model.state_dict()), HuggingFaceFolder(save_hf(tmp_path / "hf", model))
     generator = np.random.default_rng(0)
-    for param in parameters(shape):
-        size = param.size(axis_sizes(shape))
-        for layer in instances(param, shape):
-            whole = in_memory.read(param, layer, [np.arange(n) for n in size])
-            for start in (0, size[0] // 3, size[0] - 1):
-                columns = [np.sort(generator.choice(n, n // 2, replace=False)) for n in size[1:]]
-                index = [np.arange(start, size[0], 2), *columns]
-                expected = whole[tuple(torch.from_numpy(i) for i in np.ix_(*index))]
-                assert torch.equal(folder.read(param, layer, index), expected), (param.name, layer)
+    for param in parameters(network):
+        size = param.shape
+        whole = in_memory.read(param, [np.arange(n) for n in size])
+        for start in (0, size[0] // 3, size[0] - 1):
+            columns = [np.sort(generator.choice(n, n // 2, replace=False)) for n in size[1:]]
+            index = [np.arange(start, size[0], 2), *columns]
+            expected = whole[tuple(torch.from_numpy(i) for i in np.ix_(*index))]
+            assert torch.equal(folder.read(param, index), expected), (param.name, param.layer)
 
 
 def test_tokenizer_and_settings_travel_and_code_does_not(tmp_path):
@@ -142,8 +140,8 @@ def test_import_converts_to_the_number_format_that_is_asked_for(tmp_path):
 def test_a_llama_whose_width_is_no_multiple_of_the_heads_is_exported_as_mistral(tmp_path):
     """As a width-pruned Llama may be. The original config still says llama."""
     theirs = hf_model(**MISTRAL)
-    shape = shape_from_config(theirs.config.to_dict())
-    source = StateDict(shape, theirs.state_dict())
+    network = network_from_config(theirs.config.to_dict())
+    source = StateDict(network, theirs.state_dict())
     copy_companions(save_hf(tmp_path / "llama", hf_model(**LLAMA)), tmp_path / "companions")
     write_checkpoint(tmp_path / "c", source, torch.float32, Manifest("checkpoint"), tmp_path / "companions")
     target = export(ExportConfig(str(tmp_path / "c"), str(tmp_path / "exported")))
@@ -152,7 +150,7 @@ def test_a_llama_whose_width_is_no_multiple_of_the_heads_is_exported_as_mistral(
     tokens = torch.randint(0, 101, (2, 20), generator=torch.Generator().manual_seed(0))
     assert torch.equal(logits(exported, tokens), logits(theirs, tokens))
     with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        [ours] = build_model(shape, groups, DType.FP32)
+        [ours] = build_model(network, groups, DType.FP32)
         load_weights([ours], Checkpoint(tmp_path / "c"), groups)
         found = ours(tokens, torch.arange(20).expand(2, -1), attention_mask=None)[..., :101]
     torch.testing.assert_close(found, logits(exported, tokens), rtol=1e-4, atol=1e-4)
@@ -229,7 +227,7 @@ def test_an_undamaged_folder_imports(folder_of, tmp_path):
 
 def test_export_without_a_tokenizer_says_what_to_do(tmp_path):
     model = hf_model(**LLAMA)
-    source = StateDict(shape_from_config(model.config.to_dict()), model.state_dict())
+    source = StateDict(network_from_config(model.config.to_dict()), model.state_dict())
     write_checkpoint(tmp_path / "c", source, torch.float32, Manifest("checkpoint"), None)
     with pytest.raises(CheckpointError, match=r"put the tokenizer's files and config.json .* into .*/c/huggingface"):
         export(ExportConfig(str(tmp_path / "c"), str(tmp_path / "exported")))

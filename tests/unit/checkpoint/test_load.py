@@ -9,11 +9,11 @@ from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError
 from minitron_megatron.model.build import build_model
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
 from minitron_megatron.parallel.groups import process_groups
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, without_sublayers
 
-SHAPE = shape_from_config(LLAMA)
+NETWORK = network_from_config(LLAMA)
 
 
 class Damaged(RandomWeights):
@@ -21,9 +21,9 @@ class Damaged(RandomWeights):
 
     root = "some/checkpoint"
 
-    def read(self, param, layer, index):
-        weight = super().read(param, layer, index)
-        if param.name == "mlp.linear_fc2.weight" and layer == 2:
+    def read(self, param, index):
+        weight = super().read(param, index)
+        if param.name == "mlp.linear_fc2.weight" and param.layer == 2:
             weight[3, 4] = torch.nan
         return weight
 
@@ -31,14 +31,14 @@ class Damaged(RandomWeights):
 @pytest.fixture
 def model():
     with process_groups(ParallelConfig()) as groups:
-        [model] = build_model(SHAPE, groups, DType.FP32)
+        [model] = build_model(NETWORK, groups, DType.FP32)
         model.groups = groups
         yield model
 
 
-def test_parameters_that_the_shape_does_not_have_are_listed(model):
+def test_parameters_that_the_network_does_not_have_are_listed(model):
     model.decoder.gate = torch.nn.Parameter(torch.zeros(3))
-    other = SHAPE.replace(pattern=SHAPE.pattern[:-2])
+    other = without_sublayers(NETWORK, 6, 7)
     with pytest.raises(UnsupportedModelError) as raised:
         list(local_parameters(model, other, model.groups))
     listed = str(raised.value).partition(": ")[2].split(", ")
@@ -48,7 +48,7 @@ def test_parameters_that_the_shape_does_not_have_are_listed(model):
 def test_a_weight_that_is_no_number_is_named(model):
     expected = "some/checkpoint leaves weights that are no numbers: decoder.layers.2.mlp.linear_fc2.weight"
     with pytest.raises(CheckpointError, match=f"{expected}$"):
-        load_weights([model], Damaged(SHAPE, 1), model.groups)
+        load_weights([model], Damaged(NETWORK, 1), model.groups)
 
 
 def test_a_weight_that_nobody_loads_is_named(model, monkeypatch):
@@ -57,13 +57,13 @@ def test_a_weight_that_nobody_loads_is_named(model, monkeypatch):
 
     monkeypatch.setattr(load, "local_parameters", all_but_one)
     with pytest.raises(CheckpointError, match="are no numbers: decoder.final_layernorm.weight$"):
-        load_weights([model], RandomWeights(SHAPE, 1), model.groups)
+        load_weights([model], RandomWeights(NETWORK, 1), model.groups)
 
 
 def test_a_source_cannot_fill_a_weight_with_less_than_it_has(model):
     class Small(RandomWeights):
-        def read(self, param, layer, index):
-            return super().read(param, layer, index)[:1]
+        def read(self, param, index):
+            return super().read(param, index)[:1]
 
     with pytest.raises(AssertionError):
-        load_weights([model], Small(SHAPE, 1), model.groups)
+        load_weights([model], Small(NETWORK, 1), model.groups)

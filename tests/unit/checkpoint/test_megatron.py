@@ -26,14 +26,14 @@ from minitron_megatron.checkpoint.source import instances
 from minitron_megatron.config.schema import DType, ImportConfig, ParallelConfig, PruneConfig, ScoreConfig, TargetConfig
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.score import score_model
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, Samples, hf_model, import_hf
 
-SHAPE_OF_RUN = shape_from_config(LLAMA)
+SHAPE_OF_RUN = network_from_config(LLAMA)
 FORMS = {"stacked": {}, "by layer": {"non_homogeneous_layers": True}}
 STEP = 7
 
@@ -173,7 +173,7 @@ def test_what_plain_megatron_saved_is_read(made, form, tensor):
     """With its optimiser's state beside the weights. Every tensor is the model's own, whole and in parts."""
     folder, ranks = made
     checkpoint = Checkpoint(folder / f"tp{tensor}/{form}")
-    assert (checkpoint.iteration, checkpoint.dtype, checkpoint.shape) == (STEP, torch.bfloat16, SHAPE_OF_RUN)
+    assert (checkpoint.iteration, checkpoint.dtype, checkpoint.network) == (STEP, torch.bfloat16, SHAPE_OF_RUN)
     assert any(key.startswith("optimizer.") for key in checkpoint.tensors)
     assert ("decoder.layers.2.mlp.linear_fc2.weight" in checkpoint.tensors) == (form == "by layer")
     generator, count = np.random.default_rng(0), 0
@@ -196,10 +196,10 @@ def test_what_plain_megatron_saved_is_scored_and_pruned(made, form, tmp_path):
     folder, _ = made
     checkpoint = Checkpoint(folder / f"tp2/{form}")
     with process_groups(ParallelConfig()) as groups:
-        chunks = build_model(checkpoint.shape, groups, DType.FP32)
+        chunks = build_model(checkpoint.network, groups, DType.FP32)
         load_weights(chunks, checkpoint, groups)
         settings = ScoreConfig(num_samples=4, micro_batch=2)
-        scores = score_model(chunks, checkpoint.shape, groups, Samples(4, 16, 101), settings)
+        scores = score_model(chunks, checkpoint.network, groups, Samples(4, 16, 101), settings)
     (tmp_path / "scores").mkdir()
     scores.write(tmp_path / "scores")
     Manifest("scores").write(tmp_path / "scores")
@@ -207,7 +207,7 @@ def test_what_plain_megatron_saved_is_scored_and_pruned(made, form, tmp_path):
     prune(PruneConfig(str(checkpoint.root), str(tmp_path / "pruned"), str(tmp_path / "scores"), target=target))
     pruned = Checkpoint(tmp_path / "pruned")
     assert pruned.dtype is torch.bfloat16 and not any(key.startswith("optimizer.") for key in pruned.tensors)
-    sizes = {name: size for name, size, *_ in hf_tensors(pruned.shape)}
+    sizes = {name: size for name, size, *_ in hf_tensors(pruned.network)}
     assert sizes["model.layers.2.mlp.down_proj.weight"] == [40, 30]
-    for _, _, param, part, layer in hf_tensors(pruned.shape):
+    for _, _, param, part, layer in hf_tensors(pruned.network):
         assert read_hf_tensor(pruned, param, part, layer).isfinite().all()

@@ -40,9 +40,9 @@ from minitron_megatron.config.schema import (
     TargetConfig,
 )
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError
-from minitron_megatron.model.families import shape_from_config
-from minitron_megatron.model.megatron_args import shape_of_args
-from minitron_megatron.model.shape import Activation, Llama3RopeScaling, NormKind
+from minitron_megatron.model.families import network_from_config
+from minitron_megatron.model.megatron_args import network_of_args
+from minitron_megatron.model.network import Activation, Llama3RopeScaling, NormKind
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.score import score
@@ -213,7 +213,7 @@ def test_the_network_is_read_from_the_args(trained):
     checkpoint = Checkpoint(trained[0])
     assert checkpoint.iteration == 100
     # Nobody has told how many tokens the tokenizer has.
-    assert checkpoint.shape == shape_from_config(LLAMA).replace(vocab=128)
+    assert checkpoint.network == network_from_config(LLAMA).replace(vocab=128)
     assert any(key.startswith("optimizer.") for key in checkpoint.tensors)
 
 
@@ -232,7 +232,7 @@ def test_a_run_of_megatron_lm_is_exported(given, marker, trained, tokenizer, tmp
         (root / TRACKER).write_text("release\n")
     if given == "beside the weights":
         shutil.copytree(tokenizer, root / "huggingface")
-        assert Checkpoint(root).shape == shape_from_config(LLAMA)
+        assert Checkpoint(root).network == network_from_config(LLAMA)
     named = str(tokenizer) if given == "by name" else None
     folder = export(ExportConfig(str(root), str(tmp_path / "out"), huggingface=named))
     torch.testing.assert_close(logits_of_folder(folder), expected[..., :101], rtol=1e-4, atol=1e-4)
@@ -250,7 +250,7 @@ def test_its_args_may_lie_among_the_tensors(trained, tmp_path):
             state["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=0)
         dist_checkpointing.save(state, str(root / "iter_0000100"))
     (root / "iter_0000100/common.pt").unlink(missing_ok=True)
-    assert Checkpoint(root).shape == Checkpoint(trained[0]).shape
+    assert Checkpoint(root).network == Checkpoint(trained[0]).network
     assert vars(Checkpoint(root).megatron_args()) == ARGS
 
 
@@ -266,12 +266,12 @@ def test_from_megatron_lm_to_a_smaller_hugging_face_model(trained, tokenizer, tm
     score(ScoreConfig(str(root), str(tmp_path / "scores"), data=data, num_samples=4, micro_batch=2))
     target = TargetConfig(layers=3, hidden=40, ffn=30, heads=4)
     pruned = prune(PruneConfig(str(root), str(tmp_path / "pruned"), str(tmp_path / "scores"), target=target))
-    shape = Checkpoint(pruned).shape
+    network = Checkpoint(pruned).network
     expected = logits_of_folder(export(ExportConfig(str(pruned), str(tmp_path / "out"))))
-    assert expected.shape == (2, 30, 101) and (shape.hidden, shape.ffn, shape.num_heads) == (40, 30, 4)
+    assert expected.shape == (2, 30, 101) and (network.hidden_size, network.ffn, network.num_heads) == (40, 30, 4)
     # Megatron-Core itself, from the args alone.
     (pruned / "manifest.json").unlink()
-    assert Checkpoint(pruned).shape == shape
+    assert Checkpoint(pruned).network == network
     found = logits_of_folder(export(ExportConfig(str(pruned), str(tmp_path / "again"))))
     assert torch.equal(found, expected)
     with process_groups(ParallelConfig()):
@@ -299,7 +299,7 @@ UNSUPPORTED = {
     "hybrid_override_pattern": ("M-*E", "(layers of mixtures of experts ('E'), Mamba ('M'))"),
     "spec": (["my.module", "layer"], "spec = ['my.module', 'layer'] is not supported"),
     "padded_vocab_size": (None, "padded_vocab_size is missing"),
-    "num_query_groups": (4, "shape.num_heads = 6 is not a multiple of shape.num_query_groups = 4"),
+    "num_query_groups": (4, "shape.num_heads = 6 is not a multiple of network.num_query_groups = 4"),
 }
 
 
@@ -313,24 +313,24 @@ def test_what_a_shape_cannot_say_is_named(name, trained, tmp_path):
     torch.save(common, path)
     with pytest.raises(UnsupportedModelError) as caught:
         Checkpoint(root)
-    assert message in str(caught.value) and "iter_0000100" in str(caught.value) and "shape.json" in str(caught.value)
+    assert message in str(caught.value) and "iter_0000100" in str(caught.value) and "network.json" in str(caught.value)
 
 
 def test_args_of_other_networks():
-    def shape(**changes):
-        return shape_of_args(argparse.Namespace(**ARGS | changes))
+    def network(**changes):
+        return network_of_args(argparse.Namespace(**ARGS | changes))
 
-    nemotron = shape(swiglu=False, squared_relu=True, normalization="LayerNorm", apply_layernorm_1p=True)
+    nemotron = network(swiglu=False, squared_relu=True, normalization="LayerNorm", apply_layernorm_1p=True)
     assert (nemotron.gated, nemotron.activation) == (False, Activation.SQUARED_RELU)
     assert (nemotron.norm, nemotron.norm_zero_centered) == (NormKind.LAYERNORM, True)
-    assert shape(layernorm_epsilon=1e-6).norm_eps == 1e-6  # the name that newer releases have
-    scaled = shape(use_rope_scaling=True, rope_scaling_factor=32.0).rotary_scaling
+    assert network(layernorm_epsilon=1e-6).norm_eps == 1e-6  # the name that newer releases have
+    scaled = network(use_rope_scaling=True, rope_scaling_factor=32.0).rotary_scaling
     assert scaled == Llama3RopeScaling(32.0, 1.0, 4.0, 8192)
-    assert shape(group_query_attention=False, num_query_groups=1).num_query_groups == 6
-    assert shape(kv_channels=None, ffn_hidden_size=None).ffn == 128  # of 48 channels, as Megatron-LM chooses it
-    assert (shape(vocab_size=99).vocab, shape(vocab_size=99, tokenizer_type="NullTokenizer").vocab) == (99, 100)
-    assert (shape(add_qkv_bias=True).qkv_bias, shape(add_bias_linear=True).linear_bias) == (True, True)
-    hybrid = shape(num_layers=None, hybrid_layer_pattern="*-*-|*--")
+    assert network(group_query_attention=False, num_query_groups=1).num_query_groups == 6
+    assert network(kv_channels=None, ffn_hidden_size=None).ffn == 128  # of 48 channels, as Megatron-LM chooses it
+    assert (network(vocab_size=99).vocab, network(vocab_size=99, tokenizer_type="NullTokenizer").vocab) == (99, 100)
+    assert (network(add_qkv_bias=True).qkv_bias, network(add_bias_linear=True).linear_bias) == (True, True)
+    hybrid = network(num_layers=None, hybrid_layer_pattern="*-*-|*--")
     assert hybrid.pattern == "*-*-*--"
 
 
@@ -342,7 +342,7 @@ def test_without_a_tokenizer_it_is_said_how_to_give_one(trained, tokenizer, tmp_
     other = json.loads((tokenizer / "config.json").read_text()) | {"model_type": "nemotron"}
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text(json.dumps(other))
-    with pytest.raises(UnsupportedModelError, match="no nemotron network, by shape.norm_zero_centered = False"):
+    with pytest.raises(UnsupportedModelError, match="no nemotron network, by network.norm_zero_centered = False"):
         export(ExportConfig(str(root), output, huggingface=str(tmp_path / "other")))
     (tmp_path / "other/config.json").write_text(json.dumps(other | {"vocab_size": 1000, "model_type": "llama"}))
     with pytest.raises(CheckpointError, match="1000 tokens, and the checkpoint an embedding table of 128 rows"):
@@ -369,11 +369,11 @@ def test_the_tokenizer_that_a_run_saved_is_found(trained, tokenizer, tmp_path):
     content["model"]["vocab"][token] = last + 4  # ids may have gaps
     (words / "tokenizer.json").write_text(json.dumps(content))
     count = 1 + max([last + 4, *(added["id"] for added in content["added_tokens"])])
-    assert Checkpoint(root).shape.vocab == count
+    assert Checkpoint(root).network.vocab_size == count
     folder = export(ExportConfig(str(root), str(tmp_path / "out")))
     torch.testing.assert_close(logits_of_folder(folder), expected[..., :count], rtol=1e-4, atol=1e-4)
     shutil.copytree(tokenizer, root / "huggingface")
-    assert Checkpoint(root).shape.vocab == 101
+    assert Checkpoint(root).network.vocab_size == 101
 
 
 def test_args_that_tell_the_tokens_go_before_a_tokenizer(trained, tokenizer, tmp_path):
@@ -385,9 +385,9 @@ def test_args_that_tell_the_tokens_go_before_a_tokenizer(trained, tokenizer, tmp
     torch.save(common, path)
     (root / "huggingface").mkdir()
     shutil.copy(tokenizer / "tokenizer.json", root / "huggingface")
-    assert Checkpoint(root).shape.vocab == 120
+    assert Checkpoint(root).network.vocab_size == 120
     shutil.copy(tokenizer / "config.json", root / "huggingface")
-    assert Checkpoint(root).shape.vocab == 101
+    assert Checkpoint(root).network.vocab_size == 101
 
 
 @pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
@@ -447,7 +447,7 @@ def bridge(trained, tmp_path):
 
 
 def test_a_run_of_megatron_bridge_is_exported(bridge, trained, tokenizer, tmp_path):
-    assert Checkpoint(bridge).shape == shape_from_config(LLAMA)
+    assert Checkpoint(bridge).network == network_from_config(LLAMA)
     folder = export(ExportConfig(str(bridge), str(tmp_path / "out"), huggingface=str(tokenizer)))
     torch.testing.assert_close(logits_of_folder(folder), trained[1][..., :101], rtol=1e-4, atol=1e-4)
 

@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     checkpoint = Checkpoint(folder / "teacher")
     (folder / "scores").mkdir()
     *width, depth = (torch.rand(*size) for size in [(48,), (4, 44), (4, 2, 3), (4,)])
-    Scores(checkpoint.shape, *width, {"loss": depth}).write(folder / "scores")
+    Scores(checkpoint.network, *width, {"loss": depth}).write(folder / "scores")
     Manifest("scores", parents=[Parent.of("checkpoint", folder / "teacher")], config={"num_samples": 7}).write(
         folder / "scores"
     )

@@ -7,9 +7,9 @@ import torch
 from minitron_megatron.checkpoint.load import local_parameters
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.config.schema import DType, ParallelConfig
-from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
+from minitron_megatron.model.parameters import parameters
 from minitron_megatron.parallel.groups import process_groups
 from tests.tiny import FAMILIES
 
@@ -17,32 +17,31 @@ from tests.tiny import FAMILIES
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_they_are_distributed_as_megatrons(config):
     sizes = dict(hidden_size=96, intermediate_size=200, vocab_size=1000)
-    shape = shape_from_config({**config, **sizes})
-    weights = RandomWeights(shape, seed=1)
+    network = network_from_config({**config, **sizes})
+    weights = RandomWeights(network, seed=1)
     with process_groups(ParallelConfig()) as groups:
-        [model] = build_model(shape, groups, DType.FP32)
-        for theirs, param, layer, index in local_parameters(model, shape, groups):
-            ours = weights.read(param, layer, index)
+        [model] = build_model(network, groups, DType.FP32)
+        for theirs, param, index in local_parameters(model, network, groups):
+            ours = weights.read(param, index)
             assert ours.shape == theirs.shape
             if theirs.dim() == 1:
                 assert torch.equal(ours, theirs), param.name
                 continue
             if param.split == "vocab":
-                assert not ours[shape.vocab :].any()
-                ours = ours[: shape.vocab]
+                assert not ours[network.vocab_size :].any()
+                ours = ours[: network.vocab_size]
             assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05), param.name
             assert abs(ours.mean().item()) < 0.05 * ours.std().item()
 
 
 def test_every_parameter_layer_and_seed_has_its_own():
-    shape = shape_from_config(FAMILIES["llama"])
-    matrices = [param for param in parameters(shape) if len(param.dims) == 2]
+    network = network_from_config(FAMILIES["llama"])
+    matrices = [param for param in parameters(network) if len(param.dims) == 2]
     firsts = set()
     for seed in (1, 2):
         for param in matrices:
-            index = [np.arange(n) for n in param.size(axis_sizes(shape))]
-            for layer in range(shape.num_layers) if param.sublayer else [None]:
-                firsts.add(RandomWeights(shape, seed).read(param, layer, index)[0, 0].item())
-                again = RandomWeights(shape, seed).read(param, layer, index)[0, 0].item()
-                assert again in firsts
-    assert len(firsts) == 2 * (4 * shape.num_layers + 2)
+            index = [np.arange(n) for n in param.shape]
+            firsts.add(RandomWeights(network, seed).read(param, index)[0, 0].item())
+            again = RandomWeights(network, seed).read(param, index)[0, 0].item()
+            assert again in firsts
+    assert len(firsts) == 2 * (4 * len(network.layers) + 2)

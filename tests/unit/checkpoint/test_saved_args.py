@@ -1,4 +1,4 @@
-"""Megatron-LM's args follow the shape of a pruned network, and only plain values are loaded."""
+"""Megatron-LM's args follow the network of a pruned network, and only plain values are loaded."""
 
 import argparse
 import copy
@@ -17,9 +17,9 @@ from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import PruneConfig, TargetConfig
-from minitron_megatron.model.families import shape_from_config
-from minitron_megatron.model.megatron_args import args_of_shape, shape_of_args
-from minitron_megatron.model.shape import Activation
+from minitron_megatron.model.families import network_from_config
+from minitron_megatron.model.megatron_args import args_of_network, network_of_args
+from minitron_megatron.model.network import Activation
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.scores import Scores
 from tests.tiny import LLAMA, hf_model, import_hf
@@ -116,7 +116,7 @@ def llama(tmp_path_factory):
     checkpoint = Checkpoint(import_hf(folder, hf_model(**LLAMA)))
     (folder / "scores").mkdir()
     *width, depth = (torch.rand(*size) for size in [(48,), (4, 44), (4, 2, 3), (4,)])
-    Scores(checkpoint.shape, *width, {"loss": depth}).write(folder / "scores")
+    Scores(checkpoint.network, *width, {"loss": depth}).write(folder / "scores")
     Manifest("scores").write(folder / "scores")
     return folder
 
@@ -152,43 +152,43 @@ def test_args_follow_the_shape(llama, tmp_path):
 
 def test_what_the_args_did_not_say_is_added():
     """They become those of the network, as if Megatron-LM had been told all of it."""
-    shape = shape_from_config(LLAMA)
-    assert shape_of_args(args_of_shape(ARGS, shape)) == shape_of_args(args_of_shape(None, shape)) == shape
+    network = network_from_config(LLAMA)
+    assert network_of_args(args_of_network(ARGS, network)) == network_of_args(args_of_network(None, network)) == network
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_args_tell_all_of_a_shape(config):
-    shape = shape_from_config(config)
-    assert shape_of_args(args_of_shape(None, shape)) == shape
-    biased = shape.replace(linear_bias=True, qkv_bias=False, gated=False, activation=Activation.GELU)
-    assert shape_of_args(args_of_shape(None, biased)) == biased
+    network = network_from_config(config)
+    assert network_of_args(args_of_network(None, network)) == network
+    biased = network.replace(linear_bias=True, qkv_bias=False, gated=False, activation=Activation.GELU)
+    assert network_of_args(args_of_network(None, biased)) == biased
 
 
 def test_a_tokenizer_of_a_number_of_tokens_alone_adds_one():
-    shape = shape_from_config(LLAMA)
+    network = network_from_config(LLAMA)
     args = argparse.Namespace(**vars(ARGS), tokenizer_type="NullTokenizer", vocab_size=99)
-    assert args_of_shape(args, shape).vocab_size == 100
-    assert shape_of_args(args_of_shape(args, shape)).vocab == 101
+    assert args_of_network(args, network).vocab_size == 100
+    assert network_of_args(args_of_network(args, network)).vocab == 101
 
 
 def test_args_hold_all_that_use_checkpoint_args_reads():
     """Of what `load_args_from_checkpoint` sets whatever the command line says, nothing is left to chance."""
-    args = args_of_shape(None, shape_from_config(LLAMA))
+    args = args_of_network(None, network_from_config(LLAMA))
     missing = [name for name in READ_BY_MEGATRON_LM.split() if not hasattr(args, name)]
     assert not missing
 
 
 def test_args_of_sublayers_in_another_order_name_it(llama):
-    shape = Checkpoint(llama / "checkpoint").shape.replace(pattern="*-*--")
-    args = args_of_shape(ARGS, shape)
+    network = Checkpoint(llama / "checkpoint").network.replace(pattern="*-*--")
+    args = args_of_network(ARGS, network)
     assert (args.num_layers, args.hybrid_layer_pattern) == (5, "*-*--") and "hybrid_layer_pattern" not in ARGS
     # A Megatron-LM that has the former name alone reads that, and neither name may keep what was.
     former = dict(hybrid_override_pattern="*-*-*-*-")
     for before in (former, {**former, "hybrid_layer_pattern": "*-*-*-*-"}):
-        args = args_of_shape(argparse.Namespace(**vars(ARGS), **before), shape)
+        args = args_of_network(argparse.Namespace(**vars(ARGS), **before), network)
         assert {getattr(args, name, "*-*--") for name in before} == {"*-*--"}
-        args = args_of_shape(argparse.Namespace(**vars(ARGS), **before), shape.replace(pattern="*-*-"))
-        assert shape_of_args(args).pattern == "*-*-"
+        args = args_of_network(argparse.Namespace(**vars(ARGS), **before), network.replace(pattern="*-*-"))
+        assert network_of_args(args).pattern == "*-*-"
 
 
 @pytest.mark.parametrize("place", ["in the args", "beside them"])
@@ -200,7 +200,7 @@ def test_what_may_run_is_named_and_not_run(place, llama, tmp_path, caplog):
     save(path, args=args, **({"other": evil} if place == "beside them" else {}))
     with caplog.at_level(logging.WARNING):
         common = pruned(llama, tmp_path / "pruned")
-    assert common["args"] == args_of_shape(None, Checkpoint(tmp_path / "pruned").shape)
+    assert common["args"] == args_of_network(None, Checkpoint(tmp_path / "pruned").network)
     [message] = {record.getMessage() for record in caplog.records if "common.pt" in record.getMessage()}
     assert message.startswith(f"{path} holds ") and "system" in message and "Megatron's args are left out" in message
     assert not marker.exists()

@@ -16,11 +16,10 @@ from minitron_megatron.checkpoint import sharded, writer
 from minitron_megatron.checkpoint.chunks import Chunk
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.checkpoint.source import instances
 from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.errors import CheckpointError
-from minitron_megatron.model.axes import axis_sizes, parameters
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
+from minitron_megatron.model.parameters import parameters
 from tests.in_memory import StateDict
 from tests.tiny import LLAMA, hf_model
 
@@ -28,7 +27,7 @@ from tests.tiny import LLAMA, hf_model
 @pytest.fixture(scope="module")
 def source():
     model = hf_model(**{**LLAMA, "num_hidden_layers": 3})
-    return StateDict(shape_from_config(model.config.to_dict()), model.state_dict())
+    return StateDict(network_from_config(model.config.to_dict()), model.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +56,19 @@ def test_any_positions_are_read_from_any_chunks(chunk_bytes, source, tmp_path, m
     checkpoint, generator = Checkpoint(tmp_path / "c"), np.random.default_rng(0)
     embedding = checkpoint.tensors["embedding.word_embeddings.weight"]
     assert len(embedding.chunks) == {400: 64, 1000: 26, 2**28: 1}[chunk_bytes]
-    for param in parameters(source.shape):
-        size = param.size(axis_sizes(source.shape))
-        for layer in instances(param, source.shape):
-            whole = source.read(param, layer, [np.arange(n) for n in size])
-            index = [some(generator, n) for n in size]
-            expected = whole[tuple(torch.from_numpy(i) for i in np.ix_(*index))]
-            assert torch.equal(checkpoint.read(param, layer, index), expected), (param.name, layer)
+    for param in parameters(source.network):
+        whole = source.read(param, [np.arange(n) for n in param.shape])
+        index = [some(generator, n) for n in param.shape]
+        expected = whole[tuple(torch.from_numpy(i) for i in np.ix_(*index))]
+        assert torch.equal(checkpoint.read(param, index), expected), (param.name, param.layer)
 
 
 def test_memory_and_disk_traffic_are_bounded_by_the_chunks_that_are_asked_for(original, monkeypatch):
     checkpoint, loaded = Checkpoint(original), []
     read = Chunk.read
     monkeypatch.setattr(Chunk, "read", lambda chunk, *args: loaded.append(chunk.offsets[0]) or read(chunk, *args))
-    param = next(p for p in parameters(checkpoint.shape) if p.name == "mlp.linear_fc2.weight")
-    checkpoint.read(param, 2, [np.arange(3), np.arange(3)])
+    [param] = [p for p in parameters(checkpoint.network) if (p.layer, p.name) == (2, "mlp.linear_fc2.weight")]
+    checkpoint.read(param, [np.arange(3), np.arange(3)])
     assert loaded == [2]  # of one layer, the third
 
 
@@ -126,7 +123,7 @@ def test_nothing_in_a_chunk_is_run(folder, tmp_path):
     path.write_bytes(pickle.dumps(metadata))
     checkpoint = Checkpoint(folder)
     with pytest.raises(CheckpointError, match="evil is damaged at byte 0"):
-        checkpoint.read(parameters(checkpoint.shape)[0], None, [np.arange(2), np.arange(2)])
+        checkpoint.read(parameters(checkpoint.network)[0], [np.arange(2), np.arange(2)])
     assert not marker.exists()
 
 
@@ -149,9 +146,12 @@ def cut_short(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def change_shape(folder, **changes):
+def change_network(folder, **changes):
+    """Other fields in the manifest, of the network or, as a dict, of a kind of layers."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["shape"] |= changes
+    for name, value in changes.items():
+        before = manifest["network"][name]
+        manifest["network"][name] = before | value if isinstance(value, dict) else value
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -201,12 +201,15 @@ ROUTER = "decoder.layers.mlp.router.weight"
         ),
         (lambda f: (f / "manifest.json").write_text('{"kind"'), "manifest.json is not the description of a network"),
         (lambda f: (f / "manifest.json").write_text('{"kind": "scores"}'), "manifest.json does not describe a network"),
-        (lambda f: change_shape(f, hidden=None), "manifest.json does not describe a network"),
-        (lambda f: change_shape(f, norm="batchnorm"), "does not describe a network: shape.norm = 'batchnorm'"),
-        (lambda f: change_shape(f, ffn=45), f"wrong size: {FC1} is [3, 88, 48], the shape says [3, 90, 48]"),
-        (lambda f: change_shape(f, pattern="*-" * 2), f"{FC2} is [3, 48, 44], the shape says [2, 48, 44]"),
-        (lambda f: change_shape(f, tied=True), "unknown: output_layer.weight [128, 48]"),
-        (lambda f: change_shape(f, linear_bias=True), "missing: decoder.layers.mlp.linear_fc1.bias [3, 88]"),
+        (lambda f: change_network(f, hidden_size=None), "manifest.json does not describe a network"),
+        (lambda f: change_network(f, norm="batchnorm"), "does not describe a network: network.norm = 'batchnorm'"),
+        (
+            lambda f: change_network(f, mlp={"ffn_hidden_size": 45}),
+            f"wrong size: {FC1} is [3, 88, 48], the network has [3, 90, 48]",
+        ),
+        (lambda f: change_network(f, pattern="*-" * 2), f"{FC2} is [3, 48, 44], the network has [2, 48, 44]"),
+        (lambda f: change_network(f, tie_embeddings=True), "unknown: output_layer.weight [128, 48]"),
+        (lambda f: change_network(f, mlp={"bias": True}), "missing: decoder.layers.mlp.linear_fc1.bias [3, 88]"),
         (lambda f: change_index(f, lambda tensors: tensors.pop(FC2)), f"missing: {FC2} [3, 48, 44]"),
         (lambda f: change_index(f, lambda tensors: tensors[FC2].chunks.pop()), f"not whole: {FC2} [3, 48, 44]"),
         (lambda f: change_index(f, lambda tensors: twice(tensors[FC2].chunks)), f"not whole: {FC2} [3, 48, 44]"),
@@ -222,7 +225,7 @@ def test_what_is_not_a_whole_checkpoint_is_named(damage, named, folder):
 
 
 def test_all_wrong_tensors_are_listed(folder):
-    change_shape(folder, ffn=45, tied=True)
+    change_network(folder, mlp={"ffn_hidden_size": 45}, tie_embeddings=True)
     with pytest.raises(CheckpointError) as raised:
         Checkpoint(folder)
     assert [line.split()[0] for line in str(raised.value).splitlines()[1:]] == ["wrong", "wrong", "unknown:"]

@@ -51,7 +51,7 @@ def llama(tmp_path_factory):
     scores = [torch.rand(*size, generator=generator) for size in [(48,), (4, 44), (4, 2, 3), (4,)]]
     (folder / "scores").mkdir()
     *width, depth = scores
-    Scores(checkpoint.shape, *width, {"loss": depth}).write(folder / "scores")
+    Scores(checkpoint.network, *width, {"loss": depth}).write(folder / "scores")
     Manifest("scores").write(folder / "scores")
     return folder
 
@@ -107,7 +107,7 @@ def test_workers_write_the_same_tensors_as_one_process(llama, processes, tmp_pat
         found = Checkpoint(made)
         assert_equal(found, Checkpoint(expected))
         assert {path.name[2] for path in found.folder.glob("__[0-9]*.distcp")} == set("012"[:number])
-        assert found.manifest.shape == Checkpoint(expected).manifest.shape
+        assert found.manifest.network == Checkpoint(expected).manifest.network
         assert found.manifest.details == Checkpoint(expected).manifest.details
 
 

@@ -13,10 +13,9 @@ import torch
 from minitron_megatron.checkpoint import writer
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.checkpoint.source import instances
 from minitron_megatron.checkpoint.writer import write_checkpoint
-from minitron_megatron.model.axes import axis_sizes, parameters
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
+from minitron_megatron.model.parameters import parameters, stacked_key
 from tests.in_memory import StateDict
 from tests.tiny import LLAMA, hf_model
 
@@ -28,7 +27,7 @@ NORM, EMBEDDING = "decoder.layers.mlp.linear_fc1.layer_norm_weight", "embedding.
 @pytest.fixture(scope="module")
 def source():
     model = hf_model(**LLAMA)
-    return StateDict(shape_from_config(model.config.to_dict()), model.state_dict())
+    return StateDict(network_from_config(model.config.to_dict()), model.state_dict())
 
 
 def write(folder, source, **options):
@@ -37,11 +36,10 @@ def write(folder, source, **options):
 
 
 def assert_equal(found, expected):
-    assert found.shape == expected.shape
-    for param in parameters(found.shape):
-        index = [np.arange(n) for n in param.size(axis_sizes(found.shape))]
-        for layer in instances(param, found.shape):
-            assert torch.equal(found.read(param, layer, index), expected.read(param, layer, index)), (param, layer)
+    assert found.network == expected.network
+    for param in parameters(found.network):
+        index = [np.arange(n) for n in param.shape]
+        assert torch.equal(found.read(param, index), expected.read(param, index)), (param.name, param.layer)
 
 
 def chunks_of(checkpoint, key):
@@ -76,28 +74,28 @@ def test_no_chunk_is_larger_than_the_maximum(tensor_ranks, source, tmp_path, mon
 
 def test_a_rank_reads_only_the_chunks_written_for_it(source, tmp_path):
     checkpoint = write(tmp_path / "c", source, tensor_ranks=2)
-    for param in parameters(source.shape):
+    for param in parameters(source.network):
         for rank in range(2):
-            index = param.shard(rank, 2, axis_sizes(source.shape))
-            for chunk in checkpoint.tensors[param.stacked_key].chunks:
+            index = param.shard(rank, 2)
+            for chunk in checkpoint.tensors[stacked_key(param)].chunks:
                 own = zip(chunk.offsets[-len(index) :], chunk.sizes[-len(index) :], index, strict=True)
                 parts = [np.isin(np.arange(start, start + size), i) for start, size, i in own]
-                assert all(part.all() for part in parts) or any(not part.any() for part in parts), param
+                assert all(part.all() for part in parts) or any(not part.any() for part in parts), param.name
 
 
 class Failing:
     """A source in which a layer cannot be read."""
 
     def __init__(self, source, error):
-        self.source, self.error, self.shape, self.dtype = source, error, source.shape, source.dtype
+        self.source, self.error, self.network, self.dtype = source, error, source.network, source.dtype
         self.reads = 0
 
-    def read(self, param, layer, index):
+    def read(self, param, index):
         self.reads += 1
-        if layer == 0 and param.stacked_key == QKV:
+        if param.layer == 0 and stacked_key(param) == QKV:
             raise self.error
         time.sleep(0.01)
-        return self.source.read(param, layer, index)
+        return self.source.read(param, index)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("defect"), KeyboardInterrupt()], ids=repr)
@@ -116,10 +114,10 @@ def test_one_chunk_is_read_while_another_is_written(source, tmp_path, monkeypatc
     writing, read_meanwhile, save = threading.Event(), threading.Event(), torch.save
 
     class Watched(Failing):
-        def read(self, param, layer, index):
+        def read(self, param, index):
             if writing.is_set():
                 read_meanwhile.set()
-            return self.source.read(param, layer, index)
+            return self.source.read(param, index)
 
     def wait_and_save(tensor, file):
         if isinstance(tensor, torch.Tensor) and not writing.is_set():

@@ -17,7 +17,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from minitron_megatron import LossConfig, TeacherStudent, current_groups, shape_of
+from minitron_megatron import LossConfig, TeacherStudent, current_groups, network_of
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.config.loss import HiddenConfig, LogitsConfig
@@ -106,8 +106,8 @@ def loop_on_rank(folder, layout):
         )
         student, teacher = own_model(32, 2, **parts), own_model(48, 4, **parts)
         for model in (student, teacher):
-            shape = shape_of(model, vocab=VOCAB)
-            load_weights([model], LoudWeights(shape, seed=shape.num_layers), place)
+            network = network_of(model, vocab=VOCAB)
+            load_weights([model], LoudWeights(network, seed=len(network.layers)), place)
         replicas = place.layout.data
         found = run_documented_loop(wrap(student), [teacher], micro_batches(place.data_rank, replicas), replicas)
         torch.save(found, folder / f"{layout.tensor}_{layout.pipeline}_{dist.get_rank()}.pt")

@@ -39,9 +39,9 @@ def open_inference(checkpoint, groups, batch=3):
     from minitron_megatron.model.build import build_model
 
     checkpoint = Checkpoint(checkpoint)
-    chunks = build_model(checkpoint.shape, groups, DType.FP32)
+    chunks = build_model(checkpoint.network, groups, DType.FP32)
     load_weights(chunks, checkpoint, groups)
-    return Inference(chunks, groups, checkpoint.shape.vocab, Letters(), [END], batch)
+    return Inference(chunks, groups, checkpoint.network.vocab_size, Letters(), [END], batch)
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -9,19 +9,21 @@ from torch import Tensor
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.schema import DepthConfig, DType, ScoreConfig
 from minitron_megatron.model import build
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
+from minitron_megatron.pruning.scores import Scores
 from tests.in_memory import StateDict
 from tests.tiny import Samples
 
 NUM_SAMPLES, SEQUENCE, MICRO_BATCH = 7, 16, 2  # the last micro-batch is filled up
+AXES = ("hidden", "ffn", "heads")
 
 
 def build_ours(theirs, groups, recompute=False):
     """A transformers model as one of ours, on this rank."""
-    shape = shape_from_config(theirs.config.to_dict())
-    chunks = build.build_model(shape, groups, DType.FP32, recompute)
-    load_weights(chunks, StateDict(shape, theirs.state_dict()), groups)
-    return chunks, shape
+    network = network_from_config(theirs.config.to_dict())
+    chunks = build.build_model(network, groups, DType.FP32, recompute)
+    load_weights(chunks, StateDict(network, theirs.state_dict()), groups)
+    return chunks, network
 
 
 def samples_for(theirs) -> Samples:
@@ -34,6 +36,19 @@ def score_config(**settings) -> ScoreConfig:
     return ScoreConfig(
         **{"num_samples": NUM_SAMPLES, "micro_batch": MICRO_BATCH, **settings}, depth=DepthConfig(**depth)
     )
+
+
+def by_axis(scores: Scores) -> dict[str, Tensor]:
+    """Scores of channels, neurons and heads, those of all layers in one tensor."""
+    return {axis: scores.hidden if axis == "hidden" else torch.stack(scores.elements[axis]) for axis in AXES}
+
+
+def rounds_by_axis(scores: Scores) -> dict[str, Tensor]:
+    """The rounds of the same."""
+    return {
+        axis: scores.rounds["hidden"] if axis == "hidden" else torch.stack(scores.element_rounds[axis])
+        for axis in AXES
+    }
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from minitron_megatron.config.schema import Criterion, DepthCriterion, DepthSear
 from minitron_megatron.data.choices import ChoiceSamples, Question
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.parallel.groups import process_groups
-from minitron_megatron.pruning.calibration import score_model
+from minitron_megatron.pruning.score_model import score_model
 from minitron_megatron.pruning.plan import make_plan
 from tests.tiny import FAMILIES, hf_model, save_hf
 from tests.unit.pruning.direct import build_ours, direct_effects, run_without, samples_for, score_config
@@ -47,10 +47,10 @@ def score(ours, groups, samples):
     """Scores by depth; of width nothing is asked, which needs no look at activations."""
 
     def score(target=None, choices=None, **settings):
-        chunks, shape = ours
+        chunks, network = ours
         config = score_config(**{"criteria": ON_TEXT, "criterion": Criterion.WEIGHT, **settings})
         config.target = TargetConfig(**target or {})
-        return score_model(chunks, shape, groups, samples, config, choices)
+        return score_model(chunks, network, groups, samples, config, choices)
 
     return score
 

@@ -11,8 +11,8 @@ from minitron_megatron.config.schema import Aggregation, AxisConfig, Criterion, 
 from minitron_megatron.errors import DataError
 from minitron_megatron.model import build
 from minitron_megatron.parallel.groups import process_groups
-from minitron_megatron.pruning.calibration import score_model
-from minitron_megatron.pruning.capture import Capture
+from minitron_megatron.pruning.score_model import score_model
+from minitron_megatron.pruning.activation_stats import ActivationStats
 from minitron_megatron.pruning.scores import WIDTH
 from tests.tiny import FAMILIES, hf_model
 from tests.unit.pruning.direct import build_ours, samples_for, score_config
@@ -84,22 +84,22 @@ def direct_scores(theirs, samples, over_tokens, over_sequences, neurons="ffn"):
 def assert_same(scores, expected):
     for name in WIDTH:
         found = getattr(scores, name)
-        assert found.shape == expected[name].shape
+        assert found.network == expected[name].shape
         assert (found - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
 
 
 @pytest.mark.parametrize("over_sequences", Aggregation, ids=lambda how: f"batch {how.value}")
 @pytest.mark.parametrize("over_tokens", Aggregation, ids=lambda how: f"sequence {how.value}")
 def test_scores_are_those_of_a_direct_version(theirs, groups, over_tokens, over_sequences):
-    chunks, shape = build_ours(theirs, groups)
+    chunks, network = build_ours(theirs, groups)
     samples = samples_for(theirs)
     how = score_config(sequence_aggregation=over_tokens, batch_aggregation=over_sequences, criteria=[])
-    scores = score_model(chunks, shape, groups, samples, how)
+    scores = score_model(chunks, network, groups, samples, how)
     assert_same(scores, direct_scores(theirs, samples, over_tokens, over_sequences))
 
 
 def test_axes_may_be_scored_each_in_its_own_way(theirs, groups):
-    chunks, shape = build_ours(theirs, groups)
+    chunks, network = build_ours(theirs, groups)
     samples = samples_for(theirs)
     how = score_config(
         hidden=AxisConfig(batch_aggregation=Aggregation.VARIANCE),
@@ -107,7 +107,7 @@ def test_axes_may_be_scored_each_in_its_own_way(theirs, groups):
         heads=AxisConfig(sequence_aggregation=Aggregation.VARIANCE, batch_aggregation=Aggregation.MEAN),
         criteria=[],
     )
-    scores = score_model(chunks, shape, groups, samples, how)
+    scores = score_model(chunks, network, groups, samples, how)
     outgoing = torch.stack([layer.mlp.down_proj.weight.double().norm(dim=0) for layer in theirs.model.layers])
     expected = {
         "hidden": direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.VARIANCE)["hidden"],
@@ -122,9 +122,9 @@ def test_axes_may_be_scored_each_in_its_own_way(theirs, groups):
         ffn=AxisConfig(Criterion.WEIGHT),
         criteria=[],
     )
-    scores = score_model(chunks, shape, groups, samples, how)
-    alone = score_model(chunks, shape, groups, samples, score_config(criterion=Criterion.WEIGHT, criteria=[]))
-    chance = score_model(chunks, shape, groups, samples, score_config(criterion=Criterion.RANDOM, criteria=[]))
+    scores = score_model(chunks, network, groups, samples, how)
+    alone = score_model(chunks, network, groups, samples, score_config(criterion=Criterion.WEIGHT, criteria=[]))
+    chance = score_model(chunks, network, groups, samples, score_config(criterion=Criterion.RANDOM, criteria=[]))
     assert torch.equal(scores.ffn, alone.ffn) and torch.equal(scores.hidden, chance.hidden)
     plain = direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.L2)
     assert_same(scores, {**plain, "hidden": chance.hidden, "ffn": alone.ffn})
@@ -164,10 +164,10 @@ def fuse_norms(spec):
 def test_norms_inside_projections_are_scored_too(theirs, groups, monkeypatch):
     plain = build.layer_spec
     monkeypatch.setattr(build, "layer_spec", lambda *where: fuse_norms(plain(*where)))
-    chunks, shape = build_ours(theirs, groups)
+    chunks, network = build_ours(theirs, groups)
     assert isinstance(chunks[0].decoder.layers[0].input_layernorm, IdentityOp)
     samples = samples_for(theirs)
-    scores = score_model(chunks, shape, groups, samples, score_config())
+    scores = score_model(chunks, network, groups, samples, score_config())
     assert_same(scores, direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.L2))
 
 
@@ -176,9 +176,9 @@ def hooks_in(model):
 
 
 def test_the_hooks_are_gone_afterwards_whatever_happens(theirs, groups):
-    [model], shape = build_ours(theirs, groups)
+    [model], network = build_ours(theirs, groups)
     before = hooks_in(model)
-    with pytest.raises(ZeroDivisionError), Capture([model], shape, groups, dict.fromkeys(WIDTH, Aggregation.MEAN)):
+    with pytest.raises(ZeroDivisionError), Capture([model], network, groups, dict.fromkeys(WIDTH, Aggregation.MEAN)):
         # Two norms and two projections of each of 4 layers, and the final norm.
         assert hooks_in(model) == before + 4 * 4 + 1
         _ = 1 / 0
@@ -186,9 +186,9 @@ def test_the_hooks_are_gone_afterwards_whatever_happens(theirs, groups):
 
 
 def test_scoring_twice_gives_the_same(theirs, groups):
-    chunks, shape = build_ours(theirs, groups)
+    chunks, network = build_ours(theirs, groups)
     samples, config = samples_for(theirs), score_config(micro_batch=3)
-    first, second = (score_model(chunks, shape, groups, samples, config) for _ in range(2))
+    first, second = (score_model(chunks, network, groups, samples, config) for _ in range(2))
     assert first.depth.keys() == second.depth.keys() == {"block_influence"}
     for found, again in [(getattr(first, name), getattr(second, name)) for name in WIDTH] + [
         (first.depth[name], second.depth[name]) for name in first.depth
@@ -199,10 +199,10 @@ def test_scoring_twice_gives_the_same(theirs, groups):
 
 @pytest.mark.parametrize("over_tokens", [Aggregation.MEAN, Aggregation.VARIANCE], ids=lambda how: how.value)
 def test_neurons_may_be_scored_before_their_activation(theirs, groups, over_tokens):
-    chunks, shape = build_ours(theirs, groups)
+    chunks, network = build_ours(theirs, groups)
     samples = samples_for(theirs)
     how = score_config(neurons=Neurons.BEFORE, sequence_aggregation=over_tokens)
-    found = score_model(chunks, shape, groups, samples, how)
+    found = score_model(chunks, network, groups, samples, how)
     assert_same(found, direct_scores(theirs, samples, over_tokens, Aggregation.L2, "before"))
     after = direct_scores(theirs, samples, over_tokens, Aggregation.L2)["ffn"]
     assert (found.ffn - after).abs().max() > 0.1 * after.abs().max()
@@ -249,9 +249,9 @@ def direct_weights(model, outgoing):
 
 
 def test_weight_magnitudes_are_norms_of_the_tensors(theirs, groups):
-    chunks, shape = build_ours(theirs, groups)
+    chunks, network = build_ours(theirs, groups)
     found = score_model(
-        chunks, shape, groups, samples_for(theirs), score_config(criterion=Criterion.WEIGHT, criteria=[])
+        chunks, network, groups, samples_for(theirs), score_config(criterion=Criterion.WEIGHT, criteria=[])
     )
     expected = direct_weights(theirs, outgoing=False)
     torch.testing.assert_close(found.hidden, expected["hidden"].square().sum(0).sqrt())
@@ -260,9 +260,9 @@ def test_weight_magnitudes_are_norms_of_the_tensors(theirs, groups):
 
 
 def test_activations_times_weights_are_products_of_both(theirs, groups):
-    chunks, shape = build_ours(theirs, groups)
+    chunks, network = build_ours(theirs, groups)
     samples = samples_for(theirs)
-    found = score_model(chunks, shape, groups, samples, score_config(criterion=Criterion.ACTIVATION_WEIGHT))
+    found = score_model(chunks, network, groups, samples, score_config(criterion=Criterion.ACTIVATION_WEIGHT))
     weights = direct_weights(theirs, outgoing=True)
     activations = direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.L2)
     hidden = (activations["of_norms"] * weights["hidden"]).sum(0)
@@ -272,9 +272,9 @@ def test_activations_times_weights_are_products_of_both(theirs, groups):
 
 
 def test_random_scores_follow_from_the_seed_alone(theirs, groups):
-    chunks, shape = build_ours(theirs, groups)
+    chunks, network = build_ours(theirs, groups)
     first, same, other = (
-        score_model(chunks, shape, groups, samples_for(theirs), score_config(criterion=Criterion.RANDOM, **settings))
+        score_model(chunks, network, groups, samples_for(theirs), score_config(criterion=Criterion.RANDOM, **settings))
         for settings in ({"seed": 1}, {"seed": 1, "micro_batch": 5}, {"seed": 2})
     )
     for name in WIDTH:
@@ -285,10 +285,10 @@ def test_random_scores_follow_from_the_seed_alone(theirs, groups):
 
 
 def test_a_calibration_set_may_be_smaller_than_it_was_asked_to_be(theirs, groups):
-    chunks, shape = build_ours(theirs, groups)
+    chunks, network = build_ours(theirs, groups)
     samples = samples_for(theirs)
     found, expected = (
-        score_model(chunks, shape, groups, samples, score_config(num_samples=count)) for count in (1024, len(samples))
+        score_model(chunks, network, groups, samples, score_config(num_samples=count)) for count in (1024, len(samples))
     )
     for name in WIDTH:
         assert torch.equal(getattr(found, name), getattr(expected, name))
@@ -309,9 +309,9 @@ def test_activations_that_are_not_finite_name_layer_and_batch(theirs, groups, pl
     samples = samples_for(theirs)
     with torch.no_grad():
         place(broken.model).weight[3, 5] = torch.inf
-    chunks, shape = build_ours(broken, groups)
+    chunks, network = build_ours(broken, groups)
     with pytest.raises(DataError) as raised:
-        score_model(chunks, shape, groups, samples, score_config())
+        score_model(chunks, network, groups, samples, score_config())
     assert named in str(raised.value) and "in samples 0 to 1: score in another dtype" in str(raised.value)
 
 
@@ -322,11 +322,11 @@ def test_a_sample_whose_activations_are_not_finite_is_named(theirs, groups):
     samples.tokens[4, 3] = 5
     with torch.no_grad():
         broken.model.embed_tokens.weight[5] = torch.inf
-    chunks, shape = build_ours(broken, groups)
+    chunks, network = build_ours(broken, groups)
     with pytest.raises(DataError, match=r"activations of layer 0 \(hidden\) are not finite in samples 4 to 5: score"):
-        score_model(chunks, shape, groups, samples, score_config())
+        score_model(chunks, network, groups, samples, score_config())
     with pytest.raises(DataError, match=r"are not finite in samples 3 to 5: score"):
-        score_model(chunks, shape, groups, samples, score_config(micro_batch=3))
+        score_model(chunks, network, groups, samples, score_config(micro_batch=3))
     # Without watching activations, it is what follows from them.
     for criterion, what in ((DepthCriterion.BLOCK_INFLUENCE, r"without sublayers \[0, 1\]"), (DepthCriterion.LOSS, "")):
         how = score_config(criterion=Criterion.WEIGHT, criteria=[criterion])
@@ -334,4 +334,4 @@ def test_a_sample_whose_activations_are_not_finite_is_named(theirs, groups):
         first = 0 if theirs.config.tie_word_embeddings and criterion is DepthCriterion.LOSS else 4
         message = f"of the network ?{what}.* are not finite in samples {first} to {first + 1}: score in"
         with pytest.raises(DataError, match=message):
-            score_model(chunks, shape, groups, samples, how)
+            score_model(chunks, network, groups, samples, how)

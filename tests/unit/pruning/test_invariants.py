@@ -14,10 +14,10 @@ from minitron_megatron.config.schema import Criterion, DType, ParallelConfig, Ta
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
-from minitron_megatron.model.families import shape_from_config
-from minitron_megatron.model.shape import Activation
+from minitron_megatron.model.families import network_from_config
+from minitron_megatron.model.network import Activation
 from minitron_megatron.parallel.groups import process_groups
-from minitron_megatron.pruning.calibration import score_model
+from minitron_megatron.pruning.score_model import score_model
 from minitron_megatron.pruning.plan import Plan, make_plan
 from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.pruning.slicing import Pruned
@@ -26,11 +26,11 @@ from tests.unit.pruning.direct import NUM_SAMPLES, SEQUENCE, score_config
 
 LAYERS, HIDDEN, FFN, GROUPS, HEADS, HEAD_DIM = 4, 48, 44, 3, 4, 12
 SIZES = {"num_attention_heads": GROUPS * HEADS, "num_key_value_heads": GROUPS, "head_dim": HEAD_DIM}
-LLAMA_SHAPE = shape_from_config({**LLAMA, **SIZES})
+LLAMA_SHAPE = network_from_config({**LLAMA, **SIZES})
 SHAPES = {
     "llama": LLAMA_SHAPE,
-    "nemotron": shape_from_config({**NEMOTRON, **SIZES}),
-    "nemotron with biases": shape_from_config({**NEMOTRON, **SIZES}).replace(linear_bias=True),
+    "nemotron": network_from_config({**NEMOTRON, **SIZES}),
+    "nemotron with biases": network_from_config({**NEMOTRON, **SIZES}).replace(linear_bias=True),
     "biases of q, k and v": LLAMA_SHAPE.replace(qkv_bias=True),
     "norms of q and k": LLAMA_SHAPE.replace(qk_norm=True),
     "all biases": LLAMA_SHAPE.replace(linear_bias=True, gated=False, activation=Activation.GELU),
@@ -46,14 +46,14 @@ class Source:
 
     dtype = torch.float32
 
-    def __init__(self, shape):
-        self.shape = shape
+    def __init__(self, network):
+        self.shape = network
         generator = torch.Generator().manual_seed(2)
         # Larger biases would make tokens alike, and whether a neuron is ever active would hang on them alone.
         self.tensors = {}
-        for param in parameters(shape):
-            scale, size = 0.02 if param.name.endswith(".bias") else 0.15, param.size(axis_sizes(shape))
-            for layer in instances(param, shape):
+        for param in parameters(network):
+            scale, size = 0.02 if param.name.endswith(".bias") else 0.15, param.size(axis_sizes(network))
+            for layer in instances(param, network):
                 self.tensors[param.name, layer] = scale * torch.randn(*size, generator=generator)
 
     def read(self, param, layer, index):
@@ -74,7 +74,7 @@ def groups():
 @pytest.fixture
 def build(groups):
     def build(source):
-        [model] = build_model(source.shape, groups, DType.FP32)
+        [model] = build_model(source.network, groups, DType.FP32)
         load_weights([model], source, groups)
         return model
 
@@ -93,16 +93,16 @@ def logits(build):
     return logits
 
 
-def random_scores(shape, seed=0):
+def random_scores(network, seed=0):
     generator = torch.Generator().manual_seed(seed)
     sizes = [
-        (shape.hidden,),
-        (shape.num_layers, shape.ffn),
-        (shape.num_layers, shape.num_query_groups, shape.heads_per_group),
-        (shape.num_layers,),
+        (network.hidden_size,),
+        (len(network.layers), network.ffn),
+        (len(network.layers), network.num_query_groups, network.heads_per_group),
+        (len(network.layers),),
     ]
     *width, depth = (torch.rand(*size, generator=generator, dtype=torch.float64) for size in sizes)
-    return Scores(shape, *width, {"loss": depth})
+    return Scores(network, *width, {"loss": depth})
 
 
 def assert_same(found, expected, other=None):
@@ -114,7 +114,7 @@ def assert_same(found, expected, other=None):
 
 def permute(source, scores, axis, order):
     """The same network and the same scores with the elements of one axis in another order."""
-    shape, source, scores = source.shape, copy.deepcopy(source), copy.deepcopy(scores)
+    network, source, scores = source.network, copy.deepcopy(source), copy.deepcopy(scores)
     tensors = source.tensors
 
     if axis == "hidden":
@@ -125,7 +125,7 @@ def permute(source, scores, axis, order):
                 tensors[name, layer] = tensor.index_select(dim, order)
         scores.hidden = scores.hidden[order]
     elif axis == "ffn":
-        halves = 2 if shape.gated else 1
+        halves = 2 if network.gated else 1
         for layer in range(LAYERS):
             for name in ("mlp.linear_fc1.weight", "mlp.linear_fc1.bias"):
                 if (name, layer) in tensors:
@@ -156,7 +156,7 @@ def permute(source, scores, axis, order):
 @pytest.mark.parametrize("axis, size", [("hidden", HIDDEN), ("ffn", FFN), ("group", GROUPS), ("head", HEADS)])
 def test_the_order_of_elements_changes_nothing(source, logits, axis, size):
     merge = axis == "head"  # which is of heads alone
-    scores, target = random_scores(source.shape), TargetConfig(layers=3, hidden=40, ffn=30, groups=2, heads=6)
+    scores, target = random_scores(source.network), TargetConfig(layers=3, hidden=40, ffn=30, groups=2, heads=6)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(3))
     assert not torch.equal(order, torch.arange(size))
     expected = logits(source, make_plan(scores, target, merge_heads=merge))
@@ -218,7 +218,7 @@ def heads_of(plan):
     ids=str,
 )
 def test_what_goes_is_as_if_silenced(source, build, logits, target):
-    plan = make_plan(random_scores(source.shape), TargetConfig(**target))
+    plan = make_plan(random_scores(source.network), TargetConfig(**target))
     gone = set(range(2 * LAYERS)) - set(plan.sublayers)
     whole = build(source)
     everything = {p // 2: [] for p in gone}
@@ -238,7 +238,7 @@ def test_what_goes_is_as_if_silenced(source, build, logits, target):
     ids=str,
 )
 def test_sublayers_may_go_by_themselves(source, build, logits, kept):
-    plan = make_plan(random_scores(source.shape), TargetConfig(ffn=30, heads=6))
+    plan = make_plan(random_scores(source.network), TargetConfig(ffn=30, heads=6))
     plan.sublayers = kept
     assert plan.target.pattern == "".join("*-"[position % 2] for position in kept)
     ffn = {p // 2: neurons for p, neurons in plan.ffn.items()}
@@ -250,7 +250,7 @@ def test_sublayers_may_go_by_themselves(source, build, logits, kept):
 
 def test_every_sublayer_of_another_pattern_is_cut_from_its_own_weights(source):
     """Also the final norm, whose name depends on the pattern."""
-    plan = make_plan(random_scores(source.shape), TargetConfig(hidden=40))
+    plan = make_plan(random_scores(source.network), TargetConfig(hidden=40))
     plan.sublayers = [0, 3, 5, 6, 7]
     pruned, channels = Pruned(source, plan), torch.tensor(plan.hidden)
     for name, layer, origin in [
@@ -258,16 +258,16 @@ def test_every_sublayer_of_another_pattern_is_cut_from_its_own_weights(source):
         ("self_attention.linear_qkv.layer_norm_weight", 1, ("self_attention.linear_qkv.layer_norm_weight", 3)),
         ("mlp.linear_fc1.layer_norm_weight", 1, ("mlp.linear_fc1.layer_norm_weight", 2)),
     ]:
-        [param] = [p for p in parameters(pruned.shape) if p.name == name]
+        [param] = [p for p in parameters(pruned.network) if p.name == name]
         assert torch.equal(pruned.read(param, layer, [np.arange(40)]), source.tensors[origin][channels])
 
 
 def test_two_plans_are_one_after_the_other(source, logits):
-    first = make_plan(random_scores(source.shape), TargetConfig(layers=3, hidden=44, ffn=36, groups=2, heads=6))
+    first = make_plan(random_scores(source.network), TargetConfig(layers=3, hidden=44, ffn=36, groups=2, heads=6))
     half_way = Pruned(source, first)
     second = make_plan(random_scores(half_way.shape, 1), TargetConfig(layers=2, hidden=40, ffn=30, groups=1, heads=2))
     one = first.then(second)
-    assert one.target == second.target and one.problems() == [] and one.source == source.shape
+    assert one.target == second.target and one.problems() == [] and one.source == source.network
     expected = logits(half_way, second)
     assert torch.equal(logits(source, one), expected)
     other = Plan(**{**one.__dict__, "hidden": first.hidden[:40]})
@@ -302,12 +302,12 @@ def test_what_nothing_reads_goes_first(source, build, groups, logits, part, targ
             dead[layer] = int(generator.integers(GROUPS))
             proj[:, dead[layer]] = 0
     if part == "channels":
-        name = "embedding.word_embeddings.weight" if source.shape.tied else "output_layer.weight"
+        name = "embedding.word_embeddings.weight" if source.network.tie_embeddings else "output_layer.weight"
         source.tensors[name, None][:, channels] = 0
     model = build(source)
     samples = Samples(NUM_SAMPLES, SEQUENCE, 101)
     how = score_config(criterion=Criterion.ACTIVATION_WEIGHT, criteria=[])
-    plan = make_plan(score_model([model], source.shape, groups, samples, how), TargetConfig(**target))
+    plan = make_plan(score_model([model], source.network, groups, samples, how), TargetConfig(**target))
     if part == "channels":
         assert plan.hidden == [channel for channel in range(HIDDEN) if channel not in channels]
         return
@@ -323,13 +323,13 @@ def test_what_nothing_reads_goes_first(source, build, groups, logits, part, targ
 
 @pytest.mark.parametrize("kept", [2, 3, 4])
 def test_merged_heads_are_the_papers_formula(source, kept):
-    scores = random_scores(source.shape)
+    scores = random_scores(source.network)
     plan = make_plan(scores, TargetConfig(heads=kept * GROUPS), merge_heads=True)
     pruned = Pruned(source, plan)
-    for param in parameters(source.shape):
+    for param in parameters(source.network):
         if not param.name.startswith("self_attention.linear_qkv."):
             continue
-        for layer in instances(param, source.shape) if "layer_norm" not in param.name else ():
+        for layer in instances(param, source.network) if "layer_norm" not in param.name else ():
             tensor = source.tensors[param.name, layer]
             rows = tensor.view(GROUPS, HEADS + 2, HEAD_DIM, *tensor.shape[1:])
             expected = []
@@ -341,7 +341,7 @@ def test_merged_heads_are_the_papers_formula(source, kept):
                     merged[i] = head[i] + (head[i] - head[2 * kept - i + 1])
                 stay = sorted(range(1, kept + 1), key=lambda n: by_importance[n - 1])
                 expected += [*(merged[n] for n in stay), rows[group, HEADS], rows[group, HEADS + 1]]
-            index = [np.arange(n) for n in param.size(axis_sizes(pruned.shape))]
+            index = [np.arange(n) for n in param.size(axis_sizes(pruned.network))]
             found = pruned.read(param, layer, index)
             torch.testing.assert_close(found, torch.cat(expected))
             # Any part of it is the same as that part of the whole.
@@ -349,10 +349,10 @@ def test_merged_heads_are_the_papers_formula(source, kept):
             assert torch.equal(pruned.read(param, layer, part), found[3::5])
     # Nothing else knows of it.
     plain = Pruned(source, make_plan(scores, TargetConfig(heads=kept * GROUPS)))
-    for param in parameters(source.shape):
+    for param in parameters(source.network):
         if not param.has_queries:
-            index = [np.arange(n) for n in param.size(axis_sizes(pruned.shape))]
-            for layer in instances(param, source.shape):
+            index = [np.arange(n) for n in param.size(axis_sizes(pruned.network))]
+            for layer in instances(param, source.network):
                 assert torch.equal(pruned.read(param, layer, index), plain.read(param, layer, index))
 
 

@@ -22,7 +22,7 @@ from minitron_megatron.config.schema import (
 from minitron_megatron.data.samples import training_samples
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.errors import ConfigError, UnsupportedModelError
-from minitron_megatron.model.shape import Llama3RopeScaling
+from minitron_megatron.model.network import Llama3RopeScaling
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.score import score
 from minitron_megatron.pruning.scores import WIDTH, Scores
@@ -69,12 +69,12 @@ def build_own(first=True, last=True, **changes):
 def score_own(model, config):
     """Score such a model, or this rank's part of it, with the weights and the text of `config`."""
     checkpoint, groups = Checkpoint(config.checkpoint), minitron_megatron.current_groups()
-    shape = minitron_megatron.shape_of(model, vocab=101)
-    assert shape == checkpoint.shape
+    network = minitron_megatron.shape_of(model, vocab=101)
+    assert network == checkpoint.network
     load_weights([model], checkpoint, groups)
     corpus = prepare_corpus(config.data, checkpoint.huggingface_folder)
     samples = training_samples(corpus, config.data, NUM_SAMPLES)
-    return minitron_megatron.score_model([model], shape, groups, samples, config)
+    return minitron_megatron.score_model([model], network, groups, samples, config)
 
 
 def score_on_rank(config, output, layout, stages):
@@ -137,8 +137,8 @@ def test_somebodys_own_checkpoint_is_pruned_by_a_plan_of_its_live_model(settings
     with process_groups(ParallelConfig()):
         model, groups = build_own(), minitron_megatron.current_groups()
         load_weights([model], checkpoint, groups)
-        shape = minitron_megatron.shape_of(model, vocab=101)
-        scores = minitron_megatron.score_model([model], shape, groups, Samples(8, 16, 101), settings(num_samples=8))
+        network = minitron_megatron.shape_of(model, vocab=101)
+        scores = minitron_megatron.score_model([model], network, groups, Samples(8, 16, 101), settings(num_samples=8))
     plan = minitron_megatron.make_plan(scores, TargetConfig(ffn=0.5))
     plan.write_file(tmp_path / "plan.json")
     config = PruneConfig(str(checkpoint.root), str(tmp_path / "small"), plan=str(tmp_path / "plan.json"))
@@ -148,19 +148,19 @@ def test_somebodys_own_checkpoint_is_pruned_by_a_plan_of_its_live_model(settings
 def test_groups_that_are_not_those_of_the_model_are_refused(settings):
     with process_groups(ParallelConfig()):
         model, groups = build_own(), minitron_megatron.current_groups(sequence=True)
-        shape = minitron_megatron.shape_of(model, vocab=101)
+        network = minitron_megatron.shape_of(model, vocab=101)
         with pytest.raises(ConfigError, match="sequence_parallel = False: give current_groups.sequence=False"):
-            minitron_megatron.score_model([model], shape, groups, Samples(8, 16, 101), settings())
+            minitron_megatron.score_model([model], network, groups, Samples(8, 16, 101), settings())
 
 
 def test_a_layout_that_cannot_share_the_heads_is_refused(settings):
     with process_groups(ParallelConfig()):
         model, groups = build_own(), minitron_megatron.current_groups()
-        shape = minitron_megatron.shape_of(model, vocab=101)
+        network = minitron_megatron.shape_of(model, vocab=101)
         layout = replace(groups.layout, tensor=4)
         with pytest.raises(ConfigError, match="num_heads = 6 does not divide by parallel.tensor = 4"):
             minitron_megatron.score_model(
-                [model], shape, replace(groups, layout=layout), Samples(8, 16, 101), settings()
+                [model], network, replace(groups, layout=layout), Samples(8, 16, 101), settings()
             )
 
 

@@ -8,20 +8,19 @@ import torch
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.config.schema import DepthCriterion, DepthSearch, ParallelConfig, TargetConfig, Unit
 from minitron_megatron.errors import CheckpointError, ConfigError
-from minitron_megatron.model.families import shape_from_config
-from minitron_megatron.pruning.plan import Plan, make_plan
-from minitron_megatron.pruning.scores import WIDTH, DepthSettings, Scores
+from minitron_megatron.model.families import network_from_config
+from minitron_megatron.pruning.make_plan import make_plan
+from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.scores import DepthSettings, Scores
 from minitron_megatron.pruning.target import resolve_target
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, changed, scores_by_chance, without_sublayers
+from tests.unit.pruning.direct import AXES, by_axis
 
-SHAPE = shape_from_config(LLAMA)  # 4 layers, hidden 48, ffn 44, 2 groups of 3 heads
+NETWORK = network_from_config(LLAMA)  # 4 layers, hidden 48, ffn 44, 2 groups of 3 heads
 
 
-def random_scores(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [(48,), (4, 44), (4, 2, 3), (4,)]
-    *width, depth = (torch.rand(*size, generator=generator, dtype=torch.float64) for size in sizes)
-    return Scores(SHAPE, *width, {"loss": depth})
+def random_scores():
+    return scores_by_chance(NETWORK, seed=0)
 
 
 def plan_for(scores, **target):
@@ -35,46 +34,53 @@ def test_the_top_elements_stay_in_ascending_order():
     layers = [layer for layer in range(4) if layer != dropped]
     assert plan.sublayers == [position for layer in layers for position in (2 * layer, 2 * layer + 1)]
     assert plan.hidden == sorted(scores.hidden.topk(40).indices.tolist())
-    assert list(plan.ffn) == [2 * layer + 1 for layer in layers]
-    assert list(plan.head) == [2 * layer for layer in layers]
+    assert list(plan.elements) == plan.sublayers
     for layer in layers:
-        assert plan.ffn[2 * layer + 1] == sorted(scores.ffn[layer].topk(30).indices.tolist())
-        for group in range(2):
-            assert plan.head[2 * layer][group] == sorted(scores.head[layer, group].topk(2).indices.tolist())
+        attention, mlp = plan.elements[2 * layer], plan.elements[2 * layer + 1]
+        assert mlp == {"ffn": sorted(scores.elements["ffn"][layer].topk(30).indices.tolist())}
+        assert attention == {
+            "groups": [0, 1],
+            "heads": [sorted(own.topk(2).indices.tolist()) for own in scores.elements["heads"][layer]],
+        }
 
 
 def test_heads_compete_within_their_group_alone():
     scores = random_scores()
-    scores.head[:, 0] += 10  # every head of one group before every head of the other
+    for own in scores.elements["heads"]:
+        own[0] += 10  # every head of one group before every head of the other
     plan = plan_for(scores, heads=4)
-    assert all(len(group) == 2 for groups in plan.head.values() for group in groups)
+    assert all([len(heads) for heads in plan.elements[position]["heads"]] == [2, 2] for position in (0, 2, 4, 6))
 
 
 def test_of_equal_scores_the_lower_index_stays():
     scores = random_scores()
-    for values in (scores.hidden, scores.ffn, scores.head, scores.depth["loss"]):
+    for values in (scores.hidden, *scores.elements["ffn"], *scores.elements["heads"], scores.depth["loss"]):
         values.fill_(0.5)
     scores.hidden[47] = 0.6
     plan = plan_for(scores, layers=2, hidden=3, ffn=2, heads=2)
     assert plan.sublayers == [0, 1, 2, 3] and plan.hidden == [0, 1, 47]
-    assert plan.ffn == {1: [0, 1], 3: [0, 1]} and plan.head == {0: [[0], [0]], 2: [[0], [0]]}
+    attention, mlp = {"groups": [0, 1], "heads": [[0], [0]]}, {"ffn": [0, 1]}
+    assert plan.elements == {0: attention, 1: mlp, 2: attention, 3: mlp}
 
 
 def test_what_is_not_asked_for_stays_whole():
     plan = plan_for(random_scores(), ffn=20)
-    assert plan.target == SHAPE.replace(ffn=20)
+    assert plan.target == changed(NETWORK, ffn_hidden_size=20)
     assert plan.sublayers == list(range(8)) and plan.hidden == list(range(48))
-    assert set(map(str, plan.head.values())) == {str([[0, 1, 2], [0, 1, 2]])}
+    whole = {"groups": [0, 1], "heads": [[0, 1, 2], [0, 1, 2]]}
+    assert [plan.elements[position] for position in (0, 2, 4, 6)] == [whole] * 4
 
 
 def test_a_plan_says_where_the_layers_of_the_target_come_from():
     scores = random_scores()
     scores.depth["loss"][:] = torch.tensor([3.0, 1.0, 2.0, 4.0])
     plan = plan_for(scores, layers=3)
-    assert [plan.source_layer(symbol, layer) for symbol in "*-" for layer in range(3)] == [0, 2, 3] * 2
-    assert plan.kept("-", 1)["ffn"].tolist() == plan.ffn[5]
-    assert plan.kept("*", 1)["head"].tolist() == plan.head[4]
-    assert set(plan.kept(None, None)) == {"hidden"}
+    of_kind = {symbol: [p for p in plan.sublayers if NETWORK.pattern[p] == symbol] for symbol in "*-"}
+    assert [NETWORK.layer_of(p) for symbol in "*-" for p in of_kind[symbol]] == [0, 2, 3] * 2
+    assert plan.kept(of_kind["-"][1])["ffn"].tolist() == plan.elements[5]["ffn"]
+    assert plan.kept(of_kind["*"][1])["group"].tolist() == plan.elements[4]["groups"]
+    assert plan.kept(of_kind["*"][1])["head"].tolist() == plan.elements[4]["heads"]
+    assert set(plan.kept(None)) == {"hidden"}
 
 
 def test_a_plan_survives_its_file(tmp_path):
@@ -111,10 +117,10 @@ def test_a_plan_can_be_edited_line_by_line(file):
     file.write_text("\n".join(line for line in lines if '"layer": 2' not in line))
     edited = Plan.read(file)
     assert edited.sublayers == [0, 1, 2, 3, 6, 7] and edited.hidden == [*range(10), 12, *range(14, 21)]
-    assert edited.target == plan.target.replace(pattern="*-*-*-", hidden=18)
-    for name in ("ffn", "group", "head", "merge"):
+    assert edited.target == without_sublayers(plan.target, 4, 5).replace(hidden_size=18)
+    for name in ("elements", "merge"):
         expected = {position: kept for position, kept in getattr(plan, name).items() if position not in (4, 5)}
-        assert getattr(edited, name) == expected, name
+        assert getattr(edited, name) == expected and expected, name
 
 
 def edited(change):
@@ -138,7 +144,7 @@ BROKEN = {
     "no checkpoint": (edited(lambda v, rows: v.pop("checkpoint")), "it has no 'checkpoint'"),
     "no sublayers": (edited(lambda v, rows: v.pop("sublayers")), "it has no 'sublayers'"),
     "empty": (edited(lambda v, rows: rows.clear()), "sublayers keeps nothing: keep at least one"),
-    "strange source": (edited(lambda v, rows: v["source"].update(width=3)), "shape.width is no field"),
+    "strange source": (edited(lambda v, rows: v["source"].update(width=3)), "network.width is no field"),
     "no position": (edited(lambda v, rows: rows[2].pop("position")), "it has no 'position'"),
     "position as text": (edited(lambda v, rows: rows[2].update(position="2")), "position = '2' must be 0 to 7"),
     "position too large": (edited(lambda v, rows: rows[7].update(position=8)), "position = 8 must be 0 to 7"),
@@ -170,10 +176,13 @@ BROKEN = {
         "sublayer 0: groups names 0 to 2, and there are 0 to 1",
     ),
     "lists": (edited(lambda v, rows: rows[0]["heads"].pop()), "sublayer 0: heads has 1 lists for 2 kept groups"),
-    "heads": (edited(lambda v, rows: rows[0].update(heads=["0-1", "3"])), "sublayer 0: heads of group 1 names 3 to 3"),
-    "merged": (edited(lambda v, rows: rows[0]["merge"][0].pop()), "sublayer 0: merge must name one of 3 heads"),
+    "heads": (edited(lambda v, rows: rows[0].update(heads=["0-1", "3"])), "sublayer 0: heads of query group 1 names 3 to 3"),
+    "merged": (
+        edited(lambda v, rows: rows[0]["merge"][0].pop()),
+        "sublayer 0: merge must name one of 3 query heads for each query head that stays",
+    ),
     "merged with": (edited(lambda v, rows: rows[0].update(merge=[[0, 3], [1, 2]])), "sublayer 0: merge must name one"),
-    "merged here alone": (edited(lambda v, rows: rows[0].pop("merge")), "sublayer 0: merge must name one of 3 heads"),
+    "merged here alone": (edited(lambda v, rows: rows[0].pop("merge")), "sublayer 0: merge must name one of 3 query heads"),
 }
 
 
@@ -186,17 +195,20 @@ def test_every_kind_of_broken_plan_gives_an_error_that_names_the_field(file, nam
     assert str(raised.value).startswith(f"{file}")
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda plan: plan.ffn[1].pop(), "the plan keeps 29 or 30 neurons, depending on the layer: every layer must"),
-        (lambda plan: plan.head[2][0].pop(), "the plan keeps 1 or 2 heads per query group, depending on the layer"),
-        (lambda plan: plan.group[2].pop(), "the plan keeps 1 or 2 query groups, depending on the layer"),
-    ],
-)
-def test_layers_that_would_differ_are_refused(change, message):
+def test_layers_may_differ():
     plan = plan_for(random_scores(), ffn=30, heads=4)
-    change(plan)
+    plan.elements[1]["ffn"].pop()
+    plan.elements[2] = {"groups": [1], "heads": [[0, 2]]}
+    assert plan.problems() == []
+    found = [(layer.num_heads, layer.num_query_groups) for layer in plan.target.sublayers[::2]]
+    assert found == [(4, 2), (2, 1), (4, 2), (4, 2)]
+    assert [layer.ffn_hidden_size for layer in plan.target.sublayers[1::2]] == [29, 30, 30, 30]
+
+
+def test_query_groups_of_a_layer_that_would_differ_are_refused():
+    plan = plan_for(random_scores(), ffn=30, heads=4)
+    plan.elements[2]["heads"][0].pop()
+    message = "the plan keeps 1 or 2 query heads of layer 1's attention, depending on the query group: each must keep"
     with pytest.raises(ConfigError, match=message):
         _ = plan.target
 
@@ -302,11 +314,14 @@ def test_the_order_of_a_greedy_search_counts_and_not_its_numbers():
 
 def test_a_group_is_as_important_as_its_heads_together():
     scores = random_scores()
-    scores.head[:] = torch.tensor([[9.0, 0.0, 0.0], [4.0, 4.0, 4.0]])
-    plan = plan_for(scores, groups=1, heads=2)
-    assert plan.group == {0: [1], 2: [1], 4: [1], 6: [1]} and plan.head[0] == [[0, 1]]
-    scores.head[:] = torch.tensor([[9.0, 2.0, 2.0], [4.0, 4.0, 4.0]])
-    assert plan_for(scores, groups=1, heads=2).group[0] == [0]
+
+    def groups(*heads):
+        scores.elements["heads"] = [torch.tensor(heads, dtype=torch.float64)] * 4
+        plan = plan_for(scores, groups=1, heads=2)
+        return [plan.elements[position] for position in (0, 2, 4, 6)]
+
+    assert groups([9, 0, 0], [4, 4, 4]) == [{"groups": [1], "heads": [[0, 1]]}] * 4
+    assert groups([9, 2, 2], [4, 4, 4]) == [{"groups": [0], "heads": [[0, 1]]}] * 4
 
 
 def test_scores_survive_their_file(tmp_path):
@@ -318,9 +333,10 @@ def test_scores_survive_their_file(tmp_path):
     scores.write(tmp_path)
     Manifest("scores").write(tmp_path)
     found = Scores.read(tmp_path)
-    assert (found.shape, found.settings, found.checkpoint) == (SHAPE, {"num_samples": 7}, "fingerprint")
+    assert (found.network, found.settings, found.checkpoint) == (NETWORK, {"num_samples": 7}, "fingerprint")
     assert found.depth_settings == scores.depth_settings
-    assert all(torch.equal(getattr(found, name), getattr(scores, name)) for name in WIDTH)
+    assert all(torch.equal(by_axis(found)[name], by_axis(scores)[name]) for name in AXES)
+    assert found.elements.keys() == scores.elements.keys() == {"ffn", "heads"} and found.element_rounds == {}
     # The first criterion is the one that layers are chosen by.
     assert list(found.depth) == ["loss", "kl"] and list(found.rounds) == ["depth"]
     for name, values in {**scores.depth, **scores.rounds}.items():
@@ -342,15 +358,16 @@ def test_scores_that_are_not_whole_are_named(tmp_path):
 
 def test_all_of_everything_is_a_fraction_and_one_of_everything_a_number():
     """41 channels are no multiple of what fractions are rounded to."""
-    source = random_scores().shape.replace(hidden=41)
+    source = NETWORK.replace(hidden_size=41)
     names = ("layers", "hidden", "ffn", "groups", "heads")
     whole = resolve_target(source, TargetConfig(**{name: 1.0 for name in names}), ParallelConfig())
-    assert whole.shape_of(source) == source and whole.rounded == []
+    assert whole.network_of(source) == source and whole.rounded == []
     one = resolve_target(source, TargetConfig(**{name: 1 for name in names}), ParallelConfig())
-    assert (one.attention, one.mlp, one.hidden, one.ffn, one.groups, one.heads_per_group) == (1,) * 6
+    sizes = {name: 1 for name in ("attention", "mlp", "hidden", "ffn", "groups", "heads_per_group")}
+    assert one.sizes == {**sizes, "keep_layers": None} and one.layers == 1
     # Of the heads of the groups that stay, which are fewer.
     fewer = resolve_target(source, TargetConfig(groups=1, heads=1.0), ParallelConfig())
-    assert (fewer.groups, fewer.heads_per_group) == (1, source.heads_per_group)
+    assert (fewer.sizes["groups"], fewer.sizes["heads_per_group"]) == (1, 3)
 
 
 def test_a_multiple_that_the_source_does_not_reach_is_refused():
@@ -367,17 +384,16 @@ def test_targets_that_cannot_be_are_all_listed():
     larger = "is larger than the source's"
     assert raised.value.problems == [
         f"target.hidden = 49 {larger} 48: pruning only removes",
-        f"target.ffn = 45 {larger} 44: pruning only removes",
         f"target.heads = 7 {larger} 6: pruning only removes",
-        "target.heads = 7 is not a multiple of the 2 query groups: every group keeps the same number of heads",
+        "target.heads = 7 is not a multiple of the 2 query groups: every query group keeps the same number of heads",
+        f"target.ffn = 45 {larger} 44: pruning only removes",
         f"target.layers = 5 {larger} 4: pruning only removes",
     ]
 
 
 @pytest.mark.parametrize("target", [dict(ffn=-5), dict(ffn=1.5), dict(hidden=0), dict(keep_layers=[2, 1])], ids=str)
 def test_a_target_of_no_meaning_is_refused_by_the_function_too(target):
-    shape = shape_from_config(LLAMA)
-    sizes = [(shape.hidden,), (4, shape.ffn), (4, shape.num_query_groups, shape.heads_per_group)]
-    scores = Scores(shape, *(torch.rand(size, dtype=torch.float64) for size in sizes))
+    scores = random_scores()
+    scores.depth = {}
     with pytest.raises(ConfigError, match=f"target.{next(iter(target))}"):
         make_plan(scores, TargetConfig(**target))

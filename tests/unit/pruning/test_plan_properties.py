@@ -1,4 +1,4 @@
-"""Plans for any shape, layout and target."""
+"""Plans for any network, layout and target."""
 
 import re
 import tempfile
@@ -23,10 +23,10 @@ from minitron_megatron.config.schema import ParallelConfig, TargetConfig, Unit
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.shape import (
+from minitron_megatron.model.network import (
     ATTENTION,
     MLP,
-    ModelShape,
+    Network,
     NormKind,
     layers_pattern,
     layout_problems,
@@ -42,12 +42,12 @@ PROPERTIES = settings(max_examples=60, deadline=None, suppress_health_check=[Hea
 
 
 @st.composite
-def shapes(draw, tensor):
+def networks(draw, tensor):
     groups, per_group = draw(st.integers(1, 4)) * tensor, draw(st.integers(1, 4))
     if tensor > 1 and draw(st.booleans()):  # two ranks share a group
         groups, per_group = tensor // 2, 2 * per_group
     gated = draw(st.booleans())
-    return ModelShape(
+    return Network(
         pattern=layers_pattern(draw(st.integers(1, 5))),
         hidden=draw(st.integers(4, 80)),
         ffn=draw(st.integers(2, 40)) * tensor,
@@ -71,11 +71,11 @@ def size_of(has):
 
 @st.composite
 def problems(draw):
-    """A shape, a layout that can split it, a target and scores; few different ones, so that many are equal."""
+    """A network, a layout that can split it, a target and scores; few different ones, so that many are equal."""
     tensor = draw(st.sampled_from([1, 2, 4]))
-    shape = draw(shapes(tensor))
-    layers = shape.num_layers
-    names = {"hidden": shape.hidden, "ffn": shape.ffn, "groups": shape.num_query_groups, "heads": shape.num_heads}
+    network = draw(networks(tensor))
+    layers = len(network.layers)
+    names = {"hidden": network.hidden_size, "ffn": network.ffn, "groups": network.num_query_groups, "heads": network.num_heads}
     by = draw(st.sampled_from(["layers", "keep_layers", "sublayers"]))
     if by == "keep_layers":
         depth = {by: sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1)))}
@@ -88,10 +88,10 @@ def problems(draw):
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
     unit = Unit.SUBLAYER if by == "sublayers" else Unit.LAYER
-    units = len(shape.pattern) if by == "sublayers" else layers
-    sizes = [(shape.hidden,), (layers, shape.ffn), (layers, shape.num_query_groups, shape.heads_per_group), (units,)]
+    units = len(network.sublayers) if by == "sublayers" else layers
+    sizes = [(network.hidden_size,), (layers, network.ffn), (layers, network.num_query_groups, network.heads_per_group), (units,)]
     *width, depth = (torch.randint(0, 9, size, generator=generator).double() for size in sizes)
-    scores = Scores(shape, *width, {"loss": depth}, DepthSettings(unit))
+    scores = Scores(network, *width, {"loss": depth}, DepthSettings(unit))
     pipeline, virtual = draw(st.integers(1, 3)), draw(st.sampled_from([None, 2]))
     return scores, ParallelConfig(tensor, pipeline, virtual_pipeline=virtual), target, draw(st.booleans())
 
@@ -119,7 +119,7 @@ def ascends_within(indices, size):
 def test_a_plan_is_whole_and_survives_its_file(tmp_path, problem):
     scores, _, target, merge = problem
     plan = plan_or_nothing(*problem)
-    source, cut = scores.shape, plan.target
+    source, cut = scores.network, plan.target
     assert plan.problems() == [] and bool(plan.merge) == merge
     assert ascends_within(plan.sublayers, len(source.pattern)) and ascends_within(plan.hidden, source.hidden)
     attention, mlp = ([p for p in plan.sublayers if source.pattern[p] == kind] for kind in (ATTENTION, MLP))
@@ -153,7 +153,7 @@ def test_a_plan_is_whole_and_survives_its_file(tmp_path, problem):
 def test_sizes_are_what_was_asked_for(problem):
     scores, parallel, target, _ = problem
     plan = plan_or_nothing(*problem)
-    source, cut = scores.shape, plan.target
+    source, cut = scores.network, plan.target
     found = {
         **{
             name: (len(source.sublayers(kind)), len(cut.sublayers(kind)))
@@ -212,8 +212,8 @@ class Nothing:
 
     dtype = torch.float32
 
-    def __init__(self, shape):
-        self.shape = shape
+    def __init__(self, network):
+        self.shape = network
 
     def read(self, param, layer, index):
         for positions, size in zip(index, param.size(axis_sizes(self.shape)), strict=True):
@@ -226,38 +226,38 @@ class Nothing:
 @given(problems())
 def test_a_pruned_network_has_the_parameters_of_its_shape(problem):
     scores, *_ = problem
-    pruned = Pruned(Nothing(scores.shape), plan_or_nothing(*problem))
-    shape, found = pruned.shape, {}
-    for param in parameters(shape):
-        for layer in instances(param, shape):
-            index = [np.arange(size) for size in param.size(axis_sizes(shape))]
+    pruned = Pruned(Nothing(scores.network), plan_or_nothing(*problem))
+    network, found = pruned.network, {}
+    for param in parameters(network):
+        for layer in instances(param, network):
+            index = [np.arange(size) for size in param.size(axis_sizes(network))]
             found[param.name, layer] = pruned.read(param, layer, index).numel()
-    padding = (shape.padded_vocab - shape.vocab) * shape.hidden * (1 if shape.tied else 2)
-    assert sum(found.values()) - padding == num_parameters(shape)
+    padding = (network.padded_vocab_size - network.vocab_size) * network.hidden_size * (1 if network.tie_embeddings else 2)
+    assert sum(found.values()) - padding == num_parameters(network)
 
     # The same, counted by hand.
-    norm = shape.hidden * (2 if shape.norm is NormKind.LAYERNORM else 1)
-    width = shape.num_heads * shape.head_dim
-    qkv = width + 2 * shape.num_query_groups * shape.head_dim
-    neurons = shape.ffn * (2 if shape.gated else 1)
-    matrices = (qkv + width + neurons + shape.ffn) * shape.hidden
-    of_heads = 2 * shape.head_dim * shape.qk_norm * (2 if shape.norm is NormKind.LAYERNORM else 1)
-    biases = qkv * (shape.qkv_bias or shape.linear_bias) + (2 * shape.hidden + neurons) * shape.linear_bias
-    tables = shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    if shape.is_uniform:
-        assert num_parameters(shape) == shape.num_layers * (matrices + biases + of_heads + 2 * norm) + norm + tables
+    norm = network.hidden_size * (2 if network.norm is NormKind.LAYERNORM else 1)
+    width = network.num_heads * network.head_dim
+    qkv = width + 2 * network.num_query_groups * network.head_dim
+    neurons = network.ffn * (2 if network.gated else 1)
+    matrices = (qkv + width + neurons + network.ffn) * network.hidden_size
+    of_heads = 2 * network.head_dim * network.qk_norm * (2 if network.norm is NormKind.LAYERNORM else 1)
+    biases = qkv * (network.qkv_bias or network.linear_bias) + (2 * network.hidden_size + neurons) * network.linear_bias
+    tables = network.vocab_size * network.hidden_size * (1 if network.tie_embeddings else 2)
+    if network.is_uniform:
+        assert num_parameters(network) == len(network.layers) * (matrices + biases + of_heads + 2 * norm) + norm + tables
 
 
 @settings(PROPERTIES, max_examples=25)
 @given(problems())
 def test_a_pruned_checkpoint_holds_what_its_plan_leaves(tmp_path, problem):
-    """On disk: torch's own reader finds as many numbers as the shape has, and they are those of the source."""
+    """On disk: torch's own reader finds as many numbers as the network has, and they are those of the source."""
     scores, parallel, *_ = problem
     plan = plan_or_nothing(*problem)
-    shape = plan.target
-    assume(not layout_problems(shape, ParallelConfig(parallel.tensor)))
+    network = plan.target
+    assume(not layout_problems(network, ParallelConfig(parallel.tensor)))
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    weights = RandomWeights(scores.shape, seed=1)
+    weights = RandomWeights(scores.network, seed=1)
     write_checkpoint(
         folder / "source", weights, torch.float32, Manifest("checkpoint"), None, tensor_ranks=parallel.tensor
     )
@@ -266,15 +266,15 @@ def test_a_pruned_checkpoint_holds_what_its_plan_leaves(tmp_path, problem):
     )
     metadata = FileSystemReader(folder / "pruned/release").read_metadata().state_dict_metadata
     tensors = [entry for entry in metadata.values() if isinstance(entry, TensorStorageMetadata)]
-    padding = (shape.padded_vocab - shape.vocab) * shape.hidden * (1 if shape.tied else 2)
-    assert sum(tensor.size.numel() for tensor in tensors) - padding == num_parameters(shape)
+    padding = (network.padded_vocab_size - network.vocab_size) * network.hidden_size * (1 if network.tie_embeddings else 2)
+    assert sum(tensor.size.numel() for tensor in tensors) - padding == num_parameters(network)
     for tensor in tensors:
         assert sum(chunk.sizes.numel() for chunk in tensor.chunks) == tensor.size.numel()
     found, expected = Checkpoint(folder / "pruned"), Pruned(weights, plan)
-    assert found.shape == shape
-    for param in parameters(shape):
-        for layer in instances(param, shape):
-            index = [np.arange(size) for size in param.size(axis_sizes(shape))]
+    assert found.network == network
+    for param in parameters(network):
+        for layer in instances(param, network):
+            index = [np.arange(size) for size in param.size(axis_sizes(network))]
             assert torch.equal(found.read(param, layer, index), expected.read(param, layer, index))
 
 
@@ -316,7 +316,7 @@ def test_ranges_are_read_back(indices):
     ids=str,
 )
 def test_fractions_become_what_the_field_would_take(target, tensor, sizes):
-    llama_3_8b = ModelShape(layers_pattern(32), 4096, 14336, 32, 8, 128, 128256, 128256)
+    llama_3_8b = Network(layers_pattern(32), 4096, 14336, 32, 8, 128, 128256, 128256)
     found = resolve_target(llama_3_8b, TargetConfig(**target), ParallelConfig(tensor=tensor))
     whole = dict(attention=32, mlp=32, keep_layers=None, hidden=4096, ffn=14336, groups=8, heads_per_group=4)
     names = [f.name for f in fields(found) if f.name != "rounded"]

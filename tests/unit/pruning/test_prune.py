@@ -40,7 +40,7 @@ class Source:
         self.model = hf_model(**config)
         self.checkpoint = import_hf(folder, self.model)
         self.scores = folder / "scores"
-        random_scores(self.scores, Checkpoint(self.checkpoint).shape)
+        random_scores(self.scores, Checkpoint(self.checkpoint).network)
 
     def prune(self, output, parallel=None, **target):
         config = self.config(output, target=TargetConfig(**target), parallel=parallel or ParallelConfig())
@@ -138,9 +138,9 @@ def test_a_pruned_model_is_the_same_here_and_exported(source, tmp_path):
     exported = AutoModelForCausalLM.from_pretrained(
         export(ExportConfig(str(tmp_path / "pruned"), str(tmp_path / "exported")))
     )
-    assert exported.num_parameters() == num_parameters(pruned.shape) == pruned.manifest.details["parameters"]
+    assert exported.num_parameters() == num_parameters(pruned.network) == pruned.manifest.details["parameters"]
     with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        [ours] = build_model(pruned.shape, groups, DType.FP32)
+        [ours] = build_model(pruned.network, groups, DType.FP32)
         load_weights([ours], pruned, groups)
         logits = ours(TOKENS, torch.arange(20).expand(2, -1), attention_mask=None)[..., :101]
         expected = exported(TOKENS).logits
@@ -199,7 +199,7 @@ def test_targets_that_do_not_fit_name_field_and_value(target, parallel, problems
 
 
 def test_scores_of_another_network_are_refused(llama, tmp_path):
-    random_scores(tmp_path / "scores", Checkpoint(llama.checkpoint).shape.replace(vocab=100))
+    random_scores(tmp_path / "scores", Checkpoint(llama.checkpoint).network.replace(vocab=100))
     config = llama.config(tmp_path / "p", scores=str(tmp_path / "scores"), target=TargetConfig(ffn=30))
     with pytest.raises(
         CheckpointError, match=r"scores = .*/scores is of another network than checkpoint = .*: score that"
@@ -264,7 +264,7 @@ def test_a_plan_gives_what_its_scores_gave(source, tmp_path):
     dry = prune(source.config(tmp_path / "dry", target=target, merge_heads=True, dry_run=True))
     for number, plan in enumerate((dry, expected.root, expected.root / "plan.json")):
         found = Checkpoint(prune(source.config(tmp_path / f"{number}", plan=str(plan))))
-        assert found.shape == expected.shape and same_tensors(found, expected)
+        assert found.network == expected.shape and same_tensors(found, expected)
         assert Plan.read(found.root) == Plan.read(expected.root)
     parents = {parent.role: parent.path for parent in found.manifest.parents}
     assert parents == {"checkpoint": str(source.checkpoint), "plan": str(plan)}
@@ -286,7 +286,7 @@ def test_an_edited_plan_is_carried_out(llama, tmp_path, monkeypatch, caplog):
     lines = file.read_text().splitlines()
     file.write_text("\n".join(line for line in lines if '"layer": 1' not in line))
     found = Checkpoint(prune(llama.config(tmp_path / "pruned", plan=str(file))))
-    assert found.shape.num_layers == 3 and found.shape.ffn == 30
+    assert found.len(network.layers) == 3 and found.network.ffn == 30
     expected = sliced_by_hand(llama.model.state_dict(), Plan.read(file))
     tensors = as_transformers_model(found).state_dict()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
@@ -305,7 +305,7 @@ def test_a_fraction_that_another_layout_rounds_otherwise_is_another_target(llama
     target = TargetConfig(ffn=0.16)
     before = fingerprint(llama.checkpoint)
     prune(llama.config(tmp_path / "p", target=target))
-    assert Checkpoint(tmp_path / "p").shape.ffn == 7
+    assert Checkpoint(tmp_path / "p").network.ffn == 7
     with pytest.raises(ConfigError, match="target.ffn"):
         prune(llama.config(tmp_path / "p", target=target, parallel=ParallelConfig(tensor=2)))
     assert fingerprint(llama.checkpoint) == before
@@ -331,7 +331,7 @@ def test_merged_heads_are_written(llama, tmp_path):
 
 def test_what_was_rounded_is_kept(llama, tmp_path):
     pruned, _ = llama.prune(tmp_path / "pruned", ffn=0.7, heads=0.5)
-    assert (pruned.shape.ffn, pruned.shape.num_heads) == (31, 4)
+    assert (pruned.network.ffn, pruned.network.num_heads) == (31, 4)
     assert pruned.manifest.details["rounded"] == [
         "target.ffn = 0.7 of 44 became 31",
         "target.heads = 0.5 of 6 became 4, a multiple of 2",
@@ -340,12 +340,12 @@ def test_what_was_rounded_is_kept(llama, tmp_path):
 
 @pytest.mark.parametrize("what", ["scores", "plan"])
 def test_scores_and_plans_of_other_weights_are_refused(llama, tmp_path, what):
-    """Of the same shape."""
+    """Of the same network."""
     target, own = TargetConfig(ffn=30), fingerprint(llama.checkpoint)
-    shape = Checkpoint(llama.checkpoint).shape
+    network = Checkpoint(llama.checkpoint).network
     other = import_hf(tmp_path / "other", hf_model(seed=1, **LLAMA))
-    assert Checkpoint(other).shape == shape
-    random_scores(tmp_path / "scores", shape, own)
+    assert Checkpoint(other).network == network
+    random_scores(tmp_path / "scores", network, own)
     given = llama.config(tmp_path / "pruned", scores=str(tmp_path / "scores"), target=target)
     if what == "plan":
         given = llama.config(tmp_path / "pruned", plan=str(prune(replace(given, dry_run=True))))

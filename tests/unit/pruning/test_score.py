@@ -24,7 +24,7 @@ from minitron_megatron.config.schema import (
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.errors import ConfigError, DataError
 from minitron_megatron.model.axes import axis_sizes
-from minitron_megatron.model.shape import layout_problems
+from minitron_megatron.model.network import layout_problems
 from minitron_megatron.pruning.ablation import Ablation
 from minitron_megatron.pruning.plan import Plan, make_plan
 from minitron_megatron.pruning.prune import prune
@@ -52,7 +52,7 @@ def long(inputs):
 
 
 def assert_same(found: Scores, expected: Scores, tolerance=0.0):
-    assert (found.shape, found.settings, found.checkpoint) == (expected.shape, expected.settings, expected.checkpoint)
+    assert (found.network, found.settings, found.checkpoint) == (expected.shape, expected.settings, expected.checkpoint)
     pairs = [(getattr(found, name), getattr(expected, name)) for name in WIDTH]
     for one, other in ((found.depth, expected.depth), (found.rounds, expected.rounds)):
         assert one.keys() == other.keys()
@@ -211,7 +211,7 @@ def test_rounds_are_scoring_pruning_and_scoring_by_hand(settings, tmp_path, targ
         step = Plan.read(output)
         so_far = so_far.then(step) if so_far else step
         between = Checkpoint(tmp_path / f"scores.round_{number}")
-        assert between.shape == Checkpoint(output).shape
+        assert between.shape == Checkpoint(output).network
         index = [np.arange(128), np.arange(0, between.shape.hidden, 3)]
         param = between._table[0]
         assert torch.equal(between.read(param, None, index), Checkpoint(output).read(param, None, index))
@@ -242,7 +242,7 @@ def test_rounds_on_several_ranks_are_those_of_one(settings, tmp_path):
     assert_same(found, expected, 1e-6)
     assert found.rounds["ffn"].unique().tolist() == [1, 2]
     one, many = (Checkpoint(tmp_path / f"{name}.round_1") for name in ("one", "many"))
-    assert one.shape == many.shape != Checkpoint(split.checkpoint).shape
+    assert one.shape == many.shape != Checkpoint(split.checkpoint).network
     param = one._table[0]
     index = [np.arange(n) for n in param.size(axis_sizes(one.shape))]
     assert torch.equal(one.read(param, None, index), many.read(param, None, index))
@@ -299,10 +299,10 @@ def test_rounds_go_the_same_way_in_any_layout(settings):
         split = replace(config, parallel=ParallelConfig(tensor=tensor))
         return [_part_way(split, checkpoint, number) for number in range(1, config.rounds)]
 
-    shapes = sizes(config, checkpoint, 1)
-    assert shapes == sizes(config, checkpoint, 2)
-    assert [(shape.hidden, shape.ffn) for shape in shapes] == [(46, 42), (43, 40)]
-    wide = SimpleNamespace(shape=checkpoint.shape.replace(num_heads=16))
+    networks = sizes(config, checkpoint, 1)
+    assert networks == sizes(config, checkpoint, 2)
+    assert [(network.hidden_size, network.ffn) for network in networks] == [(46, 42), (43, 40)]
+    wide = SimpleNamespace(network=checkpoint.network.replace(num_heads=16))
     for changes in (dict(heads=8), dict(groups=1, heads=4)):
         config = settings("one", rounds=4, target=TargetConfig(**changes))
         assert sizes(config, wide, 1) == sizes(config, wide, 2) == sizes(config, wide, 4)

@@ -4,7 +4,7 @@ from torch.optim import adam
 
 from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.model.build import build_model
-from minitron_megatron.model.families import shape_from_config
+from minitron_megatron.model.families import network_from_config
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.training.optimizer import optimization
 from tests.tiny import LLAMA
@@ -15,7 +15,7 @@ def test_a_step_is_that_of_adamw_in_its_fused_form(dtype, monkeypatch):
     monkeypatch.setattr(adam, "_single_tensor_adam", lambda *a, **o: pytest.fail("not fused"))
     config = OptimizerConfig(lr=1e-2, min_lr=1e-2, warmup_steps=0, clip_grad=0.0)
     with process_groups(ParallelConfig()) as groups:
-        chunks = build_model(shape_from_config(LLAMA), groups, dtype)
+        chunks = build_model(network_from_config(LLAMA), groups, dtype)
         weights = {name: weight.detach().float().clone() for name, weight in chunks[0].named_parameters()}
         training = optimization(chunks, config, 2, dtype, groups)
         torch.manual_seed(0)
