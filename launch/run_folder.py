@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from minitron_megatron.config.changes import differences, flat
 from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.reader import show
 from minitron_megatron.errors import ConfigError
@@ -83,24 +84,12 @@ def other_run_problems(run: Path, jobs: list[Job], stages: Stages) -> list[str]:
     for job, (verb, settings) in zip(jobs, stages.values(), strict=False):
         path = run / FOLDER / f"{job.file}.yaml"
         if path.is_file() and Path(settings.output).exists():
-            before, now = yaml.safe_load(path.read_text()), to_plain(settings)
-            changes = _changes(before, now, verb)
-            if changes:
+            changed = differences(flat(yaml.safe_load(path.read_text())), flat(to_plain(settings)))
+            if changes := [f"{verb}.{name} was {show(old)} and is {show(new)}" for name, old, new in changed]:
                 found.append(
                     f"{run} holds another run: in its stage {job.name} {'; '.join(changes)}. Choose another folder, or "
                     f"remove {settings.output}"
                 )
-    return found
-
-
-def _changes(before: dict, now: dict, where: str) -> list[str]:
-    found = []
-    for key in {**before, **now}:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _changes(old, new, f"{where}.{key}")
-        elif old != new:
-            found.append(f"{where}.{key} was {show(old)} and is {show(new)}")
     return found
 
 

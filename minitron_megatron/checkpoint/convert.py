@@ -36,7 +36,8 @@ def import_checkpoint(config: ImportConfig) -> Path:
         ConfigError: the output holds something else already.
     """
     source, output = _resolve(config.source), Path(config.output)
-    manifest = Manifest("checkpoint", parents=[Parent.of("source", source)], config=to_plain(config))
+    parents = [Parent.of("source", source)]
+    manifest = Manifest("checkpoint", parents=parents, config=to_plain(config), verb="import")
     if is_done(output, manifest):
         return output
     with _open_source(source) as (weights, companions):
@@ -68,7 +69,7 @@ def export(config: ExportConfig) -> Path:
         parents.append(Parent.of("huggingface", companions))
         if tokens := num_tokens(companions, checkpoint.shape.padded_vocab):
             checkpoint.shape = checkpoint.shape.replace(vocab=tokens)
-    manifest = Manifest("huggingface", parents=parents, config=to_plain(config))
+    manifest = Manifest("huggingface", parents=parents, config=to_plain(config), verb="export")
     if is_done(output, manifest):
         return output
     card = model_card(parents[0], checkpoint.shape, companions)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from minitron_megatron.config.checks import at_least
+from minitron_megatron.config.fields import SAME_RESULT
 
 
 class DType(str, Enum):
@@ -76,14 +77,14 @@ class DataConfig:
     """
 
     text: list[str] = field(default_factory=lambda: ["builtin"])
-    cache_dir: str = "corpora"
+    cache_dir: str = field(default="corpora", metadata=SAME_RESULT)
     sequence_length: int = 512
     heldout_pct: float = 5.0
     seed: int = 1234
     weights: list[float] | None = None
     text_field: str = "text"
     document_mask: bool = False
-    workers: int | None = None
+    workers: int | None = field(default=None, metadata=SAME_RESULT)
 
     def problems(self, where: str = "data.") -> list[str]:
         found = [*at_least(where, "sequence_length", self.sequence_length, 2), *at_least(where, "seed", self.seed, 0)]

@@ -5,6 +5,7 @@ from enum import Enum
 
 from minitron_megatron.config.checks import at_least, nearest_multiples
 from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, sequence_problems
+from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.loss import LossConfig
 
 
@@ -39,7 +40,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0
     distributed: bool = False
-    overlap: bool = False
+    overlap: bool = field(default=False, metadata=SAME_RESULT)
 
     def problems(self, where: str = "optimizer.") -> list[str]:
         found = []
@@ -109,17 +110,17 @@ class DistillConfig:
 
     teacher: str | None = "???"
     student: str = "???"
-    output: str = "???"
+    output: str = field(default="???", metadata=SAME_RESULT)
     steps: int = 400
     global_batch: int = 8
-    micro_batch: int = 4
-    recompute: bool = False
+    micro_batch: int = field(default=4, metadata=SAME_RESULT)
+    recompute: bool = field(default=False, metadata=SAME_RESULT)
     random_init: bool = False
-    save_every: int | None = 100
-    validate_every: int | None = None
-    validate_batches: int = 4
-    keep_checkpoints: int = 1
-    max_skipped_steps: int = 10
+    save_every: int | None = field(default=100, metadata=SAME_RESULT)
+    validate_every: int | None = field(default=None, metadata=SAME_RESULT)
+    validate_batches: int = field(default=4, metadata=SAME_RESULT)
+    keep_checkpoints: int = field(default=1, metadata=SAME_RESULT)
+    max_skipped_steps: int = field(default=10, metadata=SAME_RESULT)
     dtype: DType = DType.BF16
     teacher_dtype: DType | None = None
     teacher_fp8: bool = False
@@ -128,8 +129,8 @@ class DistillConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=SAME_RESULT)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
         found = []

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, sequence_problems
+from minitron_megatron.config.fields import SAME_RESULT
 
 
 @dataclass
@@ -25,9 +26,9 @@ class EvaluateConfig:
     """
 
     model: str = "???"
-    output: str = "???"
+    output: str = field(default="???", metadata=SAME_RESULT)
     num_samples: int | None = None
-    micro_batch: int = 4
+    micro_batch: int = field(default=4, metadata=SAME_RESULT)
     generate_tokens: int = 64
     tasks: list[str] = field(default_factory=list)
     task_dir: str | None = None
@@ -36,7 +37,7 @@ class EvaluateConfig:
     chat_template: bool = False
     dtype: DType = DType.BF16
     data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
         return [

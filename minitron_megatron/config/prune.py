@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.common import ParallelConfig, TargetConfig
+from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.score import DepthCriterion
 
 
@@ -26,15 +27,15 @@ class PruneConfig:
     """
 
     checkpoint: str = "???"
-    output: str = "???"
+    output: str = field(default="???", metadata=SAME_RESULT)
     scores: str | None = None
     plan: str | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
     depth_criterion: DepthCriterion | None = None
     merge_heads: bool = False
-    dry_run: bool = False
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    workers: int = 1
+    dry_run: bool = field(default=False, metadata=SAME_RESULT)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=SAME_RESULT)
+    workers: int = field(default=1, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
         found = at_least(where, "workers", self.workers, 1)

@@ -14,6 +14,7 @@ from minitron_megatron.config.cluster import LaunchConfig
 from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, TargetConfig
 from minitron_megatron.config.distill import DistillConfig, OptimizerConfig, Tracker, TrackingConfig
 from minitron_megatron.config.evaluate import EvaluateConfig
+from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.prune import PruneConfig
 from minitron_megatron.config.score import (
@@ -71,9 +72,9 @@ class ImportConfig:
     """
 
     source: str = "???"
-    output: str = "???"
+    output: str = field(default="???", metadata=SAME_RESULT)
     dtype: DType | None = None
-    workers: int = 1
+    workers: int = field(default=1, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
         return at_least(where, "workers", self.workers, 1)
@@ -93,10 +94,10 @@ class ExportConfig:
     """
 
     checkpoint: str = "???"
-    output: str = "???"
+    output: str = field(default="???", metadata=SAME_RESULT)
     max_shard_gb: float = 5.0
     huggingface: str | None = None
-    workers: int = 1
+    workers: int = field(default=1, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
         found = at_least(where, "workers", self.workers, 1)

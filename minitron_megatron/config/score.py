@@ -5,6 +5,7 @@ from enum import Enum
 
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, TargetConfig, sequence_problems
+from minitron_megatron.config.fields import SAME_RESULT
 
 
 class Aggregation(str, Enum):
@@ -72,7 +73,7 @@ class DepthConfig:
     search: DepthSearch = DepthSearch.SINGLE
     protect_first: int = 1
     protect_last: int = 1
-    choices: str | None = None
+    choices: str | None = field(default=None, metadata=SAME_RESULT)  # its content is known by its fingerprint
 
     def problems(self, where: str = "depth.") -> list[str]:
         found = []
@@ -124,9 +125,9 @@ class ScoreConfig:
     """
 
     checkpoint: str = "???"
-    output: str = "???"
+    output: str = field(default="???", metadata=SAME_RESULT)
     num_samples: int = 1024
-    micro_batch: int = 4
+    micro_batch: int = field(default=4, metadata=SAME_RESULT)
     criterion: Criterion = Criterion.ACTIVATION
     sequence_aggregation: Aggregation = Aggregation.MEAN
     batch_aggregation: Aggregation = Aggregation.L2
@@ -135,14 +136,14 @@ class ScoreConfig:
     heads: AxisConfig = field(default_factory=AxisConfig)
     neurons: Neurons = Neurons.AFTER
     rounds: int = 1
-    save_rounds: bool = False
-    save_every: int = 64
+    save_rounds: bool = field(default=False, metadata=SAME_RESULT)
+    save_every: int = field(default=64, metadata=SAME_RESULT)
     seed: int = 1234
     dtype: DType = DType.BF16
     depth: DepthConfig = field(default_factory=DepthConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=SAME_RESULT)
 
     @property
     def depends_on_target(self) -> bool:

@@ -68,7 +68,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     parents += Parent.of_text(config.data.text)
     parents += [Parent.of("task_dir", Path(config.task_dir))] if config.task_dir else []
     shape = checkpoint.shape.to_dict() if checkpoint else None
-    manifest = Manifest("evaluation", shape, parents, to_plain(config))
+    manifest = Manifest("evaluation", shape, parents, to_plain(config), verb="evaluate")
     if is_done(output, manifest):
         return output
     with process_groups(layout) as groups:
