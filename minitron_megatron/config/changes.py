@@ -35,12 +35,12 @@ def content(schema: type | None, settings: dict) -> dict[str, Any]:
 
 def _ignored(schema: type, where: str) -> Iterator[str]:
     """Dotted names of the settings and sections that change no result."""
-    hints = get_type_hints(schema)
+    types = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         if not changes_result(field):
             yield f"{where}{field.name}"
-        elif dataclasses.is_dataclass(hints[field.name]):
-            yield from _ignored(hints[field.name], f"{where}{field.name}.")
+        elif dataclasses.is_dataclass(types[field.name]):
+            yield from _ignored(types[field.name], f"{where}{field.name}.")
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -1,4 +1,4 @@
-"""Settings that several verbs have: layout, text, number formats and the shape to prune to."""
+"""Settings that several verbs have: layout, text and number formats."""
 
 import math
 from dataclasses import dataclass, field
@@ -114,62 +114,3 @@ def sequence_problems(where: str, data: DataConfig, parallel: ParallelConfig) ->
         f"{where}data.sequence_length = {data.sequence_length} is not a multiple of {where}parallel.tensor = "
         f"{parallel.tensor}, as {where}parallel.sequence = true needs: change one of the three"
     ]
-
-
-@dataclass
-class TargetConfig:
-    """The shape to prune to. What is null stays as it is.
-
-    A size may be a whole number, or a fraction of the source's, as in 0.75; fractions are rounded, and 1.0 is all.
-
-    Attributes:
-        layers: transformer layers to keep.
-        keep_layers: exactly these layers, counted from 0, whatever their scores.
-        attention: attention sublayers to keep, where sublayers are scored by themselves.
-        mlp: MLP sublayers to keep, where sublayers are scored by themselves.
-        hidden: channels of the residual stream.
-        ffn: neurons per MLP.
-        groups: query groups, each with its key and value head and its query heads.
-        heads: query heads over all groups, the same number in every group.
-        round_to: hidden and ffn are rounded to a multiple of this. null: fractions are rounded to what tensor
-            cores and the layout want, and whole numbers are taken as they are.
-    """
-
-    layers: int | float | None = None
-    keep_layers: list[int] | None = None
-    attention: int | float | None = None
-    mlp: int | float | None = None
-    hidden: int | float | None = None
-    ffn: int | float | None = None
-    groups: int | float | None = None
-    heads: int | float | None = None
-    round_to: int | None = None
-
-    @property
-    def sizes(self) -> dict[str, int | float]:
-        """The sizes that are given, by name."""
-        names = ("layers", "attention", "mlp", "hidden", "ffn", "groups", "heads")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.sizes and self.keep_layers is None
-
-    def problems(self, where: str = "target.") -> list[str]:
-        found = at_least(where, "round_to", self.round_to, 1)
-        for name, size in self.sizes.items():
-            if size <= 0 or (size != int(size) and size > 1):
-                found.append(
-                    f"{where}{name} = {size}: must be a whole number of at least 1, or a fraction of at most 1.0"
-                )
-        if self.keep_layers is not None:
-            others = [name for name in ("layers", "attention", "mlp") if name in self.sizes]
-            if others:
-                found.append(f"{where}keep_layers and {where}{others[0]} are both set: set one of them")
-            if self.keep_layers != sorted(set(self.keep_layers)) or not self.keep_layers or self.keep_layers[0] < 0:
-                found.append(
-                    f"{where}keep_layers = {self.keep_layers}: must name at least one layer, ascending, from 0"
-                )
-        if "layers" in self.sizes and ("attention" in self.sizes or "mlp" in self.sizes):
-            found.append(f"{where}layers is set beside {where}attention or {where}mlp: set the one or the others")
-        return found

@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from minitron_megatron.config.fields import values
 from minitron_megatron.config.reader import Reader, keys, near, show
 from minitron_megatron.config.schema import SCHEMAS, CompressConfig
 from minitron_megatron.errors import ConfigError, raise_if_any
@@ -127,14 +128,16 @@ def as_used(settings: Any) -> str:
 def to_plain(settings: Any) -> dict:
     """The settings as JSON values."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            value = values(value)
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, list):
             return [plain(item) for item in value]
         return value.value if isinstance(value, Enum) else value
 
-    return plain(dataclasses.asdict(settings))
+    return plain(settings)
 
 
 class _Dumper(yaml.SafeDumper):

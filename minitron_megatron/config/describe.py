@@ -6,10 +6,11 @@ import re
 import textwrap
 from enum import Enum
 from types import UnionType
-from typing import get_args, get_type_hints
+from typing import get_args
 
 from minitron_megatron.config.compose import defaults
-from minitron_megatron.config.reader import MISSING, show
+from minitron_megatron.config.fields import OpenSettings, hints
+from minitron_megatron.config.reader import MISSING, listed_enum, show
 from minitron_megatron.config.schema import SCHEMAS
 
 
@@ -33,7 +34,7 @@ def describe(verb: str, width: int = 110) -> str:
 def _rows(schema: type, values: dict, where: str) -> list[tuple[str, str]]:
     """`name=default` and meaning of every setting."""
     rows, meanings = [], _meanings(schema)
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in hints(schema).items():
         kind = get_args(hint)[0] if isinstance(hint, UnionType) else hint
         default, meaning = values[name], meanings.get(name, "")
         if dataclasses.is_dataclass(kind):
@@ -44,8 +45,8 @@ def _rows(schema: type, values: dict, where: str) -> list[tuple[str, str]]:
                 default, meaning = "...", f"{meaning} By default: {', '.join(default)}."
         elif isinstance(kind, type) and issubclass(kind, Enum):
             meaning = f"{meaning} [{', '.join(member.value for member in kind)}]".strip()
-        elif members := [member.value for a in get_args(kind) if issubclass(a, Enum) for member in a]:
-            meaning = f"{meaning} [{', '.join(members)}]"
+        elif members := listed_enum(kind):
+            meaning = f"{meaning} [{', '.join(member.value for member in members)}]"
         rows.append((f"{where}{name}={_shown(default)}", meaning))
     return rows
 
@@ -59,11 +60,13 @@ def _shown(default) -> str:
 
 
 def _meanings(schema: type) -> dict[str, str]:
-    """The entries below `Attributes:` in a docstring."""
-    meanings, name = {}, None
+    """The entries below `Attributes:` in a docstring, and what is registered beside them."""
+    meanings: dict[str, str] = {}
     for line in inspect.getdoc(schema).partition("Attributes:\n")[2].splitlines():
         if entry := re.match(r" {4}(\w+): (.*)", line):
-            name, meanings[entry[1]] = entry.groups()
+            name, meanings[name] = entry[1], entry[2]
         elif line.startswith(" " * 8):
             meanings[name] += f" {line.strip()}"
+    if issubclass(schema, OpenSettings):
+        meanings |= {name: own.meaning for name, own in schema.open_fields().items()}
     return meanings

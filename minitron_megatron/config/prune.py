@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 
 from minitron_megatron.config.checks import at_least
-from minitron_megatron.config.common import ParallelConfig, TargetConfig
+from minitron_megatron.config.common import ParallelConfig
 from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.score import DepthCriterion
+from minitron_megatron.config.target import TargetConfig
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.cluster import LaunchConfig
-from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, TargetConfig
+from minitron_megatron.config.common import DataConfig, DType, ParallelConfig
 from minitron_megatron.config.distill import DistillConfig, OptimizerConfig, Tracker, TrackingConfig
 from minitron_megatron.config.evaluate import EvaluateConfig
 from minitron_megatron.config.fields import SAME_RESULT
@@ -28,6 +28,7 @@ from minitron_megatron.config.score import (
     ScoreConfig,
     Unit,
 )
+from minitron_megatron.config.target import TargetConfig
 
 __all__ = [
     "SCHEMAS",

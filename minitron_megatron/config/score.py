@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
+from minitron_megatron.config.axes import scored_axes, sublayers
 from minitron_megatron.config.checks import at_least
-from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, TargetConfig, sequence_problems
-from minitron_megatron.config.fields import SAME_RESULT
+from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, sequence_problems
+from minitron_megatron.config.fields import OPEN, SAME_RESULT, OpenField, OpenSettings
+from minitron_megatron.config.target import TargetConfig
 
 
 class Aggregation(str, Enum):
@@ -94,15 +97,21 @@ class DepthConfig:
 
 @dataclass
 class AxisConfig:
-    """How one axis is scored where it is not scored as the others are: what is null is as for all of them."""
+    """How one axis is scored where it is not scored as the others are: what is null is as for all of them.
+
+    Attributes:
+        criterion: of this axis alone.
+        sequence_aggregation: of this axis alone.
+        batch_aggregation: of this axis alone.
+    """
 
     criterion: Criterion | None = None
     sequence_aggregation: Aggregation | None = None
     batch_aggregation: Aggregation | None = None
 
 
-@dataclass
-class ScoreConfig:
+@dataclass(init=False)
+class ScoreConfig(OpenSettings):
     """`minitron score`: a checkpoint and text become importance scores.
 
     Attributes:
@@ -114,7 +123,8 @@ class ScoreConfig:
             that read them; the norm of all weights that go with them; or nothing but chance, as a baseline.
         sequence_aggregation: over the tokens of a sequence, first.
         batch_aggregation: over the calibration sequences, second.
-        hidden, ffn, heads: the same three for channels, neurons or heads alone.
+        by_axis: the same three for channels, neurons or heads alone: a section for every axis that is scored, under its
+            name in `target`.
         neurons: score neurons after their activation and gate, or before (of a gated MLP, the gate's input).
         rounds: prune a little and score again, so many times, on the way to the target.
         save_rounds: also write the checkpoint between two rounds, to `OUTPUT.round_N/`.
@@ -131,9 +141,7 @@ class ScoreConfig:
     criterion: Criterion = Criterion.ACTIVATION
     sequence_aggregation: Aggregation = Aggregation.MEAN
     batch_aggregation: Aggregation = Aggregation.L2
-    hidden: AxisConfig = field(default_factory=AxisConfig)
-    ffn: AxisConfig = field(default_factory=AxisConfig)
-    heads: AxisConfig = field(default_factory=AxisConfig)
+    by_axis: dict[str, Any] = field(default_factory=dict, metadata=OPEN)  # of `AxisConfig`
     neurons: Neurons = Neurons.AFTER
     rounds: int = 1
     save_rounds: bool = field(default=False, metadata=SAME_RESULT)
@@ -145,6 +153,11 @@ class ScoreConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=SAME_RESULT)
 
+    @classmethod
+    def open_fields(cls) -> dict[str, OpenField]:
+        """A section for every axis that is scored."""
+        return {name: OpenField(AxisConfig) for name in scored_axes()}
+
     @property
     def depends_on_target(self) -> bool:
         """Whether the scores depend on the target."""
@@ -152,12 +165,16 @@ class ScoreConfig:
 
     @property
     def axes(self) -> dict[str, AxisConfig]:
-        """How each axis of `Scores` is scored, with nothing left null."""
-        names = ("criterion", "sequence_aggregation", "batch_aggregation")
-        return {
-            axis: AxisConfig(*(getattr(own, name) or getattr(self, name) for name in names))
-            for axis, own in (("hidden", self.hidden), ("ffn", self.ffn), ("head", self.heads))
-        }
+        """How each axis is scored, by its name in `target`, with nothing left null."""
+
+        def complete(own: AxisConfig) -> AxisConfig:
+            return AxisConfig(
+                own.criterion or self.criterion,
+                own.sequence_aggregation or self.sequence_aggregation,
+                own.batch_aggregation or self.batch_aggregation,
+            )
+
+        return {name: complete(self.by_axis.get(name, AxisConfig())) for name in scored_axes()}
 
     def problems(self, where: str = "") -> list[str]:
         found = []
@@ -176,15 +193,17 @@ class ScoreConfig:
                 f"{where}rounds = {self.rounds} and {where}depth.search = {self.depth.search.value}: several rounds "
                 f"score every layer by itself; set {where}depth.search=single or {where}rounds=1"
             )
-        if self.rounds > 1 and "layers" in self.target.sizes and not self.depth.criteria:
+        if self.rounds > 1 and self.target.layers is not None and not self.depth.criteria:
             found.append(f"{where}target.layers and {where}rounds = {self.rounds} need one of {where}depth.criteria")
-        if self.rounds > 1 and (self.depth.unit is Unit.SUBLAYER or {"attention", "mlp"} & set(self.target.sizes)):
+        if self.rounds > 1 and (self.depth.unit is Unit.SUBLAYER or self.target.sublayers):
             found.append(
                 f"{where}rounds = {self.rounds} score networks of whole layers: set {where}depth.unit=layer and "
                 f"{where}target.layers, or {where}rounds=1"
             )
-        going = ("layers",) if self.depth.unit is Unit.LAYER else ("attention", "mlp")
-        if self.depth.search is not DepthSearch.SINGLE and not any(name in self.target.sizes for name in going):
+        by_layer = self.depth.unit is Unit.LAYER
+        goes = self.target.layers is not None if by_layer else bool(self.target.sublayers)
+        if self.depth.search is not DepthSearch.SINGLE and not goes:
+            going = ["layers"] if by_layer else sublayers()
             found.append(
                 f"{where}depth.search = {self.depth.search.value} needs to know how many go: set "
                 f"{' or '.join(f'{where}target.{name}' for name in going)}"

@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn.functional import pad
 
+from minitron_megatron.config.axes import scored_axes
 from minitron_megatron.config.schema import AxisConfig, Criterion, DepthCriterion, DepthSearch, ScoreConfig, Unit
 from minitron_megatron.data.choices import ChoiceSamples
 from minitron_megatron.data.samples import Samples
@@ -265,7 +266,7 @@ class _Calibration:
     def _over_samples(self, name: str, base: Drops, paths: list[Drops], watch: bool) -> dict[str, Tensor]:
         config, groups, device = self.config, self.groups, self.groups.device
         networks = [WHOLE, *paths]
-        how = {axis: settings.sequence_aggregation for axis, settings in config.axes.items()}
+        how = {axis: settings.sequence_aggregation for axis, settings in _by_table_axis(config).items()}
         capture = Capture(self.chunks, self.shape, groups, how, config.neurons)
         ablation = Ablation(self.shape, groups, base, paths, bool(_NEED_OUTPUTS & set(config.depth.criteria)))
         outputs = torch.zeros(len(networks), len(MEASURES), dtype=torch.float64, device=device)
@@ -360,6 +361,11 @@ def _first_fault(values: Tensor, before: int) -> Tensor:
     return pad(places.where(~is_finite, torch.inf), (0, 1), value=torch.inf).min()
 
 
+def _by_table_axis(config: ScoreConfig) -> dict[str, AxisConfig]:
+    """How each axis is scored, by its name in the axis table."""
+    return {scored_axes()[name].table: how for name, how in config.axes.items()}
+
+
 def _width_scores(
     chunks: Sequence[GPTModel], shape: ModelShape, groups: Groups, config: ScoreConfig, sums: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -389,7 +395,7 @@ def _width_scores(
             return activations * squares[criterion][axis].sqrt()
         return activations
 
-    scores = {axis: score(axis, settings) for axis, settings in config.axes.items()}
+    scores = {axis: score(axis, settings) for axis, settings in _by_table_axis(config).items()}
     return {
         "hidden": scores["hidden"].sum(0),
         "ffn": scores["ffn"],

@@ -54,6 +54,19 @@ class Target:
         return self.attention != self.mlp
 
 
+def _unsupported(asked: dict) -> list[str]:
+    """What no plan can say yet: sizes by layer, and those of other kinds of layers."""
+    known = ("layers", "attention", "mlp", "hidden", "ffn", "groups", "heads")
+    return [
+        *(
+            f"target.{name} = {size}: give one size for all layers"
+            for name, size in asked.items()
+            if type(size) is list
+        ),
+        *(f"target.{name}: the network has none: leave it out" for name in asked if name not in known),
+    ]
+
+
 def resolve_target(source: ModelShape, config: TargetConfig, parallel: ParallelConfig) -> Target:
     """What `config` asks for, as numbers.
 
@@ -66,7 +79,9 @@ def resolve_target(source: ModelShape, config: TargetConfig, parallel: ParallelC
         ConfigError: something is larger than in the source, or no plan can reach it.
     """
     attention, mlp = len(source.sublayers(ATTENTION)), len(source.sublayers(MLP))
-    asked, problems, rounded = config.sizes, [], []
+    asked = config.sizes if config.layers is None else {**config.sizes, "layers": config.layers}
+    raise_if_any(_unsupported(asked))
+    problems, rounded = [], []
 
     def size(name: str, has: int, multiple: int = 1, exact: bool = True, whole: int | None = None, fits=bool) -> int:
         """The number for one size: `has` if none is asked for, else rounded where it may be, to the nearest multiple
