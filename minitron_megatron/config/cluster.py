@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from minitron_megatron.config.checks import at_least
+from minitron_megatron.config.plugins import PluginConfig
 
 # Of Slurm's forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds].
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
@@ -182,7 +183,7 @@ class ClusterConfig:
 
 
 @dataclass
-class LaunchConfig:
+class LaunchConfig(PluginConfig):
     """`minitron launch`: a verb or a recipe is run on this machine or a cluster.
 
     Attributes:

@@ -60,9 +60,10 @@ def _shown(default) -> str:
 
 
 def _meanings(schema: type) -> dict[str, str]:
-    """The entries below `Attributes:` in a docstring, and what is registered beside them."""
+    """The entries below `Attributes:` in the docstrings of a class and its bases, and those of what is registered."""
     meanings: dict[str, str] = {}
-    for line in inspect.getdoc(schema).partition("Attributes:\n")[2].splitlines():
+    docs = [inspect.cleandoc(base.__doc__ or "") for base in reversed(schema.__mro__)]
+    for line in "\n".join(doc.partition("Attributes:\n")[2] for doc in docs).splitlines():
         if entry := re.match(r" {4}(\w+): (.*)", line):
             name, meanings[name] = entry[1], entry[2]
         elif line.startswith(" " * 8):

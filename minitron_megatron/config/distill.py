@@ -7,6 +7,7 @@ from minitron_megatron.config.checks import at_least, nearest_multiples
 from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, sequence_problems
 from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.loss import LossConfig
+from minitron_megatron.config.plugins import PluginConfig
 
 
 class Tracker(str, Enum):
@@ -80,7 +81,7 @@ class TrackingConfig:
 
 
 @dataclass
-class DistillConfig:
+class DistillConfig(PluginConfig):
     """`minitron distill`: a student learns to predict what its teacher predicts.
 
     Attributes:

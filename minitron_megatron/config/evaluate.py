@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, sequence_problems
 from minitron_megatron.config.fields import SAME_RESULT
+from minitron_megatron.config.plugins import PluginConfig
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(PluginConfig):
     """`minitron evaluate`: held-out loss and perplexity, generation speed, and tasks of lm-eval.
 
     Attributes:

@@ -58,8 +58,9 @@ class OpenSettings:
         raise NotImplementedError
 
     def __init__(self, *args: Any, **kwargs: Any):
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        given = dict(**dict(zip(list(fields)[: len(args)], args, strict=True)), **kwargs)
+        fields = {field.name: field for field in _in_order(self)}
+        positional = [name for name, field in fields.items() if not field.kw_only]
+        given = dict(**dict(zip(positional[: len(args)], args, strict=True)), **kwargs)
         [store] = [name for name, field in fields.items() if _is_open(field)]
         named = {name: value for name, value in given.items() if name not in fields}
         further = {**given.pop(store, {}), **named}
@@ -76,6 +77,11 @@ def _is_open(field: dataclasses.Field) -> bool:
     return field.metadata.get("open", False)
 
 
+def _in_order(schema: Any) -> list[dataclasses.Field]:
+    """The fields, those last that are given by keyword alone, wherever in the bases they stand."""
+    return sorted(dataclasses.fields(schema), key=lambda field: field.kw_only)
+
+
 def hints(schema: type) -> dict[str, Any]:
     """The type of every setting of a settings class, by name and in order.
 
@@ -83,7 +89,7 @@ def hints(schema: type) -> dict[str, Any]:
         ConfigError: what is registered beside the fields has the name of one.
     """
     types, by_name = get_type_hints(schema), {}
-    for field in dataclasses.fields(schema):
+    for field in _in_order(schema):
         if not _is_open(field):
             by_name[field.name] = types[field.name]
             continue
@@ -99,7 +105,7 @@ def hints(schema: type) -> dict[str, Any]:
 def values(settings: Any) -> dict[str, Any]:
     """The value of every setting, by name and in order."""
     by_name = {}
-    for field in dataclasses.fields(settings):
+    for field in _in_order(settings):
         value = getattr(settings, field.name)
         if not _is_open(field):
             by_name[field.name] = value

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.common import ParallelConfig
 from minitron_megatron.config.fields import SAME_RESULT
+from minitron_megatron.config.plugins import PluginConfig
 from minitron_megatron.config.score import DepthCriterion
 from minitron_megatron.config.target import TargetConfig
 
 
 @dataclass
-class PruneConfig:
+class PruneConfig(PluginConfig):
     """`minitron prune`: a checkpoint, its scores and a target shape become a smaller checkpoint.
 
     Attributes:

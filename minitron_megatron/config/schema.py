@@ -16,6 +16,7 @@ from minitron_megatron.config.distill import DistillConfig, OptimizerConfig, Tra
 from minitron_megatron.config.evaluate import EvaluateConfig
 from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.loss import LossConfig
+from minitron_megatron.config.plugins import PluginConfig
 from minitron_megatron.config.prune import PruneConfig
 from minitron_megatron.config.score import (
     Aggregation,
@@ -62,7 +63,7 @@ __all__ = [
 
 
 @dataclass
-class ImportConfig:
+class ImportConfig(PluginConfig):
     """`minitron import`: a Hugging Face folder or a GGUF file becomes a Megatron checkpoint.
 
     Attributes:
@@ -82,7 +83,7 @@ class ImportConfig:
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(PluginConfig):
     """`minitron export`: a checkpoint becomes a Hugging Face folder that serves.
 
     Attributes:
@@ -126,7 +127,7 @@ class CompareConfig:
 
 
 @dataclass
-class InspectConfig:
+class InspectConfig(PluginConfig):
     """`minitron inspect`: shape, counts and lineage of anything this project wrote.
 
     Attributes:
@@ -145,7 +146,7 @@ class InspectConfig:
 
 
 @dataclass
-class CompressConfig:
+class CompressConfig(PluginConfig):
     """`minitron compress`: a recipe, which is an ordered set of named stages, each one a verb.
 
     Attributes:
@@ -155,8 +156,8 @@ class CompressConfig:
             layout fits where the source cannot be read.
         target: the shape to prune to.
         stages: by name, `{verb: VERB, ...that verb's settings}`, in the order they run. The target, data and parallel
-            of a stage start from the recipe's; what the stage names itself replaces them. A stage set to null is left
-            out.
+            of a stage start from the recipe's; what the stage names itself replaces them. A recipe's plugins are those
+            of all stages. A stage set to null is left out.
         title: headline of the report.
     """
 

@@ -8,6 +8,7 @@ from minitron_megatron.config.axes import scored_axes, sublayers
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, sequence_problems
 from minitron_megatron.config.fields import OPEN, SAME_RESULT, OpenField, OpenSettings
+from minitron_megatron.config.plugins import PluginConfig
 from minitron_megatron.config.target import TargetConfig
 
 
@@ -111,7 +112,7 @@ class AxisConfig:
 
 
 @dataclass(init=False)
-class ScoreConfig(OpenSettings):
+class ScoreConfig(OpenSettings, PluginConfig):
     """`minitron score`: a checkpoint and text become importance scores.
 
     Attributes:

@@ -8,16 +8,16 @@ from minitron_megatron.config.schema import SCHEMAS
 
 OF_TEXT = {"data.cache_dir", "data.workers"}
 CHANGES_NO_RESULT = {
-    "import": {"output", "workers"},
-    "score": {"output", "micro_batch", "save_rounds", "save_every", "depth.choices", *OF_TEXT},
-    "prune": {"output", "workers", "dry_run"},
+    "import": {"output", "workers", "plugins"},
+    "score": {"output", "micro_batch", "save_rounds", "save_every", "depth.choices", "plugins", *OF_TEXT},
+    "prune": {"output", "workers", "dry_run", "plugins"},
     "distill": {
         *("output", "micro_batch", "recompute", "save_every", "validate_every", "validate_batches"),
-        *("keep_checkpoints", "max_skipped_steps", "loss.chunk_tokens", "optimizer.overlap"),
+        *("keep_checkpoints", "max_skipped_steps", "loss.chunk_tokens", "optimizer.overlap", "plugins"),
         *OF_TEXT,
     },
-    "evaluate": {"output", "micro_batch", *OF_TEXT},
-    "export": {"output", "workers"},
+    "evaluate": {"output", "micro_batch", "plugins", *OF_TEXT},
+    "export": {"output", "workers", "plugins"},
 }
 SECTIONS = ("parallel.", "tracking.")
 """Whole sections that change none."""
