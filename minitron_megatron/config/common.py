@@ -1,4 +1,4 @@
-"""Settings that several verbs have: layout, text and number formats."""
+"""Settings that several verbs have: text and number formats."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from enum import Enum
 
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.fields import SAME_RESULT
+from minitron_megatron.config.parallel import ParallelConfig
 
 
 class DType(str, Enum):
@@ -14,46 +15,6 @@ class DType(str, Enum):
     BF16 = "bf16"
     FP16 = "fp16"
     FP32 = "fp32"
-
-
-@dataclass
-class ParallelConfig:
-    """How ranks are laid out.
-
-    Attributes:
-        tensor: ranks that share every layer's matrices.
-        pipeline: ranks that share the list of layers.
-        data: replicas; null means all that the world has (one, when started by hand).
-        virtual_pipeline: stages per pipeline rank (interleaved schedule); null for the plain one.
-        sequence: sequence parallelism; norms and residuals are split over the tensor ranks.
-        timeout_min: ranks that wait for each other for so many minutes are ended, with their stacks in the log.
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    data: int | None = None
-    virtual_pipeline: int | None = None
-    sequence: bool = False
-    timeout_min: float = 30.0
-
-    def problems(self, where: str = "parallel.") -> list[str]:
-        found = []
-        for name in ("tensor", "pipeline", "data"):
-            found += at_least(where, name, getattr(self, name), 1)
-        found += at_least(where, "virtual_pipeline", self.virtual_pipeline, 2)
-        if self.timeout_min <= 0:
-            found.append(f"{where}timeout_min = {self.timeout_min}: must be above 0")
-        if self.virtual_pipeline and self.pipeline < 2:
-            found.append(
-                f"{where}virtual_pipeline = {self.virtual_pipeline} needs {where}pipeline of at least 2, "
-                f"not {self.pipeline}: raise the one or set the other to null"
-            )
-        if self.sequence and self.tensor < 2:
-            found.append(
-                f"{where}sequence = true needs {where}tensor of at least 2, not {self.tensor}: "
-                f"raise {where}tensor or switch sequence parallelism off"
-            )
-        return found
 
 
 @dataclass

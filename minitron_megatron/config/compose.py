@@ -21,9 +21,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from minitron_megatron.config.fields import values
+from minitron_megatron.config.fields import hints, values
 from minitron_megatron.config.plugins import load_plugins
-from minitron_megatron.config.reader import Reader, keys, near, show
+from minitron_megatron.config.reader import Reader, near, show
 from minitron_megatron.config.schema import SCHEMAS, CompressConfig
 from minitron_megatron.errors import ConfigError, raise_if_any
 
@@ -309,10 +309,15 @@ def _inherit(recipe: CompressConfig, stage: DictConfig, schema: type) -> None:
         own = Reader().value(stage, "plugins", "") if "plugins" in stage else []
         with open_dict(stage):
             stage["plugins"] = list(dict.fromkeys([*recipe.plugins, *own])) if isinstance(own, list) else own
-    for section in [name for name in INHERITED if name in keys(schema)]:
+    types = hints(schema)
+    for section in [name for name in INHERITED if name in types]:
         with open_dict(stage):
             if section not in stage:
                 stage[section] = {}
             own = Reader().value(stage, section, "")
             if OmegaConf.is_dict(own):
-                own.update({key: value for key, value in to_plain(getattr(recipe, section)).items() if key not in own})
+                # What the verb has no use for is not handed on.
+                handed = {name for name in hints(types[section]) if name not in own}
+                own.update(
+                    {name: value for name, value in to_plain(getattr(recipe, section)).items() if name in handed}
+                )

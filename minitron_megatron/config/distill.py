@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from minitron_megatron.config.checks import at_least, nearest_multiples
-from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, sequence_problems
+from minitron_megatron.config.common import DataConfig, DType, sequence_problems
 from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.loss import LossConfig
+from minitron_megatron.config.parallel import ParallelConfig
 from minitron_megatron.config.plugins import PluginConfig
 
 
@@ -148,6 +149,11 @@ class DistillConfig(PluginConfig):
                     f"{where}teacher = null, but {where}loss.{name} = {weight}: "
                     f"name a teacher, or set the weight to 0 and {where}loss.lm_weight to 1"
                 )
+        if self.teacher is None and (self.teacher_fp8 or self.teacher_dtype):
+            found.append(
+                f"{where}teacher = null, and {where}{'teacher_fp8' if self.teacher_fp8 else 'teacher_dtype'} is of a "
+                f"teacher: leave it out, or name one"
+            )
         if self.teacher_lr is not None:
             if self.teacher_lr <= 0:
                 found.append(f"{where}teacher_lr = {self.teacher_lr}: must be above 0, or null for a frozen teacher")

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 from minitron_megatron.config.checks import at_least
-from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, sequence_problems
+from minitron_megatron.config.common import DataConfig, DType
 from minitron_megatron.config.fields import SAME_RESULT
+from minitron_megatron.config.parallel import InferenceParallelConfig
 from minitron_megatron.config.plugins import PluginConfig
 
 
@@ -38,7 +39,7 @@ class EvaluateConfig(PluginConfig):
     chat_template: bool = False
     dtype: DType = DType.BF16
     data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=SAME_RESULT)
+    parallel: InferenceParallelConfig = field(default_factory=InferenceParallelConfig, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
         return [
@@ -50,7 +51,6 @@ class EvaluateConfig(PluginConfig):
             *self._task_problems(where),
             *self.data.problems(f"{where}data."),
             *self.parallel.problems(f"{where}parallel."),
-            *sequence_problems(where, self.data, self.parallel),
         ]
 
     def _task_problems(self, where: str) -> list[str]:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from minitron_megatron.config.checks import at_least
-from minitron_megatron.config.common import ParallelConfig
 from minitron_megatron.config.fields import SAME_RESULT
+from minitron_megatron.config.parallel import TargetParallelConfig
 from minitron_megatron.config.plugins import PluginConfig
 from minitron_megatron.config.score import DepthCriterion
 from minitron_megatron.config.target import TargetConfig
@@ -36,12 +36,17 @@ class PruneConfig(PluginConfig):
     depth_criterion: DepthCriterion | None = None
     merge_heads: bool = False
     dry_run: bool = field(default=False, metadata=SAME_RESULT)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=SAME_RESULT)
+    parallel: TargetParallelConfig = field(default_factory=TargetParallelConfig, metadata=SAME_RESULT)
     workers: int = field(default=1, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
         found = at_least(where, "workers", self.workers, 1)
         found += [*self.target.problems(f"{where}target."), *self.parallel.problems(f"{where}parallel.")]
+        if self.depth_criterion and self.target.keep_layers is not None:
+            found.append(
+                f"{where}depth_criterion = {self.depth_criterion.value} chooses layers, and {where}target.keep_layers "
+                f"names them: leave one out"
+            )
         if self.plan is None:
             if self.scores is None:
                 found.append(f"{where}scores is missing: give {where}scores=FOLDER and {where}target, or {where}plan")

@@ -11,11 +11,17 @@ from dataclasses import dataclass, field
 
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.cluster import LaunchConfig
-from minitron_megatron.config.common import DataConfig, DType, ParallelConfig
+from minitron_megatron.config.common import DataConfig, DType
 from minitron_megatron.config.distill import DistillConfig, OptimizerConfig, Tracker, TrackingConfig
 from minitron_megatron.config.evaluate import EvaluateConfig
 from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.loss import LossConfig
+from minitron_megatron.config.parallel import (
+    InferenceParallelConfig,
+    ModelParallelConfig,
+    ParallelConfig,
+    TargetParallelConfig,
+)
 from minitron_megatron.config.plugins import PluginConfig
 from minitron_megatron.config.prune import PruneConfig
 from minitron_megatron.config.score import (
@@ -47,15 +53,18 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "ImportConfig",
+    "InferenceParallelConfig",
     "InspectConfig",
     "LaunchConfig",
     "LossConfig",
+    "ModelParallelConfig",
     "Neurons",
     "OptimizerConfig",
     "ParallelConfig",
     "PruneConfig",
     "ScoreConfig",
     "TargetConfig",
+    "TargetParallelConfig",
     "Tracker",
     "TrackingConfig",
     "Unit",
@@ -156,8 +165,8 @@ class CompressConfig(PluginConfig):
             layout fits where the source cannot be read.
         target: the shape to prune to.
         stages: by name, `{verb: VERB, ...that verb's settings}`, in the order they run. The target, data and parallel
-            of a stage start from the recipe's; what the stage names itself replaces them. A recipe's plugins are those
-            of all stages. A stage set to null is left out.
+            of a stage start from the recipe's, as far as its verb has them; what the stage names itself replaces them.
+            A recipe's plugins are those of all stages. A stage set to null is left out.
         title: headline of the report.
     """
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from minitron_megatron.config.axes import scored_axes, sublayers
 from minitron_megatron.config.checks import at_least
-from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, sequence_problems
+from minitron_megatron.config.common import DataConfig, DType, sequence_problems
 from minitron_megatron.config.fields import OPEN, SAME_RESULT, OpenField, OpenSettings
+from minitron_megatron.config.parallel import ParallelConfig
 from minitron_megatron.config.plugins import PluginConfig
 from minitron_megatron.config.target import TargetConfig
 
@@ -187,6 +188,10 @@ class ScoreConfig(OpenSettings, PluginConfig):
         found += sequence_problems(where, self.data, self.parallel)
         if self.num_samples < 2 and Aggregation.VARIANCE in [a.batch_aggregation for a in self.axes.values()]:
             found.append(f"{where}num_samples = {self.num_samples}: a variance over sequences needs at least 2")
+        if self.save_rounds and self.rounds < 2:
+            found.append(
+                f"{where}save_rounds = true, and {where}rounds = {self.rounds} has none in between: leave it out"
+            )
         if self.rounds > 1 and self.target.is_empty:
             found.append(f"{where}rounds = {self.rounds} need a shape to head for: set {where}target")
         if self.rounds > 1 and self.depth.search is not DepthSearch.SINGLE:

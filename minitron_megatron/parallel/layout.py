@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.config.schema import InferenceParallelConfig, ParallelConfig
 from minitron_megatron.errors import raise_if_any
 
 
@@ -23,7 +23,7 @@ class Layout:
     sequence: bool = False
 
     @classmethod
-    def from_config(cls, config: ParallelConfig, world_size: int) -> "Layout":
+    def from_config(cls, config: InferenceParallelConfig, world_size: int) -> "Layout":
         """Fit `config` to a world.
 
         Raises:
@@ -40,6 +40,8 @@ class Layout:
                 f"ranks, but the world has {world_size}: start {needed} ranks or change the layout"
             ]
         )
+        if not isinstance(config, ParallelConfig):
+            return cls(config.tensor, config.pipeline, data)
         return cls(config.tensor, config.pipeline, data, config.virtual_pipeline or 1, config.sequence)
 
     @property

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from minitron_megatron.config.schema import ParallelConfig, TargetConfig
+from minitron_megatron.config.schema import ModelParallelConfig, TargetConfig
 from minitron_megatron.errors import raise_if_any
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape, group_problem, layers_pattern
 
@@ -67,7 +67,7 @@ def _unsupported(asked: dict) -> list[str]:
     ]
 
 
-def resolve_target(source: ModelShape, config: TargetConfig, parallel: ParallelConfig) -> Target:
+def resolve_target(source: ModelShape, config: TargetConfig, parallel: ModelParallelConfig) -> Target:
     """What `config` asks for, as numbers.
 
     Args:
