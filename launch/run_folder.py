@@ -12,8 +12,10 @@ from pathlib import Path
 
 import yaml
 
+from minitron_megatron.config.changes import content, differences
 from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.reader import show
+from minitron_megatron.config.schema import SCHEMAS
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.launch.jobs import REPORT, Job, Stages
 
@@ -75,7 +77,8 @@ def replace(path: Path, text: str) -> None:
 def other_run_problems(run: Path, jobs: list[Job], stages: Stages) -> list[str]:
     """That `run` holds something else than these stages, as far as settings tell.
 
-    A stage that has left nothing yet may have other settings than before.
+    A stage that has left nothing yet may have other settings than before, and any stage other ones that change no
+    result.
     """
     if run.is_dir() and any(run.iterdir()) and not (run / FOLDER).is_dir() and not (run / RECIPE).is_file():
         return [f"{run} exists and is not a run: choose another folder"]
@@ -84,23 +87,12 @@ def other_run_problems(run: Path, jobs: list[Job], stages: Stages) -> list[str]:
         path = run / FOLDER / f"{job.file}.yaml"
         if path.is_file() and Path(settings.output).exists():
             before, now = yaml.safe_load(path.read_text()), to_plain(settings)
-            changes = _changes(before, now, verb)
-            if changes:
+            changed = differences(content(SCHEMAS[verb], before), content(SCHEMAS[verb], now))
+            if changes := [f"{verb}.{name} was {show(old)} and is {show(new)}" for name, old, new in changed]:
                 found.append(
                     f"{run} holds another run: in its stage {job.name} {'; '.join(changes)}. Choose another folder, or "
                     f"remove {settings.output}"
                 )
-    return found
-
-
-def _changes(before: dict, now: dict, where: str) -> list[str]:
-    found = []
-    for key in {**before, **now}:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _changes(old, new, f"{where}.{key}")
-        elif old != new:
-            found.append(f"{where}.{key} was {show(old)} and is {show(new)}")
     return found
 
 

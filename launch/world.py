@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.config.schema import InferenceParallelConfig
 from minitron_megatron.config.verbs import DISTRIBUTED, SHARED
 
 
-def required_ranks(parallel: ParallelConfig) -> int:
+def required_ranks(parallel: InferenceParallelConfig) -> int:
     """Ranks that a layout needs when nobody has started any: one replica unless it says more."""
     return parallel.tensor * parallel.pipeline * (parallel.data or 1)
 

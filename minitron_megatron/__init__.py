@@ -3,7 +3,7 @@
 Each verb of the command line is a function here too (`import` is `import_checkpoint`). It takes the verb's settings
 from `minitron_megatron.config.schema`, checks them, and is imported when it is first asked for.
 
-For a model in somebody's own Megatron job there are `shape_of`, `current_groups`, `score_model` and `make_plan`, with
+For a model in somebody's own Megatron job there are `network_of`, `current_groups`, `score_model` and `make_plan`, with
 `Scores` and `Plan` as what they give; `Pruned` is what a plan leaves of any source of weights, and `draw` makes the
 figures. `TeacherStudent` is a step of distillation, and `LossConfig` what is minimised.
 """
@@ -17,10 +17,10 @@ __version__ = "0.1.0"
 _VERBS = {place.split(":")[1]: verb for verb, place in VERBS.items()}
 _PARTS = {
     "current_groups": "minitron_megatron.parallel.groups",
-    "shape_of": "minitron_megatron.model.build",
-    "score_model": "minitron_megatron.pruning.calibration",
+    "network_of": "minitron_megatron.model.build",
+    "score_model": "minitron_megatron.pruning.score_model",
     "Scores": "minitron_megatron.pruning.scores",
-    "make_plan": "minitron_megatron.pruning.plan",
+    "make_plan": "minitron_megatron.pruning.make_plan",
     "Plan": "minitron_megatron.pruning.plan",
     "Pruned": "minitron_megatron.pruning.slicing",
     "TeacherStudent": "minitron_megatron.distillation.step",

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron import __version__
-from minitron_megatron.config.compose import as_used, compose, read_settings, shipped
+from minitron_megatron.config.compose import as_used, compose, load_named_plugins, read_settings, shipped
 from minitron_megatron.config.describe import describe, summary
 from minitron_megatron.config.reader import near
 from minitron_megatron.config.schema import SCHEMAS
-from minitron_megatron.config.verbs import DISTRIBUTED, SHARED, verb_function
+from minitron_megatron.config.verbs import DISTRIBUTED, SHARED, VERBS, verb_function
 from minitron_megatron.errors import PREEMPTED, ConfigError, Preempted, UserError
 from minitron_megatron.launch.local import ROLE, run_ranks
 from minitron_megatron.launch.world import ranks_to_start, slurm_environment
@@ -76,6 +76,8 @@ def _run(verb: str | None, overrides: list[str], options: set[str], file: str | 
     if verb not in SCHEMAS:
         raise ConfigError([f"{verb!r} is no verb: {near(verb, list(SCHEMAS))}"])
     if options & {"-h", "--help"}:
+        if verb in VERBS:  # whose settings may be those of a plugin
+            load_named_plugins(verb, overrides)
         print(f"minitron {verb}: {summary(verb)}\n\n{describe(verb)}")
         return 0
     if verb == "launch":

@@ -37,7 +37,7 @@ from minitron_megatron.launch.status import status_table
 from minitron_megatron.launch.version import code_version
 
 OWN = ("cluster", "dry_run")
-"""Settings of a launch; all others are of what is launched."""
+"""Settings of a launch; all others are of what is launched. Its plugins are those of what is launched."""
 
 LAUNCHED = [verb for verb in VERBS if verb not in ("compare", "inspect")]
 """What can be launched."""
@@ -192,7 +192,8 @@ def command(arguments: list[str], multirun: bool, show: bool) -> int:
 def _of_launch(overrides: list[str]) -> tuple[list[str], list[str]]:
     """The overrides of a launch, and those of what is launched."""
     own = [override for override in overrides if re.match(rf"\+*({'|'.join(OWN)})\b", override)]
-    return own, [override for override in overrides if override not in own]
+    others = [override for override in overrides if override not in own]
+    return [*own, *(override for override in others if re.match(r"\+*plugins\b", override))], others
 
 
 def _runs(verb: str, overrides: list[str], multirun: bool) -> tuple[Path, list[Run]]:

@@ -197,6 +197,7 @@ def with_other(command, key, value):
             ["loss.lm_schedule_steps = 51 ends beyond steps = 50: set it to 50 at most, or to null"],
         ),
         (f"{PRUNE} target.hidden=49", 1, ["target.hidden = 49 is larger than the source's 48"]),
+        (f"{PRUNE} target.ffn=[30,31]", 1, ["target.ffn = [30, 31]: give one size for all layers"]),
         (f"{PRUNE} target.heads=3", 1, ["target.heads = 3 is not a multiple of the 2 query groups"]),
         (f"{PRUNE} target.ffn=31 parallel.tensor=2", 1, ["target.ffn = 31 does not divide by parallel.tensor = 2"]),
         (

@@ -37,7 +37,8 @@ def import_checkpoint(config: ImportConfig) -> Path:
         ConfigError: the output holds something else already.
     """
     source, output = _resolve(config.source), Path(config.output)
-    manifest = Manifest("checkpoint", parents=[Parent.of("source", source)], config=to_plain(config))
+    parents = [Parent.of("source", source)]
+    manifest = Manifest("checkpoint", parents=parents, config=to_plain(config), verb="import")
     if is_done(output, manifest):
         return output
     with _open_source(source) as (weights, companions):
@@ -70,7 +71,7 @@ def export(config: ExportConfig) -> Path:
             checkpoint.network = checkpoint.network.replace(vocab_size=tokens)
     source: TensorSource = Padded(checkpoint) if config.format is ExportFormat.PADDED else checkpoint
     config_from_network(source.network, original_config(companions))  # before any work, whether there is one
-    manifest = Manifest("huggingface", parents=parents, config=to_plain(config))
+    manifest = Manifest("huggingface", parents=parents, config=to_plain(config), verb="export")
     if is_done(output, manifest):
         return output
     card = model_card(parents[0], checkpoint.network, companions)

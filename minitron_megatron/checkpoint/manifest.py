@@ -12,12 +12,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from minitron_megatron import __version__
 from minitron_megatron.checkpoint.plain import read_json
+from minitron_megatron.config.changes import content, differences
 from minitron_megatron.config.reader import show
+from minitron_megatron.config.schema import SCHEMAS
 from minitron_megatron.data.corpus import text_paths
 from minitron_megatron.disk import require_space, told_when_full
 from minitron_megatron.errors import CheckpointError, ConfigError
@@ -29,27 +31,6 @@ MANIFEST = "manifest.json"
 # What an evaluation measured, beside its manifest.
 EVALUATION = "evaluation.json"
 _SAMPLE_BYTES = 64 * 1024
-# Settings that say where and how a result is made, and not what it is. Results do not depend on the layout.
-_NOT_CONTENT = (
-    "output",
-    "data.cache_dir",
-    "data.workers",
-    "parallel",
-    "workers",
-    "micro_batch",
-    "recompute",
-    "save_rounds",
-    "dry_run",
-    "depth.choices",
-    "tracking",
-    "save_every",
-    "validate_every",
-    "validate_batches",
-    "keep_checkpoints",
-    "max_skipped_steps",
-    "loss.chunk_tokens",
-    "optimizer.overlap",
-)
 
 
 @dataclass
@@ -91,6 +72,7 @@ class Manifest:
         config: the settings it was made with, resolved.
         details: what else is worth knowing (counts, seconds, notes).
         version: of this package.
+        verb: that made the folder; None in files of versions that did not say.
     """
 
     kind: str
@@ -99,6 +81,7 @@ class Manifest:
     config: dict = field(default_factory=dict)
     details: dict = field(default_factory=dict)
     version: str = __version__
+    verb: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder` in one step."""
@@ -130,46 +113,39 @@ class Manifest:
         former = {"network": values["shape"]} if "shape" in values else {}  # as earlier versions called it
         given = {name: value for name, value in values.items() if name != "shape"}
         found = cls(**{**given, **former, "parents": [Parent(**parent) for parent in values.get("parents", [])]})
-        kinds = {"kind": str, "network": dict | None, "config": dict, "details": dict, "version": str}
+        kinds = {
+            "kind": str,
+            "network": dict | None,
+            "config": dict,
+            "details": dict,
+            "version": str,
+            "verb": str | None,
+        }
         for name, kind in kinds.items():
             if not isinstance(getattr(found, name), kind):
                 raise TypeError(f"{name} = {show(getattr(found, name))}")
         return found
 
     @property
-    def essence(self) -> tuple[str, dict[str, str], dict[str, object]]:
-        """What makes the result what it is: kind, fingerprints of the parents by role, and settings."""
+    def cache_key(self) -> tuple[str, dict[str, str], dict[str, object]]:
+        """What makes the result what it is: kind, fingerprints of the parents by role, and settings.
+
+        The settings are those of which the verb's settings class says that a result depends on them.
+        """
         parents = {parent.role: parent.fingerprint for parent in self.parents}
         # A parent is known by its content, so that moving a folder changes nothing.
-        ignored = {*_NOT_CONTENT, *parents}
-        settings = {
-            key: value
-            for key, value in _dotted(self.config)
-            if not any(key == name or key.startswith(f"{name}.") for name in ignored)
-        }
-        return self.kind, parents, settings
+        settings = {name: value for name, value in self.config.items() if name not in parents}
+        return self.kind, parents, content(SCHEMAS.get(self.verb or ""), settings)
 
     def changes(self, later: "Manifest") -> list[str]:
         """What a later stage does otherwise than this one did, a phrase for each: none if its result is the same."""
-        (kind, parents, settings), (new_kind, new_parents, new_settings) = self.essence, later.essence
+        # What an earlier version made without saying by which verb was made by the one that finds it in its way.
+        before = self if self.verb else replace(self, verb=later.verb)
+        (kind, parents, settings), (new_kind, new_parents, new_settings) = before.cache_key, later.cache_key
         kinds = [] if kind == new_kind else [f"it was a {kind} and is to be a {new_kind}"]
-        inputs = [f"{role} is another one" for role, _, _ in _different(parents, new_parents)]
-        values = _different(settings, new_settings)
+        inputs = [f"{role} is another one" for role, _, _ in differences(parents, new_parents)]
+        values = differences(settings, new_settings)
         return [*kinds, *inputs, *(f"{key} was {show(old)} and is {show(new)}" for key, old, new in values)]
-
-
-def _different(before: dict, after: dict) -> list[tuple[str, object, object]]:
-    """Key, old and new value of every entry that is not the same in both; None where there was none."""
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    return [(key, before.get(key), after.get(key)) for key in keys]
-
-
-def _dotted(values: dict, where: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{where}{key}.")
-        else:
-            yield f"{where}{key}", value
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -201,7 +177,7 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def made_otherwise(output: Path, changes: list[str]) -> str:
+def conflict_message(output: Path, changes: list[str]) -> str:
     """The problem of an output that holds a result which differs in `changes` from the one that is asked for."""
     return (
         f"output = {output} holds a result of other settings or inputs ({'; '.join(changes)}): go back to those, "
@@ -220,7 +196,7 @@ def is_done(output: Path, manifest: Manifest) -> bool:
     if not (output / MANIFEST).exists():
         raise ConfigError([f"output = {output} exists and is not a finished result: choose another or remove it"])
     if changes := Manifest.read(output).changes(manifest):
-        raise ConfigError([made_otherwise(output, changes)])
+        raise ConfigError([conflict_message(output, changes)])
     logger.info("%s is there already with the same inputs: skipped", output)
     return True
 

@@ -16,8 +16,9 @@ from minitron_megatron.model.network import Network
 
 CARD = "README.md"
 _LICENSE = ("license", "license_name", "license_link")
-# Settings whose value says what a stage did; the first that a stage has is it.
-_DONE = {"student": "distilled", "target": "pruned", "num_samples": "scored", "source": "imported"}
+_DONE = {"distill": "distilled", "prune": "pruned", "score": "scored", "import": "imported"}
+# Settings that say which verb made a result of a version that did not say it; the first that a result has is it.
+_VERB_BY_SETTING = {"student": "distill", "target": "prune", "num_samples": "score", "source": "import"}
 
 
 @dataclass
@@ -46,11 +47,17 @@ def lineage(result: Parent) -> list[Step]:
         manifest = Manifest.read(folder)
         for earlier in manifest.parents:
             visit(earlier)
-        name = next((name for key, name in _DONE.items() if key in manifest.config), manifest.kind)
-        steps[parent.fingerprint] = Step(name, parent.fingerprint, manifest)
+        steps[parent.fingerprint] = Step(_what_was_done(manifest), parent.fingerprint, manifest)
 
     visit(result)
     return list(steps.values())
+
+
+def _what_was_done(manifest: Manifest) -> str:
+    if manifest.verb == "score" and manifest.kind == "checkpoint":  # between two rounds of scoring
+        return _DONE["prune"]
+    guesses = (verb for setting, verb in _VERB_BY_SETTING.items() if setting in manifest.config)
+    return _DONE.get(manifest.verb or next(guesses, ""), manifest.kind)
 
 
 def model_card(checkpoint: Parent, network: Network, companions: Path) -> str:

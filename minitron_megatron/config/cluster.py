@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from minitron_megatron.config.checks import at_least
+from minitron_megatron.config.plugins import PluginConfig
 
 # Of Slurm's forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds].
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
@@ -14,6 +15,9 @@ _OWN_OPTIONS = {
     *("requeue", "no-requeue", "array", "dependency", "chdir", "partition", "account", "qos", "time", "constraint"),
     *("exclusive", "reservation", "cpus-per-task", "mem"),
 }
+
+# What is of use where there is no Slurm: the latter three say whether a layout fits.
+_LOCAL = ("kind", "gpu", "gpu_hour_price", "ranks_per_node")
 
 
 def _seconds(time: str) -> int:
@@ -182,7 +186,7 @@ class ClusterConfig:
 
 
 @dataclass
-class LaunchConfig:
+class LaunchConfig(PluginConfig):
     """`minitron launch`: a verb or a recipe is run on this machine or a cluster.
 
     Attributes:
@@ -194,4 +198,16 @@ class LaunchConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def problems(self, where: str = "") -> list[str]:
-        return self.cluster.problems(f"{where}cluster.")
+        return [*self.cluster.problems(f"{where}cluster."), *self._local_problems(f"{where}cluster.")]
+
+    def _local_problems(self, where: str) -> list[str]:
+        """The problem, if any, of settings that only Slurm has a use for."""
+        if self.cluster.kind is not ClusterKind.LOCAL:
+            return []
+        defaults = ClusterConfig()
+        given = [name for name, value in vars(self.cluster).items() if value != getattr(defaults, name)]
+        if not (of_slurm := [f"{where}{name}" for name in given if name not in _LOCAL]):
+            return []
+        return [
+            f"{' and '.join(of_slurm)} are for Slurm, and {where}kind = local: set cluster=slurm, or leave them out"
+        ]

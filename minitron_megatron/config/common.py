@@ -1,10 +1,12 @@
-"""Settings that several verbs have: layout, text, number formats and the shape to prune to."""
+"""Settings that several verbs have: text and number formats."""
 
 import math
 from dataclasses import dataclass, field
 from enum import Enum
 
 from minitron_megatron.config.checks import at_least
+from minitron_megatron.config.fields import SAME_RESULT
+from minitron_megatron.config.parallel import ParallelConfig
 
 
 class DType(str, Enum):
@@ -13,56 +15,6 @@ class DType(str, Enum):
     BF16 = "bf16"
     FP16 = "fp16"
     FP32 = "fp32"
-
-
-class Builder(str, Enum):
-    """The class of Megatron-Core that builds a network."""
-
-    GPT = "gpt"
-    HYBRID = "hybrid"
-
-
-@dataclass
-class ParallelConfig:
-    """How ranks are laid out.
-
-    Attributes:
-        tensor: ranks that share every layer's matrices.
-        pipeline: ranks that share the list of layers.
-        data: replicas; null means all that the world has (one, when started by hand).
-        virtual_pipeline: stages per pipeline rank (interleaved schedule); null for the plain one.
-        sequence: sequence parallelism; norms and residuals are split over the tensor ranks.
-        timeout_min: ranks that wait for each other for so many minutes are ended, with their stacks in the log.
-        builder: the class of Megatron-Core that builds networks, GPTModel or HybridModel (from 0.18 on); both give the
-            same numbers and checkpoints. null: GPTModel, and HybridModel for what GPTModel cannot express.
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    data: int | None = None
-    virtual_pipeline: int | None = None
-    sequence: bool = False
-    timeout_min: float = 30.0
-    builder: Builder | None = None
-
-    def problems(self, where: str = "parallel.") -> list[str]:
-        found = []
-        for name in ("tensor", "pipeline", "data"):
-            found += at_least(where, name, getattr(self, name), 1)
-        found += at_least(where, "virtual_pipeline", self.virtual_pipeline, 2)
-        if self.timeout_min <= 0:
-            found.append(f"{where}timeout_min = {self.timeout_min}: must be above 0")
-        if self.virtual_pipeline and self.pipeline < 2:
-            found.append(
-                f"{where}virtual_pipeline = {self.virtual_pipeline} needs {where}pipeline of at least 2, "
-                f"not {self.pipeline}: raise the one or set the other to null"
-            )
-        if self.sequence and self.tensor < 2:
-            found.append(
-                f"{where}sequence = true needs {where}tensor of at least 2, not {self.tensor}: "
-                f"raise {where}tensor or switch sequence parallelism off"
-            )
-        return found
 
 
 @dataclass
@@ -86,14 +38,14 @@ class DataConfig:
     """
 
     text: list[str] = field(default_factory=lambda: ["builtin"])
-    cache_dir: str = "corpora"
+    cache_dir: str = field(default="corpora", metadata=SAME_RESULT)
     sequence_length: int = 512
     heldout_pct: float = 5.0
     seed: int = 1234
     weights: list[float] | None = None
     text_field: str = "text"
     document_mask: bool = False
-    workers: int | None = None
+    workers: int | None = field(default=None, metadata=SAME_RESULT)
 
     def problems(self, where: str = "data.") -> list[str]:
         found = [*at_least(where, "sequence_length", self.sequence_length, 2), *at_least(where, "seed", self.seed, 0)]
@@ -123,62 +75,3 @@ def sequence_problems(where: str, data: DataConfig, parallel: ParallelConfig) ->
         f"{where}data.sequence_length = {data.sequence_length} is not a multiple of {where}parallel.tensor = "
         f"{parallel.tensor}, as {where}parallel.sequence = true needs: change one of the three"
     ]
-
-
-@dataclass
-class TargetConfig:
-    """The shape to prune to. What is null stays as it is.
-
-    A size may be a whole number, or a fraction of the source's, as in 0.75; fractions are rounded, and 1.0 is all.
-
-    Attributes:
-        layers: transformer layers to keep.
-        keep_layers: exactly these layers, counted from 0, whatever their scores.
-        attention: attention sublayers to keep, where sublayers are scored by themselves.
-        mlp: MLP sublayers to keep, where sublayers are scored by themselves.
-        hidden: channels of the residual stream.
-        ffn: neurons per MLP.
-        groups: query groups, each with its key and value head and its query heads.
-        heads: query heads over all groups, the same number in every group.
-        round_to: hidden and ffn are rounded to a multiple of this. null: fractions are rounded to what tensor
-            cores and the layout want, and whole numbers are taken as they are.
-    """
-
-    layers: int | float | None = None
-    keep_layers: list[int] | None = None
-    attention: int | float | None = None
-    mlp: int | float | None = None
-    hidden: int | float | None = None
-    ffn: int | float | None = None
-    groups: int | float | None = None
-    heads: int | float | None = None
-    round_to: int | None = None
-
-    @property
-    def sizes(self) -> dict[str, int | float]:
-        """The sizes that are given, by name."""
-        names = ("layers", "attention", "mlp", "hidden", "ffn", "groups", "heads")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.sizes and self.keep_layers is None
-
-    def problems(self, where: str = "target.") -> list[str]:
-        found = at_least(where, "round_to", self.round_to, 1)
-        for name, size in self.sizes.items():
-            if size <= 0 or (size != int(size) and size > 1):
-                found.append(
-                    f"{where}{name} = {size}: must be a whole number of at least 1, or a fraction of at most 1.0"
-                )
-        if self.keep_layers is not None:
-            others = [name for name in ("layers", "attention", "mlp") if name in self.sizes]
-            if others:
-                found.append(f"{where}keep_layers and {where}{others[0]} are both set: set one of them")
-            if self.keep_layers != sorted(set(self.keep_layers)) or not self.keep_layers or self.keep_layers[0] < 0:
-                found.append(
-                    f"{where}keep_layers = {self.keep_layers}: must name at least one layer, ascending, from 0"
-                )
-        if "layers" in self.sizes and ("attention" in self.sizes or "mlp" in self.sizes):
-            found.append(f"{where}layers is set beside {where}attention or {where}mlp: set the one or the others")
-        return found

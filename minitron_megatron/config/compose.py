@@ -1,7 +1,7 @@
-"""From `conf/VERB.yaml`, an experiment and overrides to a settings object.
+"""From the defaults of a verb, an experiment and overrides to a settings object.
 
-Hydra composes; the dataclasses of `schema` say what is allowed. Whatever is wrong, in a file or on the
-command line, is listed in one `ConfigError`, and no DictConfig leaves this package.
+Hydra composes; the dataclasses of `schema` say what is allowed and what the defaults are. Whatever is wrong, in a file
+or on the command line, is listed in one `ConfigError`, and no DictConfig leaves this package.
 """
 
 import dataclasses
@@ -15,17 +15,23 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from minitron_megatron.config.reader import Reader, keys, near, show
+from minitron_megatron.config.fields import hints, values
+from minitron_megatron.config.plugins import load_plugins
+from minitron_megatron.config.reader import Reader, near, show
 from minitron_megatron.config.schema import SCHEMAS, CompressConfig
 from minitron_megatron.errors import ConfigError, raise_if_any
 
 GROUPS = ("experiment", "correction", "cluster")
 """Folders of `conf/` whose files make or change a recipe, or say where it runs."""
+
+RECIPE = "recipe"
+"""The file of `conf/` that adds its stages to the defaults of a recipe."""
 
 STAGE_VERBS = [verb for verb in SCHEMAS if verb not in ("compare", "compress", "launch")]
 
@@ -47,8 +53,13 @@ def shipped(group: str) -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
+def defaults(verb: str) -> dict:
+    """The default of every setting of `verb`, `???` where one has to be given; of a recipe its stages as well."""
+    return OmegaConf.to_container(_composed(verb, []))
+
+
 def compose(verb: str, overrides: list[str]) -> Any:
-    """The settings of `verb`: its YAML file, then the files of `GROUPS` that are named, then `key=value` overrides.
+    """The settings of `verb`: its defaults, then the files of `GROUPS` that are named, then `key=value` overrides.
 
     Args:
         verb: a key of `SCHEMAS`.
@@ -61,13 +72,52 @@ def compose(verb: str, overrides: list[str]) -> Any:
         ConfigError: listing every problem found.
     """
     problems: list[str] = []
+    return _read(verb, _with_plugins(verb, overrides, problems), problems)
+
+
+def load_named_plugins(verb: str, overrides: list[str]) -> None:
+    """Import the plugins that overrides of `verb` name; `compose` does so by itself.
+
+    Raises:
+        ConfigError: one cannot be imported, or an override cannot be read.
+    """
+    _with_plugins(verb, overrides, [])
+
+
+def _with_plugins(verb: str, overrides: list[str], problems: list[str]) -> DictConfig:
+    """What Hydra makes of the overrides once all plugins are imported.
+
+    What is wrong with single overrides is added to `problems`.
+    """
     texts = [text for override in overrides for text in _read_override(override, problems)]
     try:
-        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="minitron"):
-            node = hydra_compose(config_name=verb, overrides=texts)
+        node = _composed(verb, texts)
+        names = _named_plugins(node)
+        raise_if_any([*problems, *unusable] if (unusable := load_plugins(names)) else [])
+        return _composed(verb, texts) if names else node  # a plugin brings settings along
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError([*problems, str(error).strip()]) from None
-    return _read(verb, node, problems)
+
+
+def _composed(verb: str, overrides: list[str]) -> DictConfig:
+    """What Hydra makes of the defaults and overrides, not checked yet."""
+    # As plain values: what is allowed is for `Reader` to say, which finds all that is wrong.
+    ConfigStore.instance().store(name=verb, node=to_plain(SCHEMAS[verb]()))
+    name = RECIPE if verb == "compress" else verb
+    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="minitron"):
+        return hydra_compose(config_name=name, overrides=overrides)
+
+
+def _named_plugins(node: DictConfig) -> list[str]:
+    """The plugins of a verb, and of the stages of a recipe. What is no list of names is left for others to refuse."""
+
+    def part(of: Any, name: str) -> Any:
+        return Reader().value(of, name, "") if OmegaConf.is_dict(of) and name in of else None
+
+    stages = part(node, "stages")
+    parts = [node, *(part(stages, str(name)) for name in (stages if OmegaConf.is_dict(stages) else ()))]
+    lists = [names for own in parts if isinstance(names := part(own, "plugins"), list)]
+    return list(dict.fromkeys(str(name) for names in lists for name in names))
 
 
 def _read(verb: str, node: DictConfig, problems: list[str]) -> Any:
@@ -88,12 +138,15 @@ def _read(verb: str, node: DictConfig, problems: list[str]) -> Any:
 def resolve_stages(settings: CompressConfig) -> Stages:
     """Verb and settings object of every stage of a recipe, by name, in the order they run.
 
-    A stage's target, data and parallel start from the recipe's own. A stage set to null is left out.
+    A stage's target, data and parallel start from the recipe's own, and the recipe's plugins are its own, too. A stage
+    set to null is left out.
 
     Raises:
         ConfigError: listing every problem of every stage, each prefixed with `stages.NAME.`.
     """
-    stages, problems = _read_stages(settings, OmegaConf.create(settings.stages))
+    node = OmegaConf.create({"plugins": settings.plugins, "stages": settings.stages})
+    raise_if_any(load_plugins(_named_plugins(node)))
+    stages, problems = _read_stages(settings, node.stages)
     raise_if_any(problems)
     return stages
 
@@ -110,14 +163,16 @@ def as_used(settings: Any) -> str:
 def to_plain(settings: Any) -> dict:
     """The settings as JSON values."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            value = values(value)
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, list):
             return [plain(item) for item in value]
         return value.value if isinstance(value, Enum) else value
 
-    return plain(dataclasses.asdict(settings))
+    return plain(settings)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -190,6 +245,7 @@ def read_settings(verb: str, path: Path) -> Any:
         raise ConfigError([f"--config {path} cannot be read: {error}"]) from None
     if not OmegaConf.is_dict(node):
         raise ConfigError([f"--config {path} holds no settings: write them as `minitron {verb} ... --cfg` does"])
+    raise_if_any(load_plugins(_named_plugins(node)))
     return _read(verb, node, [])
 
 
@@ -248,11 +304,20 @@ def _read_stages(recipe: CompressConfig, node: Any) -> tuple[Stages, list[str]]:
 
 
 def _inherit(recipe: CompressConfig, stage: DictConfig, schema: type) -> None:
-    """Fill what a stage leaves open in the sections that it shares with its recipe."""
-    for section in [name for name in INHERITED if name in keys(schema)]:
+    """Fill what a stage leaves open in the sections that it shares with its recipe, and add the recipe's plugins."""
+    if recipe.plugins:
+        own = Reader().value(stage, "plugins", "") if "plugins" in stage else []
+        with open_dict(stage):
+            stage["plugins"] = list(dict.fromkeys([*recipe.plugins, *own])) if isinstance(own, list) else own
+    types = hints(schema)
+    for section in [name for name in INHERITED if name in types]:
         with open_dict(stage):
             if section not in stage:
                 stage[section] = {}
             own = Reader().value(stage, section, "")
             if OmegaConf.is_dict(own):
-                own.update({key: value for key, value in to_plain(getattr(recipe, section)).items() if key not in own})
+                # What the verb has no use for is not handed on.
+                handed = {name for name in hints(types[section]) if name not in own}
+                own.update(
+                    {name: value for name, value in to_plain(getattr(recipe, section)).items() if name in handed}
+                )

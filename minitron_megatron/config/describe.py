@@ -6,12 +6,11 @@ import re
 import textwrap
 from enum import Enum
 from types import UnionType
-from typing import get_args, get_type_hints
+from typing import get_args
 
-from omegaconf import OmegaConf
-
-from minitron_megatron.config.compose import conf_dir
-from minitron_megatron.config.reader import MISSING, show
+from minitron_megatron.config.compose import defaults
+from minitron_megatron.config.fields import OpenSettings, hints
+from minitron_megatron.config.reader import MISSING, listed_enum, show
 from minitron_megatron.config.schema import SCHEMAS
 
 
@@ -22,8 +21,7 @@ def summary(verb: str) -> str:
 
 def describe(verb: str, width: int = 110) -> str:
     """Every setting of a verb with its default and its meaning, one below the other."""
-    defaults = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{verb}.yaml"))
-    rows = _rows(SCHEMAS[verb], defaults, "")
+    rows = _rows(SCHEMAS[verb], defaults(verb), "")
     column = max(len(setting) for setting, _ in rows) + 4
     return "\n".join(
         textwrap.fill(meaning, width, initial_indent=f"  {setting}".ljust(column), subsequent_indent=" " * column)
@@ -33,12 +31,12 @@ def describe(verb: str, width: int = 110) -> str:
     )
 
 
-def _rows(schema: type, defaults: dict, where: str) -> list[tuple[str, str]]:
+def _rows(schema: type, values: dict, where: str) -> list[tuple[str, str]]:
     """`name=default` and meaning of every setting."""
     rows, meanings = [], _meanings(schema)
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in hints(schema).items():
         kind = get_args(hint)[0] if isinstance(hint, UnionType) else hint
-        default, meaning = defaults[name], meanings.get(name, "")
+        default, meaning = values[name], meanings.get(name, "")
         if dataclasses.is_dataclass(kind):
             rows += _rows(kind, default, f"{where}{name}.")
             continue
@@ -47,8 +45,8 @@ def _rows(schema: type, defaults: dict, where: str) -> list[tuple[str, str]]:
                 default, meaning = "...", f"{meaning} By default: {', '.join(default)}."
         elif isinstance(kind, type) and issubclass(kind, Enum):
             meaning = f"{meaning} [{', '.join(member.value for member in kind)}]".strip()
-        elif members := [member.value for a in get_args(kind) if issubclass(a, Enum) for member in a]:
-            meaning = f"{meaning} [{', '.join(members)}]"
+        elif members := listed_enum(kind):
+            meaning = f"{meaning} [{', '.join(member.value for member in members)}]"
         rows.append((f"{where}{name}={_shown(default)}", meaning))
     return rows
 
@@ -62,11 +60,14 @@ def _shown(default) -> str:
 
 
 def _meanings(schema: type) -> dict[str, str]:
-    """The entries below `Attributes:` in a docstring."""
-    meanings, name = {}, None
-    for line in inspect.getdoc(schema).partition("Attributes:\n")[2].splitlines():
+    """The entries below `Attributes:` in the docstrings of a class and its bases, and those of what is registered."""
+    meanings: dict[str, str] = {}
+    docs = [inspect.cleandoc(base.__doc__ or "") for base in reversed(schema.__mro__)]
+    for line in "\n".join(doc.partition("Attributes:\n")[2] for doc in docs).splitlines():
         if entry := re.match(r" {4}(\w+): (.*)", line):
-            name, meanings[entry[1]] = entry.groups()
+            name, meanings[name] = entry[1], entry[2]
         elif line.startswith(" " * 8):
             meanings[name] += f" {line.strip()}"
+    if issubclass(schema, OpenSettings):
+        meanings |= {name: own.meaning for name, own in schema.open_fields().items()}
     return meanings

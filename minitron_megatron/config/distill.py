@@ -4,8 +4,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from minitron_megatron.config.checks import at_least, nearest_multiples
-from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, sequence_problems
+from minitron_megatron.config.common import DataConfig, DType, sequence_problems
+from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.loss import LossConfig
+from minitron_megatron.config.parallel import ParallelConfig
+from minitron_megatron.config.plugins import PluginConfig
 
 
 class Tracker(str, Enum):
@@ -39,7 +42,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0
     distributed: bool = False
-    overlap: bool = False
+    overlap: bool = field(default=False, metadata=SAME_RESULT)
 
     def problems(self, where: str = "optimizer.") -> list[str]:
         found = []
@@ -79,7 +82,7 @@ class TrackingConfig:
 
 
 @dataclass
-class DistillConfig:
+class DistillConfig(PluginConfig):
     """`minitron distill`: a student learns to predict what its teacher predicts.
 
     Attributes:
@@ -109,17 +112,17 @@ class DistillConfig:
 
     teacher: str | None = "???"
     student: str = "???"
-    output: str = "???"
+    output: str = field(default="???", metadata=SAME_RESULT)
     steps: int = 400
     global_batch: int = 8
-    micro_batch: int = 4
-    recompute: bool = False
+    micro_batch: int = field(default=4, metadata=SAME_RESULT)
+    recompute: bool = field(default=False, metadata=SAME_RESULT)
     random_init: bool = False
-    save_every: int | None = 100
-    validate_every: int | None = None
-    validate_batches: int = 4
-    keep_checkpoints: int = 1
-    max_skipped_steps: int = 10
+    save_every: int | None = field(default=100, metadata=SAME_RESULT)
+    validate_every: int | None = field(default=None, metadata=SAME_RESULT)
+    validate_batches: int = field(default=4, metadata=SAME_RESULT)
+    keep_checkpoints: int = field(default=1, metadata=SAME_RESULT)
+    max_skipped_steps: int = field(default=10, metadata=SAME_RESULT)
     dtype: DType = DType.BF16
     teacher_dtype: DType | None = None
     teacher_fp8: bool = False
@@ -128,8 +131,8 @@ class DistillConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=SAME_RESULT)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
         found = []
@@ -146,6 +149,11 @@ class DistillConfig:
                     f"{where}teacher = null, but {where}loss.{name} = {weight}: "
                     f"name a teacher, or set the weight to 0 and {where}loss.lm_weight to 1"
                 )
+        if self.teacher is None and (self.teacher_fp8 or self.teacher_dtype):
+            found.append(
+                f"{where}teacher = null, and {where}{'teacher_fp8' if self.teacher_fp8 else 'teacher_dtype'} is of a "
+                f"teacher: leave it out, or name one"
+            )
         if self.teacher_lr is not None:
             if self.teacher_lr <= 0:
                 found.append(f"{where}teacher_lr = {self.teacher_lr}: must be above 0, or null for a frozen teacher")

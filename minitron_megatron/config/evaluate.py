@@ -3,11 +3,14 @@
 from dataclasses import dataclass, field
 
 from minitron_megatron.config.checks import at_least
-from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, sequence_problems
+from minitron_megatron.config.common import DataConfig, DType
+from minitron_megatron.config.fields import SAME_RESULT
+from minitron_megatron.config.parallel import InferenceParallelConfig
+from minitron_megatron.config.plugins import PluginConfig
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(PluginConfig):
     """`minitron evaluate`: held-out loss and perplexity, generation speed, and tasks of lm-eval.
 
     Attributes:
@@ -16,7 +19,7 @@ class EvaluateConfig:
         num_samples: held-out sequences; null for all.
         micro_batch: sequences per forward pass and rank; up to four times as many are continued together, a token each.
         generate_tokens: tokens to generate greedily for the speed figure; 0 for none.
-        tasks: tasks and groups of EleutherAI's lm-eval to run, by name.
+        tasks: tasks and groups of EleutherAI's lm-eval to run, by name, as in [arc_easy,hellaswag].
         task_dir: folder with YAML files of tasks of your own.
         num_fewshot: examples before each question; null leaves it to the task.
         limit: questions per task; null for all.
@@ -25,9 +28,9 @@ class EvaluateConfig:
     """
 
     model: str = "???"
-    output: str = "???"
+    output: str = field(default="???", metadata=SAME_RESULT)
     num_samples: int | None = None
-    micro_batch: int = 4
+    micro_batch: int = field(default=4, metadata=SAME_RESULT)
     generate_tokens: int = 64
     tasks: list[str] = field(default_factory=list)
     task_dir: str | None = None
@@ -36,7 +39,7 @@ class EvaluateConfig:
     chat_template: bool = False
     dtype: DType = DType.BF16
     data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: InferenceParallelConfig = field(default_factory=InferenceParallelConfig, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
         return [
@@ -48,7 +51,6 @@ class EvaluateConfig:
             *self._task_problems(where),
             *self.data.problems(f"{where}data."),
             *self.parallel.problems(f"{where}parallel."),
-            *sequence_problems(where, self.data, self.parallel),
         ]
 
     def _task_problems(self, where: str) -> list[str]:

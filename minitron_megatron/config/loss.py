@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from minitron_megatron.config.checks import at_least
+from minitron_megatron.config.fields import SAME_RESULT
 
 
 class Schedule(str, Enum):
@@ -184,7 +185,7 @@ class LossConfig:
     lm_weight_end: float | None = None
     lm_schedule: Schedule = Schedule.CONSTANT
     lm_schedule_steps: int | None = None
-    chunk_tokens: int = 512
+    chunk_tokens: int = field(default=512, metadata=SAME_RESULT)
     logits: LogitsConfig = field(default_factory=LogitsConfig)
     hidden: HiddenConfig = field(default_factory=HiddenConfig)
 

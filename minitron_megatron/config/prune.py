@@ -3,12 +3,15 @@
 from dataclasses import dataclass, field
 
 from minitron_megatron.config.checks import at_least
-from minitron_megatron.config.common import ParallelConfig, TargetConfig
+from minitron_megatron.config.fields import SAME_RESULT
+from minitron_megatron.config.parallel import TargetParallelConfig
+from minitron_megatron.config.plugins import PluginConfig
 from minitron_megatron.config.score import DepthCriterion
+from minitron_megatron.config.target import TargetConfig
 
 
 @dataclass
-class PruneConfig:
+class PruneConfig(PluginConfig):
     """`minitron prune`: a checkpoint, its scores and a target shape become a smaller checkpoint.
 
     Attributes:
@@ -22,23 +25,28 @@ class PruneConfig:
         merge_heads: add to the last kept heads what they differ by from the first dropped ones (2407.14679, 2.3).
         dry_run: show what would be done, and write the plan alone, to `OUTPUT.plan.json`.
         parallel: the layout the result will be trained in; the target must divide by it.
-        workers: processes that share the work.
+        workers: processes that share the work, unless torchrun or srun has started some.
     """
 
     checkpoint: str = "???"
-    output: str = "???"
+    output: str = field(default="???", metadata=SAME_RESULT)
     scores: str | None = None
     plan: str | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
     depth_criterion: DepthCriterion | None = None
     merge_heads: bool = False
-    dry_run: bool = False
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    workers: int = 1
+    dry_run: bool = field(default=False, metadata=SAME_RESULT)
+    parallel: TargetParallelConfig = field(default_factory=TargetParallelConfig, metadata=SAME_RESULT)
+    workers: int = field(default=1, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
         found = at_least(where, "workers", self.workers, 1)
         found += [*self.target.problems(f"{where}target."), *self.parallel.problems(f"{where}parallel.")]
+        if self.depth_criterion and self.target.keep_layers is not None:
+            found.append(
+                f"{where}depth_criterion = {self.depth_criterion.value} chooses layers, and {where}target.keep_layers "
+                f"names them: leave one out"
+            )
         if self.plan is None:
             if self.scores is None:
                 found.append(f"{where}scores is missing: give {where}scores=FOLDER and {where}target, or {where}plan")

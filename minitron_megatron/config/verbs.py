@@ -8,6 +8,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from minitron_megatron.config.plugins import load_plugins
 from minitron_megatron.config.reader import MISSING
 from minitron_megatron.errors import raise_if_any
 
@@ -42,6 +43,7 @@ def verb_function(verb: str) -> Callable[[Any], Any]:
 
     @functools.wraps(function)
     def checked(config: Any) -> Any:
+        raise_if_any(load_plugins(getattr(config, "plugins", [])))
         raise_if_any([*_missing(config), *config.problems()])
         return function(config)
 

@@ -133,7 +133,11 @@ def add_projections(
         return
     pairs = resolve_pairs(config, student, teacher)
     own = [
-        {pair.name: n for n, pair in enumerate(pairs) if _module([chunk], student, pair.point, pair.student) is not None}
+        {
+            pair.name: n
+            for n, pair in enumerate(pairs)
+            if _module([chunk], student, pair.point, pair.student) is not None
+        }
         for chunk in chunks
     ]
     group = None
@@ -145,7 +149,8 @@ def add_projections(
     for chunk, names in zip(chunks, own, strict=True):
         if names:
             projections = {
-                name: _projection(student.hidden_size, teacher.hidden_size, seed + n, chunk, groups) for name, n in names.items()
+                name: _projection(student.hidden_size, teacher.hidden_size, seed + n, chunk, groups)
+                for name, n in names.items()
             }
             setattr(chunk, PROJECTIONS, Projections(projections, group))
 
@@ -450,9 +455,7 @@ def _state(output) -> Tensor:
     return state if bias is None else state + bias
 
 
-def _module(
-    chunks: Sequence[torch.nn.Module], network: Network, point: Point, layer: int
-) -> torch.nn.Module | None:
+def _module(chunks: Sequence[torch.nn.Module], network: Network, point: Point, layer: int) -> torch.nn.Module | None:
     """The module whose output a state is, if this rank has it."""
     for chunk in chunks:
         if point is Point.EMBEDDING and chunk.pre_process:

@@ -6,7 +6,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +18,7 @@ from minitron_megatron.checkpoint.manifest import EVALUATION, Manifest, Parent, 
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.loss import LossConfig
-from minitron_megatron.config.schema import EvaluateConfig
+from minitron_megatron.config.schema import EvaluateConfig, ParallelConfig
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.data.samples import Samples, heldout_samples, rank_batches
 from minitron_megatron.data.tokens import prepare_corpus
@@ -59,7 +58,10 @@ def evaluate(config: EvaluateConfig) -> Path:
         DataError: there is no held-out text, or no data of a task.
     """
     path, output = Path(config.model), Path(config.output)
-    layout = replace(config.parallel, virtual_pipeline=None, sequence=False)
+    ranks = config.parallel
+    layout = ParallelConfig(
+        ranks.tensor, ranks.pipeline, ranks.data, timeout_min=ranks.timeout_min, builder=ranks.builder
+    )
     is_folder = (path / "config.json").is_file()
     checkpoint = None if is_folder else Checkpoint(path)
     problems = task_problems(config)
@@ -68,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     parents += Parent.of_text(config.data.text)
     parents += [Parent.of("task_dir", Path(config.task_dir))] if config.task_dir else []
     network = checkpoint.network.to_dict() if checkpoint else None
-    manifest = Manifest("evaluation", network, parents, to_plain(config))
+    manifest = Manifest("evaluation", network, parents, to_plain(config), verb="evaluate")
     if is_done(output, manifest):
         return output
     with process_groups(layout) as groups:

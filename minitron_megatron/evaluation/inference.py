@@ -179,7 +179,9 @@ class Inference:
 
         made: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
-        with key_value_cache(self.chunks, self.network, size * len(starts), longest + decoding.max_new_tokens) as cursor:
+        with key_value_cache(
+            self.chunks, self.network, size * len(starts), longest + decoding.max_new_tokens
+        ) as cursor:
             batches = []
             for start in starts:
                 part, last = prompts[start : start + size], lengths[start : start + size] - 1

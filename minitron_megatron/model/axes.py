@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minitron_megatron.config import axes
+
 Sizes = Mapping[str, int]
 """Length of each axis by its name."""
 
@@ -124,6 +126,8 @@ class _Concat(Dim):
 
 
 HIDDEN, VOCAB = Axis("hidden"), Axis("vocab")
+
+axes.register(axes.Axis(HIDDEN.name, "channels of the residual stream.", __name__, HIDDEN.name, is_scored=True))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from megatron.core.utils import unwrap_model
 
-from minitron_megatron.config.common import Builder, DType, ParallelConfig
+from minitron_megatron.config.common import DType
+from minitron_megatron.config.parallel import Builder, ModelParallelConfig
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
 from minitron_megatron.model.layers import DENSE, Slot, Sublayer
 from minitron_megatron.model.layers.sublayer import LayerModules
@@ -37,7 +38,7 @@ _NORMS = {NormKind.RMSNORM: "RMSNorm", NormKind.LAYERNORM: "LayerNorm"}
 _FP8_MULTIPLE = 16
 
 
-def build_problems(network: Network, layout: Layout | ParallelConfig, where: str = "network") -> list[str]:
+def build_problems(network: Network, layout: Layout | ModelParallelConfig, where: str = "network") -> list[str]:
     """Why a network cannot be built in a layout here, one sentence each."""
     problems = layout_problems(network, layout, where)
     mixed = _mixed_layers(network)
@@ -52,7 +53,7 @@ def build_problems(network: Network, layout: Layout | ParallelConfig, where: str
     return problems
 
 
-def fp8_problems(network: Network, layout: Layout | ParallelConfig, where: str) -> list[str]:
+def fp8_problems(network: Network, layout: Layout | ModelParallelConfig, where: str) -> list[str]:
     """Why the matrix products of a network cannot be computed in FP8 here, one sentence each."""
     if not uses_te():
         return [f"{where} = true takes CUDA and Transformer Engine, which are not here: set it to false"]

@@ -45,4 +45,10 @@ def _shown(values: list) -> str:
     different = list(dict.fromkeys(map(str, values)))
     if len(different) > 1:
         return ", ".join(different)
-    return f"{values[0]:,}" if type(values[0]) is int else f"{values[0]:g}" if isinstance(values[0], float) else different[0]
+    return (
+        f"{values[0]:,}"
+        if type(values[0]) is int
+        else f"{values[0]:g}"
+        if isinstance(values[0], float)
+        else different[0]
+    )

@@ -107,9 +107,7 @@ def hybrid_model(network: Network, stages: Sequence[range], settings: dict[str, 
         settings: of GPTModel and HybridModel alike.
     """
     symbols = [_SYMBOLS[sublayer.slot] for sublayer in network.sublayers]
-    parts = [
-        "".join(symbols[position] for number in stage for position in network.layers[number]) for stage in stages
-    ]
+    parts = ["".join(symbols[position] for number in stage for position in network.layers[number]) for stage in stages]
     layer = ModuleSpec(module=Layer, params={"network": network})
     return Model(
         hybrid_stack_spec=ModuleSpec(

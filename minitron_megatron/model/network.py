@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import cycle
 from typing import Any
 
-from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.config.parallel import ModelParallelConfig
 from minitron_megatron.errors import ConfigError, raise_if_any
 from minitron_megatron.model.axes import HIDDEN, VOCAB
 from minitron_megatron.model.checks import (
@@ -214,9 +214,7 @@ def _sublayers(pattern: Any, sections: Mapping[str, Any]) -> tuple[Sublayer, ...
     if type(pattern) is not str:
         raise ConfigError([f"network.{_PATTERN} = {pattern!r}: must be text"])
     if len(pattern) > 2 * MAX_LAYERS:
-        raise ConfigError(
-            [f"network.{_PATTERN} has {len(pattern)} sublayers: at most {2 * MAX_LAYERS} are supported"]
-        )
+        raise ConfigError([f"network.{_PATTERN} has {len(pattern)} sublayers: at most {2 * MAX_LAYERS} are supported"])
     if unknown := sorted(set(pattern) - set(KINDS)):
         raise ConfigError(
             [
@@ -276,7 +274,7 @@ def transformer(num_layers: int, layer: Iterable[Sublayer]) -> tuple[Sublayer, .
     return tuple(layer) * num_layers
 
 
-def layout_problems(network: Network, layout: Layout | ParallelConfig, where: str = "network") -> list[str]:
+def layout_problems(network: Network, layout: Layout | ModelParallelConfig, where: str = "network") -> list[str]:
     """What of a network a layout cannot split, one sentence each."""
     problems = []
     for sublayer, positions in network.alike():
@@ -287,7 +285,7 @@ def layout_problems(network: Network, layout: Layout | ParallelConfig, where: st
             f"{where}.padded_vocab_size = {network.padded_vocab_size} does not divide by parallel.tensor = "
             f"{layout.tensor}: choose a tensor size that divides it"
         )
-    virtual_pipeline = layout.virtual_pipeline or 1
+    virtual_pipeline = getattr(layout, "virtual_pipeline", None) or 1
     stages = layout.pipeline * virtual_pipeline
     if len(network.layers) < stages:
         problems.append(

@@ -11,9 +11,7 @@ from minitron_megatron.model.norms import norm_rows
 PROJECTIONS = "distillation_projections"
 """The beginning of the names of what distillation trains beside the student, and that is no part of any network."""
 
-_EMBEDDING = Row(
-    "embedding.word_embeddings.weight", (VOCAB, HIDDEN), VOCAB.name, (Part("model.embed_tokens.weight"),)
-)
+_EMBEDDING = Row("embedding.word_embeddings.weight", (VOCAB, HIDDEN), VOCAB.name, (Part("model.embed_tokens.weight"),))
 _OUTPUT = Row("output_layer.weight", (VOCAB, HIDDEN), VOCAB.name, (Part("lm_head.weight"),), matmul=True)
 
 

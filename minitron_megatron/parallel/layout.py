@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minitron_megatron.config.common import Builder, ParallelConfig
+from minitron_megatron.config.parallel import Builder, InferenceParallelConfig, ParallelConfig
 from minitron_megatron.errors import raise_if_any
 
 
@@ -25,7 +25,7 @@ class Layout:
     builder: Builder | None = None
 
     @classmethod
-    def from_config(cls, config: ParallelConfig, world_size: int) -> "Layout":
+    def from_config(cls, config: InferenceParallelConfig, world_size: int) -> "Layout":
         """Fit `config` to a world.
 
         Raises:
@@ -42,9 +42,10 @@ class Layout:
                 f"ranks, but the world has {world_size}: start {needed} ranks or change the layout"
             ]
         )
-        return cls(
-            config.tensor, config.pipeline, data, config.virtual_pipeline or 1, config.sequence, config.builder
-        )
+        own = dict(tensor=config.tensor, pipeline=config.pipeline, data=data, builder=config.builder)
+        if not isinstance(config, ParallelConfig):
+            return cls(**own)
+        return cls(**own, virtual_pipeline=config.virtual_pipeline or 1, sequence=config.sequence)
 
     @property
     def world_size(self) -> int:

@@ -78,7 +78,9 @@ class _Ranking:
             values, rounds = self._scores(axis)
             count = wanted.sizes[axis.axis.name]
             if outer := self.sublayer.outer(axis):
-                orders = [descending(values[element], _row(rounds, element)).tolist() for element in kept[outer.setting]]
+                orders = [
+                    descending(values[element], _row(rounds, element)).tolist() for element in kept[outer.setting]
+                ]
                 kept[axis.setting] = [sorted(order[:count]) for order in orders]
                 self.orders[axis.setting] = orders
             else:
@@ -118,9 +120,7 @@ def _kept_sublayers(scores: Scores, target: Target, criterion: DepthCriterion | 
         return list(range(len(source.sublayers)))
     if target.layers is None and depth.unit is Unit.LAYER:
         counts = " and ".join(f"target.{name} = {count}" for name, count in target.counts.items())
-        raise ConfigError(
-            [f"{counts} differ, and the scores are of whole layers: score with depth.unit=sublayer"]
-        )
+        raise ConfigError([f"{counts} differ, and the scores are of whole layers: score with depth.unit=sublayer"])
     values, rounds = _depth_scores(scores, criterion)
     protected = set(depth.protected(source))
     if depth.search is not DepthSearch.SINGLE:

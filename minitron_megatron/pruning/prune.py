@@ -65,7 +65,7 @@ def prune(config: PruneConfig) -> Path:
     raise_if_any(problems)
     # In numbers, so that a layout for which a fraction is rounded otherwise is not taken for the same target.
     settings = to_plain(config) if config.plan else to_plain(config) | {"target": target.sizes}
-    manifest = Manifest("checkpoint", parents=parents, config=settings)
+    manifest = Manifest("checkpoint", parents=parents, config=settings, verb="prune")
     if is_done(output, manifest):
         return output
     before, after = num_parameters(checkpoint.network), num_parameters(network)

@@ -69,7 +69,7 @@ def score(config: ScoreConfig) -> Path:
     parents = [Parent.of("checkpoint", checkpoint.root), *Parent.of_text(config.data.text)]
     if config.depth.choices:
         parents.append(Parent.of("choices", Path(config.depth.choices)))
-    manifest = Manifest("scores", checkpoint.network.to_dict(), parents, settings)
+    manifest = Manifest("scores", checkpoint.network.to_dict(), parents, settings, verb="score")
     if is_done(output, manifest):
         return output
     for number in range(1, config.rounds) if config.save_rounds else ():
@@ -91,7 +91,7 @@ def score(config: ScoreConfig) -> Path:
             groups,
             config.micro_batch,
             output.with_name(f".{output.name}.sums"),
-            json.dumps([parents[0].fingerprint, corpus.fingerprint, manifest.essence, [way.sizes for way in ways]]),
+            json.dumps([parents[0].fingerprint, corpus.fingerprint, manifest.cache_key, [way.sizes for way in ways]]),
             config.save_every,
         )
         scores = _score_in_rounds(config, checkpoint, manifest, groups, samples, choices, partial)
@@ -216,5 +216,5 @@ def _as_of_source(before: Scores | None, latest: Scores, plan: Plan | None, numb
 
 def _round(output: Path, manifest: Manifest, number: int) -> tuple[Path, Manifest]:
     """Folder of the checkpoint between two rounds, beside the scores, and what it is made from."""
-    made_from = Manifest("checkpoint", parents=manifest.parents, config=manifest.config)
+    made_from = Manifest("checkpoint", parents=manifest.parents, config=manifest.config, verb="score")
     return output.with_name(f"{output.name}.round_{number}"), made_from

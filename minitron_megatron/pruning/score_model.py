@@ -93,9 +93,7 @@ def score_model(
         while search.paths:
             search.take(calibration.effects(calibration.sweep(search.base, search.paths, False)))
         hidden, elements = _width_scores(chunks, network, groups, config, sums)
-    return Scores(
-        network, hidden, elements, depth=search.scores, depth_settings=search.settings, rounds=search.rounds
-    )
+    return Scores(network, hidden, elements, depth=search.scores, depth_settings=search.settings, rounds=search.rounds)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from minitron_megatron.config.schema import ParallelConfig, TargetConfig
+from minitron_megatron.config.schema import ModelParallelConfig, TargetConfig
 from minitron_megatron.errors import raise_if_any
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.layers import PrunableAxis, Sublayer
@@ -54,12 +54,14 @@ class Target:
         """What is left of a network, as far as that is known before its layers are ranked: None if it is not."""
         if self.layers is None:
             return None
-        layers = source.layers[: self.layers] if self.keep_layers is None else [source.layers[n] for n in self.keep_layers]
+        layers = (
+            source.layers[: self.layers] if self.keep_layers is None else [source.layers[n] for n in self.keep_layers]
+        )
         sublayers = tuple(self.sublayers[position] for layer in layers for position in layer)
         return source.replace(sublayers=sublayers, hidden_size=self.hidden)
 
 
-def resolve_target(source: Network, config: TargetConfig, parallel: ParallelConfig) -> Target:
+def resolve_target(source: Network, config: TargetConfig, parallel: ModelParallelConfig) -> Target:
     """Resolve a requested shape to whole numbers.
 
     Args:
@@ -88,7 +90,7 @@ def resolve_target(source: Network, config: TargetConfig, parallel: ParallelConf
 class _Resolver:
     """Resolves sizes one by one, and gathers what is wrong or was rounded."""
 
-    def __init__(self, config: TargetConfig, parallel: ParallelConfig):
+    def __init__(self, config: TargetConfig, parallel: ModelParallelConfig):
         self.config = config
         self.tensor = parallel.tensor
         self.problems: list[str] = []
@@ -121,9 +123,7 @@ class _Resolver:
         """
         whole, wanted = whole or has, has if wanted is None else wanted
         if wanted > has:
-            self.problems.append(
-                f"target.{name} = {wanted}{where} is larger than {owner} {has}: pruning only removes"
-            )
+            self.problems.append(f"target.{name} = {wanted}{where} is larger than {owner} {has}: pruning only removes")
         share = isinstance(wanted, float) and wanted <= 1
         number = whole * wanted if share else int(wanted)
         if number != has and (share or not exact):

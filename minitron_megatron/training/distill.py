@@ -15,7 +15,7 @@ from minitron_megatron.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     Parent,
-    made_otherwise,
+    conflict_message,
     write_atomically,
     writing,
 )
@@ -76,7 +76,7 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
     output = Path(config.output)
     parents = [Parent.of(role, checkpoint.root) for role, checkpoint in networks.items()]
     parents += Parent.of_text(config.data.text)
-    manifest = Manifest("run", student.network.to_dict(), parents, to_plain(config))
+    manifest = Manifest("run", student.network.to_dict(), parents, to_plain(config), verb="distill")
     with process_groups(config.parallel) as groups:
         raise_if_any(config.batch_problems(groups.layout.data))
         if main_first(lambda: _is_finished(output, manifest)):
@@ -177,7 +177,9 @@ def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: Distill
             f"or fp32: set teacher_dtype=bf16"
         )
     found += config.loss.logits.vocab_problems(teacher.network.vocab_size)
-    theirs, ours = (f"vocab = {n.vocab_size}, padded to {n.padded_vocab_size}" for n in (teacher.network, student.network))
+    theirs, ours = (
+        f"vocab = {n.vocab_size}, padded to {n.padded_vocab_size}" for n in (teacher.network, student.network)
+    )
     if theirs != ours:
         found.append(
             f"teacher = {config.teacher} has {theirs}; student = {config.student} has {ours}: they must share one "
@@ -199,7 +201,7 @@ def _is_finished(output: Path, manifest: Manifest) -> bool:
     known = output if (output / MANIFEST).exists() else checkpoints
     if (known / MANIFEST).exists():
         if changes := _of_run(Manifest.read(known)).changes(manifest):
-            raise ConfigError([made_otherwise(output, changes)])
+            raise ConfigError([conflict_message(output, changes)])
         if known is output:
             logger.info("%s is there already with the same inputs: skipped", output)
             return True

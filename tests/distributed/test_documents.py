@@ -119,6 +119,4 @@ def test_documents_of_a_row_do_not_see_each_other(tmp_path):
                 np.testing.assert_allclose(rank["depth"][criterion], values, rtol=1e-4, err_msg=f"{name} {criterion}")
         gradients = Gradients(network, [rank["gradients"] for rank in ranks])
         for key, _, param, part in hf_tensors(network):
-            assert close(read_hf_tensor(gradients, param, part), read_hf_tensor(whole, param, part)), (
-                f"{name} {key}"
-            )
+            assert close(read_hf_tensor(gradients, param, part), read_hf_tensor(whole, param, part)), f"{name} {key}"

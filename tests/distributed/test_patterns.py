@@ -243,11 +243,15 @@ def test_hidden_losses_are_those_of_the_network_with_an_attention_that_adds_noth
             student = Checkpoint(folder / name)
             pair, training = teacher_and_student(folder, student, LossConfig(hidden=hidden), groups)
             losses.append(list(pair.train(BATCHES).of_pairs.values()))
-            found.append({(p.parts[0].name, n): g for p, n, _, g in gradients(training.chunks, student.network, groups)})
+            found.append(
+                {(p.parts[0].name, n): g for p, n, _, g in gradients(training.chunks, student.network, groups)}
+            )
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert min(losses[0]) > 0
     own, other = found
-    attentions = {p.parts[0].name for p in parameters(Checkpoint(folder / "student").network) if p.sublayer == ATTENTION}
+    attentions = {
+        p.parts[0].name for p in parameters(Checkpoint(folder / "student").network) if p.sublayer == ATTENTION
+    }
     for (name, number), gradient in own.items():
         twin = other[name, number + 1 if name in attentions and number >= ANOTHER else number]
         torch.testing.assert_close(gradient, twin, rtol=1e-4, atol=1e-5 * twin.abs().max().item())

@@ -52,7 +52,9 @@ def test_a_step_is_that_of_autograd_on_transformers_models(groups, family, fruga
         chunk.requires_grad_(False)
     optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1, distributed=frugal, overlap=frugal)
     training = optimization(chunks, optimizer, 4, DType.FP32, groups)
-    pair = TeacherStudent(training.chunks, teacher_chunks, groups, LossConfig(0.7, 0.4, chunk_tokens=7), network.vocab_size)
+    pair = TeacherStudent(
+        training.chunks, teacher_chunks, groups, LossConfig(0.7, 0.4, chunk_tokens=7), network.vocab_size
+    )
     [batch] = rank_batches(Samples(BATCH, SEQUENCE, network.vocab_size), 0, BATCH, BATCH, 0, 1)
     training.zero_grad()
     result = pair.train([on_gpu(batch)])

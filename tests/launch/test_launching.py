@@ -22,7 +22,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def on_login_node(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    environment = {"PATH": "/nowhere", "PYTHONPATH": str(ROOT)}
+    environment = {"PATH": "/nowhere", "PYTHONPATH": f"{ROOT}:{cwd}"}
     command = [sys.executable, "-c", LOGIN_NODE, "launch", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
@@ -44,6 +44,21 @@ def test_cfg_shows_what_would_be_used_and_launches_nothing(tmp_path):
     swept = on_login_node(*verb, "steps=70,80", "--multirun", "--cfg", cwd=tmp_path)
     assert [settings["steps"] for settings in list(yaml.safe_load_all(swept.stdout))[1:]] == [70, 80]
     assert not any(tmp_path.iterdir())
+
+
+def test_what_is_launched_knows_the_settings_of_its_plugins(tmp_path):
+    register = "register(Axis('states', 'channels of the state.', __name__, 'state'))"
+    plugin = f"from minitron_megatron.config.axes import Axis, register\n{register}\n"
+    (tmp_path / "their_plugin.py").write_text(plugin)
+    recipe = ["+experiment=llama31_8b_width_4b", "stages.pruned.target.states=3"]
+    assert "target.states is not a setting" in on_login_node(*recipe, "--cfg", cwd=tmp_path).stderr
+    shown = on_login_node(*recipe, "plugins=[their_plugin]", "--cfg", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    own, settings = yaml.safe_load_all(shown.stdout)
+    assert own["plugins"] == settings["plugins"] == ["their_plugin"]
+    stages = settings["stages"].values()
+    assert {tuple(stage["plugins"]) for stage in stages} == {("their_plugin",)}
+    assert settings["stages"]["pruned"]["target"]["states"] == 3
 
 
 def test_without_sbatch_nothing_is_written(tmp_path):

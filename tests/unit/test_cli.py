@@ -239,7 +239,9 @@ def score(settings):
     if settings.checkpoint == "defect" and rank == 1:
         raise ZeroDivisionError
     print("rank", rank, "of", os.environ["WORLD_SIZE"], "threads", os.environ["OMP_NUM_THREADS"], flush=True)
-    if settings.checkpoint != "good":
+    if settings.checkpoint == "plugin":
+        print("criterion of states", settings.axes["states"].criterion.value)
+    elif settings.checkpoint != "good":
         time.sleep(120)
 
 module = types.ModuleType("minitron_megatron.pruning.score")
@@ -248,16 +250,28 @@ sys.modules[module.__name__] = module
 """
 
 
+_PLUGIN = """
+from minitron_megatron.config.axes import Axis, register
+
+register(Axis("states", "channels of the state.", __name__, "state", is_scored=True))
+"""
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """Runs of two real ranks whose `score` ends in different ways, by the name of the way; all at once, for speed."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "sitecustomize.py").write_text(_STAND_IN)
+    (folder / "their_plugin.py").write_text(_PLUGIN)
+    of_plugin = "checkpoint: plugin\noutput: o\nstates: {criterion: random}\nparallel: {tensor: 2}\n"
+    (folder / "score.yaml").write_text(f"{of_plugin}plugins: [their_plugin]\n")
     env = environment(folder, OMP_NUM_THREADS="3")
+    ways = {way: [f"checkpoint={way}"] for way in ("good", "all", "one", "defect", "asleep")}
+    ways["plugin"] = ["checkpoint=plugin", "plugins=[their_plugin]", "states.criterion=random"]
     runs = {
-        way: command("score", f"checkpoint={way}", "output=o", "parallel.tensor=2", cwd=folder, env=env)
-        for way in ("good", "all", "one", "defect", "asleep")
+        way: command("score", *own, "output=o", "parallel.tensor=2", cwd=folder, env=env) for way, own in ways.items()
     }
+    runs["file"] = command("score", "--config", "score.yaml", cwd=folder, env=env)
     yield runs
     for run in runs.values():
         run.terminate()
@@ -269,6 +283,13 @@ def test_ranks_run_and_the_first_one_logs(two_ranks):
     assert two_ranks["good"].returncode == 0
     assert sorted(out.splitlines()) == ["rank 0 of 2 threads 3", "rank 1 of 2 threads 3"]
     assert err.count("scoring") == 1
+
+
+@pytest.mark.parametrize("way", ["plugin", "file"])
+def test_ranks_import_plugins_before_they_read_settings(two_ranks, way):
+    out, err = two_ranks[way].communicate(timeout=120)
+    assert two_ranks[way].returncode == 0, err
+    assert out.splitlines().count("criterion of states random") == 2
 
 
 @pytest.mark.parametrize("way", ["all", "one"])

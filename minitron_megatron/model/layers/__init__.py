@@ -1,5 +1,6 @@
 """The kinds of layers, by the symbol that each has in a network's pattern."""
 
+from minitron_megatron.config import axes
 from minitron_megatron.model.layers.attention import Attention
 from minitron_megatron.model.layers.mlp import MLP
 from minitron_megatron.model.layers.sublayer import PrunableAxis, Slot, Sublayer
@@ -22,14 +23,24 @@ def register(kind: type[Sublayer]) -> type[Sublayer]:
     for other in KINDS.values():
         names = {"symbol": "symbol", "name": "name"}
         clashes = [what for what, name in names.items() if getattr(other, name) == getattr(kind, name)]
-        settings = {axis.setting for axis in other.prunable} & {axis.setting for axis in kind.prunable}
-        clashes += [f"setting {setting}" for setting in sorted(settings)]
+        shared = {axis.setting for axis in other.prunable} & {axis.setting for axis in kind.prunable}
+        clashes += [f"setting {setting}" for setting in sorted(shared)]
         if clashes:
             raise ValueError(
                 f"{kind.__module__}.{kind.__qualname__} cannot be registered: its {' and '.join(clashes)} is that of "
                 f"{other.__module__}.{other.__qualname__}; give it another one"
             )
     KINDS[kind.symbol] = kind
+    where = f"{kind.__module__}.{kind.__qualname__}"
+    number = f"{kind.title} sublayers to keep, where sublayers are scored by themselves."
+    scored = kind.scored()
+    axes.register(
+        axes.Axis(kind.name, number, where),
+        *(
+            axes.Axis(axis.setting, axis.meaning, where, axis.axis.name, by_layer=True, is_scored=axis in scored)
+            for axis in kind.prunable
+        ),
+    )
     return kind
 
 

@@ -62,13 +62,13 @@ class Attention(Sublayer):
             "groups",
             GROUP,
             "query group",
-            "query groups of every attention, each with its key and value head and its query heads",
+            "query groups of every attention, each with its key and value head and its query heads.",
         ),
         PrunableAxis(
             "heads",
             HEAD,
             "query head",
-            "query heads of every attention over all of its groups, the same number in each group",
+            "query heads of every attention over all of its groups, the same number in each group.",
         ),
     )
     merged: ClassVar = "heads"
@@ -156,17 +156,13 @@ class Attention(Sublayer):
             *norm_rows(
                 network.norm, HIDDEN, "self_attention.linear_qkv.layer_norm_", "model.layers.{layer}.input_layernorm."
             ),
-            row(
-                "linear_qkv.weight", (_QKV_ROWS, HIDDEN), GROUP.name, qkv("weight"), matmul=True, takes_merged=True
-            ),
+            row("linear_qkv.weight", (_QKV_ROWS, HIDDEN), GROUP.name, qkv("weight"), matmul=True, takes_merged=True),
         ]
         if self.qkv_bias or self.bias:
             rows.append(row("linear_qkv.bias", (_QKV_ROWS,), GROUP.name, qkv("bias"), takes_merged=True))
         if self.qk_norm:
             for one in "qk":
-                rows += norm_rows(
-                    network.norm, HEAD_DIM, f"self_attention.{one}_layernorm.", f"{_HF}{one}_norm."
-                )
+                rows += norm_rows(network.norm, HEAD_DIM, f"self_attention.{one}_layernorm.", f"{_HF}{one}_norm.")
         rows.append(row("linear_proj.weight", (HIDDEN, _HEAD_COLUMNS), GROUP.name, output[0], matmul=True))
         if self.bias:
             rows.append(row("linear_proj.bias", (HIDDEN,), None, output[1]))

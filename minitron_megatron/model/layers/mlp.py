@@ -61,7 +61,7 @@ class MLP(Sublayer):
     name: ClassVar = "mlp"
     title: ClassVar = "MLP"
     slot: ClassVar = Slot.CHANNEL
-    prunable: ClassVar = (PrunableAxis("ffn", FFN, "neuron", "neurons of every MLP", is_aligned=True),)
+    prunable: ClassVar = (PrunableAxis("ffn", FFN, "neuron", "neurons of every MLP.", is_aligned=True),)
     former_fields: ClassVar = {
         "ffn": "ffn_hidden_size",
         "activation": "activation",

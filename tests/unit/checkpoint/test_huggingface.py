@@ -193,7 +193,7 @@ def reconfigure(folder, **changes):
         (lambda f: (f / INDEX).write_text("{"), f"{INDEX} is not a whole index"),
         (lambda f: (f / "config.json").unlink(), "is not a Hugging Face folder: it has no config.json"),
         (lambda f: (f / "config.json").write_text('{"model_'), "config.json is not the whole config of a model"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "config of a model: KeyError('num_hid"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "config of a model: KeyError('num_att"),
         (lambda f: reindex(f, **{"model.norm.weight": None}), "missing: model.norm.weight [48]"),
         (lambda f: forget(f / "part-0.safetensors", "lm_head.weight"), "missing: lm_head.weight [101, 48]"),
         (lambda f: reindex(f, **{"lm_head.weight": None, "head": "part-0.safetensors"}), "missing: lm_head.weight"),

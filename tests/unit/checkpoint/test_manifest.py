@@ -121,11 +121,62 @@ def test_fingerprints_follow_content(tmp_path):
 
 
 def test_a_manifest_survives_its_file(tmp_path):
-    manifest = Manifest("checkpoint", {"hidden": 3}, [Parent("teacher", "t", "abc")], {"steps": 2}, {"parameters": 5})
+    parents = [Parent("teacher", "t", "abc")]
+    manifest = Manifest("checkpoint", {"hidden": 3}, parents, {"steps": 2}, {"parameters": 5}, verb="prune")
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path) == manifest
     assert everything_below(tmp_path) == ["manifest.json"]
     assert json.loads((tmp_path / "manifest.json").read_text())["version"]
+
+
+def rewritten(folder, change):
+    """A folder whose manifest has been changed."""
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_a_result_of_an_earlier_version_is_skipped_and_left_as_it_is(source, tmp_path):
+    output = import_checkpoint(ImportConfig(str(source), str(tmp_path / "c")))
+    assert Manifest.read(output).verb == "import"
+
+    def as_before(values):
+        del values["verb"]  # which were not written then
+        del values["config"]["dtype"]
+        values["config"]["output"] = "elsewhere"
+
+    rewritten(output, as_before)
+    before = times(output)
+    import_checkpoint(ImportConfig(str(source), str(output), workers=3))
+    assert times(output) == before and Manifest.read(output).verb is None
+    with pytest.raises(ConfigError, match=r"\(dtype was null and is 'bf16'\)"):
+        import_checkpoint(ImportConfig(str(source), str(output), DType.BF16))
+
+
+@pytest.mark.parametrize("off", [None, False, 0, 0.0, "", [], {}, {"more": [], "less": {"still": 0}}])
+def test_a_setting_that_only_one_version_has_makes_no_difference_while_it_is_off(off):
+    with_it, without = Manifest("run", config={"new": off, "steps": 2}), Manifest("run", config={"steps": 2})
+    assert without.changes(with_it) == with_it.changes(without) == []
+
+
+@pytest.mark.parametrize("on", [True, 1, -0.5, "x", [0], {"part": 1}])
+def test_a_setting_that_only_one_version_has_and_that_is_on_makes_another_result(on):
+    with_it, without = Manifest("run", config={"new": on, "steps": 2}), Manifest("run", config={"steps": 2})
+    assert len(without.changes(with_it)) == len(with_it.changes(without)) == 1
+
+
+@pytest.mark.parametrize("before, after", [(0, 1), (None, 1), (False, True), ([], ["a"]), (1, 0)])
+def test_a_setting_that_both_versions_have_makes_a_difference_where_it_differs(before, after):
+    manifests = [Manifest("run", config={"steps": value}) for value in (before, after)]
+    assert len(manifests[0].changes(manifests[1])) == 1
+
+
+def test_settings_that_change_no_result_are_those_of_the_verb():
+    """`workers` is of no account to import, and an unknown verb says nothing of any setting."""
+    for verb, count in (("import", 0), ("distill", 1), (None, 1), ("quantize", 1)):
+        manifests = [Manifest("checkpoint", config={"workers": workers}, verb=verb) for workers in (1, 2)]
+        assert len(manifests[0].changes(manifests[1])) == count
 
 
 def test_a_disk_that_is_too_small_is_refused_before_any_work(source, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_megatron.checkpoint.convert import export, import_checkpoint
 from minitron_megatron.checkpoint.manifest import Manifest, Parent
+from minitron_megatron.checkpoint.model_card import lineage
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import ExportConfig, ImportConfig, PruneConfig, TargetConfig
 from minitron_megatron.errors import CheckpointError
@@ -94,6 +95,26 @@ def test_a_source_that_says_nothing_gets_no_licence(run, tmp_path):
     (tmp_path / "alone/manifest.json").unlink()
     card = ModelCard.load(exported(tmp_path, "alone") / "README.md")
     assert card.data.license is None and card.data.base_model is None and "does not say how it was made" in card.content
+
+
+@pytest.mark.parametrize(
+    "manifest, name",
+    [
+        (Manifest("scores", config={"num_samples": 8, "target": {"ffn": 8}}, verb="score"), "scored"),
+        (Manifest("checkpoint", config={"num_samples": 8, "target": {"ffn": 8}}, verb="score"), "pruned"),
+        (Manifest("checkpoint", config={"source": "s"}, verb="prune"), "pruned"),
+        (Manifest("checkpoint", config={}, verb="quantize"), "checkpoint"),
+        # Of versions that did not say the verb:
+        (Manifest("scores", config={"num_samples": 8}), "scored"),
+        (Manifest("checkpoint", config={"student": "s", "source": "s"}), "distilled"),
+        (Manifest("checkpoint", config={"source": "s"}), "imported"),
+        (Manifest("checkpoint"), "checkpoint"),
+    ],
+    ids=str,
+)
+def test_a_step_is_named_by_its_verb(manifest, name, tmp_path):
+    manifest.write(tmp_path)
+    assert [step.name for step in lineage(Parent.of("checkpoint", tmp_path))] == [name]
 
 
 def test_a_damaged_card_is_named(run, tmp_path):

@@ -211,7 +211,7 @@ def test_settings_are_written_as_plain_values_in_order():
         "output": "runs/smollm2_135m/scores",
         "num_samples": 64,
     }
-    assert to_yaml(ImportConfig("s", "ö", DType.FP16)) == "source: s\noutput: ö\ndtype: fp16\nworkers: 1\n"
+    assert to_yaml(ImportConfig("s", "ö", DType.FP16)) == "source: s\noutput: ö\ndtype: fp16\nworkers: 1\nplugins: []\n"
 
 
 @settings(max_examples=30, deadline=None)

@@ -4,10 +4,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from minitron_megatron.config.compose import compose, conf_dir, resolve_stages, shipped, to_plain
+from minitron_megatron.config.compose import compose, conf_dir, defaults, resolve_stages, shipped, to_plain
 from minitron_megatron.config.describe import describe, summary
 from minitron_megatron.config.reader import keys
-from minitron_megatron.config.schema import SCHEMAS, DType
+from minitron_megatron.config.schema import SCHEMAS, CompressConfig, DType
 
 MANDATORY = {
     "import": ["source=s", "output=o"],
@@ -24,14 +24,35 @@ MANDATORY = {
 
 
 @pytest.mark.parametrize("verb", SCHEMAS)
-def test_yaml_and_dataclass_give_the_same_defaults_in_the_same_order(verb):
-    shipped = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{verb}.yaml"))
-    expected = to_plain(SCHEMAS[verb]())
+def test_defaults_are_those_of_the_dataclass_in_the_same_order(verb):
+    found, expected = defaults(verb), to_plain(SCHEMAS[verb]())
     if verb == "compress":  # whose paths lie in the run's folder, and which has a chain of stages
-        assert shipped.pop("stages") and not expected.pop("stages")
-        assert shipped["data"].pop("cache_dir") == "${run_dir}/corpora"
+        assert found.pop("stages") and not expected.pop("stages")
+        assert found["data"].pop("cache_dir") == "${run_dir}/corpora"
         del expected["data"]["cache_dir"]
-    assert yaml.safe_dump(shipped, sort_keys=False) == yaml.safe_dump(expected, sort_keys=False)
+    assert yaml.safe_dump(found, sort_keys=False) == yaml.safe_dump(expected, sort_keys=False)
+
+
+def test_the_yaml_files_repeat_no_default():
+    """A verb has none of its own, and a recipe's gives no setting the value that it has anyway."""
+    assert [path.name for path in conf_dir().glob("*.yaml")] == ["recipe.yaml"]
+    recipe = OmegaConf.to_container(OmegaConf.load(conf_dir() / "recipe.yaml"))
+    assert recipe.pop("defaults") == ["compress", "_self_"]
+    stages = recipe.pop("stages")
+    settings = [
+        (recipe, CompressConfig),
+        *((stage, SCHEMAS[stage.pop("verb")]) for stage in filter(None, stages.values())),
+    ]
+    for given, schema in settings:
+        assert given.keys() <= to_plain(schema()).keys()
+        assert _same(given, to_plain(schema())) == []
+
+
+def _same(given: dict, defaults: dict) -> list[str]:
+    """Settings that have their default."""
+    found = [name for name, value in given.items() if not isinstance(value, dict) and value == defaults[name]]
+    sections = [name for name, value in given.items() if isinstance(value, dict)]
+    return [*found, *(name for section in sections for name in _same(given[section], defaults[section]))]
 
 
 @pytest.mark.parametrize("verb", SCHEMAS)

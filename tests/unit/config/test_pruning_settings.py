@@ -46,7 +46,7 @@ LOSS, ACCURACY = DepthCriterion.LOSS, DepthCriterion.ACCURACY
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(rounds=2), "rounds = 2 need a network to head for: set target"),
+        (dict(rounds=2), "rounds = 2 need a shape to head for: set target"),
         (
             dict(rounds=2, target=TargetConfig(layers=2), depth=DepthConfig(search=DepthSearch.GREEDY)),
             "rounds = 2 and depth.search = greedy: several rounds score every layer by itself; set depth.search=single",

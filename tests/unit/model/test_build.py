@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.config.common import Builder, DType, ParallelConfig
+from minitron_megatron.config.common import DType
+from minitron_megatron.config.parallel import Builder, ParallelConfig
 from minitron_megatron.model import build, local
 from minitron_megatron.model.build import build_model, build_problems
 from minitron_megatron.model.families import network_from_config
@@ -92,7 +93,12 @@ def test_a_layout_that_does_not_fit_the_network_lists_every_problem():
     [
         (8, 12, 4, None),
         (8, 3, 4, None),
-        (6, 12, 4, "network.attention.num_heads = 6 does not divide by parallel.tensor = 4: choose a tensor size that divides it"),
+        (
+            6,
+            12,
+            4,
+            "network.attention.num_heads = 6 does not divide by parallel.tensor = 4: choose a tensor size that divides it",
+        ),
         (
             16,
             3,

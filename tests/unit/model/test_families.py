@@ -70,7 +70,9 @@ def test_older_and_shorter_configs_mean_what_they_mean_to_transformers(changes):
 
 
 def test_families_that_are_the_same_network_have_the_same_shape():
-    networks = {family: network_from_config(config).replace(tie_embeddings=False) for family, config in FAMILIES.items()}
+    networks = {
+        family: network_from_config(config).replace(tie_embeddings=False) for family, config in FAMILIES.items()
+    }
     assert networks["mistral"] == networks["llama"] and networks["seed_oss"] == networks["qwen2"]
     assert len({repr(network) for network in networks.values()}) == len(NETWORKS)
 

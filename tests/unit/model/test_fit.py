@@ -80,7 +80,9 @@ def test_the_ranks_hold_all_weights_once_but_for_those_that_each_must_have(layou
     held = layout.tensor * sum(rank_parameters(network, layout, stage) for stage in range(layout.pipeline))
     tensors = 2 if norm is NormKind.LAYERNORM else 1
     norms = (2 * len(network.layers) + 1) * tensors * network.hidden_size
-    biases = 2 * len(network.layers) * network.hidden_size  # of the two matrices whose outputs are summed over the ranks
+    biases = (
+        2 * len(network.layers) * network.hidden_size
+    )  # of the two matrices whose outputs are summed over the ranks
     padding = (1 if tied else 2) * 24 * network.hidden_size
     expected = num_parameters(network) + padding + (layout.tensor - 1) * (norms + biases)
     if tied and layout.pipeline > 1:
@@ -173,7 +175,9 @@ def test_activations_are_those_that_a_model_keeps(switches, recompute, monkeypat
     else:
         # The CPU's layers make again what norms and gated activations return, and with SwiGLU the MLP's first product;
         # Transformer Engine's keep it. And their SwiGLU is one function, which keeps no factor of its product.
-        again = 2 * network.hidden_size + network.gated * (4 if network.activation is Activation.SILU else 1) * network.ffn
+        again = (
+            2 * network.hidden_size + network.gated * (4 if network.activation is Activation.SILU else 1) * network.ffn
+        )
         expected -= len(network.layers) * 2 * 256 * again * 2
     # Not counted are the tokens, the angles that cosines are of, and float32 copies of the norms' weights.
     assert expected == pytest.approx(measured, rel=0.025 if recompute else 0.005)

@@ -35,9 +35,9 @@ def test_layer_norm_gets_one_number_format(monkeypatch):
     x, weight, bias = torch.randn(5, 16).bfloat16(), torch.randn(16).bfloat16(), torch.randn(16).bfloat16()
     expected = F.layer_norm(x.float(), (16,), weight.float() + 1, bias.float(), 1e-5).bfloat16()
 
-    def layer_norm(x, network, weight, bias, eps, plain=F.layer_norm):
+    def layer_norm(x, shape, weight, bias, eps, plain=F.layer_norm):
         assert x.dtype is weight.dtype is bias.dtype is torch.float32
-        return plain(x, network, weight, bias, eps)
+        return plain(x, shape, weight, bias, eps)
 
     monkeypatch.setattr(F, "layer_norm", layer_norm)
     found = local.normalize(x, weight, bias, config("LayerNorm", zero_centered=True))

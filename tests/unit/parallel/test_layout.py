@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitron_megatron.parallel.layout import layers_per_stage
+from minitron_megatron.config.schema import InferenceParallelConfig, ParallelConfig
+from minitron_megatron.parallel.layout import Layout, layers_per_stage
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,8 @@ def test_stages_and_ranks_are_as_even_as_can_be(pipeline, virtual_pipeline, spar
         assert max(held) - min(held) <= 1
         assert held[-1] == min(held)
     assert counts[0] == min(counts) or counts[1:-1] == [max(counts)] * (num_stages - 2)
+
+
+def test_a_layout_is_of_what_its_settings_have():
+    assert Layout.from_config(InferenceParallelConfig(2, 2), 12) == Layout(2, 2, 3)
+    assert Layout.from_config(ParallelConfig(2, 2, virtual_pipeline=3, sequence=True), 4) == Layout(2, 2, 1, 3, True)

@@ -46,8 +46,7 @@ def by_axis(scores: Scores) -> dict[str, Tensor]:
 def rounds_by_axis(scores: Scores) -> dict[str, Tensor]:
     """The rounds of the same."""
     return {
-        axis: scores.rounds["hidden"] if axis == "hidden" else torch.stack(scores.element_rounds[axis])
-        for axis in AXES
+        axis: scores.rounds["hidden"] if axis == "hidden" else torch.stack(scores.element_rounds[axis]) for axis in AXES
     }
 
 

@@ -12,8 +12,8 @@ from minitron_megatron.config.schema import Criterion, DepthCriterion, DepthSear
 from minitron_megatron.data.choices import ChoiceSamples, Question
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.pruning.make_plan import make_plan
 from minitron_megatron.pruning.score_model import score_model
-from minitron_megatron.pruning.plan import make_plan
 from tests.tiny import FAMILIES, hf_model, save_hf
 from tests.unit.pruning.direct import build_ours, direct_effects, run_without, samples_for, score_config
 

@@ -1,6 +1,7 @@
 """Scores against a direct version: hooks on the transformers model, and the papers' words in a few lines."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,12 @@ from megatron.core.transformer.identity_op import IdentityOp
 
 from minitron_megatron.config.schema import Aggregation, AxisConfig, Criterion, DepthCriterion, Neurons, ParallelConfig
 from minitron_megatron.errors import DataError
-from minitron_megatron.model import build
+from minitron_megatron.model import specs
 from minitron_megatron.parallel.groups import process_groups
-from minitron_megatron.pruning.score_model import score_model
 from minitron_megatron.pruning.activation_stats import ActivationStats
-from minitron_megatron.pruning.scores import WIDTH
+from minitron_megatron.pruning.score_model import score_model
 from tests.tiny import FAMILIES, hf_model
-from tests.unit.pruning.direct import build_ours, samples_for, score_config
+from tests.unit.pruning.direct import AXES, build_ours, by_axis, samples_for, score_config
 
 OVER_LIST = {
     Aggregation.MEAN: lambda x: x.abs().mean(0),
@@ -37,7 +37,7 @@ def groups():
 
 def activations_of(theirs, samples):
     """Everything that is scored, `[sequence, token, element]`, by axis and then by place in the network."""
-    seen = {"hidden": {}, "ffn": {}, "before": {}, "head": {}}
+    seen = {"hidden": {}, "ffn": {}, "before": {}, "heads": {}}
     hooks = []
 
     def keep_input(module, axis, name, change=lambda x: x):
@@ -53,7 +53,7 @@ def activations_of(theirs, samples):
         keep_output(layer.input_layernorm, "hidden", (number, 0))
         keep_output(layer.post_attention_layernorm, "hidden", (number, 1))
         keep_input(layer.mlp.down_proj, "ffn", number)
-        keep_input(layer.self_attn.o_proj, "head", number, lambda x: x.unflatten(-1, (6, 12)).square().sum(-1).sqrt())
+        keep_input(layer.self_attn.o_proj, "heads", number, lambda x: x.unflatten(-1, (6, 12)).square().sum(-1).sqrt())
         keep_output(layer.mlp.gate_proj if hasattr(layer.mlp, "gate_proj") else layer.mlp.up_proj, "before", number)
     keep_output(theirs.model.norm, "hidden", "final")
     with torch.no_grad():
@@ -77,14 +77,13 @@ def direct_scores(theirs, samples, over_tokens, over_sequences, neurons="ffn"):
         "of_norms": of_norms,
         "hidden": of_norms.sum(0),
         "ffn": torch.stack([score(seen[neurons][n]) for n in range(4)]),
-        "head": torch.stack([score(seen["head"][n]) for n in range(4)]).view(4, 2, 3),
+        "heads": torch.stack([score(seen["heads"][n]) for n in range(4)]).view(4, 2, 3),
     }
 
 
 def assert_same(scores, expected):
-    for name in WIDTH:
-        found = getattr(scores, name)
-        assert found.network == expected[name].shape
+    for name, found in by_axis(scores).items():
+        assert found.shape == expected[name].shape
         assert (found - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
 
 
@@ -112,7 +111,7 @@ def test_axes_may_be_scored_each_in_its_own_way(theirs, groups):
     expected = {
         "hidden": direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.VARIANCE)["hidden"],
         "ffn": direct_scores(theirs, samples, Aggregation.L2, Aggregation.L2)["ffn"] * outgoing,
-        "head": direct_scores(theirs, samples, Aggregation.VARIANCE, Aggregation.MEAN)["head"],
+        "heads": direct_scores(theirs, samples, Aggregation.VARIANCE, Aggregation.MEAN)["heads"],
     }
     assert_same(scores, expected)
     # Activations are watched as long as one axis needs them.
@@ -122,12 +121,13 @@ def test_axes_may_be_scored_each_in_its_own_way(theirs, groups):
         ffn=AxisConfig(Criterion.WEIGHT),
         criteria=[],
     )
-    scores = score_model(chunks, network, groups, samples, how)
+    mixed = score_model(chunks, network, groups, samples, how)
     alone = score_model(chunks, network, groups, samples, score_config(criterion=Criterion.WEIGHT, criteria=[]))
     chance = score_model(chunks, network, groups, samples, score_config(criterion=Criterion.RANDOM, criteria=[]))
-    assert torch.equal(scores.ffn, alone.ffn) and torch.equal(scores.hidden, chance.hidden)
+    scores, alone, chance = map(by_axis, (mixed, alone, chance))
+    assert torch.equal(scores["ffn"], alone["ffn"]) and torch.equal(scores["hidden"], chance["hidden"])
     plain = direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.L2)
-    assert_same(scores, {**plain, "hidden": chance.hidden, "ffn": alone.ffn})
+    assert_same(mixed, {**plain, "hidden": chance["hidden"], "ffn": alone["ffn"]})
 
 
 class FusedLinear(ColumnParallelLinear):
@@ -149,23 +149,25 @@ class FusedLinear(ColumnParallelLinear):
         return super().forward(x)
 
 
-def fuse_norms(spec):
-    """A block's spec in the manner of Transformer Engine's: norms inside the projections behind them."""
-    [layer] = {id(layer): layer for layer in spec.layer_specs}.values()
-    layer = copy.deepcopy(layer)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
-    layer.submodules.self_attention.submodules.linear_qkv = FusedLinear
-    build.submodules_of(layer.submodules.mlp).linear_fc1 = FusedLinear
-    layer.submodules.sharded_state_dict_keys_map = {}
-    spec.layer_specs = [layer] * len(spec.layer_specs)
-    return spec
+def fused_norms(plain):
+    """Sublayers in the manner of Transformer Engine's: norms inside the projections behind them."""
+
+    def layer_modules(parts, slot, config):
+        parts = copy.deepcopy(parts)
+        first = {specs.Slot.MIXER: "linear_qkv", specs.Slot.CHANNEL: "linear_fc1"}[slot]
+        setattr(specs.submodules_of(getattr(parts, slot.module)), first, FusedLinear)
+        return replace(plain(parts, slot, config), norm=IdentityOp, key_map={})
+
+    return layer_modules
 
 
 def test_norms_inside_projections_are_scored_too(theirs, groups, monkeypatch):
-    plain = build.layer_spec
-    monkeypatch.setattr(build, "layer_spec", lambda *where: fuse_norms(plain(*where)))
+    monkeypatch.setattr(specs, "layer_modules", fused_norms(specs.layer_modules))
     chunks, network = build_ours(theirs, groups)
-    assert isinstance(chunks[0].decoder.layers[0].input_layernorm, IdentityOp)
+    for layer in chunks[0].decoder.layers:
+        assert isinstance(layer.input_layernorm, IdentityOp) and isinstance(layer.pre_mlp_layernorm, IdentityOp)
+        assert isinstance(layer.self_attention.linear_qkv, FusedLinear)
+        assert isinstance(layer.mlp.linear_fc1, FusedLinear)
     samples = samples_for(theirs)
     scores = score_model(chunks, network, groups, samples, score_config())
     assert_same(scores, direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.L2))
@@ -178,7 +180,8 @@ def hooks_in(model):
 def test_the_hooks_are_gone_afterwards_whatever_happens(theirs, groups):
     [model], network = build_ours(theirs, groups)
     before = hooks_in(model)
-    with pytest.raises(ZeroDivisionError), Capture([model], network, groups, dict.fromkeys(WIDTH, Aggregation.MEAN)):
+    stats = ActivationStats([model], network, groups, dict.fromkeys(AXES, Aggregation.MEAN))
+    with pytest.raises(ZeroDivisionError), stats:
         # Two norms and two projections of each of 4 layers, and the final norm.
         assert hooks_in(model) == before + 4 * 4 + 1
         _ = 1 / 0
@@ -190,10 +193,8 @@ def test_scoring_twice_gives_the_same(theirs, groups):
     samples, config = samples_for(theirs), score_config(micro_batch=3)
     first, second = (score_model(chunks, network, groups, samples, config) for _ in range(2))
     assert first.depth.keys() == second.depth.keys() == {"block_influence"}
-    for found, again in [(getattr(first, name), getattr(second, name)) for name in WIDTH] + [
-        (first.depth[name], second.depth[name]) for name in first.depth
-    ]:
-        assert torch.equal(found, again)
+    for found, again in ((by_axis(first), by_axis(second)), (first.depth, second.depth)):
+        assert all(torch.equal(found[name], again[name]) for name in found)
     assert hooks_in(chunks[0]) == 0
 
 
@@ -205,7 +206,7 @@ def test_neurons_may_be_scored_before_their_activation(theirs, groups, over_toke
     found = score_model(chunks, network, groups, samples, how)
     assert_same(found, direct_scores(theirs, samples, over_tokens, Aggregation.L2, "before"))
     after = direct_scores(theirs, samples, over_tokens, Aggregation.L2)["ffn"]
-    assert (found.ffn - after).abs().max() > 0.1 * after.abs().max()
+    assert (by_axis(found)["ffn"] - after).abs().max() > 0.1 * after.abs().max()
 
 
 def norm(*tensors):
@@ -220,7 +221,7 @@ def columns(tensor):
 def direct_weights(model, outgoing):
     """Norms of what goes with every channel, neuron and head; of hidden channels per norm of the network."""
     network = model.model
-    found = {"hidden": [], "ffn": [], "head": []}
+    found = {"hidden": [], "ffn": [], "heads": []}
     for layer in network.layers:
         attention, mlp = layer.self_attn, layer.mlp
         reads = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
@@ -238,7 +239,7 @@ def direct_weights(model, outgoing):
         found["ffn"].append(norm(mlp.down_proj.weight.T, *([] if outgoing else firsts)))
         by_head = attention.o_proj.weight.T.reshape(6, 12 * 48)
         queries = [] if outgoing else [p.view(6, -1) for p in attention.q_proj.parameters()]  # a bias as well
-        found["head"].append(norm(by_head, *queries))
+        found["heads"].append(norm(by_head, *queries))
     last = [columns(model.lm_head.weight)]
     if not outgoing:
         last += [p[:, None] for p in network.norm.parameters()]
@@ -255,20 +256,21 @@ def test_weight_magnitudes_are_norms_of_the_tensors(theirs, groups):
     )
     expected = direct_weights(theirs, outgoing=False)
     torch.testing.assert_close(found.hidden, expected["hidden"].square().sum(0).sqrt())
-    torch.testing.assert_close(found.ffn, expected["ffn"])
-    torch.testing.assert_close(found.head, expected["head"].view(4, 2, 3))
+    torch.testing.assert_close(by_axis(found)["ffn"], expected["ffn"])
+    torch.testing.assert_close(by_axis(found)["heads"], expected["heads"].view(4, 2, 3))
 
 
 def test_activations_times_weights_are_products_of_both(theirs, groups):
     chunks, network = build_ours(theirs, groups)
     samples = samples_for(theirs)
-    found = score_model(chunks, network, groups, samples, score_config(criterion=Criterion.ACTIVATION_WEIGHT))
+    found = by_axis(score_model(chunks, network, groups, samples, score_config(criterion=Criterion.ACTIVATION_WEIGHT)))
     weights = direct_weights(theirs, outgoing=True)
     activations = direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.L2)
     hidden = (activations["of_norms"] * weights["hidden"]).sum(0)
-    torch.testing.assert_close(found.hidden, hidden, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.ffn, activations["ffn"] * weights["ffn"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.head, activations["head"] * weights["head"].view(4, 2, 3), rtol=1e-4, atol=1e-5)
+    heads = activations["heads"] * weights["heads"].view(4, 2, 3)
+    torch.testing.assert_close(found["hidden"], hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["ffn"], activations["ffn"] * weights["ffn"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["heads"], heads, rtol=1e-4, atol=1e-5)
 
 
 def test_random_scores_follow_from_the_seed_alone(theirs, groups):
@@ -277,11 +279,10 @@ def test_random_scores_follow_from_the_seed_alone(theirs, groups):
         score_model(chunks, network, groups, samples_for(theirs), score_config(criterion=Criterion.RANDOM, **settings))
         for settings in ({"seed": 1}, {"seed": 1, "micro_batch": 5}, {"seed": 2})
     )
-    for name in WIDTH:
-        found = getattr(first, name)
-        assert torch.equal(found, getattr(same, name)) and not torch.equal(found, getattr(other, name))
+    for name, found in by_axis(first).items():
+        assert torch.equal(found, by_axis(same)[name]) and not torch.equal(found, by_axis(other)[name])
         assert 0 <= found.min() < 0.2 and 0.8 < found.max() <= 1
-    assert first.head.shape == (4, 2, 3) and first.depth.keys() == {"block_influence"}
+    assert by_axis(first)["heads"].shape == (4, 2, 3) and first.depth.keys() == {"block_influence"}
 
 
 def test_a_calibration_set_may_be_smaller_than_it_was_asked_to_be(theirs, groups):
@@ -290,8 +291,8 @@ def test_a_calibration_set_may_be_smaller_than_it_was_asked_to_be(theirs, groups
     found, expected = (
         score_model(chunks, network, groups, samples, score_config(num_samples=count)) for count in (1024, len(samples))
     )
-    for name in WIDTH:
-        assert torch.equal(getattr(found, name), getattr(expected, name))
+    for name in AXES:
+        assert torch.equal(by_axis(found)[name], by_axis(expected)[name])
     assert torch.equal(found.depth["block_influence"], expected.depth["block_influence"])
 
 
@@ -300,7 +301,7 @@ def test_a_calibration_set_may_be_smaller_than_it_was_asked_to_be(theirs, groups
     [
         (lambda network: network.layers[2].mlp.down_proj, "activations of layer 3 (hidden) are not finite"),
         (lambda network: network.layers[1].mlp.up_proj, "activations of layer 1 (ffn) are not finite"),
-        (lambda network: network.layers[2].self_attn.v_proj, "activations of layer 2 (head) are not finite"),
+        (lambda network: network.layers[2].self_attn.v_proj, "activations of layer 2 (heads) are not finite"),
         (lambda network: network.layers[3].mlp.down_proj, "activations of the final norm (hidden) are not finite"),
     ],
 )

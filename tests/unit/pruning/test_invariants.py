@@ -2,42 +2,39 @@
 
 import copy
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.source import instances, take
+from minitron_megatron.checkpoint.source import take
 from minitron_megatron.config.schema import Criterion, DType, ParallelConfig, TargetConfig
 from minitron_megatron.errors import ConfigError
-from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
-from minitron_megatron.model.network import Activation
+from minitron_megatron.model.layers.mlp import Activation
+from minitron_megatron.model.parameters import parameters
 from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.pruning.make_plan import make_plan
+from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.score_model import score_model
-from minitron_megatron.pruning.plan import Plan, make_plan
-from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.pruning.slicing import Pruned
-from tests.tiny import LLAMA, NEMOTRON, Samples
+from tests.tiny import LLAMA, NEMOTRON, Samples, changed, scores_by_chance
 from tests.unit.pruning.direct import NUM_SAMPLES, SEQUENCE, score_config
 
 LAYERS, HIDDEN, FFN, GROUPS, HEADS, HEAD_DIM = 4, 48, 44, 3, 4, 12
 SIZES = {"num_attention_heads": GROUPS * HEADS, "num_key_value_heads": GROUPS, "head_dim": HEAD_DIM}
-LLAMA_SHAPE = network_from_config({**LLAMA, **SIZES})
-SHAPES = {
-    "llama": LLAMA_SHAPE,
-    "nemotron": network_from_config({**NEMOTRON, **SIZES}),
-    "nemotron with biases": network_from_config({**NEMOTRON, **SIZES}).replace(linear_bias=True),
-    "biases of q, k and v": LLAMA_SHAPE.replace(qkv_bias=True),
-    "norms of q and k": LLAMA_SHAPE.replace(qk_norm=True),
-    "all biases": LLAMA_SHAPE.replace(linear_bias=True, gated=False, activation=Activation.GELU),
+LLAMA_NETWORK = network_from_config({**LLAMA, **SIZES})
+NEMOTRON_NETWORK = network_from_config({**NEMOTRON, **SIZES})
+NETWORKS = {
+    "llama": LLAMA_NETWORK,
+    "nemotron": NEMOTRON_NETWORK,
+    "nemotron with biases": changed(NEMOTRON_NETWORK, bias=True),
+    "biases of q, k and v": changed(LLAMA_NETWORK, qkv_bias=True),
+    "norms of q and k": changed(LLAMA_NETWORK, qk_norm=True),
+    "all biases": changed(LLAMA_NETWORK, bias=True, gated=False, activation=Activation.GELU),
 }
-needs_hybrid_model = pytest.mark.skipif(
-    find_spec("megatron.core.models.hybrid") is None, reason="HybridModel comes with megatron-core 0.19"
-)
 TOKENS = torch.randint(0, 101, (2, SEQUENCE), generator=torch.Generator().manual_seed(0))
 
 
@@ -47,22 +44,21 @@ class Source:
     dtype = torch.float32
 
     def __init__(self, network):
-        self.shape = network
+        self.network = network
         generator = torch.Generator().manual_seed(2)
         # Larger biases would make tokens alike, and whether a neuron is ever active would hang on them alone.
         self.tensors = {}
         for param in parameters(network):
-            scale, size = 0.02 if param.name.endswith(".bias") else 0.15, param.size(axis_sizes(network))
-            for layer in instances(param, network):
-                self.tensors[param.name, layer] = scale * torch.randn(*size, generator=generator)
+            scale = 0.02 if param.name.endswith(".bias") else 0.15
+            self.tensors[param.name, param.layer] = scale * torch.randn(*param.shape, generator=generator)
 
-    def read(self, param, layer, index):
-        return take(self.tensors[param.name, layer], index)
+    def read(self, param, index):
+        return take(self.tensors[param.name, param.layer], index)
 
 
-@pytest.fixture(params=SHAPES)
+@pytest.fixture(params=NETWORKS)
 def source(request):
-    return Source(SHAPES[request.param])
+    return Source(NETWORKS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +89,6 @@ def logits(build):
     return logits
 
 
-def random_scores(network, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [
-        (network.hidden_size,),
-        (len(network.layers), network.ffn),
-        (len(network.layers), network.num_query_groups, network.heads_per_group),
-        (len(network.layers),),
-    ]
-    *width, depth = (torch.rand(*size, generator=generator, dtype=torch.float64) for size in sizes)
-    return Scores(network, *width, {"loss": depth})
-
-
 def assert_same(found, expected, other=None):
     """And different from `other`, if that is given, or the test would say nothing."""
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -125,7 +109,7 @@ def permute(source, scores, axis, order):
                 tensors[name, layer] = tensor.index_select(dim, order)
         scores.hidden = scores.hidden[order]
     elif axis == "ffn":
-        halves = 2 if network.gated else 1
+        halves = 2 if network.sublayers[1].gated else 1
         for layer in range(LAYERS):
             for name in ("mlp.linear_fc1.weight", "mlp.linear_fc1.bias"):
                 if (name, layer) in tensors:
@@ -133,7 +117,7 @@ def permute(source, scores, axis, order):
                     parts = tensor.view(halves, FFN, *tensor.shape[1:])
                     tensors[name, layer] = parts[:, order].reshape(tensor.shape)
             tensors["mlp.linear_fc2.weight", layer] = tensors["mlp.linear_fc2.weight", layer][:, order]
-        scores.ffn = scores.ffn[:, order]
+        scores.elements["ffn"] = [own[order] for own in scores.elements["ffn"]]
     else:
         for layer in range(LAYERS):
             for name in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
@@ -149,14 +133,15 @@ def permute(source, scores, axis, order):
             rows = tensors[name, layer].view(HIDDEN, GROUPS, HEADS, HEAD_DIM)
             rows = rows[:, order] if axis == "group" else rows[:, :, order]
             tensors[name, layer] = rows.reshape(HIDDEN, -1)
-        scores.head = scores.head[:, order] if axis == "group" else scores.head[:, :, order]
+        heads = scores.elements["heads"]
+        scores.elements["heads"] = [own[order] if axis == "group" else own[:, order] for own in heads]
     return source, scores
 
 
 @pytest.mark.parametrize("axis, size", [("hidden", HIDDEN), ("ffn", FFN), ("group", GROUPS), ("head", HEADS)])
 def test_the_order_of_elements_changes_nothing(source, logits, axis, size):
     merge = axis == "head"  # which is of heads alone
-    scores, target = random_scores(source.network), TargetConfig(layers=3, hidden=40, ffn=30, groups=2, heads=6)
+    scores, target = scores_by_chance(source.network), TargetConfig(layers=3, hidden=40, ffn=30, groups=2, heads=6)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(3))
     assert not torch.equal(order, torch.arange(size))
     expected = logits(source, make_plan(scores, target, merge_heads=merge))
@@ -207,9 +192,15 @@ def silenced(model, ffn=None, head=None, gone=()):
 def heads_of(plan):
     """Kept heads by layer, as pairs of group and head."""
     return {
-        position // 2: [(g, h) for g, heads in zip(groups, plan.head[position], strict=True) for h in heads]
-        for position, groups in plan.group.items()
+        position // 2: [(g, h) for g, heads in zip(own["groups"], own["heads"], strict=True) for h in heads]
+        for position, own in plan.elements.items()
+        if "heads" in own
     }
+
+
+def neurons_of(plan):
+    """Kept neurons by layer."""
+    return {position // 2: own["ffn"] for position, own in plan.elements.items() if "ffn" in own}
 
 
 @pytest.mark.parametrize(
@@ -218,12 +209,11 @@ def heads_of(plan):
     ids=str,
 )
 def test_what_goes_is_as_if_silenced(source, build, logits, target):
-    plan = make_plan(random_scores(source.network), TargetConfig(**target))
+    plan = make_plan(scores_by_chance(source.network), TargetConfig(**target))
     gone = set(range(2 * LAYERS)) - set(plan.sublayers)
     whole = build(source)
     everything = {p // 2: [] for p in gone}
-    ffn = {**everything, **{p // 2: kept for p, kept in plan.ffn.items()}}
-    with silenced(whole, ffn, {**everything, **heads_of(plan)}, gone):
+    with silenced(whole, {**everything, **neurons_of(plan)}, {**everything, **heads_of(plan)}, gone):
         expected = logits(whole)
     assert_same(logits(source, plan), expected, logits(whole))
 
@@ -232,40 +222,43 @@ def test_what_goes_is_as_if_silenced(source, build, logits, target):
     "kept",
     [
         [0, 3, 4, 5, 6, 7],  # attention and MLP still take turns
-        pytest.param([0, 3, 5, 6, 7], marks=needs_hybrid_model),  # *--*-
-        pytest.param([1, 2, 4, 5], marks=needs_hybrid_model),  # -**-
+        [0, 3, 5, 6, 7],  # *--*-
+        [1, 2, 4, 5],  # -**-
     ],
     ids=str,
 )
 def test_sublayers_may_go_by_themselves(source, build, logits, kept):
-    plan = make_plan(random_scores(source.network), TargetConfig(ffn=30, heads=6))
+    plan = make_plan(scores_by_chance(source.network), TargetConfig(ffn=30, heads=6))
     plan.sublayers = kept
     assert plan.target.pattern == "".join("*-"[position % 2] for position in kept)
-    ffn = {p // 2: neurons for p, neurons in plan.ffn.items()}
     whole = build(source)
-    with silenced(whole, ffn, heads_of(plan), set(range(2 * LAYERS)) - set(kept)):
+    with silenced(whole, neurons_of(plan), heads_of(plan), set(range(2 * LAYERS)) - set(kept)):
         expected = logits(whole)
     assert_same(logits(source, plan), expected, logits(whole))
 
 
 def test_every_sublayer_of_another_pattern_is_cut_from_its_own_weights(source):
-    """Also the final norm, whose name depends on the pattern."""
-    plan = make_plan(random_scores(source.network), TargetConfig(hidden=40))
+    plan = make_plan(scores_by_chance(source.network), TargetConfig(hidden=40))
     plan.sublayers = [0, 3, 5, 6, 7]
     pruned, channels = Pruned(source, plan), torch.tensor(plan.hidden)
-    for name, layer, origin in [
-        ("decoder.final_norm.weight", None, ("decoder.final_layernorm.weight", None)),
-        ("self_attention.linear_qkv.layer_norm_weight", 1, ("self_attention.linear_qkv.layer_norm_weight", 3)),
-        ("mlp.linear_fc1.layer_norm_weight", 1, ("mlp.linear_fc1.layer_norm_weight", 2)),
+    attention, mlp = "self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"
+    for name, position, layer in [
+        ("decoder.final_layernorm.weight", None, None),
+        (attention, 0, 0),
+        (mlp, 1, 1),
+        (mlp, 2, 2),
+        (attention, 3, 3),
+        (mlp, 4, 3),
     ]:
-        [param] = [p for p in parameters(pruned.network) if p.name == name]
-        assert torch.equal(pruned.read(param, layer, [np.arange(40)]), source.tensors[origin][channels])
+        [param] = [p for p in parameters(pruned.network) if (p.name, p.position) == (name, position)]
+        assert torch.equal(pruned.read(param, [np.arange(40)]), source.tensors[name, layer][channels])
 
 
 def test_two_plans_are_one_after_the_other(source, logits):
-    first = make_plan(random_scores(source.network), TargetConfig(layers=3, hidden=44, ffn=36, groups=2, heads=6))
+    first = make_plan(scores_by_chance(source.network), TargetConfig(layers=3, hidden=44, ffn=36, groups=2, heads=6))
     half_way = Pruned(source, first)
-    second = make_plan(random_scores(half_way.shape, 1), TargetConfig(layers=2, hidden=40, ffn=30, groups=1, heads=2))
+    target = TargetConfig(layers=2, hidden=40, ffn=30, groups=1, heads=2)
+    second = make_plan(scores_by_chance(half_way.network, seed=2), target)
     one = first.then(second)
     assert one.target == second.target and one.problems() == [] and one.source == source.network
     expected = logits(half_way, second)
@@ -313,52 +306,48 @@ def test_what_nothing_reads_goes_first(source, build, groups, logits, part, targ
         return
     for layer in range(LAYERS):
         if part == "neurons":
-            assert plan.ffn[2 * layer + 1] == [n for n in range(FFN) if n not in dead[layer]]
+            assert plan.elements[2 * layer + 1]["ffn"] == [n for n in range(FFN) if n not in dead[layer]]
         elif part == "heads":
-            assert [set(range(HEADS)) - set(kept) for kept in plan.head[2 * layer]] == [{h} for h in dead[layer]]
+            kept = plan.elements[2 * layer]["heads"]
+            assert [set(range(HEADS)) - set(own) for own in kept] == [{h} for h in dead[layer]]
         else:
-            assert plan.group[2 * layer] == [g for g in range(GROUPS) if g != dead[layer]]
+            assert plan.elements[2 * layer]["groups"] == [g for g in range(GROUPS) if g != dead[layer]]
     assert_same(logits(source, plan), logits(model))
 
 
 @pytest.mark.parametrize("kept", [2, 3, 4])
 def test_merged_heads_are_the_papers_formula(source, kept):
-    scores = random_scores(source.network)
+    scores = scores_by_chance(source.network)
     plan = make_plan(scores, TargetConfig(heads=kept * GROUPS), merge_heads=True)
     pruned = Pruned(source, plan)
-    for param in parameters(source.network):
-        if not param.name.startswith("self_attention.linear_qkv."):
-            continue
-        for layer in instances(param, source.network) if "layer_norm" not in param.name else ():
-            tensor = source.tensors[param.name, layer]
-            rows = tensor.view(GROUPS, HEADS + 2, HEAD_DIM, *tensor.shape[1:])
-            expected = []
-            for group in range(GROUPS):
-                by_importance = scores.head[layer, group].argsort(descending=True).tolist()
-                head = {n: rows[group, by_importance[n - 1]] for n in range(1, HEADS + 1)}  # as the paper counts
-                merged = dict(head)
-                for i in range(2 * kept - HEADS + 1, kept + 1):
-                    merged[i] = head[i] + (head[i] - head[2 * kept - i + 1])
-                stay = sorted(range(1, kept + 1), key=lambda n: by_importance[n - 1])
-                expected += [*(merged[n] for n in stay), rows[group, HEADS], rows[group, HEADS + 1]]
-            index = [np.arange(n) for n in param.size(axis_sizes(pruned.network))]
-            found = pruned.read(param, layer, index)
-            torch.testing.assert_close(found, torch.cat(expected))
-            # Any part of it is the same as that part of the whole.
-            part = [index[0][3::5], *index[1:]]
-            assert torch.equal(pruned.read(param, layer, part), found[3::5])
-    # Nothing else knows of it.
     plain = Pruned(source, make_plan(scores, TargetConfig(heads=kept * GROUPS)))
-    for param in parameters(source.network):
-        if not param.has_queries:
-            index = [np.arange(n) for n in param.size(axis_sizes(pruned.network))]
-            for layer in instances(param, source.network):
-                assert torch.equal(pruned.read(param, layer, index), plain.read(param, layer, index))
+    for param in parameters(pruned.network):
+        index = [np.arange(size) for size in param.shape]
+        found = pruned.read(param, index)
+        if param.name not in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
+            # Nothing else knows of it.
+            assert torch.equal(found, plain.read(param, index))
+            continue
+        tensor = source.tensors[param.name, param.layer]
+        rows = tensor.view(GROUPS, HEADS + 2, HEAD_DIM, *tensor.shape[1:])
+        expected = []
+        for group, of_heads in enumerate(scores.elements["heads"][param.layer]):
+            by_importance = of_heads.argsort(descending=True).tolist()
+            head = {n: rows[group, by_importance[n - 1]] for n in range(1, HEADS + 1)}  # as the paper counts
+            merged = dict(head)
+            for i in range(2 * kept - HEADS + 1, kept + 1):
+                merged[i] = head[i] + (head[i] - head[2 * kept - i + 1])
+            stay = sorted(range(1, kept + 1), key=lambda n: by_importance[n - 1])
+            expected += [*(merged[n] for n in stay), rows[group, HEADS], rows[group, HEADS + 1]]
+        torch.testing.assert_close(found, torch.cat(expected))
+        # Any part of it is the same as that part of the whole.
+        part = [index[0][3::5], *index[1:]]
+        assert torch.equal(pruned.read(param, part), found[3::5])
 
 
 def test_more_heads_than_half_cannot_be_merged():
     with pytest.raises(ConfigError) as raised:
-        make_plan(random_scores(LLAMA_SHAPE), TargetConfig(heads=GROUPS), merge_heads=True)
+        make_plan(scores_by_chance(LLAMA_NETWORK), TargetConfig(heads=GROUPS), merge_heads=True)
     assert raised.value.problems == [
         "merge_heads = true, and 1 of 4 heads stay in each query group: merging needs at least half of them; "
         "keep 6 heads or set merge_heads=false"
@@ -366,7 +355,7 @@ def test_more_heads_than_half_cannot_be_merged():
 
 
 def test_plans_that_merge_do_not_compose():
-    first = make_plan(random_scores(LLAMA_SHAPE), TargetConfig(heads=9), merge_heads=True)
-    second = make_plan(random_scores(first.target), TargetConfig(hidden=40))
+    first = make_plan(scores_by_chance(LLAMA_NETWORK), TargetConfig(heads=9), merge_heads=True)
+    second = make_plan(scores_by_chance(first.target), TargetConfig(hidden=40))
     with pytest.raises(ValueError, match="plans that merge heads change weights: apply them one after the other"):
         first.then(second)

@@ -25,10 +25,11 @@ from minitron_megatron.errors import ConfigError, UnsupportedModelError
 from minitron_megatron.model.network import Llama3RopeScaling
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.score import score
-from minitron_megatron.pruning.scores import WIDTH, Scores
+from minitron_megatron.pruning.scores import Scores
 from tests.ranks import run_on_ranks
 from tests.tiny import Samples
 from tests.unit.pruning.conftest import NUM_SAMPLES
+from tests.unit.pruning.direct import by_axis
 
 
 def build_own(first=True, last=True, **changes):
@@ -69,7 +70,7 @@ def build_own(first=True, last=True, **changes):
 def score_own(model, config):
     """Score such a model, or this rank's part of it, with the weights and the text of `config`."""
     checkpoint, groups = Checkpoint(config.checkpoint), minitron_megatron.current_groups()
-    network = minitron_megatron.shape_of(model, vocab=101)
+    network = minitron_megatron.network_of(model, vocab_size=101)
     assert network == checkpoint.network
     load_weights([model], checkpoint, groups)
     corpus = prepare_corpus(config.data, checkpoint.huggingface_folder)
@@ -95,8 +96,7 @@ def score_on_rank(config, output, layout, stages):
 
 
 def assert_close(found, expected):
-    for name in WIDTH:
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_axis(found), by_axis(expected), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.depth, expected.depth, rtol=1e-4, atol=1e-5)
 
 
@@ -137,18 +137,18 @@ def test_somebodys_own_checkpoint_is_pruned_by_a_plan_of_its_live_model(settings
     with process_groups(ParallelConfig()):
         model, groups = build_own(), minitron_megatron.current_groups()
         load_weights([model], checkpoint, groups)
-        network = minitron_megatron.shape_of(model, vocab=101)
+        network = minitron_megatron.network_of(model, vocab_size=101)
         scores = minitron_megatron.score_model([model], network, groups, Samples(8, 16, 101), settings(num_samples=8))
     plan = minitron_megatron.make_plan(scores, TargetConfig(ffn=0.5))
     plan.write_file(tmp_path / "plan.json")
     config = PruneConfig(str(checkpoint.root), str(tmp_path / "small"), plan=str(tmp_path / "plan.json"))
-    assert Checkpoint(minitron_megatron.prune(config)).shape == plan.target
+    assert Checkpoint(minitron_megatron.prune(config)).network == plan.target
 
 
 def test_groups_that_are_not_those_of_the_model_are_refused(settings):
     with process_groups(ParallelConfig()):
         model, groups = build_own(), minitron_megatron.current_groups(sequence=True)
-        network = minitron_megatron.shape_of(model, vocab=101)
+        network = minitron_megatron.network_of(model, vocab_size=101)
         with pytest.raises(ConfigError, match="sequence_parallel = False: give current_groups.sequence=False"):
             minitron_megatron.score_model([model], network, groups, Samples(8, 16, 101), settings())
 
@@ -156,7 +156,7 @@ def test_groups_that_are_not_those_of_the_model_are_refused(settings):
 def test_a_layout_that_cannot_share_the_heads_is_refused(settings):
     with process_groups(ParallelConfig()):
         model, groups = build_own(), minitron_megatron.current_groups()
-        network = minitron_megatron.shape_of(model, vocab=101)
+        network = minitron_megatron.network_of(model, vocab_size=101)
         layout = replace(groups.layout, tensor=4)
         with pytest.raises(ConfigError, match="num_heads = 6 does not divide by parallel.tensor = 4"):
             minitron_megatron.score_model(
@@ -172,7 +172,7 @@ def test_a_model_that_the_axis_table_does_not_describe_is_refused(changes):
     with process_groups(ParallelConfig()), pytest.raises(UnsupportedModelError, match=f"config.{name} = "):
         model = build_own(num_moe_experts=changes.get("num_moe_experts"))
         setattr(model.config, name, changes[name])  # what makes no other modules here
-        minitron_megatron.shape_of(model)
+        minitron_megatron.network_of(model)
 
 
 def test_scaled_rotary_frequencies_have_to_be_given():
@@ -181,6 +181,6 @@ def test_scaled_rotary_frequencies_have_to_be_given():
         model = build_own()
         rotary = model.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, 8.0, 1.0, 4.0, 32)
-        assert minitron_megatron.shape_of(model, 101, scaling).rotary_scaling == scaling
+        assert minitron_megatron.network_of(model, 101, scaling).rotary_scaling == scaling
         with pytest.raises(UnsupportedModelError, match="give rotary_scaling"):
-            minitron_megatron.shape_of(model, 101)
+            minitron_megatron.network_of(model, 101)

@@ -176,13 +176,19 @@ BROKEN = {
         "sublayer 0: groups names 0 to 2, and there are 0 to 1",
     ),
     "lists": (edited(lambda v, rows: rows[0]["heads"].pop()), "sublayer 0: heads has 1 lists for 2 kept groups"),
-    "heads": (edited(lambda v, rows: rows[0].update(heads=["0-1", "3"])), "sublayer 0: heads of query group 1 names 3 to 3"),
+    "heads": (
+        edited(lambda v, rows: rows[0].update(heads=["0-1", "3"])),
+        "sublayer 0: heads of query group 1 names 3 to 3",
+    ),
     "merged": (
         edited(lambda v, rows: rows[0]["merge"][0].pop()),
         "sublayer 0: merge must name one of 3 query heads for each query head that stays",
     ),
     "merged with": (edited(lambda v, rows: rows[0].update(merge=[[0, 3], [1, 2]])), "sublayer 0: merge must name one"),
-    "merged here alone": (edited(lambda v, rows: rows[0].pop("merge")), "sublayer 0: merge must name one of 3 query heads"),
+    "merged here alone": (
+        edited(lambda v, rows: rows[0].pop("merge")),
+        "sublayer 0: merge must name one of 3 query heads",
+    ),
 }
 
 

@@ -23,15 +23,17 @@ from minitron_megatron.config.schema import (
 )
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.errors import ConfigError, DataError
-from minitron_megatron.model.axes import axis_sizes
 from minitron_megatron.model.network import layout_problems
+from minitron_megatron.model.parameters import parameters
 from minitron_megatron.pruning.ablation import Ablation
-from minitron_megatron.pruning.plan import Plan, make_plan
+from minitron_megatron.pruning.make_plan import make_plan
+from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.score import _part_way, score
-from minitron_megatron.pruning.scores import WIDTH, Scores
+from minitron_megatron.pruning.scores import Scores
 from tests.ranks import run_on_ranks
-from tests.tiny import LLAMA, hf_model, import_hf
+from tests.tiny import LLAMA, changed, hf_model, import_hf
+from tests.unit.pruning.direct import by_axis, rounds_by_axis
 
 
 @pytest.fixture
@@ -52,12 +54,10 @@ def long(inputs):
 
 
 def assert_same(found: Scores, expected: Scores, tolerance=0.0):
-    assert (found.network, found.settings, found.checkpoint) == (expected.shape, expected.settings, expected.checkpoint)
-    pairs = [(getattr(found, name), getattr(expected, name)) for name in WIDTH]
-    for one, other in ((found.depth, expected.depth), (found.rounds, expected.rounds)):
-        assert one.keys() == other.keys()
-        pairs += [(one[name], other[name]) for name in one]
-    for one, other in pairs:
+    for name in ("network", "settings", "checkpoint"):
+        assert getattr(found, name) == getattr(expected, name)
+    for name in ("hidden", "elements", "depth", "rounds", "element_rounds"):
+        one, other = getattr(found, name), getattr(expected, name)
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
@@ -161,8 +161,10 @@ def test_sums_of_something_else_are_not_taken_over(settings, tmp_path, what):
 
 def laid_over(whole: Scores, parts: list[tuple[Plan, Scores]]) -> Scores:
     """Scores of the whole, and on top of them, one after another, those of what plans left of it."""
-    rounds = {name: torch.ones_like(getattr(whole, name), dtype=torch.int64) for name in WIDTH}
-    rounds["depth"] = torch.ones(4, dtype=torch.int64)
+    ffn, heads = whole.elements["ffn"], whole.elements["heads"]
+    rounds = {"hidden": torch.ones(48, dtype=torch.int64), "depth": torch.ones(4, dtype=torch.int64)}
+    of_elements = {"ffn": [torch.ones(44, dtype=torch.int64) for _ in range(4)]}
+    of_elements["heads"] = [torch.ones(2, 3, dtype=torch.int64) for _ in range(4)]
     for number, (plan, part) in enumerate(parts, start=2):
         for i, channel in enumerate(plan.hidden):
             whole.hidden[channel] = part.hidden[i]
@@ -170,14 +172,15 @@ def laid_over(whole: Scores, parts: list[tuple[Plan, Scores]]) -> Scores:
         for new, old in enumerate(p // 2 for p in plan.sublayers[::2]):
             whole.depth["block_influence"][old] = part.depth["block_influence"][new]
             rounds["depth"][old] = number
-            for i, neuron in enumerate(plan.ffn[2 * old + 1]):
-                whole.ffn[old, neuron] = part.ffn[new, i]
-                rounds["ffn"][old, neuron] = number
-            for g, group in enumerate(plan.group[2 * old]):
-                for h, head in enumerate(plan.head[2 * old][g]):
-                    whole.head[old, group, head] = part.head[new, g, h]
-                    rounds["head"][old, group, head] = number
-    whole.rounds = rounds
+            attention, mlp = plan.elements[2 * old], plan.elements[2 * old + 1]
+            for i, neuron in enumerate(mlp["ffn"]):
+                ffn[old][neuron] = part.elements["ffn"][new][i]
+                of_elements["ffn"][old][neuron] = number
+            for g, group in enumerate(attention["groups"]):
+                for h, head in enumerate(attention["heads"][g]):
+                    heads[old][group, head] = part.elements["heads"][new][g, h]
+                    of_elements["heads"][old][group, head] = number
+    whole.rounds, whole.element_rounds = rounds, of_elements
     return whole
 
 
@@ -211,17 +214,16 @@ def test_rounds_are_scoring_pruning_and_scoring_by_hand(settings, tmp_path, targ
         step = Plan.read(output)
         so_far = so_far.then(step) if so_far else step
         between = Checkpoint(tmp_path / f"scores.round_{number}")
-        assert between.shape == Checkpoint(output).network
-        index = [np.arange(128), np.arange(0, between.shape.hidden, 3)]
-        param = between._table[0]
-        assert torch.equal(between.read(param, None, index), Checkpoint(output).read(param, None, index))
+        assert between.network == Checkpoint(output).network
+        index = [np.arange(128), np.arange(0, between.network.hidden_size, 3)]
+        param = parameters(between.network)[0]
+        assert torch.equal(between.read(param, index), Checkpoint(output).read(param, index))
         checkpoint = str(output)
         parts.append((so_far, Scores.read(score(settings(f"scores_{number + 1}", depth=depth, checkpoint=checkpoint)))))
     last = replace(parts[-1][1])
     expected = laid_over(whole, parts)
-    for name in WIDTH:
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-8)
-        assert torch.equal(found.rounds[name], expected.rounds[name])
+    torch.testing.assert_close(by_axis(found), by_axis(expected), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(rounds_by_axis(found), rounds_by_axis(expected), rtol=0, atol=0)
     torch.testing.assert_close(found.depth, expected.depth, rtol=1e-6, atol=1e-8)
     assert torch.equal(found.rounds["depth"], expected.rounds["depth"])
     assert found.settings["rounds"] == rounds and found.checkpoint == first.checkpoint
@@ -240,12 +242,12 @@ def test_rounds_on_several_ranks_are_those_of_one(settings, tmp_path):
     run_on_ranks(4, score, split)
     found = Scores.read(tmp_path / "many")
     assert_same(found, expected, 1e-6)
-    assert found.rounds["ffn"].unique().tolist() == [1, 2]
+    assert rounds_by_axis(found)["ffn"].unique().tolist() == [1, 2]
     one, many = (Checkpoint(tmp_path / f"{name}.round_1") for name in ("one", "many"))
-    assert one.shape == many.shape != Checkpoint(split.checkpoint).network
-    param = one._table[0]
-    index = [np.arange(n) for n in param.size(axis_sizes(one.shape))]
-    assert torch.equal(one.read(param, None, index), many.read(param, None, index))
+    assert one.network == many.network != Checkpoint(split.checkpoint).network
+    param = parameters(one.network)[0]
+    index = [np.arange(size) for size in param.shape]
+    assert torch.equal(one.read(param, index), many.read(param, index))
 
 
 def test_a_round_of_another_text_is_not_taken_for_this_one(inputs, settings, tmp_path):
@@ -299,15 +301,15 @@ def test_rounds_go_the_same_way_in_any_layout(settings):
         split = replace(config, parallel=ParallelConfig(tensor=tensor))
         return [_part_way(split, checkpoint, number) for number in range(1, config.rounds)]
 
-    networks = sizes(config, checkpoint, 1)
-    assert networks == sizes(config, checkpoint, 2)
-    assert [(network.hidden_size, network.ffn) for network in networks] == [(46, 42), (43, 40)]
-    wide = SimpleNamespace(network=checkpoint.network.replace(num_heads=16))
+    targets = sizes(config, checkpoint, 1)
+    assert targets == sizes(config, checkpoint, 2)
+    assert [(one.sizes["hidden"], one.sizes["ffn"]) for one in targets] == [(46, 42), (43, 40)]
+    wide = SimpleNamespace(network=changed(checkpoint.network, num_heads=16))
     for changes in (dict(heads=8), dict(groups=1, heads=4)):
         config = settings("one", rounds=4, target=TargetConfig(**changes))
         assert sizes(config, wide, 1) == sizes(config, wide, 2) == sizes(config, wide, 4)
         for way in sizes(config, wide, 4):
-            assert layout_problems(way.shape_of(wide.shape), ParallelConfig(tensor=4)) == []
+            assert layout_problems(way.network_of(wide.network), ParallelConfig(tensor=4)) == []
 
 
 def test_an_order_decided_by_one_criterion_is_not_used_for_another(settings, tmp_path):

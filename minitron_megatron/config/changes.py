@@ -1,0 +1,57 @@
+"""What tells two runs of a verb apart, as far as their settings go. Works on plain values, as files hold them."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, get_type_hints
+
+from minitron_megatron.config.fields import changes_result
+
+
+def flat(settings: dict, where: str = "") -> dict[str, Any]:
+    """Settings by dotted name, without sections."""
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{where}{name}.")
+        else:
+            values[f"{where}{name}"] = value
+    return values
+
+
+def content(schema: type | None, settings: dict) -> dict[str, Any]:
+    """Those settings, by dotted name, that a result depends on.
+
+    Args:
+        schema: the settings class, or None where it is not known; then a result may depend on any of them.
+        settings: plain values.
+    """
+    ignored = tuple(_ignored(schema, "")) if schema else ()
+    return {
+        name: value
+        for name, value in flat(settings).items()
+        if not any(name == other or name.startswith(f"{other}.") for other in ignored)
+    }
+
+
+def _ignored(schema: type, where: str) -> Iterator[str]:
+    """Dotted names of the settings and sections that change no result."""
+    types = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        if not changes_result(field):
+            yield f"{where}{field.name}"
+        elif dataclasses.is_dataclass(types[field.name]):
+            yield from _ignored(types[field.name], f"{where}{field.name}.")
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Name, old and new value of everything that is not the same in both; None where there is no value.
+
+    A setting that one of them has not, and that is off in the other (null, false, 0 or empty), makes no difference: one
+    of them is of a version without it.
+    """
+    return [
+        (name, before.get(name), after.get(name))
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+        and ((name in before and name in after) or before.get(name) or after.get(name))
+    ]

@@ -1,0 +1,114 @@
+"""What the fields of a settings class say about themselves, beside type, default and docstring: their metadata."""
+
+import dataclasses
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+from minitron_megatron.errors import raise_if_any
+
+SAME_RESULT = MappingProxyType({"changes_result": False})
+"""Of a setting that says where or how a result is made, and not what it is: a folder, a layout, how many processes.
+
+Of a section it holds for all of its settings.
+"""
+
+
+def changes_result(field: dataclasses.Field) -> bool:
+    """Whether a verb's result depends on a setting. It does unless the setting says otherwise."""
+    return field.metadata.get("changes_result", True)
+
+
+OPEN = MappingProxyType({"open": True})
+"""Of the field that holds the settings which an `OpenSettings` has beside its fields."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenField:
+    """A setting that a settings class has because something registered it.
+
+    Attributes:
+        hint: its type, as that of a field; a settings class makes it a section.
+        meaning: for the help text.
+    """
+
+    hint: Any
+    meaning: str = ""
+
+    @property
+    def default(self) -> Any:
+        """Null, or a section with its defaults."""
+        return self.hint() if dataclasses.is_dataclass(self.hint) else None
+
+
+@dataclasses.dataclass(init=False)
+class OpenSettings:
+    """Settings beside those that stand in the class: which there are is for `open_fields` to say when it is asked.
+
+    For whoever writes them they are like any other setting: they stand among the others in files and overrides, and are
+    keyword arguments in Python. Those that do not have their default are kept, by name, in the field that is marked as
+    `OPEN`. Subclasses are decorated with `@dataclass(init=False)`.
+
+    Raises:
+        TypeError: an argument is none of the settings.
+    """
+
+    @classmethod
+    def open_fields(cls) -> dict[str, OpenField]:
+        """What there is beside the fields, by name."""
+        raise NotImplementedError
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        fields = {field.name: field for field in _in_order(self)}
+        positional = [name for name, field in fields.items() if not field.kw_only]
+        given = dict(**dict(zip(positional[: len(args)], args, strict=True)), **kwargs)
+        [store] = [name for name, field in fields.items() if _is_open(field)]
+        named = {name: value for name, value in given.items() if name not in fields}
+        further = {**given.pop(store, {}), **named}
+        known = self.open_fields()
+        if unknown := [name for name in further if name not in known]:
+            raise TypeError(f"{type(self).__name__} has no {', '.join(unknown)}: it has {', '.join(hints(type(self)))}")
+        for name, field in fields.items():
+            is_plain = field.default_factory is dataclasses.MISSING
+            setattr(self, name, given.get(name, field.default if is_plain else field.default_factory()))
+        setattr(self, store, {name: value for name, value in further.items() if value != known[name].default})
+
+
+def _is_open(field: dataclasses.Field) -> bool:
+    return field.metadata.get("open", False)
+
+
+def _in_order(schema: Any) -> list[dataclasses.Field]:
+    """The fields, those last that are given by keyword alone, wherever in the bases they stand."""
+    return sorted(dataclasses.fields(schema), key=lambda field: field.kw_only)
+
+
+def hints(schema: type) -> dict[str, Any]:
+    """The type of every setting of a settings class, by name and in order.
+
+    Raises:
+        ConfigError: what is registered beside the fields has the name of one.
+    """
+    types, by_name = get_type_hints(schema), {}
+    for field in _in_order(schema):
+        if not _is_open(field):
+            by_name[field.name] = types[field.name]
+            continue
+        assert issubclass(schema, OpenSettings)
+        further = {name: own.hint for name, own in schema.open_fields().items()}
+        raise_if_any(
+            [f"{name} cannot be registered: {schema.__name__} has it already" for name in further if name in types]
+        )
+        by_name |= further
+    return by_name
+
+
+def values(settings: Any) -> dict[str, Any]:
+    """The value of every setting, by name and in order."""
+    by_name = {}
+    for field in _in_order(settings):
+        value = getattr(settings, field.name)
+        if not _is_open(field):
+            by_name[field.name] = value
+            continue
+        by_name |= {name: value.get(name, own.default) for name, own in settings.open_fields().items()}
+    return by_name
