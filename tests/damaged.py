@@ -29,11 +29,12 @@ from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.checkpoint.sharded import Checkpoint, require_plain
-from minitron_megatron.checkpoint.source import TensorSource, instances
+from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.config.schema import ImportConfig, TargetConfig
 from minitron_megatron.errors import UserError
-from minitron_megatron.model.axes import axis_sizes, parameters
-from minitron_megatron.pruning.plan import Plan, make_plan
+from minitron_megatron.model.parameters import parameters
+from minitron_megatron.pruning.make_plan import make_plan
+from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.scores import Scores
 from tests.damage import (
     Damage,
@@ -49,7 +50,7 @@ from tests.damage import (
     saved,
     truncated,
 )
-from tests.tiny import LLAMA, hf_model, import_hf, save_hf, write_gguf
+from tests.tiny import LLAMA, hf_model, import_hf, save_hf, scores_by_chance, write_gguf
 
 SECONDS, MEMORY, ADDRESSES = 5, 200 * 2**20, 2**30
 MARKER = "was-run"
@@ -78,12 +79,7 @@ class TooSlow(BaseException):
 
 def everything(source: TensorSource) -> list[torch.Tensor]:
     """All weights, as they are read to be written elsewhere."""
-    sizes = axis_sizes(source.network)
-    return [
-        source.read(param, layer, [np.arange(n) for n in param.size(sizes)])
-        for param in parameters(source.network)
-        for layer in instances(param, source.network)
-    ]
+    return [source.read(param, [np.arange(n) for n in param.shape]) for param in parameters(source.network)]
 
 
 def targets(kind: str, folder: Path) -> Iterator[Target]:
@@ -145,9 +141,11 @@ def targets(kind: str, folder: Path) -> Iterator[Target]:
     elif kind == "scores":
         root = import_hf(folder, hf_model(**SMALL))
         network = Checkpoint(root).network
-        sizes = [(12,), (2, 10), (2, 2, 3), (2,)]
-        *width, depth = (torch.rand(size, dtype=torch.float64) for size in sizes)
-        scores = Scores(network, *width, {"loss": depth}, rounds={"ffn": torch.ones(2, 10, dtype=torch.int64)})
+        scores = scores_by_chance(network)
+        scores.element_rounds = {
+            setting: [torch.ones(values.shape, dtype=torch.int64) for values in own]
+            for setting, own in scores.elements.items()
+        }
         made = folder / "scores"
         made.mkdir()
         scores.write(made)

@@ -21,9 +21,9 @@ from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.evaluation import evaluate
 from minitron_megatron.model import build
 from minitron_megatron.pruning import prune, score
-from minitron_megatron.pruning.scores import DepthSettings, Scores
+from minitron_megatron.pruning.scores import DepthSettings
 from minitron_megatron.training import distill
-from tests.tiny import LLAMA, hf_model, import_hf, literate
+from tests.tiny import LLAMA, changed, hf_model, import_hf, literate, scores_by_chance, without_sublayers
 
 BUILDS = [(module, "build_model") for module in (score, distill, evaluate)]
 READS = [(module, name) for module, _ in BUILDS for name in ("process_groups", "prepare_corpus")]
@@ -41,9 +41,9 @@ class Zeros:
     dtype = torch.float32
 
     def __init__(self, network):
-        self.shape = network
+        self.network = network
 
-    def read(self, param, layer, index):
+    def read(self, param, index):
         return torch.zeros([len(i) for i in index])
 
 
@@ -63,7 +63,7 @@ def inputs(tmp_path_factory):
     tokenizer.write_text(tokenizer.read_text().replace('"a"', '"ä"'))
     manifest = folder / "other-keys/manifest.json"
     said = json.loads(manifest.read_text())
-    said["shape"] |= {"tied": True, "qkv_bias": True}
+    said["network"]["tie_embeddings"] = said["network"]["attention"]["qkv_bias"] = True
     manifest.write_text(json.dumps(said))
     (folder / "lost-shard/release/__0_0.distcp").unlink()
     shard = folder / "short-shard/release/__0_0.distcp"
@@ -75,16 +75,17 @@ def inputs(tmp_path_factory):
     shard.write_bytes(data)
 
     network = Checkpoint(teacher).network
-    for name, scored in (("scores", network), ("other-scores", network.replace(hidden=40))):
+    for name, scored in (("scores", network), ("other-scores", network.replace(hidden_size=40))):
         (folder / name).mkdir()
-        sizes = [(scored.hidden,), (4, 44), (4, 2, 3), (4,)]
-        *width, depth = (torch.rand(*size, dtype=torch.float64) for size in sizes)
-        Scores(scored, *width, {"loss": depth}, DepthSettings(protect_first=1, protect_last=1)).write(folder / name)
+        scores = scores_by_chance(scored)
+        scores.depth_settings = DepthSettings(protect_first=1, protect_last=1)
+        scores.write(folder / name)
         Manifest("scores").write(folder / name)
 
-    other_order = network.replace(pattern="*-*--*-")
     companions = teacher / "huggingface"
-    write_checkpoint(folder / "other-order", Zeros(other_order), torch.float32, Manifest("checkpoint"), companions)
+    unbuilt = network.replace(sublayers=(*changed(network, bias=True).sublayers[:1], *network.sublayers[1:]))
+    for name, other in (("other-order", without_sublayers(network, 4)), ("other-layer", unbuilt)):
+        write_checkpoint(folder / name, Zeros(other), torch.float32, Manifest("checkpoint"), companions)
 
     questions = [{"context": "a", "choices": ["b", "c"], "answer": answer} for answer in (1, 2)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
@@ -138,14 +139,18 @@ def with_other(command, key, value):
         (
             f"{SCORE} parallel.tensor=3",
             3,
-            ["checkpoint.num_query_groups = 2 does not divide by parallel.tensor = 3: choose a tensor size that"],
+            ["checkpoint.attention.num_query_groups = 2 does not divide by parallel.tensor = 3: choose a tensor size"],
         ),
         (f"{SCORE} parallel.pipeline=5", 5, ["checkpoint has 4 layers, too few for the 5 stages of parallel.pipeline"]),
-        (f"{EVALUATE} parallel.tensor=3", 3, ["model.padded_vocab = 128 does not divide by parallel.tensor = 3"]),
+        (f"{EVALUATE} parallel.tensor=3", 3, ["model.padded_vocab_size = 128 does not divide by parallel.tensor = 3"]),
         (
             f"{DISTILL} parallel.tensor=3",
             3,
-            ["student.num_query_groups = 2", "teacher.num_query_groups = 2", "teacher.padded_vocab = 128"],
+            [
+                "student.attention.num_query_groups = 2",
+                "teacher.attention.num_query_groups = 2",
+                "teacher.padded_vocab_size = 128",
+            ],
         ),
         (
             f"{DISTILL} parallel.pipeline=2 parallel.virtual_pipeline=2",
@@ -164,7 +169,7 @@ def with_other(command, key, value):
             with_other(DISTILL, "teacher", "@other-keys"),
             1,
             [
-                "other-keys/release does not hold the network of its shape",
+                "other-keys/release does not hold its network",
                 "missing: decoder.layers.self_attention.linear_qkv.bias [4, 120]",
                 "unknown: output_layer.weight [128, 48]",
             ],
@@ -229,7 +234,11 @@ def with_other(command, key, value):
             1,
             ["model_type = 'gpt2' is not supported: choose a model of one of llama,"],
         ),
-        (with_other(SCORE, "checkpoint", "@other-order"), 1, ["shape.pattern = '*-*--*-', and only '*-' repeated is"]),
+        (
+            "export checkpoint=@other-order output=out",
+            1,
+            ["no class of transformers has layers of unlike sizes, and layers 2 have no attention: make these alike"],
+        ),
         (
             f"{EVALUATE} tasks=[arc_easy] task_dir=@nowhere",
             1,
@@ -249,14 +258,15 @@ def test_what_does_not_fit_is_named_before_any_work(command, ranks, named, refus
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command, key", [(DISTILL, "student"), (DISTILL, "teacher"), (EVALUATE, "model")])
-def test_an_order_of_sublayers_that_cannot_be_built_is_named_before_any_work(
-    command, key, refused, monkeypatch, tmp_path
-):
+@pytest.mark.parametrize(
+    "command, key", [(SCORE, "checkpoint"), (DISTILL, "student"), (DISTILL, "teacher"), (EVALUATE, "model")]
+)
+def test_layers_that_cannot_be_built_are_named_before_any_work(command, key, refused, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "find_spec", lambda name: None)
     forbid(monkeypatch, BUILDS + READS + WRITES)
-    message = refused(with_other(command, key, "@other-order"))
-    assert f"{key}.pattern = '*-*--*-' is not '*-' repeated, which takes HybridModel, and megatron-core " in message
+    message = refused(with_other(command, key, "@other-layer"))
+    expected = f"{key}: layer 0 has sublayers of unlike add_bias_linear, which takes HybridModel, and megatron-core "
+    assert expected in message
     assert list(tmp_path.iterdir()) == []
 
 

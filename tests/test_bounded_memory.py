@@ -16,10 +16,11 @@ from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.schema import PruneConfig, TargetConfig
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.network import Network, layers_pattern
+from minitron_megatron.model.layers.attention import Attention
+from minitron_megatron.model.layers.mlp import MLP
+from minitron_megatron.model.network import Network, transformer
 from minitron_megatron.pruning.prune import prune
-from minitron_megatron.pruning.scores import Scores
-from tests.tiny import LLAMA, hf_model, write_gguf
+from tests.tiny import LLAMA, hf_model, random_scores, write_gguf
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark is Linux's")
 
@@ -73,9 +74,9 @@ class RandomWeights:
     dtype = torch.bfloat16
 
     def __init__(self, network):
-        self.shape = network
+        self.network = network
 
-    def read(self, param, layer, index):
+    def read(self, param, index):
         return torch.randint(-(2**15), 2**15, [len(i) for i in index], dtype=torch.int16).view(torch.bfloat16)
 
 
@@ -86,14 +87,11 @@ def models(tmp_path_factory):
     (folder / "companions").mkdir()
     (folder / "companions/config.json").write_text('{"model_type": "llama"}')
     for name, num_layers in {"tiny": 1, **LAYERS}.items():
-        network = Network(layers_pattern(num_layers), 1024, 4096, 8, 4, 128, vocab=1024, padded_vocab=1024)
+        layer = Attention(num_heads=8, num_query_groups=4, head_dim=128), MLP(ffn_hidden_size=4096)
+        network = Network(transformer(num_layers, layer), 1024, vocab_size=1024, padded_vocab_size=1024)
         manifest = Manifest("checkpoint")
         write_checkpoint(folder / name, RandomWeights(network), torch.bfloat16, manifest, folder / "companions")
-        (folder / f"{name}-scores").mkdir()
-        sizes = [(1024,), (num_layers, 4096), (num_layers, 4, 2), (num_layers,)]
-        *width, depth = (torch.rand(size) for size in sizes)
-        Scores(network, *width, {"loss": depth}).write(folder / f"{name}-scores")
-        Manifest("scores").write(folder / f"{name}-scores")
+        random_scores(folder / f"{name}-scores", network)
     return folder
 
 

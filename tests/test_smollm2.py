@@ -64,20 +64,15 @@ def test_its_logits_are_those_of_transformers(smollm2):
     from minitron_megatron.parallel.groups import process_groups
 
     checkpoint = Checkpoint(smollm2.folder / "checkpoint")
-    assert (checkpoint.len(network.layers), checkpoint.network.hidden_size, checkpoint.network.num_heads) == (
-        30,
-        576,
-        9,
-    )
+    network = checkpoint.network
+    assert (len(network.layers), network.hidden_size, network.sublayers[0].num_heads) == (30, 576, 9)
     assert smollm2.transformers.num_parameters() == checkpoint.manifest.details["parameters"]
     tokenizer = load_tokenizer(checkpoint.huggingface_folder)
     tokens = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        [ours] = build_model(checkpoint.network, groups, DType.FP32)
+        [ours] = build_model(network, groups, DType.FP32)
         load_weights([ours], checkpoint, groups)
-        logits = ours(tokens, torch.arange(tokens.size(1))[None], attention_mask=None)[
-            ..., : checkpoint.network.vocab_size
-        ]
+        logits = ours(tokens, torch.arange(tokens.size(1))[None], attention_mask=None)[..., : network.vocab_size]
         expected = smollm2.transformers(tokens).logits
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"

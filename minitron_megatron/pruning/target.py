@@ -182,6 +182,8 @@ class _Resolver:
         """A sublayer, whose outer axes are resized already, with another size along one axis."""
         outer, shards = sublayer.outer(axis), sublayer.multiple(axis, self.tensor)
         has = sublayer.total(axis)
+        # A size of an outer axis that ranks cannot share is for the check of the layout to name.
+        is_unsplittable = outer is not None and bool(sublayer.split_problems(self.tensor, ""))
 
         def with_total(total: int) -> Sublayer:
             return sublayer.resized({axis.axis.name: total // (sublayer.total(outer) if outer else 1)})
@@ -193,7 +195,8 @@ class _Resolver:
             self.multiple(has, shards) if axis.is_aligned else shards,
             exact=self.config.round_to is None or not axis.is_aligned,
             whole=source.total(axis),
-            fits=lambda size: bool(size) and not with_total(size).split_problems(self.tensor, ""),
+            fits=lambda size: bool(size)
+            and (is_unsplittable or not with_total(size).split_problems(self.tensor, "")),
             where=where,
             owner="the source's" if has == source.total(axis) else f"the kept {outer.setting if outer else ''}'",
         )

@@ -218,7 +218,8 @@ def _trained_toy() -> Toy:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return toy.eval()
+    toy.narrow = []
+    return toy
 
 
 def save_toy(folder: Path, toy: Toy) -> Path:
@@ -389,7 +390,7 @@ def test_gradients_and_losses_of_distillation_are_equal_over_layouts(folder, tmp
     for name in ("tensor", "pipeline"):
         for own, expected in zip(lines[name], lines["one"], strict=True):
             for key in ("loss/total", "loss/kd_logits", "loss/lm", "optim/grad_norm"):
-                assert own[key] == pytest.approx(expected[key], rel=2e-6), (name, key)
+                assert own[key] == pytest.approx(expected[key], rel=2e-6, abs=2e-7), (name, key)
     assert lines["one"][-1]["loss/kd_logits"] > 0
 
 

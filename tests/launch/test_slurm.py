@@ -224,8 +224,8 @@ def test_a_sweep_is_an_array_of_which_few_run_at_once(done, tmp_path, minitron, 
     assert "ArrayTaskThrottle=2" in tasks
     states = lambda: ask("squeue", "--noheader", "--states=all", "--array", "--format=%T", f"--jobs={job_id}").split()  # noqa: E731
     wait_for(lambda: states() == ["COMPLETED"] * 4, what="four tasks")
-    networks = [json.loads((tmp_path / "sweep" / str(i) / "prune" / "manifest.json").read_text()) for i in range(4)]
-    assert [found["shape"]["ffn"] for found in networks] == [40, 36, 32, 28]
+    manifests = [json.loads((tmp_path / "sweep" / str(i) / "prune" / "manifest.json").read_text()) for i in range(4)]
+    assert [found["network"]["mlp"]["ffn_hidden_size"] for found in manifests] == [40, 36, 32, 28]
     shown = minitron("launch", "status", str(tmp_path / "sweep")).stdout
     assert shown.count(" done ") == 4
 

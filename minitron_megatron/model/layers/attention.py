@@ -25,7 +25,7 @@ GROUP = Axis("group")
 HEAD = Axis("head", within=GROUP.name)  # of one query group
 HEAD_DIM = Axis("head_dim")
 # Parts of the fused projection: axes of length one, so that a part is selected by dropping the others.
-KEY, VALUE = Axis("key"), Axis("value")
+KEY, VALUE = Axis("key_head"), Axis("value_head")
 
 _QKV_ROWS = GROUP * (HEAD + KEY + VALUE) * HEAD_DIM
 _HEAD_COLUMNS = GROUP * HEAD * HEAD_DIM

@@ -21,19 +21,18 @@ from minitron_megatron.checkpoint.convert import import_checkpoint
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import SHAPE, TRACKER, Checkpoint
-from minitron_megatron.checkpoint.source import instances
+from minitron_megatron.checkpoint.sharded import NETWORK, TRACKER, Checkpoint
 from minitron_megatron.config.schema import DType, ImportConfig, ParallelConfig, PruneConfig, ScoreConfig, TargetConfig
-from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
+from minitron_megatron.model.parameters import layer_key, parameters
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.prune import prune
-from minitron_megatron.pruning.score import score_model
+from minitron_megatron.pruning.score_model import score_model
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, Samples, hf_model, import_hf
 
-SHAPE_OF_RUN = network_from_config(LLAMA)
+NETWORK_OF_RUN = network_from_config(LLAMA)
 FORMS = {"stacked": {}, "by layer": {"non_homogeneous_layers": True}}
 STEP = 7
 
@@ -104,7 +103,7 @@ def train_and_save(folder, tensor: int) -> dict:
         if dist.get_rank() == 0:
             (root / f"iter_{STEP:07d}").mkdir(parents=True)
             (root / TRACKER).write_text(str(STEP))
-            (root / SHAPE).write_text(json.dumps(SHAPE_OF_RUN.to_dict()))
+            (root / NETWORK).write_text(json.dumps(NETWORK_OF_RUN.to_dict()))
         dist.barrier()
         dist_checkpointing.save(state, str(root / f"iter_{STEP:07d}"))
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -173,21 +172,19 @@ def test_what_plain_megatron_saved_is_read(made, form, tensor):
     """With its optimiser's state beside the weights. Every tensor is the model's own, whole and in parts."""
     folder, ranks = made
     checkpoint = Checkpoint(folder / f"tp{tensor}/{form}")
-    assert (checkpoint.iteration, checkpoint.dtype, checkpoint.network) == (STEP, torch.bfloat16, SHAPE_OF_RUN)
+    assert (checkpoint.iteration, checkpoint.dtype, checkpoint.network) == (STEP, torch.bfloat16, NETWORK_OF_RUN)
     assert any(key.startswith("optimizer.") for key in checkpoint.tensors)
     assert ("decoder.layers.2.mlp.linear_fc2.weight" in checkpoint.tensors) == (form == "by layer")
     generator, count = np.random.default_rng(0), 0
-    for param in parameters(SHAPE_OF_RUN):
-        size = param.size(axis_sizes(SHAPE_OF_RUN))
-        for layer in instances(param, SHAPE_OF_RUN):
-            name = param.name if layer is None else f"decoder.layers.{layer}.{NORMS.get(param.name, param.name)}"
-            expected = whole(name, [weights[name] for weights, _ in ranks[tensor]])
-            assert torch.equal(checkpoint.read(param, layer, [np.arange(n) for n in size]), expected), name
-            # Positions on both sides of every boundary between ranks.
-            index = [np.sort(generator.choice(n, n * 2 // 3, replace=False)) for n in size]
-            some = expected[tuple(torch.from_numpy(i) for i in np.ix_(*index))]
-            assert torch.equal(checkpoint.read(param, layer, index), some), name
-            count += 1
+    for param in parameters(NETWORK_OF_RUN):
+        name = layer_key(param).replace(param.name, NORMS.get(param.name, param.name))
+        expected = whole(name, [weights[name] for weights, _ in ranks[tensor]])
+        assert torch.equal(checkpoint.read(param, [np.arange(n) for n in param.shape]), expected), name
+        # Positions on both sides of every boundary between ranks.
+        index = [np.sort(generator.choice(n, n * 2 // 3, replace=False)) for n in param.shape]
+        some = expected[tuple(torch.from_numpy(i) for i in np.ix_(*index))]
+        assert torch.equal(checkpoint.read(param, index), some), name
+        count += 1
     assert count == len(ranks[tensor][0][0])
 
 
@@ -209,5 +206,5 @@ def test_what_plain_megatron_saved_is_scored_and_pruned(made, form, tmp_path):
     assert pruned.dtype is torch.bfloat16 and not any(key.startswith("optimizer.") for key in pruned.tensors)
     sizes = {name: size for name, size, *_ in hf_tensors(pruned.network)}
     assert sizes["model.layers.2.mlp.down_proj.weight"] == [40, 30]
-    for _, _, param, part, layer in hf_tensors(pruned.network):
-        assert read_hf_tensor(pruned, param, part, layer).isfinite().all()
+    for _, _, param, part in hf_tensors(pruned.network):
+        assert read_hf_tensor(pruned, param, part).isfinite().all()

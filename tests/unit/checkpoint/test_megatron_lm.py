@@ -41,8 +41,10 @@ from minitron_megatron.config.schema import (
 )
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError
 from minitron_megatron.model.families import network_from_config
+from minitron_megatron.model.layers.mlp import Activation
 from minitron_megatron.model.megatron_args import network_of_args
-from minitron_megatron.model.network import Activation, Llama3RopeScaling, NormKind
+from minitron_megatron.model.network import Llama3RopeScaling
+from minitron_megatron.model.norms import NormKind
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.score import score
@@ -213,7 +215,7 @@ def test_the_network_is_read_from_the_args(trained):
     checkpoint = Checkpoint(trained[0])
     assert checkpoint.iteration == 100
     # Nobody has told how many tokens the tokenizer has.
-    assert checkpoint.network == network_from_config(LLAMA).replace(vocab=128)
+    assert checkpoint.network == network_from_config(LLAMA).replace(vocab_size=128)
     assert any(key.startswith("optimizer.") for key in checkpoint.tensors)
 
 
@@ -268,7 +270,9 @@ def test_from_megatron_lm_to_a_smaller_hugging_face_model(trained, tokenizer, tm
     pruned = prune(PruneConfig(str(root), str(tmp_path / "pruned"), str(tmp_path / "scores"), target=target))
     network = Checkpoint(pruned).network
     expected = logits_of_folder(export(ExportConfig(str(pruned), str(tmp_path / "out"))))
-    assert expected.shape == (2, 30, 101) and (network.hidden_size, network.ffn, network.num_heads) == (40, 30, 4)
+    attention, mlp = network.sublayers[:2]
+    assert expected.shape == (2, 30, 101) and network.has_equal_layers
+    assert (network.hidden_size, mlp.ffn_hidden_size, attention.num_heads) == (40, 30, 4)
     # Megatron-Core itself, from the args alone.
     (pruned / "manifest.json").unlink()
     assert Checkpoint(pruned).network == network
@@ -299,12 +303,12 @@ UNSUPPORTED = {
     "hybrid_override_pattern": ("M-*E", "(layers of mixtures of experts ('E'), Mamba ('M'))"),
     "spec": (["my.module", "layer"], "spec = ['my.module', 'layer'] is not supported"),
     "padded_vocab_size": (None, "padded_vocab_size is missing"),
-    "num_query_groups": (4, "shape.num_heads = 6 is not a multiple of network.num_query_groups = 4"),
+    "num_query_groups": (4, "attention.num_heads = 6 is not a multiple of attention.num_query_groups = 4"),
 }
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_a_shape_cannot_say_is_named(name, trained, tmp_path):
+def test_what_a_network_cannot_be_is_named(name, trained, tmp_path):
     value, message = UNSUPPORTED[name]
     root = copy_of(trained[0], tmp_path / "run")
     path = root / "iter_0000100/common.pt"
@@ -320,16 +324,24 @@ def test_args_of_other_networks():
     def network(**changes):
         return network_of_args(argparse.Namespace(**ARGS | changes))
 
+    def layer(**changes):
+        return network(**changes).sublayers[:2]
+
     nemotron = network(swiglu=False, squared_relu=True, normalization="LayerNorm", apply_layernorm_1p=True)
-    assert (nemotron.gated, nemotron.activation) == (False, Activation.SQUARED_RELU)
+    mlp = nemotron.sublayers[1]
+    assert (mlp.gated, mlp.activation) == (False, Activation.SQUARED_RELU)
     assert (nemotron.norm, nemotron.norm_zero_centered) == (NormKind.LAYERNORM, True)
     assert network(layernorm_epsilon=1e-6).norm_eps == 1e-6  # the name that newer releases have
     scaled = network(use_rope_scaling=True, rope_scaling_factor=32.0).rotary_scaling
     assert scaled == Llama3RopeScaling(32.0, 1.0, 4.0, 8192)
-    assert network(group_query_attention=False, num_query_groups=1).num_query_groups == 6
-    assert network(kv_channels=None, ffn_hidden_size=None).ffn == 128  # of 48 channels, as Megatron-LM chooses it
-    assert (network(vocab_size=99).vocab, network(vocab_size=99, tokenizer_type="NullTokenizer").vocab) == (99, 100)
-    assert (network(add_qkv_bias=True).qkv_bias, network(add_bias_linear=True).linear_bias) == (True, True)
+    attention, _ = layer(group_query_attention=False, num_query_groups=1)
+    assert attention.num_query_groups == 6
+    _, mlp = layer(kv_channels=None, ffn_hidden_size=None)
+    assert mlp.ffn_hidden_size == 128  # of 48 channels, as Megatron-LM chooses it
+    null = network(vocab_size=99, tokenizer_type="NullTokenizer")
+    assert (network(vocab_size=99).vocab_size, null.vocab_size) == (99, 100)
+    assert layer(add_qkv_bias=True)[0].qkv_bias
+    assert [sublayer.bias for sublayer in layer(add_bias_linear=True)] == [True, True]
     hybrid = network(num_layers=None, hybrid_layer_pattern="*-*-|*--")
     assert hybrid.pattern == "*-*-*--"
 

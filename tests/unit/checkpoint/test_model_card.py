@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
@@ -15,8 +14,7 @@ from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import ExportConfig, ImportConfig, PruneConfig, TargetConfig
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.pruning.prune import prune
-from minitron_megatron.pruning.scores import Scores
-from tests.tiny import LLAMA, hf_model, save_hf
+from tests.tiny import LLAMA, hf_model, random_scores, save_hf
 
 SOURCE_CARD = """---
 license: other
@@ -40,9 +38,7 @@ def run(tmp_path_factory):
     (source / "LICENSE").write_text("as it pleases")
     import_checkpoint(ImportConfig(str(source), str(folder / "teacher")))
     checkpoint = Checkpoint(folder / "teacher")
-    (folder / "scores").mkdir()
-    *width, depth = (torch.rand(*size) for size in [(48,), (4, 44), (4, 2, 3), (4,)])
-    Scores(checkpoint.network, *width, {"loss": depth}).write(folder / "scores")
+    random_scores(folder / "scores", checkpoint.network)
     Manifest("scores", parents=[Parent.of("checkpoint", folder / "teacher")], config={"num_samples": 7}).write(
         folder / "scores"
     )

@@ -13,16 +13,14 @@ from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import RerunMode
 from megatron.core.transformer.enums import AttnBackend
 
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import PruneConfig, TargetConfig
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.megatron_args import args_of_network, network_of_args
-from minitron_megatron.model.network import Activation
+from minitron_megatron.model.layers.mlp import Activation
 from minitron_megatron.pruning.prune import prune
-from minitron_megatron.pruning.scores import Scores
-from tests.tiny import LLAMA, hf_model, import_hf
+from tests.tiny import LLAMA, changed, hf_model, import_hf, random_scores, without_sublayers
 from tests.unit.model.configs import CONFIGS
 
 ARGS = argparse.Namespace(
@@ -114,10 +112,7 @@ def llama(tmp_path_factory):
     """A checkpoint and scores of it."""
     folder = tmp_path_factory.mktemp("llama")
     checkpoint = Checkpoint(import_hf(folder, hf_model(**LLAMA)))
-    (folder / "scores").mkdir()
-    *width, depth = (torch.rand(*size) for size in [(48,), (4, 44), (4, 2, 3), (4,)])
-    Scores(checkpoint.network, *width, {"loss": depth}).write(folder / "scores")
-    Manifest("scores").write(folder / "scores")
+    random_scores(folder / "scores", checkpoint.network)
     return folder
 
 
@@ -127,7 +122,7 @@ def pruned(folder, output):
     return torch.load(output / "release/common.pt", weights_only=False)
 
 
-def test_args_follow_the_shape(llama, tmp_path):
+def test_args_follow_the_network(llama, tmp_path):
     save(llama / "checkpoint/release/common.pt", args=copy.deepcopy(ARGS), optimizer={"step": 1000})
     common = pruned(llama, tmp_path / "pruned")
     assert common.keys() == {"iteration", "checkpoint_version", "args"} and common["iteration"] == 0
@@ -157,10 +152,10 @@ def test_what_the_args_did_not_say_is_added():
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_args_tell_all_of_a_shape(config):
+def test_args_tell_all_of_a_network(config):
     network = network_from_config(config)
     assert network_of_args(args_of_network(None, network)) == network
-    biased = network.replace(linear_bias=True, qkv_bias=False, gated=False, activation=Activation.GELU)
+    biased = changed(network, bias=True, qkv_bias=False, gated=False, activation=Activation.GELU)
     assert network_of_args(args_of_network(None, biased)) == biased
 
 
@@ -168,7 +163,7 @@ def test_a_tokenizer_of_a_number_of_tokens_alone_adds_one():
     network = network_from_config(LLAMA)
     args = argparse.Namespace(**vars(ARGS), tokenizer_type="NullTokenizer", vocab_size=99)
     assert args_of_network(args, network).vocab_size == 100
-    assert network_of_args(args_of_network(args, network)).vocab == 101
+    assert network_of_args(args_of_network(args, network)).vocab_size == 101
 
 
 def test_args_hold_all_that_use_checkpoint_args_reads():
@@ -179,15 +174,16 @@ def test_args_hold_all_that_use_checkpoint_args_reads():
 
 
 def test_args_of_sublayers_in_another_order_name_it(llama):
-    network = Checkpoint(llama / "checkpoint").network.replace(pattern="*-*--")
+    whole = Checkpoint(llama / "checkpoint").network
+    network = without_sublayers(whole, 4, 6, 7)
     args = args_of_network(ARGS, network)
-    assert (args.num_layers, args.hybrid_layer_pattern) == (5, "*-*--") and "hybrid_layer_pattern" not in ARGS
+    assert (args.num_layers, args.hybrid_layer_pattern) == (3, "*-*--") and "hybrid_layer_pattern" not in ARGS
     # A Megatron-LM that has the former name alone reads that, and neither name may keep what was.
     former = dict(hybrid_override_pattern="*-*-*-*-")
     for before in (former, {**former, "hybrid_layer_pattern": "*-*-*-*-"}):
         args = args_of_network(argparse.Namespace(**vars(ARGS), **before), network)
         assert {getattr(args, name, "*-*--") for name in before} == {"*-*--"}
-        args = args_of_network(argparse.Namespace(**vars(ARGS), **before), network.replace(pattern="*-*-"))
+        args = args_of_network(argparse.Namespace(**vars(ARGS), **before), without_sublayers(whole, 4, 5, 6, 7))
         assert network_of_args(args).pattern == "*-*-"
 
 

@@ -7,16 +7,13 @@ import sys
 import time
 
 import pytest
-import torch
 
 from minitron_megatron.checkpoint.convert import export, import_checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import ExportConfig, ImportConfig, PruneConfig, TargetConfig
 from minitron_megatron.pruning.prune import prune
-from minitron_megatron.pruning.scores import Scores
 from tests.ranks import run_on_ranks
-from tests.tiny import LLAMA, hf_model, import_hf
+from tests.tiny import LLAMA, hf_model, import_hf, random_scores
 from tests.unit.checkpoint.test_writer import assert_equal
 
 MINITRON = [sys.executable, "-m", "minitron_megatron.cli"]
@@ -47,12 +44,7 @@ def llama(tmp_path_factory):
     """A Hugging Face folder, a checkpoint, and scores of it."""
     folder = tmp_path_factory.mktemp("llama")
     checkpoint = Checkpoint(import_hf(folder, hf_model(**LLAMA)))
-    generator = torch.Generator().manual_seed(1)
-    scores = [torch.rand(*size, generator=generator) for size in [(48,), (4, 44), (4, 2, 3), (4,)]]
-    (folder / "scores").mkdir()
-    *width, depth = scores
-    Scores(checkpoint.network, *width, {"loss": depth}).write(folder / "scores")
-    Manifest("scores").write(folder / "scores")
+    random_scores(folder / "scores", checkpoint.network)
     return folder
 
 

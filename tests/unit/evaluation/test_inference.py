@@ -41,7 +41,7 @@ def open_inference(checkpoint, groups, batch=3):
     checkpoint = Checkpoint(checkpoint)
     chunks = build_model(checkpoint.network, groups, DType.FP32)
     load_weights(chunks, checkpoint, groups)
-    return Inference(chunks, groups, checkpoint.network.vocab_size, Letters(), [END], batch)
+    return Inference(chunks, groups, checkpoint.network, Letters(), [END], batch)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -133,7 +133,7 @@ def test_sequences_that_differ_in_their_last_token_are_one_to_the_model(pair, mo
 
 
 def test_cached_hidden_states_are_those_of_the_whole_sequence(pair):
-    from minitron_megatron.evaluation.cache import key_value_cache
+    from minitron_megatron.model.kv_cache import key_value_cache
     from minitron_megatron.parallel.schedule import forward_hidden
 
     ours, _ = pair
@@ -144,7 +144,7 @@ def test_cached_hidden_states_are_those_of_the_whole_sequence(pair):
     with torch.no_grad():
         expected = forward_hidden(chunk, {"tokens": whole, "position_ids": positions})
         lengths = torch.tensor([4, 9])
-        with key_value_cache([chunk], 2, whole.size(1)) as cursor:
+        with key_value_cache([chunk], ours.network, 2, whole.size(1)) as cursor:
             forward_hidden(chunk, {"tokens": whole[:, :9], "position_ids": positions[:, :9]})
             for _ in range(8):
                 cursor.move_to(lengths)

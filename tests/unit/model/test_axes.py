@@ -15,16 +15,16 @@ from tests.unit.model.configs import CONFIGS
 
 GROUPS, HEADS, DIM, FFN_SIZE = 3, 4, 5, 7
 SIZES = {"group": GROUPS, "head": HEADS, "head_dim": DIM, "ffn": FFN_SIZE, "hidden": 6}
-SIZES |= dict.fromkeys(("key", "value", "gate", "up"), 1)
+SIZES |= dict.fromkeys(("key_head", "value_head", "gate", "up"), 1)
 QKV = GROUP * (HEAD + KEY + VALUE) * HEAD_DIM
 NOTHING = np.empty(0, dtype=np.int64)
 
 
-def qkv_rows(heads_of_group, others=("key", "value")):
+def qkv_rows(heads_of_group, others=("key_head", "value_head")):
     """Rows of the fused projection, counted one by one in the order of Megatron's `linear_qkv`."""
     rows, number = [], itertools.count()
     for group in range(GROUPS):
-        for member in [*range(HEADS), "key", "value"]:
+        for member in [*range(HEADS), "key_head", "value_head"]:
             numbers = [next(number) for _ in range(DIM)]
             if group in heads_of_group and member in [*heads_of_group[group], *others]:
                 rows += numbers
@@ -35,9 +35,9 @@ def test_qkv_rows_are_counted_group_by_group_heads_then_key_then_value():
     everything = {group: range(HEADS) for group in range(GROUPS)}
     assert QKV.size(SIZES) == GROUPS * (HEADS + 2) * DIM
     assert QKV.index({}, SIZES).tolist() == qkv_rows(everything)
-    without_key = QKV.index({"key": NOTHING}, SIZES)
-    assert without_key.tolist() == qkv_rows(everything, others=["value"])
-    heads_alone = QKV.index({"key": NOTHING, "value": NOTHING}, SIZES)
+    without_key = QKV.index({"key_head": NOTHING}, SIZES)
+    assert without_key.tolist() == qkv_rows(everything, others=["value_head"])
+    heads_alone = QKV.index({"key_head": NOTHING, "value_head": NOTHING}, SIZES)
     assert heads_alone.tolist() == qkv_rows(everything, others=[])
 
 
@@ -67,7 +67,7 @@ def test_heads_are_those_of_their_group_whatever_stands_outside_of_the_groups():
     found = dim.index({"group": np.array([0, 2]), "head": heads}, sizes)
     assert found.tolist() == np.concatenate(expected).tolist()
     # Two projections side by side of the same rows of groups, as a fused input projection has them.
-    double = (Axis("key") + Axis("value")) * (GROUP * HEAD)
+    double = (KEY + VALUE) * (GROUP * HEAD)
     found = double.index({"group": np.array([0, 2]), "head": heads}, SIZES)
     single = (GROUP * HEAD).index({"group": np.array([0, 2]), "head": heads}, SIZES)
     assert found.tolist() == [*single, *(single + GROUPS * HEADS)]

@@ -24,32 +24,28 @@ from minitron_megatron.model.fit import (
     rank_parameters,
     sublayer_activations,
 )
-from minitron_megatron.model.network import Activation, Network, NormKind, layers_pattern, layout_problems
+from minitron_megatron.model.layers.attention import Attention
+from minitron_megatron.model.layers.mlp import MLP, Activation
+from minitron_megatron.model.network import Network, layout_problems, transformer
+from minitron_megatron.model.norms import NormKind
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.schedule import forward_hidden
 from minitron_megatron.training.optimizer import optimization
+from tests.tiny import changed
 
 TEACHER = Network(
-    pattern=layers_pattern(32),
-    hidden=4096,
-    ffn=14336,
-    num_heads=32,
-    num_query_groups=8,
-    head_dim=128,
-    vocab=128256,
-    padded_vocab=128256,
+    transformer(32, [Attention(num_heads=32, num_query_groups=8, head_dim=128), MLP(ffn_hidden_size=14336)]),
+    hidden_size=4096,
+    vocab_size=128256,
+    padded_vocab_size=128256,
 )
-STUDENT = TEACHER.replace(hidden=3072, ffn=9216)  # Llama-3.1-Minitron 4B Width
+STUDENT = changed(TEACHER, hidden_size=3072, ffn_hidden_size=9216)  # Llama-3.1-Minitron 4B Width
 SMALL = Network(
-    pattern=layers_pattern(5),
-    hidden=256,
-    ffn=448,
-    num_heads=8,
-    num_query_groups=4,
-    head_dim=24,
-    vocab=1000,
-    padded_vocab=1024,
+    transformer(5, [Attention(num_heads=8, num_query_groups=4, head_dim=24), MLP(ffn_hidden_size=448)]),
+    hidden_size=256,
+    vocab_size=1000,
+    padded_vocab_size=1024,
 )
 
 
@@ -76,7 +72,7 @@ LLAMA_RUN = settings(8192, global_batch=128, micro_batch=4)
     ids=str,
 )
 def test_the_ranks_hold_all_weights_once_but_for_those_that_each_must_have(layout, norm, tied):
-    network = SMALL.replace(tied=tied, norm=norm, linear_bias=True)
+    network = changed(SMALL, tie_embeddings=tied, norm=norm, bias=True)
     held = layout.tensor * sum(rank_parameters(network, layout, stage) for stage in range(layout.pipeline))
     tensors = 2 if norm is NormKind.LAYERNORM else 1
     norms = (2 * len(network.layers) + 1) * tensors * network.hidden_size
@@ -94,11 +90,11 @@ def test_the_ranks_hold_all_weights_once_but_for_those_that_each_must_have(layou
 def test_a_gpt_layer_keeps_what_korthikanti_et_al_count(layout):
     """2205.05198, table 2, tensor and sequence parallelism with selective recomputation: sbh * 34 / t."""
     s, b, h, a, t = 2048, 4, 6144, 64, layout.tensor
-    gpt = TEACHER.replace(
-        hidden=h, ffn=4 * h, num_heads=a, num_query_groups=a, head_dim=h // a, gated=False, norm=NormKind.LAYERNORM,
-        activation=Activation.GELU,
+    gpt = changed(
+        TEACHER, hidden_size=h, ffn_hidden_size=4 * h, num_heads=a, num_query_groups=a, head_dim=h // a, gated=False,
+        norm=NormKind.LAYERNORM, activation=Activation.GELU,
     )  # fmt: skip
-    found = sum(sublayer_activations(gpt, symbol, b, s, layout, DType.BF16) for symbol in "*-")
+    found = sum(sublayer_activations(gpt, sublayer, b, s, layout, DType.BF16) for sublayer in gpt.sublayers[:2])
     masks = 2 * s * b * h  # a byte each for the dropouts behind attention and MLP; no model here has dropout
     log_sums = 4 * s * b * a  # what flash attention keeps beside its output, which the paper counts already
     statistics = 2 * 8 * s * b  # means and variances of the norms, which the paper neglects
@@ -140,12 +136,12 @@ def test_state_is_what_a_model_in_training_has(dtype, distributed):
     [
         {"qk_norm": True},
         {"activation": Activation.GELU},
-        {"activation": Activation.SQUARED_RELU, "gated": False, "rotary_fraction": 0.5, "linear_bias": True},
+        {"activation": Activation.SQUARED_RELU, "gated": False, "rotary_fraction": 0.5, "bias": True},
     ],
     ids=["SwiGLU, norms of queries and keys", "gated GELU", "squared ReLU"],
 )
 def test_activations_are_those_that_a_model_keeps(switches, recompute, monkeypatch):
-    network, config = SMALL.replace(**switches), settings(256, micro_batch=2, global_batch=2, recompute=recompute)
+    network, config = changed(SMALL, **switches), settings(256, micro_batch=2, global_batch=2, recompute=recompute)
     tokens = torch.zeros(2, 256, dtype=torch.long)
     batch = {"tokens": tokens, "position_ids": torch.arange(256).expand(2, -1)}
     kept, hooks = {}, torch.autograd.graph.saved_tensors_hooks
@@ -171,13 +167,14 @@ def test_activations_are_those_that_a_model_keeps(switches, recompute, monkeypat
 
     expected = estimate_memory(network, None, config, Layout()).activations
     if recompute:  # the layer that is run again in the backward pass is not there yet
-        expected -= sum(sublayer_activations(network, symbol, 2, 256, Layout(), config.dtype) for symbol in "*-")
+        layer = network.sublayers[:2]
+        expected -= sum(sublayer_activations(network, sublayer, 2, 256, Layout(), config.dtype) for sublayer in layer)
     else:
         # The CPU's layers make again what norms and gated activations return, and with SwiGLU the MLP's first product;
         # Transformer Engine's keep it. And their SwiGLU is one function, which keeps no factor of its product.
-        again = (
-            2 * network.hidden_size + network.gated * (4 if network.activation is Activation.SILU else 1) * network.ffn
-        )
+        mlp = network.sublayers[1]
+        factors = mlp.gated * (4 if mlp.activation is Activation.SILU else 1)
+        again = 2 * network.hidden_size + factors * mlp.ffn_hidden_size
         expected -= len(network.layers) * 2 * 256 * again * 2
     # Not counted are the tokens, the angles that cosines are of, and float32 copies of the norms' weights.
     assert expected == pytest.approx(measured, rel=0.025 if recompute else 0.005)
@@ -186,7 +183,7 @@ def test_activations_are_those_that_a_model_keeps(switches, recompute, monkeypat
 def test_the_loss_takes_what_it_took_on_an_h100():
     """The GPU's table in docs/benchmarks.md: bf16, 256 wide, chunks of 512 tokens; here with its sizes."""
     for vocab, gib in ((32768, 0.30), (131072, 1.13), (262144, 2.25)):
-        narrow = SMALL.replace(hidden=256, vocab=vocab, padded_vocab=vocab)
+        narrow = SMALL.replace(hidden_size=256, vocab_size=vocab, padded_vocab_size=vocab)
         loss = estimate_memory(narrow, narrow, settings(1024, micro_batch=1), Layout()).loss
         assert loss / GIB == pytest.approx(gib, rel=0.06)
 
@@ -196,7 +193,7 @@ def test_the_loss_takes_what_it_took_on_an_h100():
 def test_a_loss_takes_no_more_than_estimated(divergence, temperature):
     vocab, width, tokens, logits = 4096, 8, 64, LogitsConfig(divergence or Divergence.FORWARD_KL, temperature)
     kd_weight, lm_weight = (1.0, 0.0) if divergence else (0.0, 1.0)
-    narrow = SMALL.replace(hidden=width, vocab=vocab, padded_vocab=vocab)
+    narrow = SMALL.replace(hidden_size=width, vocab_size=vocab, padded_vocab_size=vocab)
     run = settings(tokens, micro_batch=1, dtype=DType.FP32, loss=LossConfig(kd_weight, lm_weight, logits=logits))
     with process_groups(ParallelConfig()) as groups, _Peak() as peak:
         hidden, weight = torch.randn(tokens, width).requires_grad_(), torch.randn(vocab, width).requires_grad_()
@@ -278,10 +275,10 @@ def test_the_nearest_layout_takes_one_change_before_two_and_ranks_from_replicas(
     changes, _ = nearest_layout(STUDENT, TEACHER, three, Layout(data=3), GPUS["a100-40gb"], gpus_per_node=8)
     assert "parallel.tensor" in changes and "parallel.data" not in changes  # six GPUs or more for three replicas
     # Of three query groups, tensor parallelism of a power of two cannot take any.
-    three = [network.replace(num_heads=24, num_query_groups=3) for network in (STUDENT, TEACHER)]
+    three = [changed(network, num_heads=24, num_query_groups=3) for network in (STUDENT, TEACHER)]
     changes, _ = nearest_layout(*three, run, Layout(), h100, gpus_per_node=8)
     assert "parallel.tensor" not in changes and changes["parallel.pipeline"] > 1
-    assert nearest_layout(STUDENT, TEACHER.replace(hidden=2**20), run, Layout(), h100, gpus_per_node=8) is None
+    assert nearest_layout(STUDENT, TEACHER.replace(hidden_size=2**20), run, Layout(), h100, gpus_per_node=8) is None
 
 
 def docs_rows() -> list[str]:

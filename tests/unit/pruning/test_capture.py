@@ -15,13 +15,15 @@ from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.activation_stats import ActivationStats
 from minitron_megatron.pruning.score_model import score_model
 from tests.tiny import FAMILIES, hf_model
-from tests.unit.pruning.direct import AXES, build_ours, by_axis, samples_for, score_config
-
-OVER_LIST = {
-    Aggregation.MEAN: lambda x: x.abs().mean(0),
-    Aggregation.L2: lambda x: x.square().sum(0).sqrt(),
-    Aggregation.VARIANCE: lambda x: x.var(0, correction=0),
-}
+from tests.unit.pruning.direct import (
+    AXES,
+    build_ours,
+    by_axis,
+    direct_activations,
+    direct_weights,
+    samples_for,
+    score_config,
+)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -35,49 +37,15 @@ def groups():
         yield groups
 
 
-def activations_of(theirs, samples):
-    """Everything that is scored, `[sequence, token, element]`, by axis and then by place in the network."""
-    seen = {"hidden": {}, "ffn": {}, "before": {}, "heads": {}}
-    hooks = []
-
-    def keep_input(module, axis, name, change=lambda x: x):
-        hooks.append(module.register_forward_pre_hook(lambda m, args: seen[axis].update({name: change(args[0])})))
-
-    def keep_output(module, axis, name):
-        def hook(module, args, output):
-            seen[axis][name] = output[0] if isinstance(output, tuple) else output
-
-        hooks.append(module.register_forward_hook(hook))
-
-    for number, layer in enumerate(theirs.model.layers):
-        keep_output(layer.input_layernorm, "hidden", (number, 0))
-        keep_output(layer.post_attention_layernorm, "hidden", (number, 1))
-        keep_input(layer.mlp.down_proj, "ffn", number)
-        keep_input(layer.self_attn.o_proj, "heads", number, lambda x: x.unflatten(-1, (6, 12)).square().sum(-1).sqrt())
-        keep_output(layer.mlp.gate_proj if hasattr(layer.mlp, "gate_proj") else layer.mlp.up_proj, "before", number)
-    keep_output(theirs.model.norm, "hidden", "final")
-    with torch.no_grad():
-        theirs(samples.tokens[:, :-1])
-    for hook in hooks:
-        hook.remove()
-    return {axis: {name: x.double() for name, x in places.items()} for axis, places in seen.items()}
-
-
 def direct_scores(theirs, samples, over_tokens, over_sequences, neurons="ffn"):
-    seen = activations_of(theirs, samples)
-    valid = [mask > 0 for mask in samples.mask]
-
-    def score(x):
-        of_sequences = [OVER_LIST[over_tokens](row[v]) for row, v in zip(x, valid, strict=True) if v.any()]
-        return OVER_LIST[over_sequences](torch.stack(of_sequences))
-
-    norms = [(number, which) for number in range(4) for which in range(2)] + ["final"]
-    of_norms = torch.stack([score(seen["hidden"][place]) for place in norms])
+    """Of a network of 4 layers with 2 groups of 3 heads."""
+    scores = direct_activations(theirs, samples, over_tokens, over_sequences)
+    of_norms = torch.stack([scores["hidden"][place] for place in range(9)])
     return {
         "of_norms": of_norms,
         "hidden": of_norms.sum(0),
-        "ffn": torch.stack([score(seen[neurons][n]) for n in range(4)]),
-        "heads": torch.stack([score(seen["heads"][n]) for n in range(4)]).view(4, 2, 3),
+        "ffn": torch.stack([scores[neurons][place] for place in range(1, 8, 2)]),
+        "heads": torch.stack([scores["heads"][place] for place in range(0, 8, 2)]).view(4, 2, 3),
     }
 
 
@@ -207,46 +175,6 @@ def test_neurons_may_be_scored_before_their_activation(theirs, groups, over_toke
     assert_same(found, direct_scores(theirs, samples, over_tokens, Aggregation.L2, "before"))
     after = direct_scores(theirs, samples, over_tokens, Aggregation.L2)["ffn"]
     assert (by_axis(found)["ffn"] - after).abs().max() > 0.1 * after.abs().max()
-
-
-def norm(*tensors):
-    """Over all dimensions but the first, and over the tensors."""
-    return sum(t.detach().double().square().flatten(1).sum(1) for t in tensors).sqrt()
-
-
-def columns(tensor):
-    return tensor.detach().unsqueeze(0) if tensor.dim() == 1 else tensor.detach().T.contiguous()
-
-
-def direct_weights(model, outgoing):
-    """Norms of what goes with every channel, neuron and head; of hidden channels per norm of the network."""
-    network = model.model
-    found = {"hidden": [], "ffn": [], "heads": []}
-    for layer in network.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        reads = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-        firsts = [mlp.gate_proj.weight, mlp.up_proj.weight] if hasattr(mlp, "gate_proj") else [mlp.up_proj.weight]
-        writes = [] if outgoing else [attention.o_proj.weight]
-        norms = [] if outgoing else [layer.input_layernorm]
-        found["hidden"].append(
-            norm(*map(columns, reads), *writes, *(p[:, None] for n in norms for p in n.parameters()))
-        )
-        writes = [] if outgoing else [mlp.down_proj.weight]
-        norms = [] if outgoing else [layer.post_attention_layernorm]
-        found["hidden"].append(
-            norm(*map(columns, firsts), *writes, *(p[:, None] for n in norms for p in n.parameters()))
-        )
-        found["ffn"].append(norm(mlp.down_proj.weight.T, *([] if outgoing else firsts)))
-        by_head = attention.o_proj.weight.T.reshape(6, 12 * 48)
-        queries = [] if outgoing else [p.view(6, -1) for p in attention.q_proj.parameters()]  # a bias as well
-        found["heads"].append(norm(by_head, *queries))
-    last = [columns(model.lm_head.weight)]
-    if not outgoing:
-        last += [p[:, None] for p in network.norm.parameters()]
-        if model.lm_head.weight is not network.embed_tokens.weight:
-            last.append(columns(network.embed_tokens.weight))
-    found["hidden"].append(norm(*last))
-    return {axis: torch.stack(values) for axis, values in found.items()}
 
 
 def test_weight_magnitudes_are_norms_of_the_tensors(theirs, groups):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.source import take
 from minitron_megatron.config.schema import Criterion, DType, ParallelConfig, TargetConfig
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.model.build import build_model
@@ -21,7 +20,7 @@ from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.score_model import score_model
 from minitron_megatron.pruning.slicing import Pruned
 from tests.tiny import LLAMA, NEMOTRON, Samples, changed, scores_by_chance
-from tests.unit.pruning.direct import NUM_SAMPLES, SEQUENCE, score_config
+from tests.unit.pruning.direct import NUM_SAMPLES, SEQUENCE, RandomSource, score_config
 
 LAYERS, HIDDEN, FFN, GROUPS, HEADS, HEAD_DIM = 4, 48, 44, 3, 4, 12
 SIZES = {"num_attention_heads": GROUPS * HEADS, "num_key_value_heads": GROUPS, "head_dim": HEAD_DIM}
@@ -38,27 +37,9 @@ NETWORKS = {
 TOKENS = torch.randint(0, 101, (2, SEQUENCE), generator=torch.Generator().manual_seed(0))
 
 
-class Source:
-    """Random weights in memory, by key and layer."""
-
-    dtype = torch.float32
-
-    def __init__(self, network):
-        self.network = network
-        generator = torch.Generator().manual_seed(2)
-        # Larger biases would make tokens alike, and whether a neuron is ever active would hang on them alone.
-        self.tensors = {}
-        for param in parameters(network):
-            scale = 0.02 if param.name.endswith(".bias") else 0.15
-            self.tensors[param.name, param.layer] = scale * torch.randn(*param.shape, generator=generator)
-
-    def read(self, param, index):
-        return take(self.tensors[param.name, param.layer], index)
-
-
 @pytest.fixture(params=NETWORKS)
 def source(request):
-    return Source(NETWORKS[request.param])
+    return RandomSource(NETWORKS[request.param])
 
 
 @pytest.fixture(scope="module")

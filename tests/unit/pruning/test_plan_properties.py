@@ -26,7 +26,7 @@ from minitron_megatron.model.network import Network, layout_problems, pad_vocab,
 from minitron_megatron.model.norms import NormKind
 from minitron_megatron.model.parameters import parameters
 from minitron_megatron.parallel.layout import layers_per_stage
-from minitron_megatron.pruning.make_plan import plan_for
+from minitron_megatron.pruning.make_plan import make_plan
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.ranges import from_ranges, to_ranges
 from minitron_megatron.pruning.scores import DepthSettings, Scores
@@ -118,7 +118,7 @@ def problems(draw):
 
 def plan_or_nothing(scores, parallel, target, merge):
     try:
-        return plan_for(scores, resolve_target(scores.network, target, parallel), merge_heads=merge)
+        return make_plan(scores, target, parallel, merge_heads=merge)
     except ConfigError as error:
         # Of sizes within those of the source, only a whole number of heads can be wrong, or too few to merge, or what
         # shall be a multiple of more than there is.

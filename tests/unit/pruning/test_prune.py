@@ -15,7 +15,7 @@ from minitron_megatron.checkpoint.convert import export
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import fingerprint
 from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.config.common import Builder
+from minitron_megatron.config.parallel import Builder
 from minitron_megatron.config.schema import DType, ExportConfig, ParallelConfig, PruneConfig, TargetConfig
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model import build
@@ -29,6 +29,7 @@ from minitron_megatron.pruning.slicing import Pruned
 from tests.in_memory import as_transformers_model
 from tests.ranks import run_on_ranks
 from tests.tiny import FAMILIES, LLAMA, changed, hf_model, import_hf, random_scores
+from tests.unit.pruning.direct import sliced_by_hand
 
 LAYERS, HIDDEN, FFN, GROUPS, HEADS, HEAD_DIM = 4, 48, 44, 2, 3, 12
 TOKENS = torch.randint(0, 101, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -60,33 +61,6 @@ def source(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return Source(tmp_path_factory.mktemp("llama"), LLAMA)
-
-
-def sliced_by_hand(tensors, plan):
-    """What is left of a Llama's state dict, one kind of tensor after another."""
-    hidden = plan.hidden
-    left = {name: tensors[name][:, hidden] for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    left["model.norm.weight"] = tensors["model.norm.weight"][hidden]
-    for number, position in enumerate(plan.sublayers[::2]):
-        before, after = f"model.layers.{position // 2}.", f"model.layers.{number}."
-        rows, of_groups = [], []
-        attention = plan.elements[position]
-        for group, heads in zip(attention["groups"], attention["heads"], strict=True):
-            of_groups += range(group * HEAD_DIM, (group + 1) * HEAD_DIM)
-            for head in heads:
-                first = (group * HEADS + head) * HEAD_DIM
-                rows += range(first, first + HEAD_DIM)
-        neurons = plan.elements[position + 1]["ffn"]
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            left[f"{after}{norm}.weight"] = tensors[f"{before}{norm}.weight"][hidden]
-        left[f"{after}self_attn.q_proj.weight"] = tensors[f"{before}self_attn.q_proj.weight"][rows][:, hidden]
-        for name in ("k_proj", "v_proj"):
-            left[f"{after}self_attn.{name}.weight"] = tensors[f"{before}self_attn.{name}.weight"][of_groups][:, hidden]
-        left[f"{after}self_attn.o_proj.weight"] = tensors[f"{before}self_attn.o_proj.weight"][hidden][:, rows]
-        for name in ("gate_proj", "up_proj"):
-            left[f"{after}mlp.{name}.weight"] = tensors[f"{before}mlp.{name}.weight"][neurons][:, hidden]
-        left[f"{after}mlp.down_proj.weight"] = tensors[f"{before}mlp.down_proj.weight"][hidden][:, neurons]
-    return left
 
 
 @pytest.mark.parametrize("attention", [dict(heads=4), dict(groups=1), dict(groups=1, heads=2)], ids=str)

@@ -195,10 +195,14 @@ def laid_over(whole: Scores, parts: list[tuple[Plan, Scores]]) -> Scores:
             dict(layers=1, hidden=42, ffn=38, groups=1),
             [dict(layers=3, hidden=46, ffn=42), dict(layers=2, hidden=44, ffn=40, groups=1)],
         ),
+        (
+            dict(hidden=40, ffn=[36, 40, 44, 30], heads=[2, 4, 6, 4]),
+            [dict(hidden=44, ffn=[40, 40, 44, 36], heads=[4, 4, 6, 4])],
+        ),
         # Layers that are named go at once, whatever their scores.
         (dict(keep_layers=[1, 2], hidden=40), [dict(keep_layers=[1, 2], hidden=44)]),
     ],
-    ids=["two", "three", "two, named layers"],
+    ids=["two", "three", "two, sizes by layer", "two, named layers"],
 )
 def test_rounds_are_scoring_pruning_and_scoring_by_hand(settings, tmp_path, target, ways):
     depth = DepthConfig(protect_first=0, protect_last=0)
