@@ -89,12 +89,15 @@ def _with_plugins(verb: str, overrides: list[str], problems: list[str]) -> DictC
 
     What is wrong with single overrides is added to `problems`.
     """
+    raise_if_any(load_plugins([]))  # those that are installed
     texts = [text for override in overrides for text in _read_override(override, problems)]
     try:
         node = _composed(verb, texts)
-        names = _named_plugins(node)
-        raise_if_any([*problems, *unusable] if (unusable := load_plugins(names)) else [])
-        return _composed(verb, texts) if names else node  # a plugin brings settings along
+        if names := _named_plugins(node):
+            if unusable := load_plugins(names):
+                raise ConfigError([*problems, *unusable])
+            node = _composed(verb, texts)  # with the settings that they bring along
+        return node
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError([*problems, str(error).strip()]) from None
 
@@ -111,11 +114,11 @@ def _composed(verb: str, overrides: list[str]) -> DictConfig:
 def _named_plugins(node: DictConfig) -> list[str]:
     """The plugins of a verb, and of the stages of a recipe. What is no list of names is left for others to refuse."""
 
-    def part(of: Any, name: str) -> Any:
+    def part(of: Any, name: Any) -> Any:
         return Reader().value(of, name, "") if OmegaConf.is_dict(of) and name in of else None
 
     stages = part(node, "stages")
-    parts = [node, *(part(stages, str(name)) for name in (stages if OmegaConf.is_dict(stages) else ()))]
+    parts = [node, *(part(stages, name) for name in (stages if OmegaConf.is_dict(stages) else ()))]
     lists = [names for own in parts if isinstance(names := part(own, "plugins"), list)]
     return list(dict.fromkeys(str(name) for names in lists for name in names))
 
