@@ -1,7 +1,9 @@
 """The shape that somebody asks for, in whole numbers that the network and the layout allow."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from minitron_megatron.config.schema import ModelParallelConfig, TargetConfig
 from minitron_megatron.errors import raise_if_any
@@ -54,7 +56,7 @@ class Target:
         return self.attention != self.mlp
 
 
-def _unsupported(asked: dict) -> list[str]:
+def _unsupported(asked: dict[str, Any]) -> list[str]:
     """What no plan can say yet: sizes by layer, and those of other kinds of layers."""
     known = ("layers", "attention", "mlp", "hidden", "ffn", "groups", "heads")
     return [
@@ -83,7 +85,14 @@ def resolve_target(source: ModelShape, config: TargetConfig, parallel: ModelPara
     raise_if_any(_unsupported(asked))
     problems, rounded = [], []
 
-    def size(name: str, has: int, multiple: int = 1, exact: bool = True, whole: int | None = None, fits=bool) -> int:
+    def size(
+        name: str,
+        has: int,
+        multiple: int = 1,
+        exact: bool = True,
+        whole: int | None = None,
+        fits: Callable[[int], bool] = bool,
+    ) -> int:
         """The number for one size: `has` if none is asked for, else rounded where it may be, to the nearest multiple
         that `fits`; a share is of `whole`."""
         wanted, whole = asked.get(name, has), whole or has
