@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -96,7 +97,7 @@ def other_run_problems(run: Path, jobs: list[Job], stages: Stages) -> list[str]:
     return found
 
 
-def write_settings(run: Path, jobs: list[Job], stages: Stages, recipe) -> None:
+def write_settings(run: Path, jobs: list[Job], stages: Stages, recipe: Any) -> None:
     """Write what the jobs of one run read."""
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)

@@ -42,5 +42,6 @@ def slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(nodelist: str) -> str:
     """The first host of SLURM's compressed list: `gpu[07-09,12],login` begins with `gpu07`."""
-    first = re.match(r"([^,\[]|\[[^\]]*\])*", nodelist)[0]
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+    first = re.match(r"([^,\[]|\[[^\]]*\])*", nodelist)
+    assert first is not None
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])

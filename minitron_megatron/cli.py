@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments, file = _without_file(arguments)
     options = {argument for argument in arguments if argument.startswith("-")}
-    verb, *overrides = [argument for argument in arguments if argument not in options] or [None]
+    words = [argument for argument in arguments if argument not in options]
+    verb, overrides = (words[0] if words else None), words[1:]
     try:
         return _run(verb, overrides, options, file)
     except UserError as error:

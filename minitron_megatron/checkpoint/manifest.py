@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 
 from minitron_megatron import __version__
 from minitron_megatron.checkpoint.plain import read_json
@@ -139,7 +140,7 @@ class Manifest:
 
     def changes(self, later: "Manifest") -> list[str]:
         """What a later stage does otherwise than this one did, a phrase for each: none if its result is the same."""
-        # What an earlier version made without saying by which verb was made by the one that finds it in its way.
+        # A manifest without a verb is of an earlier version, and is read as one of the verb that comes upon it.
         before = self if self.verb else replace(self, verb=later.verb)
         (kind, parents, settings), (new_kind, new_parents, new_settings) = before.cache_key, later.cache_key
         kinds = [] if kind == new_kind else [f"it was a {kind} and is to be a {new_kind}"]
@@ -248,7 +249,7 @@ def _removed_at_the_end(folder: Path) -> Iterator[None]:
     """Remove `folder` when the block ends. SIGTERM, which launchers send to the ranks that are left, ends it, too."""
     is_ending = False
 
-    def end(number: int, frame) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
         if not is_ending:
             raise SystemExit(128 + number)
 

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
-from minitron_megatron.config.fields import changes_result
+from minitron_megatron.config.fields import changes_result, is_section
 
 
-def flat(settings: dict, where: str = "") -> dict[str, Any]:
+def flat(settings: dict[str, Any], where: str = "") -> dict[str, Any]:
     """Settings by dotted name, without sections."""
     values: dict[str, Any] = {}
     for name, value in settings.items():
@@ -18,7 +18,7 @@ def flat(settings: dict, where: str = "") -> dict[str, Any]:
     return values
 
 
-def content(schema: type | None, settings: dict) -> dict[str, Any]:
+def content(schema: type | None, settings: dict[str, Any]) -> dict[str, Any]:
     """Those settings, by dotted name, that a result depends on.
 
     Args:
@@ -39,7 +39,7 @@ def _ignored(schema: type, where: str) -> Iterator[str]:
     for field in dataclasses.fields(schema):
         if not changes_result(field):
             yield f"{where}{field.name}"
-        elif dataclasses.is_dataclass(types[field.name]):
+        elif is_section(types[field.name]):
             yield from _ignored(types[field.name], f"{where}{field.name}.")
 
 

@@ -164,10 +164,10 @@ class ClusterConfig:
             if value is not None and (not value or re.search(r"[\x00-\x1f]", value)):
                 found.append(f"{where}{name} = {value!r}: must be text without line breaks, or null")
         for option in self.extra:
-            name = re.match(r"--([a-z][a-z-]*)(=[^\x00-\x1f]*)?$", option)
-            if name is None:
+            match = re.match(r"--([a-z][a-z-]*)(=[^\x00-\x1f]*)?$", option)
+            if match is None:
                 found.append(f"{where}extra has {option!r}: write an option of sbatch as --NAME or --NAME=VALUE")
-            elif name[1] in _OWN_OPTIONS:
+            elif match[1] in _OWN_OPTIONS:
                 found.append(f"{where}extra has {option!r}, which the job script sets: use the setting of its own")
         for module in self.modules:
             if not re.fullmatch(r"[\w./+-]+", module):

@@ -53,9 +53,10 @@ def shipped(group: str) -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-def defaults(verb: str) -> dict:
+def defaults(verb: str) -> dict[str, Any]:
     """The default of every setting of `verb`, `???` where one has to be given; of a recipe its stages as well."""
-    return OmegaConf.to_container(_composed(verb, []))
+    values: Any = OmegaConf.to_container(_composed(verb, []))
+    return values
 
 
 def compose(verb: str, overrides: list[str]) -> Any:
@@ -89,12 +90,15 @@ def _with_plugins(verb: str, overrides: list[str], problems: list[str]) -> DictC
 
     What is wrong with single overrides is added to `problems`.
     """
+    raise_if_any(load_plugins([]))  # those that are installed
     texts = [text for override in overrides for text in _read_override(override, problems)]
     try:
         node = _composed(verb, texts)
-        names = _named_plugins(node)
-        raise_if_any([*problems, *unusable] if (unusable := load_plugins(names)) else [])
-        return _composed(verb, texts) if names else node  # a plugin brings settings along
+        if names := _named_plugins(node):
+            if unusable := load_plugins(names):
+                raise ConfigError([*problems, *unusable])
+            node = _composed(verb, texts)  # with the settings that they bring along
+        return node
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError([*problems, str(error).strip()]) from None
 
@@ -111,11 +115,11 @@ def _composed(verb: str, overrides: list[str]) -> DictConfig:
 def _named_plugins(node: DictConfig) -> list[str]:
     """The plugins of a verb, and of the stages of a recipe. What is no list of names is left for others to refuse."""
 
-    def part(of: Any, name: str) -> Any:
+    def part(of: Any, name: Any) -> Any:
         return Reader().value(of, name, "") if OmegaConf.is_dict(of) and name in of else None
 
     stages = part(node, "stages")
-    parts = [node, *(part(stages, str(name)) for name in (stages if OmegaConf.is_dict(stages) else ()))]
+    parts = [node, *(part(stages, name) for name in (stages if OmegaConf.is_dict(stages) else ()))]
     lists = [names for own in parts if isinstance(names := part(own, "plugins"), list)]
     return list(dict.fromkeys(str(name) for names in lists for name in names))
 
@@ -154,13 +158,12 @@ def resolve_stages(settings: CompressConfig) -> Stages:
 def as_used(settings: Any) -> str:
     """The settings as YAML, with every setting of every stage of a recipe written out as it will be used."""
     if isinstance(settings, CompressConfig):
-        stages = resolve_stages(settings).items()
-        stages = {name: {"verb": verb, **to_plain(own)} for name, (verb, own) in stages}
+        stages = {name: {"verb": verb, **to_plain(own)} for name, (verb, own) in resolve_stages(settings).items()}
         settings = dataclasses.replace(settings, stages=stages)
     return to_yaml(settings)
 
 
-def to_plain(settings: Any) -> dict:
+def to_plain(settings: Any) -> dict[str, Any]:
     """The settings as JSON values."""
 
     def plain(value: Any) -> Any:
@@ -194,7 +197,7 @@ def to_yaml(settings: Any) -> str:
     return re.sub(r"(?<!\\)\$\{", r"\\${", text)
 
 
-def _texts(value) -> Iterator[str]:
+def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _texts(item)
@@ -243,7 +246,7 @@ def read_settings(verb: str, path: Path) -> Any:
         node = OmegaConf.load(path)
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError([f"--config {path} cannot be read: {error}"]) from None
-    if not OmegaConf.is_dict(node):
+    if not isinstance(node, DictConfig):
         raise ConfigError([f"--config {path} holds no settings: write them as `minitron {verb} ... --cfg` does"])
     raise_if_any(load_plugins(_named_plugins(node)))
     return _read(verb, node, [])

@@ -1,22 +1,21 @@
 """Help texts, read off the schemas: names, defaults and what the docstrings say."""
 
-import dataclasses
 import inspect
 import re
 import textwrap
 from enum import Enum
 from types import UnionType
-from typing import get_args
+from typing import Any, get_args
 
 from minitron_megatron.config.compose import defaults
-from minitron_megatron.config.fields import OpenSettings, hints
+from minitron_megatron.config.fields import OpenSettings, hints, is_section
 from minitron_megatron.config.reader import MISSING, listed_enum, show
 from minitron_megatron.config.schema import SCHEMAS
 
 
 def summary(verb: str) -> str:
     """What a verb does, in a line."""
-    return inspect.getdoc(SCHEMAS[verb]).splitlines()[0].partition(": ")[2]
+    return (inspect.getdoc(SCHEMAS[verb]) or "").splitlines()[0].partition(": ")[2]
 
 
 def describe(verb: str, width: int = 110) -> str:
@@ -31,13 +30,13 @@ def describe(verb: str, width: int = 110) -> str:
     )
 
 
-def _rows(schema: type, values: dict, where: str) -> list[tuple[str, str]]:
+def _rows(schema: type, values: dict[str, Any], where: str) -> list[tuple[str, str]]:
     """`name=default` and meaning of every setting."""
     rows, meanings = [], _meanings(schema)
     for name, hint in hints(schema).items():
         kind = get_args(hint)[0] if isinstance(hint, UnionType) else hint
         default, meaning = values[name], meanings.get(name, "")
-        if dataclasses.is_dataclass(kind):
+        if is_section(kind):
             rows += _rows(kind, default, f"{where}{name}.")
             continue
         if kind is dict:
@@ -51,7 +50,7 @@ def _rows(schema: type, values: dict, where: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _shown(default) -> str:
+def _shown(default: Any) -> str:
     if isinstance(default, list):
         return f"[{','.join(default)}]"
     if isinstance(default, str):

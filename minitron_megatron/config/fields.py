@@ -2,7 +2,7 @@
 
 import dataclasses
 from types import MappingProxyType
-from typing import Any, get_type_hints
+from typing import Any, TypeGuard, get_type_hints
 
 from minitron_megatron.errors import raise_if_any
 
@@ -13,7 +13,7 @@ Of a section it holds for all of its settings.
 """
 
 
-def changes_result(field: dataclasses.Field) -> bool:
+def changes_result(field: dataclasses.Field[Any]) -> bool:
     """Whether a verb's result depends on a setting. It does unless the setting says otherwise."""
     return field.metadata.get("changes_result", True)
 
@@ -37,7 +37,7 @@ class OpenField:
     @property
     def default(self) -> Any:
         """Null, or a section with its defaults."""
-        return self.hint() if dataclasses.is_dataclass(self.hint) else None
+        return self.hint() if is_section(self.hint) else None
 
 
 @dataclasses.dataclass(init=False)
@@ -57,7 +57,7 @@ class OpenSettings:
         """What there is beside the fields, by name."""
         raise NotImplementedError
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         fields = {field.name: field for field in _in_order(self)}
         positional = [name for name, field in fields.items() if not field.kw_only]
         given = dict(**dict(zip(positional[: len(args)], args, strict=True)), **kwargs)
@@ -68,18 +68,27 @@ class OpenSettings:
         if unknown := [name for name in further if name not in known]:
             raise TypeError(f"{type(self).__name__} has no {', '.join(unknown)}: it has {', '.join(hints(type(self)))}")
         for name, field in fields.items():
-            is_plain = field.default_factory is dataclasses.MISSING
-            setattr(self, name, given.get(name, field.default if is_plain else field.default_factory()))
+            if name in given:
+                setattr(self, name, given[name])
+            elif field.default_factory is not dataclasses.MISSING:
+                setattr(self, name, field.default_factory())
+            else:
+                setattr(self, name, field.default)
         setattr(self, store, {name: value for name, value in further.items() if value != known[name].default})
 
 
-def _is_open(field: dataclasses.Field) -> bool:
+def is_section(hint: Any) -> TypeGuard[type]:
+    """Whether a setting of this type is a section, which has settings of its own."""
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _is_open(field: dataclasses.Field[Any]) -> bool:
     return field.metadata.get("open", False)
 
 
-def _in_order(schema: Any) -> list[dataclasses.Field]:
+def _in_order(schema: Any) -> list[dataclasses.Field[Any]]:
     """The fields, those last that are given by keyword alone, wherever in the bases they stand."""
-    return sorted(dataclasses.fields(schema), key=lambda field: field.kw_only)
+    return sorted(dataclasses.fields(schema), key=lambda field: bool(field.kw_only))
 
 
 def hints(schema: type) -> dict[str, Any]:
@@ -88,7 +97,7 @@ def hints(schema: type) -> dict[str, Any]:
     Raises:
         ConfigError: what is registered beside the fields has the name of one.
     """
-    types, by_name = get_type_hints(schema), {}
+    types, by_name = get_type_hints(schema), dict[str, Any]()
     for field in _in_order(schema):
         if not _is_open(field):
             by_name[field.name] = types[field.name]
@@ -104,7 +113,7 @@ def hints(schema: type) -> dict[str, Any]:
 
 def values(settings: Any) -> dict[str, Any]:
     """The value of every setting, by name and in order."""
-    by_name = {}
+    by_name: dict[str, Any] = {}
     for field in _in_order(settings):
         value = getattr(settings, field.name)
         if not _is_open(field):

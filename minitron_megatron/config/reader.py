@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from minitron_megatron.config.fields import hints
+from minitron_megatron.config.fields import hints, is_section
 
 MISSING = "???"
 """Default of a setting that has to be given."""
@@ -40,7 +40,7 @@ def keys(schema: type) -> list[str]:
     names = []
     for name, hint in hints(schema).items():
         names.append(name)
-        if dataclasses.is_dataclass(hint):
+        if is_section(hint):
             names += [f"{name}.{key}" for key in keys(hint)]
     return names
 
@@ -69,7 +69,7 @@ class Reader:
         waits: whether a value depends on one that is not given, and kept its default meanwhile.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.missing: list[str] = []
         self.wrong: list[str] = []
         self.waits = False
@@ -83,18 +83,18 @@ class Reader:
             where: dotted path of `node`, with its closing dot, for messages.
             ignored: keys of `node` that somebody else reads.
         """
-        types, given, values = hints(schema), list(node), {}
-        defaults = {field.name: field.default for field in dataclasses.fields(schema)}
+        types, given, values = hints(schema), list(node), dict[str, Any]()
+        defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(schema)}
         typed = OmegaConf.structured(schema)
         for key in given:
             if key not in types and key not in ignored:
                 self.wrong.append(f"{where}{key} is not a setting: {near(str(key), keys(schema), where)}")
         for name, hint in types.items():
-            value = self.value(node, name, where) if name in given else defaults.get(name)
+            value: Any = self.value(node, name, where) if name in given else defaults.get(name)
             if value == MISSING or (value == "" and defaults.get(name) == MISSING):
                 self.missing.append(f"{where}{name} is missing: give {where}{name}=VALUE")
             elif name in given and value is not UNREAD:
-                if dataclasses.is_dataclass(hint) and OmegaConf.is_dict(value):
+                if is_section(hint) and OmegaConf.is_dict(value):
                     value = self.settings(hint, value, f"{where}{name}.")
                 else:
                     value = self._converted(hint, value, typed, where, name)
@@ -123,7 +123,7 @@ class Reader:
         if optional and value is None:
             return None
         members = listed_enum(kind)
-        if dataclasses.is_dataclass(kind):
+        if is_section(kind):
             expected = f"settings, given one by one as in {where}{name}.{keys(kind)[0]}=VALUE"
         elif {int, float} <= set(kinds):
             # OmegaConf knows no union with a list.
@@ -146,7 +146,8 @@ class Reader:
                 if kind is dict and OmegaConf.is_dict(value):
                     return OmegaConf.to_container(value, resolve=True)
                 typed[name] = value
-                converted = OmegaConf.to_container(typed)[name]
+                read: Any = OmegaConf.to_container(typed)
+                converted = read[name]
                 if not isinstance(converted, float) or math.isfinite(converted):
                     return converted
             except InterpolationToMissingValueError:
