@@ -1,7 +1,7 @@
 """Controls: what of the demo's result is due to its pruned start, and what to its teacher?
 
-The same student network learns from the same tokens for the same number of steps in three ways, once per seed of the data
-order. The settings are those of the demo's `distilled` stage. Runs that are done are skipped, and one that was
+The same student network learns from the same tokens for the same number of steps in three ways, once per seed of the
+data order. The settings are those of the demo's `distilled` stage. Runs that are done are skipped, and one that was
 interrupted goes on.
 """
 

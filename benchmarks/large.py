@@ -93,7 +93,7 @@ def run(name: str, description: str, title: str, make_cases: Callable[[Path, int
 
 
 class RandomModel:
-    """A source of weights of Llama 3.1 8B's network, which are cut, when they are asked for, out of the same numbers."""
+    """A source of weights of Llama 3.1 8B's network, cut when they are asked for out of the same numbers."""
 
     def __init__(self, layers: int):
         import torch

@@ -64,10 +64,13 @@ def compare(config: CompareConfig) -> None:
     """
     folders = [Path(folder) for folder in config.evaluations]
     count = Counter(folder.name for folder in folders)
-    found = [Evaluation.read(folder, folder.name if count[folder.name] == 1 else str(folder)) for folder in folders]
-    measures, notes = model_measures(found) + task_measures(found, found[0]), differences(found)
+    evaluations = [
+        Evaluation.read(folder, folder.name if count[folder.name] == 1 else str(folder)) for folder in folders
+    ]
+    measures = model_measures(evaluations) + task_measures(evaluations, evaluations[0])
+    notes = differences(evaluations)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for number, column in enumerate(header(found)):
+    for number, column in enumerate(header(evaluations)):
         table.add_column(Text(column), justify="right" if number else "left")
     for measure in measures:
         table.add_row(*map(Text, measure.cells))
@@ -79,8 +82,8 @@ def compare(config: CompareConfig) -> None:
     if config.output:
         output = Path(config.output)
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / MARKDOWN, _markdown(header(found), measures, notes))
-        values = {"models": [e.name for e in found], "measures": [asdict(m) for m in measures], "notes": notes}
+        write_atomically(output / MARKDOWN, _markdown(header(evaluations), measures, notes))
+        values = {"models": [e.name for e in evaluations], "measures": [asdict(m) for m in measures], "notes": notes}
         write_atomically(output / JSON, json.dumps(values, indent=2) + "\n")
 
 
@@ -112,28 +115,28 @@ def task_measures(evaluations: list[Evaluation], teacher: Evaluation | None) -> 
     names = {(task, metric): None for e in evaluations for task in e.tasks for metric in e.tasks[task]["metrics"]}
 
     def value(evaluation: Evaluation, task: str, metric: str) -> Value | None:
-        found, best = (_metric(e, task, metric) for e in (evaluation, teacher))
-        if found is None:
+        own, best = (_metric(e, task, metric) for e in (evaluation, teacher))
+        if own is None:
             return None
-        recovery = best and _recovery(found["value"], best["value"], found["higher_is_better"])
-        return Value(found["value"], found["stderr"], recovery)
+        recovery = _recovery(own["value"], best["value"], own["higher_is_better"]) if best else None
+        return Value(own["value"], own["stderr"], recovery)
 
     return [Measure(" ".join(name), [value(e, *name) for e in evaluations]) for name in names]
 
 
 def differences(evaluations: list[Evaluation]) -> list[str]:
     """What makes numbers of models not comparable, one sentence each."""
-    found = []
+    notes = []
     if len({e.num_tokens for e in evaluations}) > 1:
         numbers = ", ".join(f"{e.num_tokens:,} of {e.name}" for e in evaluations)
-        found.append(f"held-out tokens differ ({numbers}): loss and perplexity are of other text, or another tokenizer")
+        notes.append(f"held-out tokens differ ({numbers}): loss and perplexity are of other text, or another tokenizer")
     for task in {task: None for e in evaluations for task in e.tasks}:
         having = [e for e in evaluations if task in e.tasks]
         for key, what in (("num_fewshot", "examples"), ("num_samples", "questions"), ("version", "version")):
             if len({e.tasks[task][key] for e in having}) > 1:
                 values = ", ".join(f"{e.tasks[task][key]} of {e.name}" for e in having)
-                found.append(f"{task} was not the same for all: {what} {values}")
-    return found
+                notes.append(f"{task} was not the same for all: {what} {values}")
+    return notes
 
 
 def _metric(evaluation: Evaluation | None, task: str, metric: str) -> dict | None:

@@ -105,12 +105,12 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def _before_and_after(evaluations: list[Evaluation]) -> list[tuple[Evaluation, Evaluation]]:
     """Each trained model with the last pruned one before it that has its size."""
-    found = []
+    pairs = []
     for i, distilled in enumerate(evaluations):
         before = [e for e in evaluations[:i] if e.made_by == "prune" and e.parameters == distilled.parameters]
         if before and distilled.made_by == "distill":
-            found.append((before[-1], distilled))
-    return found
+            pairs.append((before[-1], distilled))
+    return pairs
 
 
 def _panels(runs: dict[str, list[dict[str, float]]]) -> dict[str, str]:
@@ -126,8 +126,8 @@ def _panels(runs: dict[str, list[dict[str, float]]]) -> dict[str, str]:
 
 def _series(lines: list[dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and values of one metric, over the lines that have it."""
-    found = [(line["progress/tokens"], line[key]) for line in lines if key in line]
-    tokens, values = zip(*found) if found else ((), ())
+    points = [(line["progress/tokens"], line[key]) for line in lines if key in line]
+    tokens, values = zip(*points) if points else ((), ())
     return np.array(tokens), np.array(values)
 
 

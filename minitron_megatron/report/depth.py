@@ -1,15 +1,16 @@
 """Figure of what leaving out layers does, with a panel for each criterion."""
 
+from itertools import cycle
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from minitron_megatron.config.schema import DepthCriterion, DepthSearch, Unit
-from minitron_megatron.model.shape import ATTENTION, MLP
 from minitron_megatron.pruning.plan import Plan
-from minitron_megatron.pruning.scores import DepthSettings, Scores
-from minitron_megatron.report.kept import columns
+from minitron_megatron.pruning.scores import DEPTH, DepthSettings, Scores
 from minitron_megatron.report.style import (
     CUT,
     GRID,
@@ -30,12 +31,14 @@ _PANELS = {
     DepthCriterion.LOGITS: "squared change of the logits, relative to their square",
     DepthCriterion.ACCURACY: "decrease of the share of right answers",
 }
-_LAYER = "layer"
 _WIDE = 10  # times the smallest value: what ranges further is drawn on a logarithmic scale
-_DISC = dict(marker="o", markersize=5.5, linestyle="-", linewidth=0.9)
-_DIAMOND = dict(marker="D", markersize=5, linestyle=(0, (3, 2)), linewidth=0.9, markerfacecolor="white")
-_STYLES = {_LAYER: _DISC, ATTENTION: _DISC, MLP: _DIAMOND}
-_NAMES = {ATTENTION: "attention", MLP: "MLP"}
+# Of layers the first; of sublayers one for each kind, in turn.
+_STYLES: list[dict[str, Any]] = [
+    dict(marker="o", markersize=5.5, linestyle="solid", linewidth=0.9),
+    dict(marker="D", markersize=5, linestyle=(0, (3, 2)), linewidth=0.9, markerfacecolor="white"),
+    dict(marker="s", markersize=5, linestyle=(0, (1, 2)), linewidth=0.9),
+    dict(marker="^", markersize=5.5, linestyle=(0, (5, 1, 1, 1)), linewidth=0.9, markerfacecolor="white"),
+]
 
 
 def depth_importance(scores: Scores, plan: Plan | None = None) -> Figure:
@@ -60,8 +63,8 @@ def depth_importance(scores: Scores, plan: Plan | None = None) -> Figure:
         text = f"{units.dropped.sum()} of {len(units.dropped)} {scores.depth_settings.unit.value}s are dropped"
         label(panels[0], text, (1, 1), (0, 5), ha="right", color=CUT, xycoords="axes fraction")
     if scores.depth_settings.unit is Unit.SUBLAYER:
-        for kind, name in _NAMES.items():
-            panels[0].plot([], [], color=MUTED, label=name, **_STYLES[kind])
+        for (title, _), style in zip(units.kinds, cycle(_STYLES)):
+            panels[0].plot([], [], color=MUTED, label=title, **style)
         corner = "upper left" if scores.depth_settings.search is DepthSearch.GREEDY else "upper center"
         panels[0].legend(loc=corner, ncols=2, frameon=False, labelcolor=MUTED, fontsize=8.5)
     return figure
@@ -71,51 +74,56 @@ class _Units:
     """Everything that is left out, as arrays over the units: where it stands, of which kind it is, and whether it goes.
 
     Attributes:
+        kinds: title of each, and which units are of it; of layers all are of one.
+        numbers: of the transformer layers that they are in.
         dropped: whether the plan drops it.
+        protected: which of them never go.
         xlabel: what the horizontal axis counts.
     """
 
     def __init__(self, scores: Scores, plan: Plan | None):
-        shape, settings = scores.shape, scores.depth_settings
-        by_layer = settings.unit is Unit.LAYER
-        positions = np.arange(len(shape.pattern))[:: 2 if by_layer else 1]
-        self.settings = settings
-        self.kinds = np.array([_LAYER] * len(positions) if by_layer else list(shape.pattern))
-        places, self.xlabel = columns(shape)
-        self.numbers = places[positions]
-        self.dropped = ~np.isin(positions, plan.sublayers) if plan else np.zeros(len(positions), dtype=bool)
-        self.x, self.shown = self.numbers, np.ones(len(positions), dtype=bool)
-        if settings.search is DepthSearch.GREEDY:
-            self.x = scores.rounds["depth"].numpy()
-            self.shown = self.x <= settings.drop
+        network, self.settings = scores.network, scores.depth_settings
+        units = self.settings.units(network)
+        if self.settings.unit is Unit.LAYER:
+            self.kinds = [(self.settings.unit.value, np.ones(len(units), dtype=bool))]
+        else:
+            first = [unit[0] for unit in units]
+            self.kinds = [(kind.title, np.isin(first, network.positions(kind))) for kind in network.kinds]
+        self.numbers = np.array([network.layer_of(unit[0]) for unit in units])
+        kept = range(len(network.sublayers)) if plan is None else plan.sublayers
+        self.dropped = np.array([not np.isin(unit, kept).any() for unit in units])
+        self.protected = self.settings.protected(network)
+        self.x, self.shown, self.xlabel = self.numbers, np.ones(len(units), dtype=bool), Unit.LAYER.value
+        if self.settings.search is DepthSearch.GREEDY:
+            self.x = scores.rounds[DEPTH].numpy()
+            self.shown = self.x <= self.settings.drop
             self.xlabel += ", in the order in which they go"
-        elif settings.search is DepthSearch.BLOCK:
-            self.xlabel = f"first layer of the block of {settings.drop}"
+        elif self.settings.search is DepthSearch.BLOCK:
+            self.xlabel = f"first layer of the block of {self.settings.drop}"
 
     def draw(self, axes: Axes, values: np.ndarray) -> None:
         """Draw values of one criterion `[unit]`; what was not measured leaves a gap."""
         greedy, block = (self.settings.search is search for search in (DepthSearch.GREEDY, DepthSearch.BLOCK))
-        kinds = dict.fromkeys(self.kinds)
+        styled = [(own, style) for (_, own), style in zip(self.kinds, cycle(_STYLES))]
         if greedy:
             order = np.argsort(self.x)[: self.settings.drop]
             axes.plot(self.x[order], values[order], color=MUTED, linewidth=0.9)
         else:
-            for kind in kinds:
-                line = self.kinds == kind
-                axes.plot(self.x[line], values[line], color=MUTED, **{**_STYLES[kind], "marker": ""})
+            for own, style in styled:
+                axes.plot(self.x[own], values[own], color=MUTED, **{**style, "marker": ""})
         marked = self.dropped
         if block:  # a value is of the block that begins there
             marked = np.array([self.dropped[i : i + self.settings.drop].all() for i in range(len(self.dropped))])
             for number in self.numbers[self.dropped]:
                 axes.axvspan(number - 0.5, number + 0.5, color=CUT, alpha=0.12, linewidth=0)
-        for kind in kinds:
+        for own, style in styled:
             for which, colour in ((~marked, KEPT), (marked, CUT)):
-                where = which & self.shown & (self.kinds == kind)
-                axes.plot(self.x[where], values[where], color=colour, **{**_STYLES[kind], "linestyle": ""})
+                where = which & self.shown & own
+                axes.plot(self.x[where], values[where], color=colour, **{**style, "linestyle": ""})
         if greedy:
             axes.set_xticks(self.x[order], labels=[str(number) for number in self.numbers[order]])
             return
-        for number in self.numbers[self.settings.protected(len(self.numbers))]:
+        for number in dict.fromkeys(self.numbers[self.protected].tolist()):
             axes.axvspan(number - 0.5, number + 0.5, color=GRID, alpha=0.6, linewidth=0)
         axes.set_xlim(-0.6, self.numbers[-1] + 0.6)
         whole_numbers(axes.xaxis)

@@ -1,4 +1,4 @@
-"""What tells two networks apart: their shapes, or, where these are equal, their weights."""
+"""What tells the weights of two networks apart."""
 
 import math
 from collections.abc import Iterator
@@ -9,8 +9,10 @@ import numpy as np
 
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
 from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.checkpoint.source import TensorSource, instances
-from minitron_megatron.model.axes import Param, axis_sizes, parameters
+from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.model.axes import VOCAB, Dim, Param
+from minitron_megatron.model.network import Network
+from minitron_megatron.model.parameters import layer_key, parameters, stacked_key
 from minitron_megatron.progress import progress
 
 # Of one tensor, as many as are in memory at a time.
@@ -22,10 +24,10 @@ class Difference:
     """How far a parameter of two networks is apart.
 
     Attributes:
-        name: of the parameter.
+        name: of the parameter, the same in every layer.
         largest: absolute difference over all elements and layers; NaN if one of the two has NaN where it differs.
-        layer: where it is, counted from 0 among the sublayers that have it; None outside the layers.
-        num_layers: that differ at all.
+        layer: number of the transformer layer where it is; None outside the layers, and where nothing differs.
+        num_layers: how many layers differ at all; 1 outside the layers.
     """
 
     name: str
@@ -45,8 +47,14 @@ def open_network(path: Path) -> TensorSource:
 
 def comparable(first: TensorSource, second: TensorSource) -> bool:
     """Whether two networks have the same parameters, up to rows that pad the vocabulary."""
-    rows = max(first.shape.padded_vocab, second.shape.padded_vocab)
-    return first.shape.replace(padded_vocab=rows) == second.shape.replace(padded_vocab=rows)
+    return _table(first.network) == _table(second.network)
+
+
+def _table(network: Network) -> list[tuple[str, tuple[Dim, ...], dict[str, int]]]:
+    """What has to be equal of two networks so that their parameters mean the same."""
+    return [
+        (layer_key(param), param.dims, {**param.sizes, VOCAB.name: network.vocab_size}) for param in parameters(network)
+    ]
 
 
 def differences(first: TensorSource, second: TensorSource) -> list[Difference]:
@@ -54,24 +62,22 @@ def differences(first: TensorSource, second: TensorSource) -> list[Difference]:
 
     Memory is bounded by `_ELEMENTS`, not by the largest tensor.
     """
-    shape, found = first.shape, []
-    table = parameters(shape)
-    with progress("compare", len(table)) as advance:
-        for param in table:
-            difference = Difference(param.stacked_key if param.sublayer else param.name)
-            for layer in instances(param, shape):
-                largest = 0.0
-                for index in _blocks(param, shape):
-                    a, b = (source.read(param, layer, index).float() for source in (first, second))
-                    if not a.equal(b):
-                        largest = _larger(largest, float((a - b).abs().max()))
-                if largest:  # which NaN is, too
-                    difference.num_layers += 1
-                    if _larger(difference.largest, largest) is largest:
-                        difference.largest, difference.layer = largest, layer
-            found.append(difference)
+    by_name: dict[str, Difference] = {}
+    pairs = list(zip(parameters(first.network), parameters(second.network), strict=True))
+    with progress("compare", len(pairs)) as advance:
+        for own, other in pairs:
+            difference = by_name.setdefault(stacked_key(own), Difference(stacked_key(own)))
+            largest = 0.0
+            for index in _blocks(own, first.network.vocab_size):
+                a, b = first.read(own, index).float(), second.read(other, index).float()
+                if not a.equal(b):
+                    largest = _larger(largest, float((a - b).abs().max()))
+            if largest:  # which NaN is, too
+                difference.num_layers += 1
+                if _larger(difference.largest, largest) is largest:
+                    difference.largest, difference.layer = largest, own.layer
             advance()
-    return found
+    return list(by_name.values())
 
 
 def _larger(a: float, b: float) -> float:
@@ -79,10 +85,10 @@ def _larger(a: float, b: float) -> float:
     return a if math.isnan(a) or a >= b else b
 
 
-def _blocks(param: Param, shape) -> Iterator[list[np.ndarray]]:
+def _blocks(param: Param, vocab_size: int) -> Iterator[list[np.ndarray]]:
     """The positions of a parameter, a few rows at a time."""
-    rows, *columns = param.size(axis_sizes(shape))
-    rows = shape.vocab if param.split == "vocab" else rows
+    rows, *columns = param.shape
+    rows = vocab_size if param.split == VOCAB.name else rows
     step = max(1, _ELEMENTS // math.prod(columns))
     for start in range(0, rows, step):
         yield [np.arange(start, min(start + step, rows)), *map(np.arange, columns)]

@@ -1,86 +1,61 @@
-"""Figures of how important neurons, heads, query groups and channels are, and of where a plan cuts.
+"""Figures of how important channels and the elements of sublayers are, and of where a plan cuts.
 
 Every function returns a figure and leaves no state behind. Where the plan is optional and not given, nothing is cut.
 """
+
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
-from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
-from minitron_megatron.pruning.kept import kept_groups, kept_heads, kept_hidden_share, kept_sublayers, num_kept_ffn
+from minitron_megatron.model.axes import HIDDEN
+from minitron_megatron.model.layers import PrunableAxis, prunable_axes
+from minitron_megatron.pruning.kept_shares import kept_elements, kept_hidden_share
 from minitron_megatron.pruning.plan import Plan
-from minitron_megatron.pruning.scores import Scores, descending, group_scores
+from minitron_megatron.pruning.scores import Scores, descending, outer_scores
 from minitron_megatron.report.style import (
     CUT,
+    FEW,
     INK,
-    group_edges,
-    group_ticks,
+    MUTED,
     heading,
     label,
     log_scale,
     new_figure,
+    outer_edges,
+    outer_ticks,
     sequential,
+    span,
     tidy,
     whole_numbers,
 )
 
 _FAINT = 0.01  # of the layer's largest score: smaller ones have one colour
-_SUBLAYERS = {ATTENTION: "attention sublayer", MLP: "MLP sublayer"}
 
 
-def ffn_importance(scores: Scores, plan: Plan | None = None) -> Figure:
-    """Neurons of every MLP by rank, each layer relative to its largest score, and how many of them stay."""
-    ranked = _ranked(_relative(scores.ffn), scores.ffn, scores.rounds.get("ffn"))
-    layers, ffn = ranked.shape
-    figure = new_figure("Neurons of each MLP, most important first", _height(layers))
-    axes = figure.subplots()
-    # Neuron k spans k - 1 to k, so that a cut after k is at k.
-    image = _heat_map(axes, ranked, LogNorm(_FAINT, 1, clip=True), (0, ffn, layers - 0.5, -0.5))
-    tidy(axes, "rank of the neuron within its layer", _rows(scores.shape, MLP))
-    _scale(image, [_FAINT, 0.1, 1], ["≤ 1%", "10%", "100%"])
-    if plan is not None:
-        cuts, kept = num_kept_ffn(plan), np.flatnonzero(kept_sublayers(plan, MLP))
-        axes.barh(np.arange(layers), ffn - cuts, left=cuts, height=1, color="white", alpha=0.6)
-        if (size := plan.target.ffn) < ffn:
-            axes.vlines(cuts[kept], kept - 0.5, kept + 0.5, color=CUT, linewidth=2, clip_on=False)
-            label(axes, f"{size} of {ffn} stay", (size, -0.5), (0, 5), ha="right", color=CUT)
-    return figure
+def axis_importance(scores: Scores, setting: str, plan: Plan | None = None) -> Figure:
+    """Elements of an axis, a row for each sublayer that has it, relative to the largest score of that sublayer.
 
+    Few elements are drawn by their place and by their rank, with a dot on those that go; many by their rank, with a
+    line where the plan cuts. Of an axis around another one, an element is as important as the sum of what lies within.
 
-def head_importance(scores: Scores, plan: Plan | None = None) -> Figure:
-    """Query heads of every attention, by place and by rank; a dot marks those that go."""
-    rounds = scores.rounds.get("head")
-    figure = _by_place_and_rank(
-        "Query heads of each attention",
-        "head",
-        scores.shape,
-        scores.head.flatten(1),
-        rounds if rounds is None else rounds.flatten(1),
-        kept_heads(plan) if plan else None,
-    )
-    places = figure.axes[0]
-    groups, per_group = scores.shape.num_query_groups, scores.shape.heads_per_group
-    white = min(3, 80 / scores.shape.num_heads)
-    places.vlines(group_edges(groups, per_group), -0.5, len(scores.head) - 0.5, color="white", linewidth=white)
-    group_ticks(places.xaxis, groups, per_group)
-    places.set_xlabel("query group")
-    return figure
-
-
-def group_importance(scores: Scores, plan: Plan | None = None) -> Figure:
-    """Whole query groups of every attention, by place and by rank; a dot marks those that go."""
-    values, rounds = group_scores(scores.head, scores.rounds.get("head"))
-    kept = kept_groups(plan) if plan else None
-    return _by_place_and_rank("Query groups of each attention", "query group", scores.shape, values, rounds, kept)
+    Args:
+        scores: of the network.
+        setting: of the axis, as in `target.*`; at least one sublayer of the network has it.
+        plan: what stays; if it is not given, nothing is cut.
+    """
+    rows = _Rows(scores, setting, plan)
+    return _by_place_and_rank(rows) if max(rows.sizes) <= FEW else _by_rank(rows)
 
 
 def hidden_importance(scores: Scores, plan: Plan | None = None) -> Figure:
     """Channels of the residual stream by rank, and how many of them stay."""
-    ranked = _ranked(scores.hidden.numpy(), scores.hidden, scores.rounds.get("hidden"))
+    ranked = scores.hidden.numpy()[descending(scores.hidden, scores.rounds.get(HIDDEN.name))]
     figure = new_figure("Channels of the residual stream, most important first", 3.2)
     axes = figure.subplots()
     axes.plot(np.arange(1, len(ranked) + 1), ranked, color=INK, linewidth=1.6)
@@ -96,70 +71,163 @@ def hidden_importance(scores: Scores, plan: Plan | None = None) -> Figure:
     return figure
 
 
-def _by_place_and_rank(
-    title: str, what: str, shape: ModelShape, scores: Tensor, rounds: Tensor | None, kept: np.ndarray | None
-) -> Figure:
-    """Parts of every attention, relative to the layer's largest score: by their place, and sorted.
+class _Rows:
+    """An axis of all sublayers that have it. Lists have an entry for each, arrays the shape of its scores.
 
-    Args:
-        title: of the figure.
-        what: one part is.
-        shape: of the whole network.
-        scores, rounds: `[attention sublayer, part]`.
-        kept: whether each stays; None if nothing is cut. Sublayers that go as a whole are veiled.
+    Attributes:
+        axis, outer: the axis, and the one that it lies within, if any.
+        title: `Neurons of each MLP`.
+        layers: numbers of the transformer layers.
+        shapes: of the scores.
+        sizes: numbers of elements.
+        relative: scores, divided by the sublayer's largest; zeros stay.
+        scores, rounds: what elements are ranked by.
+        kept: whether each element stays; None if nothing is cut.
     """
-    relative = _relative(scores)
-    layers, count = relative.shape
-    figure = new_figure(title, _height(layers))
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, values, first in zip(panels, (relative, _ranked(relative, scores, rounds)), (0, 1), strict=True):
-        image = _heat_map(axes, values, Normalize(0, 1), (first - 0.5, first + count - 0.5, layers - 0.5, -0.5))
-    for axes, how, counted in zip(panels, ("by place", "by rank"), (what, "rank within the layer"), strict=True):
-        heading(axes, how)
-        tidy(axes, counted)
-        whole_numbers(axes.xaxis)
-    panels[0].set_ylabel(_rows(shape, ATTENTION))
-    _scale(image, [0, 0.5, 1], ["0%", "50%", "100%"])
-    if kept is None:
+
+    def __init__(self, scores: Scores, setting: str, plan: Plan | None):
+        kind, self.axis = prunable_axes()[setting]
+        self.outer = kind.outer(self.axis)
+        self.title = f"{self.axis.elements.capitalize()}s of each {kind.title}"
+        positions = scores.network.positions(kind)
+        self.layers = [scores.network.layer_of(position) for position in positions]
+        pairs = [_element_scores(scores, position, self.axis) for position in positions]
+        self.scores, self.rounds = [values for values, _ in pairs], [rounds for _, rounds in pairs]
+        self.shapes = [tuple(values.shape) for values in self.scores]
+        self.sizes = np.array([values.numel() for values in self.scores])
+        self.relative = [_relative(values.numpy()) for values in self.scores]
+        self.kept = None if plan is None else [kept_elements(plan, position, self.axis) for position in positions]
+
+    def by_place(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """Values of every element, a row for each sublayer."""
+        return _stacked([array.ravel() for array in arrays])
+
+    def by_rank(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """The same in the order of falling importance within the sublayer."""
+        ordered = []
+        for array, scores, rounds in zip(arrays, self.scores, self.rounds, strict=True):
+            ordered.append(array.ravel()[descending(scores.flatten(), None if rounds is None else rounds.flatten())])
+        return _stacked(ordered)
+
+    def by_rank_within(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """In the order of falling importance within each outer element, a mean over these."""
+        ordered = []
+        for array, scores, rounds in zip(arrays, self.scores, self.rounds, strict=True):
+            ranked = np.take_along_axis(array, descending(scores, rounds), axis=-1)
+            ordered.append(ranked.reshape(-1, ranked.shape[-1]).mean(0))
+        return _stacked(ordered)
+
+
+def _element_scores(scores: Scores, position: int, axis: PrunableAxis) -> tuple[Tensor, Tensor | None]:
+    """Scores and rounds along an axis of a sublayer: its own, or those of what lies within its elements together."""
+    own, rounds = scores.of(position), scores.rounds_of(position)
+    if axis.setting in own:
+        return own[axis.setting], rounds.get(axis.setting)
+    prunable = scores.network.sublayers[position].prunable
+    inner = next(other for other in prunable if other.axis.within == axis.axis.name)
+    return outer_scores(own[inner.setting], rounds.get(inner.setting))
+
+
+def _by_rank(rows: _Rows) -> Figure:
+    """A map of the elements, ranked within what each is chosen from, and how many of them stay."""
+    lengths = np.array([shape[-1] for shape in rows.shapes])
+    num_rows, longest = len(lengths), max(lengths)
+    title = f"{rows.title}, most important first"
+    figure = new_figure(f"{title}, mean over its {rows.outer.elements}s" if rows.outer else title, _height(num_rows))
+    axes = figure.subplots()
+    # Element k spans k - 1 to k, so that a cut after k is at k.
+    extent = (0, longest, num_rows - 0.5, -0.5)
+    image = _heat_map(axes, rows.by_rank_within(rows.relative), LogNorm(_FAINT, 1, clip=True), extent, rows.layers)
+    within = rows.outer.elements if rows.outer else "layer"
+    tidy(axes, f"rank of the {rows.axis.elements} within its {within}", "layer")
+    _scale(image, [_FAINT, 0.1, 1], ["≤ 1%", "10%", "100%"])
+    if min(lengths) < longest:  # what is blank is not just faint
+        axes.vlines(lengths, np.arange(num_rows) - 0.5, np.arange(num_rows) + 0.5, color=MUTED, linewidth=0.8)
+    if rows.kept is None:
         return figure
-    stay = kept.any(1)
-    cut = stay[:, None] & ~kept
-    cell = 72 * min(3.1 / count, (_height(layers) - 1.2) / layers)  # its smaller side, in points
-    dots = dict(s=min(20, (0.5 * cell) ** 2), color=CUT, edgecolors="white", linewidths=min(0.6, cell / 12))
-    for axes, marks, first in zip(panels, (cut, _ranked(cut, scores, rounds)), (0, 1), strict=True):
-        axes.barh(np.flatnonzero(~stay), count, left=first - 0.5, height=1, color="white", alpha=0.6)
-        rows, columns = np.nonzero(marks)
-        axes.scatter(first + columns, rows, **dots)
-    if cut.any():
-        text = f"dots: the {cut.sum(1).max()} of {count} that go"
-        label(panels[1], text, (1, 1), (0, 5), ha="right", color=CUT, xycoords="axes fraction")
+    cuts = np.array([kept.sum(-1).max() for kept in rows.kept])  # 0 of a sublayer that goes as a whole
+    axes.barh(np.arange(num_rows), lengths - cuts, left=cuts, height=1, color="white", alpha=0.6)
+    lines = np.flatnonzero((cuts > 0) & (cuts < lengths))
+    if len(lines):
+        axes.vlines(cuts[lines], lines - 0.5, lines + 0.5, color=CUT, linewidth=2, clip_on=False)
+        text = f"{span(cuts[cuts > 0])} of {span(lengths)} stay"
+        text += f" in each {rows.outer.elements}" if rows.outer else ""
+        label(axes, text, (max(cuts[lines]), -0.5), (0, 5), ha="right", color=CUT)
     return figure
 
 
-def _ranked(values: np.ndarray, scores: Tensor, rounds: Tensor | None) -> np.ndarray:
-    """`values` in the order of falling importance."""
-    return np.take_along_axis(values, descending(scores, rounds), axis=-1)
+def _by_place_and_rank(rows: _Rows) -> Figure:
+    """Two maps of the elements, by their place and sorted. Sublayers that go as a whole are veiled."""
+    num_rows, longest = len(rows.sizes), max(rows.sizes)
+    figure = new_figure(rows.title, _height(num_rows))
+    panels = figure.subplots(1, 2, sharey=True)
+    orders = (rows.by_place, rows.by_rank)
+    for axes, order, first in zip(panels, orders, (0, 1), strict=True):
+        extent = (first - 0.5, first + longest - 0.5, num_rows - 0.5, -0.5)
+        image = _heat_map(axes, order(rows.relative), Normalize(0, 1), extent, rows.layers)
+    counted = (rows.axis.elements, "rank within the layer")
+    for axes, how, xlabel in zip(panels, ("by place", "by rank"), counted, strict=True):
+        heading(axes, how)
+        tidy(axes, xlabel)
+        whole_numbers(axes.xaxis)
+    panels[0].set_ylabel("layer")
+    _scale(image, [0, 0.5, 1], ["0%", "50%", "100%"])
+    if rows.kept is not None:
+        cell = 72 * min(3.1 / longest, (_height(num_rows) - 1.2) / num_rows)  # its smaller side, in points
+        stay = np.array([kept.any() for kept in rows.kept])
+        gone = [kept.any() & ~kept for kept in rows.kept]
+        for axes, order, first in zip(panels, orders, (0, 1), strict=True):
+            axes.barh(np.flatnonzero(~stay), rows.sizes[~stay], left=first - 0.5, height=1, color="white", alpha=0.6)
+            places, columns = np.nonzero(order(gone) == 1)
+            size, edge = min(20, (0.5 * cell) ** 2), min(0.6, cell / 12)
+            axes.scatter(first + columns, places, s=size, color=CUT, edgecolors="white", linewidths=edge)
+        if counts := [marked.sum() for marked, stays in zip(gone, stay, strict=True) if stays and marked.any()]:
+            text = f"dots: the {span(counts)} of {span(rows.sizes)} that go"
+            label(panels[1], text, (1, 1), (0, 5), ha="right", color=CUT, xycoords="axes fraction")
+    if rows.outer is not None:
+        _mark_outer(panels[0], rows)
+    return figure
 
 
-def _relative(scores: Tensor) -> np.ndarray:
-    """Each row divided by its largest value; a row of zeros stays."""
-    largest = scores.numpy().max(axis=1, keepdims=True)
-    return scores.numpy() / np.where(largest > 0, largest, 1)
+def _mark_outer(axes: Axes, rows: _Rows) -> None:
+    """White lines between the outer elements of a map by place, and ticks at them if all rows have the same."""
+    assert rows.outer is not None
+    for places, low, high in outer_edges(rows.shapes):
+        axes.vlines(places, low, high, color="white", linewidth=min(3, 80 / max(rows.sizes)))
+    if all(before == after for before, after in pairwise(rows.shapes)):
+        outer_ticks(axes.xaxis, *rows.shapes[0])
+        axes.set_xlabel(rows.outer.elements)
 
 
-def _height(layers: int) -> float:
-    """Inches of a heat map with a row per layer."""
-    return 1.2 + min(max(0.11 * layers, 1.5), 7)
+def _relative(scores: np.ndarray) -> np.ndarray:
+    """Divided by the largest value; zeros stay."""
+    return scores / (scores.max() or 1)
 
 
-def _rows(shape: ModelShape, kind: str) -> str:
-    """What a row per sublayer of a kind counts."""
-    return "layer" if shape.is_uniform else _SUBLAYERS[kind]
+def _stacked(rows: list[np.ndarray]) -> np.ndarray:
+    """Rows of unlike lengths, filled up with NaN."""
+    stacked = np.full((len(rows), max(map(len, rows))), np.nan)
+    for number, row in enumerate(rows):
+        stacked[number, : len(row)] = row
+    return stacked
 
 
-def _heat_map(axes: Axes, values: np.ndarray, norm: Normalize, extent: tuple) -> AxesImage:
+def _height(rows: int) -> float:
+    """Inches of a heat map."""
+    return 1.2 + min(max(0.11 * rows, 1.5), 7)
+
+
+def _heat_map(
+    axes: Axes, values: np.ndarray, norm: Normalize, extent: tuple[float, float, float, float], layers: list[int]
+) -> AxesImage:
+    """A map with a row for each of some layers, blank where a value is NaN."""
+
+    def layer_at(row: float, _: int) -> str:
+        return str(layers[round(row)]) if 0 <= row < len(layers) else ""
+
     image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=sequential(), norm=norm, extent=extent)
     whole_numbers(axes.yaxis)
+    axes.yaxis.set_major_formatter(FuncFormatter(layer_at))
     return image
 
 

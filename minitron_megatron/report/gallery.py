@@ -7,17 +7,18 @@ from matplotlib.figure import Figure
 
 from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest
 from minitron_megatron.config.schema import DepthSearch
-from minitron_megatron.model.shape import MLP
+from minitron_megatron.model.axes import HIDDEN
+from minitron_megatron.model.layers import PrunableAxis, Sublayer
 from minitron_megatron.pruning import plan as plans
-from minitron_megatron.pruning.kept import kept_ffn_share, kept_sublayers
+from minitron_megatron.pruning.kept_shares import kept_share, kept_sublayers
 from minitron_megatron.pruning.plan import Plan
-from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.pruning.scores import Scores, scored_axes
 from minitron_megatron.report.curves import before_after, loss_curves
 from minitron_megatron.report.depth import depth_importance
-from minitron_megatron.report.figures import ffn_importance, group_importance, head_importance, hidden_importance
-from minitron_megatron.report.kept import kept_map
+from minitron_megatron.report.figures import axis_importance, hidden_importance
+from minitron_megatron.report.plan_figure import has_bars, kept_map
 from minitron_megatron.report.results import Evaluation, Stage
-from minitron_megatron.report.style import png
+from minitron_megatron.report.style import FEW, png
 from minitron_megatron.training import metrics
 from minitron_megatron.training.metrics import read_metrics
 
@@ -60,7 +61,7 @@ def gallery(stages: list[Stage], evaluations: list[Evaluation]) -> list[Picture]
     if evaluations:
         pictures.append(Picture("before_after", before_after(evaluations), _BEFORE_AFTER))
     pictures += loss_pictures({s.name: s.output for s in stages if s.verb == "distill"})
-    used = set()
+    used: set[Path | None] = set()
     for stage in stages:
         if stage.verb == "prune" and (stage.output / plans.FILE).is_file():
             used.add(_folder_of_scores(stage.output))
@@ -89,12 +90,11 @@ def pruning_pictures(scores: Scores | None, plan: Plan | None = None, prefix: st
     if plan is not None:
         figures["kept"] = kept_map(plan, scores), _kept_caption(plan, scores)
     if scores is not None:
-        rounds = _ROUNDS if "ffn" in scores.rounds else ""
-        figures["ffn"] = ffn_importance(scores, plan), _FFN + rounds
-        figures["heads"] = head_importance(scores, plan), _HEADS + rounds
-        if 1 < scores.shape.num_query_groups < scores.shape.num_heads:
-            figures["groups"] = group_importance(scores, plan), _GROUPS + rounds
-        figures["hidden"] = hidden_importance(scores, plan), _HIDDEN + rounds
+        rounds = _ROUNDS if HIDDEN.name in scores.rounds else ""
+        for kind, axis in _drawn_axes(scores):
+            caption = _axis_caption(scores, kind, axis) + rounds
+            figures[axis.setting] = axis_importance(scores, axis.setting, plan), caption
+        figures[HIDDEN.name] = hidden_importance(scores, plan), _HIDDEN + rounds
         if scores.depth:
             figures["layers"] = depth_importance(scores, plan), _LAYERS[scores.depth_settings.search] + rounds
     return [Picture(prefix + name, figure, caption) for name, (figure, caption) in figures.items()]
@@ -102,8 +102,8 @@ def pruning_pictures(scores: Scores | None, plan: Plan | None = None, prefix: st
 
 def scores_of(folder: Path) -> Scores | None:
     """The scores that the plan in `folder` was made from, if they are where they were."""
-    found = _folder_of_scores(folder)
-    return Scores.read(found) if found and (found / MANIFEST).is_file() else None
+    scores = _folder_of_scores(folder)
+    return Scores.read(scores) if scores and (scores / MANIFEST).is_file() else None
 
 
 def _folder_of_scores(folder: Path) -> Path | None:
@@ -112,12 +112,41 @@ def _folder_of_scores(folder: Path) -> Path | None:
     return next((Path(p.path).resolve() for p in Manifest.read(folder).parents if p.role == "scores"), None)
 
 
+def _drawn_axes(scores: Scores) -> list[tuple[type[Sublayer], PrunableAxis]]:
+    """The axes with scores, each followed by the one around it, unless every element of that has one alone within."""
+    drawn, network = [], scores.network
+    for kind, axis in scored_axes(network):
+        drawn.append((kind, axis))
+        shapes = [network.sublayers[position].score_shape(axis) for position in network.positions(kind)]
+        if (outer := kind.outer(axis)) and any(min(shape) > 1 for shape in shapes):
+            drawn.append((kind, outer))
+    return drawn
+
+
+def _axis_caption(scores: Scores, kind: type[Sublayer], axis: PrunableAxis) -> str:
+    """What to see in the figure of an axis."""
+    element, outer = axis.elements, kind.outer(axis)
+    if axis not in kind.scored():
+        inner = next(other for other in kind.prunable if kind.outer(other) == axis)
+        return f"Every {element} is as important as the sum of its {inner.elements}s, which stay or go with it."
+    network = scores.network
+    if max(network.sublayers[position].total(axis) for position in network.positions(kind)) > FEW:
+        return _BY_RANK.format(element=element)
+    caption = f"A cell is one {element}."
+    return caption if outer is None else f"{caption} {_NESTED.format(element=element, outer=outer.elements)}"
+
+
 def _kept_caption(plan: Plan, scores: Scores | None) -> str:
-    caption = "Blue stays, grey goes."
+    caption, source = "Blue stays, grey goes.", plan.source
     if scores is None:
         return caption
-    share = kept_ffn_share(plan, scores)[kept_sublayers(plan, MLP)]
-    return f"{caption} The kept neurons of an MLP hold between {share.min():.0%} and {share.max():.0%} of its scores."
+    for kind, axis in scored_axes(source):
+        stays = kept_sublayers(plan, kind)
+        if stays.any() and has_bars(source, kind, axis):
+            shares = kept_share(plan, scores, kind, axis)[stays]
+            least, most = f"{shares.min():.0%}", f"{shares.max():.0%}"
+            caption += f" The kept {axis.elements}s of each {kind.title} hold between {least} and {most} of its scores."
+    return caption
 
 
 _BEFORE_AFTER = (
@@ -128,15 +157,14 @@ _LOSS = (
     "Every panel is one term of the loss. Dots are the same term on held-out text: where they leave the line "
     "upwards, the student has begun to learn its training text by heart."
 )
-_FFN = (
-    "A row is a layer. Where its colour is still strong at the cut, its neurons share the work evenly and the cut "
+_BY_RANK = (
+    "A row is a layer. Where its colour is still strong at the cut, its {element}s share the work evenly and the cut "
     "costs most; where it has faded before, the cut takes little away."
 )
-_HEADS = (
-    "A cell is a query head. Every query group that stays keeps the same number of heads, those of its highest scores, "
-    "so a strong head can go where its whole group is strong: a dot far to the left of the right panel."
+_NESTED = (
+    "Every {outer} that stays keeps the same number of {element}s, those of its highest scores, so a strong one can go "
+    "where its whole {outer} is strong: a dot far to the left of the right panel."
 )
-_GROUPS = "A query group is as important as the sum of its heads, and takes its key and value head with it."
 _HIDDEN = (
     "A steep start means that a few channels stand out. Where the curve is flat at the cut, the channels just "
     "before it and just behind it matter about alike."

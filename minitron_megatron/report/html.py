@@ -43,11 +43,11 @@ def write_report(run_dir: Path, title: str, stages: list[Stage]) -> Path:
         path of the HTML file.
     """
     evaluations = read_evaluations(stages)
-    found = gallery(stages, evaluations)
-    files = write_pictures(found, run_dir / FIGURES)
-    pictures = [
+    pictures = gallery(stages, evaluations)
+    files = write_pictures(pictures, run_dir / FIGURES)
+    embedded = [
         (picture.figure.get_suptitle(), picture.caption, base64.b64encode(file.read_bytes()).decode())
-        for picture, file in zip(found, files, strict=True)
+        for picture, file in zip(pictures, files, strict=True)
     ]
     manifests = {s.name: Manifest.read(s.output) for s in stages if (s.output / MANIFEST).is_file()}
     environment = Environment(
@@ -65,7 +65,7 @@ def write_report(run_dir: Path, title: str, stages: list[Stage]) -> Path:
         task_columns=header(evaluations),
         task_rows=[measure.cells for measure in task_measures(evaluations, find_teacher(evaluations))],
         num_tokens=sorted({f"{e.num_tokens:,}" for e in evaluations}),
-        pictures=pictures,
+        pictures=embedded,
         samples=[e for e in evaluations if e.generation],
         stages=[(s, duration(s.seconds), _parents(manifests.get(s.name), stages)) for s in stages],
         settings={name: yaml.safe_dump(m.config, sort_keys=False, width=120) for name, m in manifests.items()},
@@ -110,8 +110,8 @@ def duration(seconds: float | None) -> str:
 
 def _parents(manifest: Manifest | None, stages: list[Stage]) -> list[tuple[str, str, str]]:
     """Role, name (the stage's, where one made it) and fingerprint of everything that a result was made from."""
-    found = []
+    parents = []
     for parent in manifest.parents if manifest else []:
         maker = stage_of(Path(parent.path), stages)
-        found.append((parent.role, maker.name if maker else parent.path, parent.fingerprint[:12]))
-    return found
+        parents.append((parent.role, maker.name if maker else parent.path, parent.fingerprint[:12]))
+    return parents

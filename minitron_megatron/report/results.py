@@ -71,20 +71,20 @@ class Evaluation:
 
     def numbers(self) -> dict[str, float]:
         """All that is a number, by the names that trackers know it under; standard errors end in `_stderr`."""
-        found = {
+        numbers = {
             "parameters": self.parameters,
             "parameters_without_embeddings": self.parameters_without_embeddings,
             "heldout/loss": self.loss,
             "heldout/perplexity": self.perplexity,
         }
         if self.generation:
-            found["generation/tokens_per_s"] = self.generation["tokens_per_s"]
+            numbers["generation/tokens_per_s"] = self.generation["tokens_per_s"]
         for task, measured in self.tasks.items():
             for metric, score in measured["metrics"].items():
-                found[f"{task}/{metric}"] = score["value"]
+                numbers[f"{task}/{metric}"] = score["value"]
                 if score["stderr"] is not None:
-                    found[f"{task}/{metric}_stderr"] = score["stderr"]
-        return found
+                    numbers[f"{task}/{metric}_stderr"] = score["stderr"]
+        return numbers
 
 
 def read_evaluation(folder: Path) -> dict:
@@ -108,13 +108,13 @@ def read_evaluation(folder: Path) -> dict:
 
 def read_evaluations(stages: list[Stage]) -> list[Evaluation]:
     """The results of all stages that evaluated something, in order."""
-    found = []
+    evaluations = []
     for stage in stages:
         if stage.verb == "evaluate" and (stage.output / EVALUATION).is_file():
             maker = stage_of(Path(read_evaluation(stage.output)["model"]), stages)
             name = stage.name.removeprefix("evaluate_")
-            found.append(Evaluation.read(stage.output, name, maker.verb if maker else None))
-    return found
+            evaluations.append(Evaluation.read(stage.output, name, maker.verb if maker else None))
+    return evaluations
 
 
 def stage_of(path: Path, stages: list[Stage]) -> Stage | None:
@@ -149,10 +149,10 @@ def recoveries(evaluations: list[Evaluation]) -> list[float | None]:
 
     None for the teacher, for pruned models, which make the gap, and where a model before them is missing.
     """
-    found = []
+    shares: list[float | None] = []
     for i, evaluation in enumerate(evaluations):
         teacher, pruned = find_teacher(evaluations[:i]), find_worst_pruned(evaluations[:i])
         gap = pruned.loss - teacher.loss if teacher and pruned else 0
         is_end = evaluation.made_by == "prune" or evaluation is find_teacher(evaluations)
-        found.append((pruned.loss - evaluation.loss) / gap if gap > 0 and not is_end else None)
-    return found
+        shares.append((pruned.loss - evaluation.loss) / gap if gap > 0 and not is_end else None)
+    return shares

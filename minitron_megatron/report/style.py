@@ -5,8 +5,9 @@ throughout: blue is kept, vermilion is a cut and what it removes, grey is refere
 """
 
 import io
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,6 +25,8 @@ SERIES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
 WIDTH = 8.0  # inches; with 160 dots per inch, twice the pixels of a column of text
 _DPI = 160
+FEW = 128
+"""Elements of a sublayer that can be told apart one by one: the query heads of today's largest networks."""
 _TITLE, _LABEL, _TICK = 11, 9.5, 8.5  # points
 
 
@@ -58,7 +61,7 @@ def heading(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=_LABEL, color=INK, pad=4)
 
 
-def label(axes: Axes, text: str, xy: tuple, offset: tuple[float, float] = (0, 0), **changes) -> None:
+def label(axes: Axes, text: str, xy: tuple, offset: tuple[float, float] = (0, 0), **changes: Any) -> None:
     """Write `text` at `xy` of the data, moved by `offset` in points. It may reach beyond the axes."""
     settings = {"fontsize": _LABEL, "color": INK, "xycoords": "data", "annotation_clip": False, **changes}
     axes.annotate(text, xy, xytext=offset, textcoords="offset points", **settings)
@@ -77,15 +80,28 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def group_edges(groups: int, per_group: int) -> np.ndarray:
-    """Where one query group ends and the next begins; nowhere if each has one head."""
-    return np.arange(1, groups if per_group > 1 else 1) * per_group - 0.5
+def outer_edges(shapes: Sequence[tuple[int, ...] | None]) -> Iterator[tuple[np.ndarray, float, float]]:
+    """Lines between the elements of an outer axis, for sublayers that are drawn side by side with their inner elements.
+
+    Args:
+        shapes: `(outer elements, elements within each)` of every sublayer; None for a gap.
+
+    Yields:
+        positions of the lines, and from where to where they reach over the sublayers, for each run of equal ones. None
+        where an outer element has one element alone.
+    """
+    start = 0
+    for shape, run in groupby(shapes):
+        stop = start + len(list(run))
+        if shape is not None and shape[1] > 1:
+            yield np.arange(1, shape[0]) * shape[1] - 0.5, start - 0.5, stop - 0.5
+        start = stop
 
 
-def group_ticks(axis: Axis, groups: int, per_group: int) -> None:
-    """One tick in the middle of each query group, or of every so many where there are a lot."""
-    shown = np.arange(0, groups, -(-groups // 16))
-    axis.set_ticks((shown + 0.5) * per_group - 0.5, labels=[str(group) for group in shown])
+def outer_ticks(axis: Axis, outer: int, inner: int) -> None:
+    """One tick in the middle of each outer element, or of every so many where there are a lot."""
+    shown = np.arange(0, outer, -(-outer // 16))
+    axis.set_ticks((shown + 0.5) * inner - 0.5, labels=[str(element) for element in shown])
     axis.set_tick_params(length=0)
 
 
@@ -109,6 +125,12 @@ def short(count: float) -> str:
         if count >= size:
             return f"{count / size:.4g}{letter}"
     return f"{count:.4g}"
+
+
+def span(values: Iterable[int]) -> str:
+    """One number where all are equal, else the smallest and the largest: `4 to 6`."""
+    numbers = sorted(set(values)) or [0]
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def png(figure: Figure) -> bytes:

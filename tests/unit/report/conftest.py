@@ -8,17 +8,29 @@ import torch
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, writing
 from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.schema import TargetConfig
-from minitron_megatron.model.axes import axis_sizes
-from minitron_megatron.model.shape import ModelShape, layers_pattern
-from minitron_megatron.pruning.plan import make_plan
+from minitron_megatron.model.layers.attention import Attention
+from minitron_megatron.model.layers.mlp import MLP
+from minitron_megatron.model.network import Network, transformer
+from minitron_megatron.pruning.make_plan import make_plan, plan_for
 from minitron_megatron.pruning.scores import DepthSettings, Scores
+from minitron_megatron.pruning.target import Target
 from minitron_megatron.report.html import Stage
 
-SHAPE = ModelShape(
-    layers_pattern(5), hidden=12, ffn=10, num_heads=6, num_query_groups=2, head_dim=2, vocab=7, padded_vocab=8
-)
+LAYER = [Attention(num_heads=6, num_query_groups=2, head_dim=2), MLP(10)]
+NETWORK = Network(transformer(5, LAYER), hidden_size=12, vocab_size=7, padded_vocab_size=8)
 SIZES = TargetConfig(layers=3, hidden=8, ffn=6, heads=4)
-TARGET = SHAPE.replace(pattern=layers_pattern(3), hidden=8, ffn=6, num_heads=4)
+TARGET = NETWORK.replace(sublayers=transformer(3, [Attention(4, 2, 2), MLP(6)]), hidden_size=8)
+
+# Layers 0 to 4: layer 1 has no attention, layer 3 no MLP.
+UNLIKE = NETWORK.replace(
+    sublayers=(
+        *(Attention(6, 2, 2), MLP(10)),
+        MLP(7),
+        *(Attention(4, 4, 2), MLP(9)),
+        Attention(6, 3, 2),
+        *(Attention(6, 2, 2), MLP(4)),
+    )
+)
 
 # Losses between which two thirds of the gap are closed, and numbers that no other number contains.
 MODELS = {
@@ -29,34 +41,56 @@ MODELS = {
 
 
 class RandomSource:
-    """Random weights of a shape, as a source."""
+    """Random weights of a network, as a source."""
 
     dtype = torch.bfloat16
 
-    def __init__(self, shape):
-        self.shape = shape
+    def __init__(self, network):
+        self.network = network
 
-    def read(self, param, layer, index):
-        assert all(len(i) <= n for i, n in zip(index, param.size(axis_sizes(self.shape)), strict=True))
+    def read(self, param, index):
+        assert all(len(i) <= n for i, n in zip(index, param.shape, strict=True))
         return torch.rand([len(i) for i in index]).to(self.dtype)
 
 
-@pytest.fixture(scope="session")
-def scores():
-    """Scores of all different values, in an order that is not sorted."""
-    random = np.random.default_rng(0)
+def make_scores(network, seed=0):
+    """Scores of all different values in every row, in an order that is not sorted; of two depth criteria."""
+    random = np.random.default_rng(seed)
 
     def some(*size):
         return torch.from_numpy(random.permutation(math.prod(size)).reshape(size) + 1.0)
 
-    depth = {"block_influence": some(5) / 10, "kl": some(5) / 10}
+    elements = {
+        axis.setting: [some(*network.sublayers[p].score_shape(axis)) for p in network.positions(kind)]
+        for kind in network.kinds
+        for axis in kind.scored()
+    }
+    layers = len(network.layers)
+    depth = {"block_influence": some(layers) / 10, "kl": some(layers) / 10}
     settings = DepthSettings(protect_first=1)
-    return Scores(SHAPE, some(12), some(5, 10), some(5, 2, 3), depth, settings, settings={"corpus": "c0ffee"})
+    return Scores(network, some(network.hidden_size), elements, depth, settings, settings={"corpus": "c0ffee"})
+
+
+@pytest.fixture(scope="session")
+def scores():
+    return make_scores(NETWORK)
 
 
 @pytest.fixture(scope="session")
 def plan(scores):
     return make_plan(scores, SIZES)
+
+
+@pytest.fixture(scope="session")
+def unlike_scores():
+    return make_scores(UNLIKE)
+
+
+@pytest.fixture(scope="session")
+def unlike_plan(unlike_scores):
+    """Every sublayer has its own target; layer 4 goes as a whole."""
+    wanted = (Attention(4, 2, 2), MLP(5), MLP(7), Attention(3, 3, 2), MLP(2), Attention(2, 1, 2), *UNLIKE.sublayers[6:])
+    return plan_for(unlike_scores, Target(8, wanted, {}, 4, keep_layers=[0, 1, 2, 3]))
 
 
 @pytest.fixture
@@ -101,13 +135,13 @@ def make_run(folder, scores, plan, lines):
     source = folder / "model.gguf"
     source.write_text("weights")
 
-    def finish(name, kind, parents, config, shape=None):
+    def finish(name, kind, parents, config, network=None):
         parents = [Parent.of(role, path) for role, path in parents.items()]
-        return writing(run / name, Manifest(kind, shape and shape.to_dict(), parents, {"output": name, **config}))
+        return writing(run / name, Manifest(kind, network and network.to_dict(), parents, {"output": name, **config}))
 
     manifest = Manifest("checkpoint", parents=[Parent.of("source", source)], config={"source": str(source)})
-    write_checkpoint(run / "teacher", RandomSource(SHAPE), torch.bfloat16, manifest, None)
-    with finish("scores", "scores", {"checkpoint": run / "teacher"}, {"num_samples": 9}, SHAPE) as folder:
+    write_checkpoint(run / "teacher", RandomSource(NETWORK), torch.bfloat16, manifest, None)
+    with finish("scores", "scores", {"checkpoint": run / "teacher"}, {"num_samples": 9}, NETWORK) as folder:
         scores.write(folder)
     parents = [Parent.of("checkpoint", run / "teacher"), Parent.of("scores", run / "scores")]
     rounded = {"rounded": ["target.ffn = 0.55 of 10 became 6", "target.heads = 0.7 of 6 became 4"]}

@@ -3,9 +3,15 @@ from dataclasses import replace
 import torch
 
 import minitron_megatron
-from minitron_megatron.config.schema import DepthSearch
+from minitron_megatron.config.schema import DepthSearch, TargetConfig
+from minitron_megatron.model.layers.attention import Attention
+from minitron_megatron.model.layers.mlp import MLP
+from minitron_megatron.model.network import transformer
+from minitron_megatron.pruning.make_plan import make_plan
 from minitron_megatron.pruning.scores import DepthSettings
 from minitron_megatron.report.gallery import pruning_pictures
+from minitron_megatron.report.style import png
+from tests.unit.report.conftest import NETWORK, make_scores
 
 
 def names(*args):
@@ -17,9 +23,36 @@ def test_what_is_drawn_follows_what_is_known(scores, plan):
     assert names(scores, plan) == ["kept", "ffn", "heads", "groups", "hidden", "layers"]
     assert names(None, plan) == ["kept"]
     assert names(replace(scores, depth={})) == ["ffn", "heads", "groups", "hidden"]
-    # A group of one head is that head.
-    of_one = replace(scores, shape=scores.shape.replace(num_heads=2), head=scores.head[..., :1])
-    assert names(of_one, None, "own_")[:3] == ["own_ffn", "own_heads", "own_hidden"]
+    # A group of one head is that head, and a single group all of them.
+    for groups in (1, 6):
+        own = make_scores(NETWORK.replace(sublayers=transformer(5, [Attention(6, groups, 2), MLP(10)])))
+        assert names(own, None, "own_")[:3] == ["own_ffn", "own_heads", "own_hidden"]
+
+
+def test_every_figure_of_unlike_layers(unlike_scores, unlike_plan):
+    assert names(unlike_scores) == ["ffn", "heads", "groups", "hidden", "layers"]
+    assert names(unlike_scores, unlike_plan) == ["kept", "ffn", "heads", "groups", "hidden", "layers"]
+    assert names(None, unlike_plan) == ["kept"]
+    files = [png(picture.figure) for picture in pruning_pictures(unlike_scores, unlike_plan)]
+    assert all(file.startswith(b"\x89PNG") for file in files)
+    # Of one kind alone.
+    alone = make_scores(NETWORK.replace(sublayers=transformer(2, [MLP(10)])))
+    assert names(alone, make_plan(alone, TargetConfig(ffn=6))) == ["kept", "ffn", "hidden", "layers"]
+
+
+def test_captions_name_the_elements(scores, plan):
+    captions = {picture.name: picture.caption for picture in pruning_pictures(scores, plan)}
+    # The scores of a layer are 1 to 10, and six of ten stay.
+    assert captions["kept"] == (
+        f"Blue stays, grey goes. The kept neurons of each MLP hold between {45 / 55:.0%} and {45 / 55:.0%} of its "
+        f"scores."
+    )
+    assert captions["ffn"] == "A cell is one neuron."
+    assert captions["heads"].startswith("A cell is one query head. Every query group that stays keeps the same number")
+    assert captions["groups"].startswith("Every query group is as important as the sum of its query heads")
+    many = make_scores(NETWORK.replace(sublayers=transformer(2, [MLP(140)])))
+    captions = {picture.name: picture.caption for picture in pruning_pictures(many)}
+    assert "its neurons share the work evenly" in captions["ffn"]
 
 
 def test_captions_say_how_the_layers_were_left_out(scores):

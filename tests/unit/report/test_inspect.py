@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.schema import DepthSearch, InspectConfig, Unit
 from minitron_megatron.errors import CheckpointError, ConfigError
-from minitron_megatron.pruning.plan import to_ranges
+from minitron_megatron.pruning.ranges import to_ranges
 from minitron_megatron.pruning.scores import DepthSettings
 from minitron_megatron.report.inspect import inspect
 from tests.tiny import LLAMA, hf_model, import_hf
+from tests.unit.report.conftest import UNLIKE, RandomSource
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def test_a_checkpoint(shared_run, show):
     body = 5 * (24 + 12 * 20 + 12 * 12 + 12 * 20 + 12 * 10) + 12
     assert f"parameters {body + 2 * 12 * 7:,}" in lines and f"without embeddings {body:,}" in lines
     assert "iteration release" in lines and "dtype bfloat16" in lines
-    assert "layers 5" in lines and "num_query_groups 2" in lines and "norm_eps 1e-05" in lines
+    assert "layers 5" in lines and "attention.num_query_groups 2" in lines and "norm_eps 1e-05" in lines
     # 6 of every layer, the two tables and the final norm.
     stored = sum(path.stat().st_size for path in (run / "teacher/release").glob("__[0-9]*.distcp"))
     [weights] = [line for line in lines if line.startswith("weights ")]
@@ -44,6 +46,9 @@ def test_a_checkpoint(shared_run, show):
     # attention over (2048 + 1) / 2 positions in 6 heads of 2 channels.
     flops = 2 * 5 * (12 * 20 + 12 * 12 + 12 * 20 + 12 * 10) + 2 * 8 * 12 + 5 * 4 * 6 * 2 * 2049 / 2
     assert f"forward FLOPs per token of 2048 {flops / 1000:.4g}K" in lines
+    # Per layer a key and a value of 2 channels in each of 2 groups, of 2 bytes.
+    assert f"bytes of KV cache per token in bf16 {5 * 2 * 2 * 2 * 2}" in lines
+    assert "missing" not in " ".join(lines)  # all layers are alike
     assert f"source: {run.parent / 'model.gguf'}" in lines[-1]
 
 
@@ -58,10 +63,45 @@ def test_a_pruned_checkpoint_shows_both_networks(shared_run, show, kept_numbers)
     assert lines[number + 1] == "target.heads = 0.7 of 6 became 4"
 
 
+@pytest.fixture(scope="module")
+def unlike_run(tmp_path_factory, unlike_plan):
+    """Checkpoints of a network of unlike layers, whole and pruned."""
+    folder = tmp_path_factory.mktemp("unlike")
+    plans = {"whole": lambda folder: None, "pruned": unlike_plan.write}
+    for (name, write_plan), network in zip(plans.items(), (UNLIKE, unlike_plan.target), strict=True):
+        write_checkpoint(folder / name, RandomSource(network), torch.bfloat16, Manifest("checkpoint"), None, write_plan)
+    return folder
+
+
+def test_a_network_of_unlike_layers_has_a_row_for_each(unlike_run, show):
+    lines = show(unlike_run / "whole")
+    assert "attention sublayers 4" in lines and "mlp.ffn_hidden_size 4 to 10" in lines and "pattern *--*-**-" in lines
+    table = lines[lines.index("layers") + 1 :][:6]
+    assert table == [
+        "layer groups heads ffn missing",
+        "0 2 6 10",
+        "1 – – 7 attention",
+        "2 4 4 9",
+        "3 3 6 – MLP",
+        "4 2 6 4",
+    ]
+
+
+def test_a_pruned_network_of_unlike_layers(unlike_run, show):
+    lines = show(unlike_run / "pruned")
+    assert "dropped layers 4" in lines and "layers 5 4" in lines and "attention.num_heads 4 to 6 2 to 4" in lines
+    assert lines[lines.index("layers before") + 1 :][4:6] == ["3 3 6 – MLP", "4 2 6 4"]
+    assert lines[lines.index("layers after") + 1 :][1:5] == ["0 2 4 5", "1 – – 7 attention", "2 3 3 2", "3 1 2 – MLP"]
+
+
 def test_a_plan_alone(shared_run, show):
     run, _ = shared_run
     lines = show(run / "pruned" / "plan.json")
-    assert lines[0].endswith("plan.json: plan") and "ffn 10 6" in lines and "num_heads 6 4" in lines
+    assert (
+        lines[0].endswith("plan.json: plan")
+        and "mlp.ffn_hidden_size 10 6" in lines
+        and "attention.num_heads 6 4" in lines
+    )
 
 
 def test_scores(shared_run, show):
@@ -91,25 +131,27 @@ def written(folder, scores):
 def test_scores_of_a_greedy_search_say_the_order(scores, show, tmp_path):
     settings = DepthSettings(Unit.SUBLAYER, DepthSearch.GREEDY, 3, 0, 0)
     rounds = {"depth": torch.tensor([4, 4, 4, 1, 3, 4, 2, 4, 4, 4])}
-    found = replace(scores, depth={"kl": torch.rand(10)}, depth_settings=settings, rounds=rounds)
-    lines = show(written(tmp_path / "greedy", found))
+    searched = replace(scores, depth={"kl": torch.rand(10)}, depth_settings=settings, rounds=rounds)
+    lines = show(written(tmp_path / "greedy", searched))
     assert "depth search greedy: one sublayer after another, 3 in all" in lines
-    assert "left out, in this order MLP 1, attention 3, attention 2" in lines
+    assert "left out, in this order layer 1's MLP, layer 3's attention, layer 2's attention" in lines
 
 
 def test_scores_of_a_search_for_blocks_say_where_they_begin(scores, show, tmp_path):
     settings = DepthSettings(search=DepthSearch.BLOCK, drop=2, protect_first=1)
     nan = float("nan")
-    found = replace(scores, depth={"loss": torch.tensor([nan, 3, 1, 2, nan])}, depth_settings=settings)
-    lines = show(written(tmp_path / "blocks", found))
+    searched = replace(scores, depth={"loss": torch.tensor([nan, 3, 1, 2, nan])}, depth_settings=settings)
+    lines = show(written(tmp_path / "blocks", searched))
     assert "blocks missed least begin at (loss) 2, 3, 1" in lines  # not where nothing was measured
 
 
 def test_scores_of_several_rounds_say_how_much_each_decided(scores, show, tmp_path):
-    hidden = torch.tensor([2] * 8 + [1] * 4)
-    rounds = {"hidden": hidden, "ffn": torch.full((5, 10), 2), "head": torch.full((5, 2, 3), 2)}
-    lines = show(written(tmp_path / "rounds", replace(scores, rounds=rounds)))
-    assert "hidden: scored last 4 in round 1, 8 in round 2" in lines and "ffn: scored last 50 in round 2" in lines
+    rounds = {"hidden": torch.tensor([2] * 8 + [1] * 4)}
+    elements = {name: [torch.full(own.shape, 2) for own in rows] for name, rows in scores.elements.items()}
+    elements["ffn"][3][:7] = 1
+    lines = show(written(tmp_path / "rounds", replace(scores, rounds=rounds, element_rounds=elements)))
+    assert "hidden: scored last 4 in round 1, 8 in round 2" in lines
+    assert "ffn: scored last 7 in round 1, 43 in round 2" in lines and "heads: scored last 30 in round 2" in lines
 
 
 def test_a_plan_that_drops_sublayers_names_them_apart(plan, show, tmp_path):
@@ -122,7 +164,7 @@ def test_a_plan_that_drops_sublayers_names_them_apart(plan, show, tmp_path):
     mlp = sorted({0, 1, 2, 3, 4} - {p // 2 for p in edited.sublayers if p % 2})
     assert f"dropped attention sublayers {to_ranges(attention)}" in lines
     assert f"dropped MLP sublayers {to_ranges(mlp)}" in lines and len(attention) == len(mlp) + 1
-    assert "attention sublayers 5 2" in lines and "MLP sublayers 5 3" in lines and "pattern *-*-*-*-*- *--*-" in lines
+    assert "attention sublayers – 2" in lines and "layers 5 3" in lines and "pattern – *--*-" in lines
 
 
 @pytest.mark.parametrize(
@@ -229,9 +271,9 @@ def test_a_path_that_is_not_there(tmp_path):
 def test_a_broken_result_is_a_users_error(finished_run):
     run, _ = finished_run
     index = json.loads((run / "pruned" / "plan.json").read_text())
-    index["source"]["hidden"] = 0
+    index["source"]["hidden_size"] = 0
     (run / "pruned" / "plan.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="hidden = 0"):
+    with pytest.raises(CheckpointError, match="hidden_size = 0"):
         inspect(InspectConfig(str(run / "pruned")))
 
 
@@ -245,18 +287,27 @@ def compare(capsys):
     return compare
 
 
-def test_shapes_that_are_not_the_same(shared_run, compare):
+def test_networks_that_are_not_the_same(shared_run, compare):
     run, _ = shared_run
     lines = compare(run / "teacher", run / "pruned")
-    assert {"hidden 12 8 66.7%", "layers 5 3 60.0%", "ffn 10 6 60.0%"} <= set(lines)
-    assert not any(line.startswith(("vocab", "norm", "head_dim")) for line in lines)  # which are
+    assert {"hidden 12 8 66.7%", "layers 5 3 60.0%", "mlp.ffn_hidden_size 10 6 60.0%"} <= set(lines)
+    assert not any(line.startswith(("vocab", "norm", "attention.head_dim")) for line in lines)  # which are
+
+
+def test_layers_that_are_not_the_same(unlike_run, tmp_path, compare):
+    """The ranges over all layers are equal: layers 1 and 2 have changed their MLPs."""
+    sublayers = list(UNLIKE.sublayers)
+    sublayers[2], sublayers[4] = sublayers[4], sublayers[2]
+    source = RandomSource(UNLIKE.replace(sublayers=tuple(sublayers)))
+    write_checkpoint(tmp_path / "other", source, torch.bfloat16, Manifest("checkpoint"), None)
+    assert compare(unlike_run / "whole", tmp_path / "other")[-1] == "layers that differ: 1-2"
 
 
 def test_networks_for_texts_of_two_lengths_are_compared(tmp_path, compare):
     """By the operations of one of the two lengths."""
     first = import_hf(tmp_path / "a", hf_model(**LLAMA))
     longer = import_hf(tmp_path / "b", hf_model(**LLAMA | {"max_position_embeddings": 128}))
-    assert compare(first, longer)[1:] == ["max_positions 64 128 200.0%"]
+    assert compare(first, longer)[1:] == ["max_positions 64 128 200.0%", "all tensors are equal"]
 
 
 def test_the_largest_difference_of_each_tensor(tmp_path, compare, monkeypatch):

@@ -26,11 +26,11 @@ DISTILLED = Evaluation("distilled", "distill", 1000, 700, 3.5, 33.115, 100)
 
 def test_evaluations_know_which_stage_made_the_model(shared_run):
     _, stages = shared_run
-    found = read_evaluations(stages)
-    assert [e.name for e in found] == ["teacher", "pruned", "distilled"]
-    assert [e.made_by for e in found] == ["import", "prune", "distill"]
-    assert found[1].parameters == 4321987 and found[1].parameters_without_embeddings == 3219876
-    assert found[2].loss == 3.5 and found[2].num_tokens == 23456
+    evaluations = read_evaluations(stages)
+    assert [e.name for e in evaluations] == ["teacher", "pruned", "distilled"]
+    assert [e.made_by for e in evaluations] == ["import", "prune", "distill"]
+    assert evaluations[1].parameters == 4321987 and evaluations[1].parameters_without_embeddings == 3219876
+    assert evaluations[2].loss == 3.5 and evaluations[2].num_tokens == 23456
 
 
 def test_a_model_inside_a_stage_is_that_stages(tmp_path):
