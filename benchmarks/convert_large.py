@@ -21,7 +21,7 @@ def make_cases(work: Path, layers: int) -> dict[str, Case]:
     from minitron_megatron.model.count import num_parameters
 
     model = RandomModel(layers)
-    require_disk(work, 3 * 2 * num_parameters(model.shape), LEAST_FREE_GB)
+    require_disk(work, 3 * 2 * num_parameters(model.network), LEAST_FREE_GB)
     huggingface, checkpoint, result = (work / name for name in ("huggingface", "checkpoint", "result"))
     companions = work / "companions"
     companions.mkdir()

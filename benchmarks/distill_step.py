@@ -401,7 +401,8 @@ def attention_seconds(network, batch: int, repeats: int = 20) -> dict[str, list[
 
     from minitron_megatron.model.local import CausalAttention
 
-    scale = network.head_dim**-0.5
+    own = network.sublayers[0]
+    scale = own.head_dim**-0.5
 
     def at_once(query, key, value, documents):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -409,10 +410,10 @@ def attention_seconds(network, batch: int, repeats: int = 20) -> dict[str, list[
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def random(heads: int):
-        return torch.randn(LENGTH, batch, heads, network.head_dim, dtype=torch.bfloat16, device=device())
+        return torch.randn(LENGTH, batch, heads, own.head_dim, dtype=torch.bfloat16, device=device())
 
-    inputs = [random(count).requires_grad_() for count in (network.num_heads, *[network.num_query_groups] * 2)]
-    grad = random(network.num_heads).flatten(2)
+    inputs = [random(count).requires_grad_() for count in (own.num_heads, *[own.num_query_groups] * 2)]
+    grad = random(own.num_heads).flatten(2)
     config = SimpleNamespace(context_parallel_size=1)
     by_blocks = CausalAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=scale)
     seconds = {"blocks": ([], []), "at once": ([], [])}

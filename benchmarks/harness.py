@@ -146,7 +146,7 @@ def measure_ours(checkpoint: Path, folder: Path, args) -> Iterator[dict]:
         chunks = build_model(source.network, groups, DType(args.dtype))
         load_weights(chunks, source, groups)
         tokenizer, defaults = load_tokenizer(folder), generation_defaults(folder)
-        inference = Inference(chunks, groups, source.network.vocab_size, tokenizer, [defaults.eos_token_id], args.batch)
+        inference = Inference(chunks, groups, source.network, tokenizer, [defaults.eos_token_id], args.batch)
         lm = MegatronLM(
             lambda method, *arguments: getattr(inference, method)(*arguments),
             tokenizer,

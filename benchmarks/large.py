@@ -98,19 +98,20 @@ class RandomModel:
     def __init__(self, layers: int):
         import torch
 
-        from minitron_megatron.model.network import Network, layers_pattern
+        from minitron_megatron.model.layers import DENSE
+        from minitron_megatron.model.network import Network, transformer
 
-        sizes = dict(hidden=4096, ffn=14336, num_heads=32, num_query_groups=8, head_dim=128)
-        self.shape = Network(
-            layers_pattern(layers), **sizes, vocab=128256, padded_vocab=128256, max_positions=131072
-        )
+        attention, mlp = DENSE
+        layer = [attention(num_heads=32, num_query_groups=8, head_dim=128), mlp(ffn_hidden_size=14336)]
+        vocab = dict(vocab_size=128256, padded_vocab_size=128256)
+        self.network = Network(transformer(layers, layer), hidden_size=4096, **vocab, max_positions=131072)
         self.dtype = torch.bfloat16
         generator = torch.Generator().manual_seed(0)
         self._values = torch.randn(2**28, generator=generator, dtype=self.dtype).mul_(0.02)
 
-    def read(self, param, layer, index):
+    def read(self, param, index):
         size = [len(i) for i in index]
-        place = f"{param.name} {layer} {[int(i[0]) for i in index]}"
+        place = f"{param.name} {param.layer} {[int(i[0]) for i in index]}"
         start = zlib.crc32(place.encode()) % (len(self._values) - math.prod(size))
         return self._values[start : start + math.prod(size)].view(size)
 

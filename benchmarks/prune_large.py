@@ -19,23 +19,25 @@ def make_cases(work: Path, layers: int) -> dict[str, Case]:
 
     from minitron_megatron.checkpoint import writer
     from minitron_megatron.checkpoint.manifest import Manifest
-    from minitron_megatron.config.schema import PruneConfig, TargetConfig
+    from minitron_megatron.config.schema import ParallelConfig, PruneConfig, TargetConfig
     from minitron_megatron.model.count import num_parameters
-    from minitron_megatron.model.network import layers_pattern
     from minitron_megatron.pruning.scores import Scores
+    from minitron_megatron.pruning.target import resolve_target
 
     model = RandomModel(layers)
-    network = model.shape
+    network = model.network
     targets = {"4B-Width": TargetConfig(hidden=3072, ffn=9216), "4B-Depth": TargetConfig(layers=layers // 2)}
-    results = [network.replace(hidden=3072, ffn=9216), network.replace(pattern=layers_pattern(layers // 2))]
+    results = [resolve_target(network, target, ParallelConfig()).network_of(network) for target in targets.values()]
     num_bytes = 2 * (num_parameters(network) + max(map(num_parameters, results)))
     require_disk(work, num_bytes, LEAST_FREE_GB)
 
     writer.CHUNK_BYTES = num_bytes  # Megatron has no largest chunk: a rank's part of a tensor is one
     writer.write_checkpoint(work / "source", model, torch.bfloat16, Manifest("checkpoint"), None, tensor_ranks=4)
     generator = torch.Generator().manual_seed(0)
-    *width, depth = (torch.rand(s, generator=generator) for s in [(4096,), (layers, 14336), (layers, 8, 4), (layers,)])
-    scores = Scores(network, *width, {"loss": depth})
+    hidden, ffn, heads, depth = (
+        torch.rand(size, generator=generator) for size in [(4096,), (layers, 14336), (layers, 8, 4), (layers,)]
+    )
+    scores = Scores(network, hidden, {"ffn": list(ffn), "heads": list(heads)}, {"loss": depth})
     (work / "scores").mkdir()
     scores.write(work / "scores")
     Manifest("scores").write(work / "scores")
@@ -51,7 +53,7 @@ def make_cases(work: Path, layers: int) -> dict[str, Case]:
 def needed(source: Path, scores, target) -> list[tuple[Path, int, int]]:
     """File, first byte and length of the chunks that the result is made of, in the order in which they lie there."""
     from minitron_megatron.checkpoint.sharded import Checkpoint
-    from minitron_megatron.pruning.plan import make_plan
+    from minitron_megatron.pruning.make_plan import make_plan
 
     kept = {position // 2 for position in make_plan(scores, target).sublayers}
     return sorted(

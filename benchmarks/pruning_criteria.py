@@ -132,9 +132,9 @@ def measure(teacher: Path, data, known: Known, args) -> None:
     from minitron_megatron.distillation.step import TeacherStudent, mean_of
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
-    from minitron_megatron.pruning.score_model import score_model
+    from minitron_megatron.pruning.make_plan import make_plan
     from minitron_megatron.pruning.partial import PartialSums
-    from minitron_megatron.pruning.plan import make_plan
+    from minitron_megatron.pruning.score_model import score_model
     from minitron_megatron.pruning.slicing import Pruned
 
     torch.set_num_threads(args.threads)

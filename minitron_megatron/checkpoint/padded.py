@@ -74,6 +74,6 @@ def _largest(sublayers: list[Sublayer]) -> Sublayer:
     lengths = {name: max(sublayer.sizes[name] for sublayer in sublayers) for name in names}
     if len(padded := {sublayer.resized(lengths) for sublayer in sublayers}) > 1:
         raise UnsupportedModelError(
-            f"format = padded: {kind.title} sublayers differ in more than {', '.join(names)}, which zeros cannot fill up"
+            f"format = padded: {kind.title} sublayers differ in more than {', '.join(names)}, and zeros fill up no more"
         )
     return padded.pop()

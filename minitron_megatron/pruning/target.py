@@ -195,8 +195,7 @@ class _Resolver:
             self.multiple(has, shards) if axis.is_aligned else shards,
             exact=self.config.round_to is None or not axis.is_aligned,
             whole=source.total(axis),
-            fits=lambda size: bool(size)
-            and (is_unsplittable or not with_total(size).split_problems(self.tensor, "")),
+            fits=lambda size: bool(size) and (is_unsplittable or not with_total(size).split_problems(self.tensor, "")),
             where=where,
             owner="the source's" if has == source.total(axis) else f"the kept {outer.setting if outer else ''}'",
         )
