@@ -267,8 +267,8 @@ def config_from_network(network: Network, original: Config) -> Config:
     others = family.obstacles(network)
     if others and (unlike := unlike_layers(network)):
         raise UnsupportedModelError(
-            f"no class of transformers has layers of unlike sizes, and {'; '.join(unlike)}: make these alike, or export "
-            f"with format=padded, which fills layers up with zeros"
+            f"no class of transformers has layers of unlike sizes, and {'; '.join(unlike)}: make these alike, or "
+            f"export with format=padded, which fills layers up with zeros"
         )
     if others:
         raise UnsupportedModelError(

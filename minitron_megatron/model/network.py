@@ -152,7 +152,8 @@ class Network:
         return dataclasses.replace(self, **changes)
 
     def axis_sizes(self, position: int | None = None) -> dict[str, int]:
-        """Length of every axis of a sublayer's parameters, or of those outside of the layers. `vocab` has the padding."""
+        """Length of every axis of a sublayer's parameters, or of those outside of the layers, with the vocabulary's
+        padding."""
         own = {} if position is None else self.sublayers[position].sizes
         return {HIDDEN.name: self.hidden_size, VOCAB.name: self.padded_vocab_size, **own}
 
@@ -190,7 +191,7 @@ class Network:
         sublayers = _sublayers(pattern, sections)
         names = [field.name for field in dataclasses.fields(cls)[1:]]
         problems = [
-            f"network.{name} is no field: the fields are {', '.join([_PATTERN, *names])} and the names of kinds of layers"
+            f"network.{name} is no field: the fields are {', '.join([_PATTERN, *names])} and the names of kinds"
             for name in values
             if name not in names
         ]

@@ -102,8 +102,9 @@ def _require_half(source: Sublayer, wanted: Sublayer, axis: PrunableAxis) -> Non
         least = -(-has // 2) * (wanted.total(outer) if outer else 1)
         raise ConfigError(
             [
-                f"merge_heads = true, and {kept} of {has} {axis.setting} stay in each {outer.elements if outer else ''}: "
-                f"merging needs at least half of them; keep {least} {axis.setting} or set merge_heads=false"
+                f"merge_heads = true, and {kept} of {has} {axis.setting} stay in each "
+                f"{outer.elements if outer else source.title}: merging needs at least half of them; keep {least} "
+                f"{axis.setting} or set merge_heads=false"
             ]
         )
 
@@ -156,8 +157,8 @@ def _depth_scores(scores: Scores, criterion: DepthCriterion | None) -> tuple[Ten
         raise ConfigError(
             [
                 f"depth_criterion = {name}, and the order in which these scores leave out "
-                f"{scores.depth_settings.unit.value}s was decided by {next(iter(scores.depth))}: leave it out, or score "
-                f"with {name} first in depth.criteria"
+                f"{scores.depth_settings.unit.value}s was decided by {next(iter(scores.depth))}: leave it out, or "
+                f"score with {name} first in depth.criteria"
             ]
         )
     return scores.depth[name], rounds

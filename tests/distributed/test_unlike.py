@@ -1,4 +1,4 @@
-"""Networks whose layers have sizes of their own, and have lost sublayers: the same in every layout, by either builder."""
+"""Layers with sizes of their own, some of which have lost a sublayer: the same in every layout, by either builder."""
 
 import json
 from dataclasses import asdict, replace

@@ -15,13 +15,17 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from minitron_megatron.checkpoint.convert import import_checkpoint
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import NETWORK, TRACKER, Checkpoint
+from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.schema import DType, ImportConfig, ParallelConfig, PruneConfig, ScoreConfig, TargetConfig
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
@@ -30,16 +34,16 @@ from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.score_model import score_model
 from tests.ranks import run_on_ranks
-from tests.tiny import LLAMA, Samples, hf_model, import_hf
+from tests.tiny import LLAMA, Samples, hf_model, import_hf, without_sublayers
 
 NETWORK_OF_RUN = network_from_config(LLAMA)
 FORMS = {"stacked": {}, "by layer": {"non_homogeneous_layers": True}}
 STEP = 7
 
 
-def plain_model(tensor: int, dtype: torch.dtype) -> GPTModel:
-    """The network of `LLAMA` as Megatron-Core builds it on a CPU."""
-    config = TransformerConfig(
+def plain_config(tensor: int, dtype: torch.dtype, **changes) -> TransformerConfig:
+    """Sizes and switches of `LLAMA`, on a CPU."""
+    settings = dict(
         num_layers=4,
         hidden_size=48,
         ffn_hidden_size=44,
@@ -64,8 +68,13 @@ def plain_model(tensor: int, dtype: torch.dtype) -> GPTModel:
         bias_activation_fusion=False,
         persist_layer_norm=False,
     )
+    return TransformerConfig(**settings | changes)
+
+
+def plain_model(tensor: int, dtype: torch.dtype) -> GPTModel:
+    """The network of `LLAMA` as Megatron-Core builds it on a CPU."""
     model = GPTModel(
-        config=config,
+        config=plain_config(tensor, dtype),
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=128,
         max_sequence_length=64,
@@ -208,3 +217,78 @@ def test_what_plain_megatron_saved_is_scored_and_pruned(made, form, tmp_path):
     assert sizes["model.layers.2.mlp.down_proj.weight"] == [40, 30]
     for _, _, param, part in hf_tensors(pruned.network):
         assert read_hf_tensor(pruned, param, part).isfinite().all()
+
+
+# Of the four layers the third has lost its attention, and the last its MLP.
+LOST = (4, 7)
+
+
+@pytest.fixture
+def plain_hybrid(monkeypatch):
+    """What is left without `LOST` as Megatron-Core's HybridModel, whose layers are sublayers."""
+    hybrid_block = pytest.importorskip("megatron.core.models.hybrid.hybrid_block", reason="0.18 and newer have it")
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.ssm.mlp_layer import MLPLayer
+
+    # It takes Transformer Engine for its final norm, whether that is there or not.
+    monkeypatch.setattr(hybrid_block, "TENorm", WrappedTorchNorm)
+    both = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
+    attention, mlp = (
+        TransformerLayerSubmodules(
+            **{name: getattr(both, name) for name in names},
+            sharded_state_dict_keys_map=both.sharded_state_dict_keys_map,
+        )
+        for names in (("input_layernorm", "self_attention", "self_attn_bda"), ("pre_mlp_layernorm", "mlp", "mlp_bda"))
+    )
+    layers = hybrid_block.HybridStackSubmodules(
+        attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+    )
+    with process_groups(ParallelConfig()):
+        yield HybridModel(
+            config=plain_config(1, torch.float32, num_layers=6, is_hybrid_model=True),
+            hybrid_stack_spec=ModuleSpec(module=hybrid_block.HybridStack, submodules=layers),
+            vocab_size=128,
+            max_sequence_length=64,
+            hybrid_layer_pattern="*-*--*",
+            position_embedding_type="rope",
+            rotary_base=500,
+        )
+
+
+def test_what_a_hybrid_model_of_plain_megatron_saved_is_read(plain_hybrid, tmp_path):
+    """As earlier versions wrote networks that have lost sublayers, too; now they are numbered as GPTModel's are."""
+    root, network = tmp_path / "c", without_sublayers(NETWORK_OF_RUN, *LOST)
+    folder = root / f"iter_{STEP:07d}"
+    folder.mkdir(parents=True)
+    (root / TRACKER).write_text(str(STEP))
+    (root / NETWORK).write_text(json.dumps(network.to_dict()))
+    with torch.no_grad():
+        for parameter in plain_hybrid.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    dist_checkpointing.save({"model": plain_hybrid.sharded_state_dict(), "iteration": STEP}, str(folder))
+    checkpoint = Checkpoint(root)
+    assert {"decoder.layers.4.mlp.linear_fc2.weight", "decoder.final_norm.weight"} < checkpoint.tensors.keys()
+    assert checkpoint.network == network and checkpoint.network.pattern == "*-*--*"
+    theirs, count = dict(plain_hybrid.named_parameters()), 0
+    for param in parameters(network):
+        name = param.name.replace("final_layernorm", "final_norm")
+        if param.position is not None:
+            name = f"decoder.layers.{param.position}.{NORMS.get(param.name, param.name)}"
+        found = checkpoint.read(param, [np.arange(n) for n in param.shape])
+        assert torch.equal(found, theirs[name]), name
+        count += 1
+    assert count == len(theirs)
+
+    write_checkpoint(tmp_path / "again", checkpoint, torch.float32, Manifest("checkpoint"), None)
+    tokens = torch.arange(60).view(2, 30)
+    expected = logits_of(plain_hybrid, tokens)
+    assert expected.std() > 0.3  # or the tolerance below would say little
+    for source in (checkpoint, Checkpoint(tmp_path / "again")):
+        with process_groups(ParallelConfig()) as groups, torch.no_grad():
+            [model] = build_model(network, groups, DType.FP32)
+            load_weights([model], source, groups)
+            assert isinstance(model, GPTModel)
+            positions = torch.arange(30).expand_as(tokens)
+            torch.testing.assert_close(model(tokens, positions, None), expected, rtol=1e-5, atol=1e-5)
+    assert "decoder.layers.2.mlp.linear_fc2.weight" in source.tensors and not source._is_hybrid

@@ -17,8 +17,8 @@ from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import PruneConfig, TargetConfig
 from minitron_megatron.model.families import network_from_config
-from minitron_megatron.model.megatron_args import args_of_network, network_of_args
 from minitron_megatron.model.layers.mlp import Activation
+from minitron_megatron.model.megatron_args import args_of_network, network_of_args
 from minitron_megatron.pruning.prune import prune
 from tests.tiny import LLAMA, changed, hf_model, import_hf, random_scores, without_sublayers
 from tests.unit.model.configs import CONFIGS

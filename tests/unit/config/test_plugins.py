@@ -105,7 +105,8 @@ def test_a_function_called_from_python_loads_them_first(plugins, monkeypatch):
         ("broken", r"plugins has 'broken', .* ValueError: .* \(.*/broken\.py, line 3\)\. Fix the module"),
         (
             "twice",
-            r"plugins has 'twice', .* target\.ffn is registered by minitron_megatron\.model\.layers\.mlp\.MLP and by twice",
+            r"plugins has 'twice', .* target\.ffn is registered by minitron_megatron\.model\.layers\.mlp\.MLP and by "
+            r"twice",
         ),
         ("3", r"plugins has '3', which cannot be imported: No module named '3'"),
         ('""', r"plugins has '', which cannot be imported: ValueError"),

@@ -80,8 +80,8 @@ def test_what_norms_and_gated_mlps_make_is_made_again_and_not_kept(recompute, mo
 def test_a_layout_that_does_not_fit_the_network_lists_every_problem():
     network = network_from_config({**LLAMA, "intermediate_size": 45, "num_hidden_layers": 3})
     assert build_problems(network, Layout(tensor=3, pipeline=2, virtual_pipeline=2)) == [
-        "network.attention.num_query_groups = 2 does not divide by parallel.tensor = 3: choose a tensor size that divides it, or "
-        "that it divides",
+        "network.attention.num_query_groups = 2 does not divide by parallel.tensor = 3: choose a tensor size that "
+        "divides it, or that it divides",
         "network.padded_vocab_size = 128 does not divide by parallel.tensor = 3: choose a tensor size that divides it",
         "network has 3 layers, too few for the 4 stages of parallel.pipeline x virtual_pipeline = 2 x 2: "
         "lower one of the two",
@@ -97,14 +97,15 @@ def test_a_layout_that_does_not_fit_the_network_lists_every_problem():
             6,
             12,
             4,
-            "network.attention.num_heads = 6 does not divide by parallel.tensor = 4: choose a tensor size that divides it",
+            "network.attention.num_heads = 6 does not divide by parallel.tensor = 4: choose a tensor size that divides "
+            "it",
         ),
         (
             16,
             3,
             8,
-            "network.attention.num_query_groups = 2, each with 30 rows of queries, key and value, cannot be shared evenly by "
-            "parallel.tensor = 8: choose a smaller tensor size",
+            "network.attention.num_query_groups = 2, each with 30 rows of queries, key and value, cannot be shared "
+            "evenly by parallel.tensor = 8: choose a smaller tensor size",
         ),
     ],
 )
