@@ -33,7 +33,7 @@ from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_probl
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
-from minitron_megatron.parallel.schedule import Batch, in_calls
+from minitron_megatron.parallel.schedule import Batch, in_calls, to_device
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 
@@ -182,7 +182,7 @@ def _megatron_loss(
     num_batches = -(-len(samples) // (config.micro_batch * groups.layout.data))
     with watchdog(groups.timeout_min) as moved, progress("evaluate", num_batches) as advance:
         for call in in_calls(batches, groups):
-            results.append(model.evaluate([{k: v.to(groups.device) for k, v in batch.items()} for batch in call]))
+            results.append(model.evaluate(to_device(call, groups.device)))
             moved()
             advance(len(call))
     result = mean_of(results)
@@ -194,7 +194,7 @@ def _transformers_loss(model, samples: Samples, config: EvaluateConfig) -> tuple
     total, num_tokens = 0.0, 0
     with torch.no_grad(), progress("evaluate", -(-len(samples) // config.micro_batch)) as advance:
         for batch in rank_batches(samples, 0, len(samples), config.micro_batch, 0, 1):
-            batch = {key: value.to(model.device) for key, value in batch.items()}
+            [batch] = to_device([batch], model.device)
             logits = model(batch["tokens"], **_documents(batch)).logits
             # A sequence at a time: float32 logits of a whole batch would be gigabytes.
             for row, labels, mask in zip(logits, batch["labels"], batch["loss_mask"], strict=True):

@@ -17,7 +17,7 @@ from minitron_megatron.data.samples import Samples, rank_batches
 from minitron_megatron.distillation.step import StepResult, TeacherStudent, mean_of
 from minitron_megatron.errors import DataError, Preempted, TrainingError
 from minitron_megatron.parallel.groups import Groups
-from minitron_megatron.parallel.schedule import in_calls
+from minitron_megatron.parallel.schedule import in_calls, to_device
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 from minitron_megatron.training.metrics import Metrics, memory_gib
@@ -223,18 +223,15 @@ def validate(
     batches = rank_batches(heldout, 0, count, config.micro_batch, groups.data_rank, groups.layout.data)
     found = []
     for call in in_calls(batches, groups):
-        found.append(pair.evaluate(_to(call, groups)))
+        found.append(pair.evaluate(to_device(call, groups.device)))
         moved()
     return mean_of(found)
 
 
 def _batches(samples: Samples, first: int, config: DistillConfig, groups: Groups) -> list:
     count, data = config.global_batch, groups.layout.data
-    return _to(list(rank_batches(samples, first, count, config.micro_batch, groups.data_rank, data)), groups)
-
-
-def _to(batches: list, groups: Groups) -> list:
-    return [{key: value.to(groups.device, non_blocking=True) for key, value in batch.items()} for batch in batches]
+    batches = rank_batches(samples, first, count, config.micro_batch, groups.data_rank, data)
+    return to_device(batches, groups.device)
 
 
 def _losses(where: str, result: StepResult, loss: LossConfig) -> dict[str, float]:
