@@ -16,6 +16,7 @@ from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.data.samples import Samples, rank_batches
 from minitron_megatron.distillation.step import StepResult, TeacherStudent, mean_of
 from minitron_megatron.errors import DataError, Preempted, TrainingError
+from minitron_megatron.parallel.gpus import peak_tflops
 from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import in_calls, to_device
 from minitron_megatron.parallel.watchdog import watchdog
@@ -244,16 +245,6 @@ def _losses(where: str, result: StepResult, loss: LossConfig) -> dict[str, float
     return found
 
 
-# Dense bf16 peak in TFLOP/s by CUDA's name of the device, from NVIDIA's data sheets. PCIe and NVL parts of the same
-# family have other peaks.
-_PEAK_TFLOPS = {
-    "NVIDIA H200": 989.4,
-    "NVIDIA H100 80GB HBM3": 989.4,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-}
-
-
 def _throughput(tokens_per_s: float, flops_per_token: float, groups: Groups) -> dict[str, float]:
     ranks = groups.layout.world_size
     tflops = tokens_per_s * flops_per_token / ranks / 1e12
@@ -263,7 +254,7 @@ def _throughput(tokens_per_s: float, flops_per_token: float, groups: Groups) -> 
         "throughput/tflops_per_rank": tflops,
     }
     if groups.device.type == "cuda":
-        peak = _PEAK_TFLOPS.get(torch.cuda.get_device_name())
+        peak = peak_tflops(torch.cuda.get_device_name())
         if peak:
             found["throughput/mfu_pct"] = 100 * tflops / peak
     return found
