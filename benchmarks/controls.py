@@ -287,7 +287,7 @@ def in_markdown(results: dict) -> str:
 
 def draw(results: dict, path: Path) -> None:
     """The losses and divergences of every model: a dot per seed, the teacher's loss as a line."""
-    from minitron_megatron.report.style import CUT, KEPT, MUTED, heading, label, new_figure, png, tidy
+    from minitron_megatron.plotting import CUT, KEPT, MUTED, heading, label, new_figure, png, tidy
 
     names = [PRUNED, *ARMS]
     figure = new_figure("A pruned start and a teacher: what each is worth", 3.4)

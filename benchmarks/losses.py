@@ -294,7 +294,7 @@ def in_markdown(results: dict) -> str:
 
 def draw(results: dict, path: Path) -> None:
     """Each way's loss and divergence on the corpus, as dots on a line, beside the untrained student's way of it."""
-    from minitron_megatron.report.style import CUT, KEPT, heading, new_figure, png, tidy
+    from minitron_megatron.plotting import CUT, KEPT, heading, new_figure, png, tidy
 
     names = list(ARMS)
     figure = new_figure("What a student minimises, and what it then can", 5.2)

@@ -269,7 +269,7 @@ def in_markdown(results: dict) -> str:
 
 def draw(results: dict, path: Path) -> None:
     """Losses by criterion, a dot per draw: width beside the paper's order, and depth."""
-    from minitron_megatron.report.style import CUT, INK, KEPT, MUTED, heading, label, new_figure, png, tidy
+    from minitron_megatron.plotting import CUT, INK, KEPT, MUTED, heading, label, new_figure, png, tidy
 
     losses, [teacher] = results["losses"], results["losses"]["teacher"]
     figure = new_figure(f"Held-out loss right after pruning, by criterion; {teacher:.2f} before", 4.4)

@@ -10,9 +10,9 @@ import wandb
 from minitron_megatron import distill
 from minitron_megatron.config.schema import DataConfig, DistillConfig, DType, OptimizerConfig, Tracker, TrackingConfig
 from minitron_megatron.errors import ConfigError
+from minitron_megatron.tracking.metrics import Metrics, read_metrics
 from minitron_megatron.training import distill as training
 from minitron_megatron.training import loop
-from minitron_megatron.training.metrics import Metrics, read_metrics
 from tests.offline_wandb import artifacts, history, rows, sessions
 from tests.tiny import LLAMA, hf_model, import_hf, literate
 

@@ -7,10 +7,7 @@ from matplotlib.ticker import StrMethodFormatter
 
 from minitron_megatron.config.schema import DepthCriterion, DepthSearch, Unit
 from minitron_megatron.model.shape import ATTENTION, MLP
-from minitron_megatron.pruning.plan import Plan
-from minitron_megatron.pruning.scores import DepthSettings, Scores
-from minitron_megatron.report.kept import columns
-from minitron_megatron.report.style import (
+from minitron_megatron.plotting import (
     CUT,
     GRID,
     KEPT,
@@ -22,6 +19,9 @@ from minitron_megatron.report.style import (
     tidy,
     whole_numbers,
 )
+from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.scores import DepthSettings, Scores
+from minitron_megatron.report.kept import columns
 
 _PANELS = {
     DepthCriterion.BLOCK_INFLUENCE: "Block Influence: 1 − cosine between input and output",

@@ -11,10 +11,7 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
-from minitron_megatron.pruning.kept import kept_groups, kept_heads, kept_hidden_share, kept_sublayers, num_kept_ffn
-from minitron_megatron.pruning.plan import Plan
-from minitron_megatron.pruning.scores import Scores, descending, group_scores
-from minitron_megatron.report.style import (
+from minitron_megatron.plotting import (
     CUT,
     INK,
     group_edges,
@@ -27,6 +24,9 @@ from minitron_megatron.report.style import (
     tidy,
     whole_numbers,
 )
+from minitron_megatron.pruning.kept import kept_groups, kept_heads, kept_hidden_share, kept_sublayers, num_kept_ffn
+from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.scores import Scores, descending, group_scores
 
 _FAINT = 0.01  # of the layer's largest score: smaller ones have one colour
 _SUBLAYERS = {ATTENTION: "attention sublayer", MLP: "MLP sublayer"}

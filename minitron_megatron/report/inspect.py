@@ -22,6 +22,7 @@ from minitron_megatron.config.schema import DepthSearch, InspectConfig, Unit
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model.count import forward_flops_per_token, num_parameters
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
+from minitron_megatron.plotting import short
 from minitron_megatron.pruning.kept import kept_sublayers
 from minitron_megatron.pruning.plan import FILE as PLAN
 from minitron_megatron.pruning.plan import Plan, to_ranges
@@ -31,8 +32,7 @@ from minitron_megatron.report.compare import task_measures
 from minitron_megatron.report.differences import comparable, differences, open_network
 from minitron_megatron.report.gallery import Picture, loss_pictures, pruning_pictures, scores_of, write_pictures
 from minitron_megatron.report.results import Evaluation, read_evaluation
-from minitron_megatron.report.style import short
-from minitron_megatron.training import metrics
+from minitron_megatron.tracking import metrics
 
 _KINDS = {ATTENTION: "attention", MLP: "MLP"}
 _SHOWN = 8  # units that are missed least

@@ -7,10 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, PercentFormatter
 
 from minitron_megatron.model.shape import ATTENTION, MLP, ModelShape
-from minitron_megatron.pruning.kept import kept_ffn_share, kept_heads, kept_sublayers, num_kept_ffn
-from minitron_megatron.pruning.plan import Plan
-from minitron_megatron.pruning.scores import Scores
-from minitron_megatron.report.style import (
+from minitron_megatron.plotting import (
     GRID,
     KEPT,
     group_edges,
@@ -20,6 +17,9 @@ from minitron_megatron.report.style import (
     tidy,
     whole_numbers,
 )
+from minitron_megatron.pruning.kept import kept_ffn_share, kept_heads, kept_sublayers, num_kept_ffn
+from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.scores import Scores
 
 
 def columns(shape: ModelShape) -> tuple[np.ndarray, str]:

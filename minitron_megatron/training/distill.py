@@ -35,8 +35,8 @@ from minitron_megatron.model.count import forward_flops_per_token, num_parameter
 from minitron_megatron.model.megatron_args import args_of_shape
 from minitron_megatron.parallel.collectives import failing_together, main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
+from minitron_megatron.tracking.metrics import Metrics
 from minitron_megatron.training.loop import train
-from minitron_megatron.training.metrics import Metrics
 from minitron_megatron.training.optimizer import optimization
 from minitron_megatron.training.preemption import stop_requests
 from minitron_megatron.training.state import load_state
@@ -47,14 +47,13 @@ logger = logging.getLogger(__name__)
 _BYTES_PER_PARAMETER = 2 + 3 * 4
 
 
-def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None = None) -> Path:
+def distill(config: DistillConfig) -> Path:
     """Train a student checkpoint, from a teacher or from the text alone.
 
     A run that was killed goes on from its last checkpoint when it is started again with the same settings.
 
     Args:
         config: settings of the run.
-        figures: draws PNG files of the run whose folder it is given, for the trackers.
 
     Returns:
         the run's folder; its `checkpoints/` is the trained checkpoint.
@@ -96,9 +95,11 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
                 needed = teacher if config.loss.needs_teacher else None
                 _run(config, output, needed, student, samples, heldout, groups, metrics, asked_to_stop)
                 if metrics and config.tracking.trackers:
+                    # matplotlib takes a second to import, and few runs have a tracker
+                    from minitron_megatron.tracking.curves import write_loss_curves
+
                     metrics.log_output(output.name, output / "checkpoints")
-                    if figures:
-                        metrics.log_figures(figures(output))
+                    metrics.log_figures(write_loss_curves(output))
             if groups.is_main:
                 manifest.write(output)
                 (output / "DONE").touch()

@@ -21,7 +21,7 @@ from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import in_calls, to_device
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
-from minitron_megatron.training.metrics import Metrics, memory_gib
+from minitron_megatron.tracking.metrics import Metrics, memory_gib
 from minitron_megatron.training.optimizer import Optimization
 from minitron_megatron.training.state import RunState, remove_old, save_state, step_back
 

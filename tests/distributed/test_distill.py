@@ -40,8 +40,8 @@ from minitron_megatron.errors import ConfigError, DataError, TrainingError
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.count import forward_flops_per_token
 from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.tracking.metrics import read_metrics
 from minitron_megatron.training import distill, loop, state
-from minitron_megatron.training.metrics import read_metrics
 from minitron_megatron.training.optimizer import Optimization
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, hf_model, import_hf, literate

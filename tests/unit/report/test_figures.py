@@ -5,10 +5,10 @@ import numpy as np
 import torch
 
 from minitron_megatron.config.schema import TargetConfig
+from minitron_megatron.plotting import png
 from minitron_megatron.pruning.plan import make_plan
 from minitron_megatron.report.figures import ffn_importance, group_importance, head_importance, hidden_importance
 from minitron_megatron.report.kept import kept_map
-from minitron_megatron.report.style import png
 
 
 def test_neurons_are_sorted_and_relative_to_their_layer(scores):

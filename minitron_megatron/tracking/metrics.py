@@ -10,7 +10,8 @@ import torch
 
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, write_atomically
 from minitron_megatron.config.schema import TrackingConfig
-from minitron_megatron.training.trackers import STEP, TensorBoard, Wandb, start_trackers
+from minitron_megatron.errors import UserError
+from minitron_megatron.tracking.trackers import STEP, TensorBoard, Wandb, start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,30 @@ class Metrics:
                 if name not in self._warned:
                     self._warned.add(name)
                     logger.warning("%s fails (%r): training goes on, and %s has everything", name, error, FILE)
+
+
+def log_report(
+    run: Path, tracking: TrackingConfig, steps: int, figures: list[Path], results: dict[str, dict[str, float]]
+) -> None:
+    """Hands a whole report to the trackers of a training run that has ended.
+
+    A tracker that does not start any more is a warning: everything is on disk by now.
+
+    Args:
+        run: folder of the training run.
+        tracking: its trackers.
+        steps: that it has made.
+        figures: PNG files.
+        results: numbers by model and by name; see `Metrics.log_results`.
+    """
+    try:
+        with Metrics(run, tracking, Manifest.read(run)) as metrics:
+            metrics.go_on(steps)
+            metrics.log_output(run.name, run / "checkpoints")
+            metrics.log_figures(figures)
+            metrics.log_results(results)
+    except UserError as error:
+        logger.warning("the report is in no tracker: %s", error)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

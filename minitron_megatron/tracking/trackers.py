@@ -14,7 +14,7 @@ from pathlib import Path
 from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, Parent, write_atomically
 from minitron_megatron.config.schema import Tracker, TrackingConfig
 from minitron_megatron.errors import ConfigError
-from minitron_megatron.training.provenance import provenance
+from minitron_megatron.tracking.provenance import provenance
 
 WANDB_ID = "wandb_id"
 TENSORBOARD = "tensorboard"
