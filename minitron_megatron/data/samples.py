@@ -116,11 +116,11 @@ class TrainingSamples:
         dataset = self.dataset
         if isinstance(dataset, BlendedDataset):
             dataset, index = dataset.datasets[dataset.dataset_index[index]], int(dataset.dataset_sample_index[index])
-        found = dataset[index]
-        window = torch.cat([found["tokens"], found["labels"][-1:]])
+        item = dataset[index]
+        window = torch.cat([item["tokens"], item["labels"][-1:]])
         lengths = _document_lengths(dataset, index) if self.document_mask else None
         # Megatron-Core takes ~0, which is -1, for padding: it gives 0 and a mask of 0, which is what is meant.
-        return _sample(window, found["loss_mask"].bool(), lengths)
+        return _sample(window, item["loss_mask"].bool(), lengths)
 
 
 def _document_lengths(dataset: GPTDataset, index: int) -> list[int]:

@@ -18,12 +18,13 @@ from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import EVALUATION, Manifest, Parent, is_done, write_atomically, writing
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.compose import to_plain
-from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import EvaluateConfig
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.data.samples import Samples, heldout_samples, rank_batches
 from minitron_megatron.data.tokens import prepare_corpus
-from minitron_megatron.distillation.step import TeacherStudent, mean_of
+from minitron_megatron.distillation.objectives import CrossEntropy, Entry
+from minitron_megatron.distillation.result import combine
+from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.evaluation.decoding import Decoding
 from minitron_megatron.evaluation.driver import driven
@@ -176,17 +177,17 @@ def _megatron_loss(
     chunks: list[torch.nn.Module], vocab: int, samples: Samples, config: EvaluateConfig, groups: Groups
 ) -> tuple[float, int]:
     """Mean cross-entropy per held-out token, in nats, and the number of tokens."""
-    model = TeacherStudent(chunks, None, groups, LossConfig(0.0, 1.0), vocab)
+    step = DistillationStep(chunks, [Entry(None, CrossEntropy())], groups, vocab)
     batches = rank_batches(samples, 0, len(samples), config.micro_batch, groups.data_rank, groups.layout.data)
     results = []
     num_batches = -(-len(samples) // (config.micro_batch * groups.layout.data))
     with watchdog(groups.timeout_min) as moved, progress("evaluate", num_batches) as advance:
         for call in in_calls(batches, groups):
-            results.append(model.evaluate(to_device(call, groups.device)))
+            results.append(step.evaluate(to_device(call, groups.device)))
             moved()
             advance(len(call))
-    result = mean_of(results)
-    return result.lm, result.num_tokens
+    result = combine(results)
+    return result.losses[CrossEntropy.name], result.num_tokens
 
 
 def _transformers_loss(model, samples: Samples, config: EvaluateConfig) -> tuple[float, int]:

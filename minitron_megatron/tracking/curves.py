@@ -72,7 +72,7 @@ def loss_curves(runs: dict[str, list[dict[str, float]]]) -> Figure:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred means over a fifteenth of the values.
+    """Returns centred means over a fifteenth of the values.
 
     They shrink at the start, where losses fall fast, and only lose their later half at the end, where the
     last values alone would say little.
@@ -85,7 +85,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _panels(runs: dict[str, list[dict[str, float]]]) -> dict[str, str]:
-    """The loss terms to draw and their titles. A term that is the total everywhere has no panel of its own."""
+    """Returns the loss terms to draw and their titles. A term that is the total everywhere has no panel of its own."""
     lines = [line for run in runs.values() for line in run]
     terms = dict.fromkeys(key.removeprefix("loss/") for line in lines for key in line if key.startswith("loss/"))
     titles = {term: _TERMS.get(term, term) for term in terms if term != "total"}
@@ -96,14 +96,14 @@ def _panels(runs: dict[str, list[dict[str, float]]]) -> dict[str, str]:
 
 
 def _series(lines: list[dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and values of one metric, over the lines that have it."""
-    found = [(line["progress/tokens"], line[key]) for line in lines if key in line]
-    tokens, values = zip(*found) if found else ((), ())
+    """Returns tokens and values of one metric, over the lines that have it."""
+    points = [(line["progress/tokens"], line[key]) for line in lines if key in line]
+    tokens, values = zip(*points) if points else ((), ())
     return np.array(tokens), np.array(values)
 
 
 def _end_labels(axes: Axes, last: dict[str, float], colours: dict[str, str]) -> None:
-    """At the right edge, the last smoothed value of every run, and its name where there are several."""
+    """Writes at the right edge the last smoothed value of every run, and its name where there are several."""
     low, high = axes.get_ylim()
     heights = spread(list(last.values()), 0.13 * (high - low))
     for (name, value), height in zip(last.items(), heights, strict=True):

@@ -14,14 +14,18 @@ from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.loss import Balance, HiddenConfig, HiddenLoss, LayerMap, LossConfig, Point, Projection
 from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.data.samples import rank_batches
-from minitron_megatron.distillation.hidden import HiddenLosses, add_projections, hidden_problems, resolve_pairs
+from minitron_megatron.distillation.entries import loss_entries
+from minitron_megatron.distillation.hidden import HiddenDistance
+from minitron_megatron.distillation.live_teacher import LiveTeacher
 from minitron_megatron.distillation.losses import forward_kl
-from minitron_megatron.distillation.step import TeacherStudent
+from minitron_megatron.distillation.pairs import hidden_problems, resolve_pairs
+from minitron_megatron.distillation.projections import add_projections
+from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.model.axes import PROJECTIONS
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import shape_from_config
 from minitron_megatron.parallel.groups import process_groups
-from minitron_megatron.training.optimizer import optimization
+from minitron_megatron.training.optimizer import setup_optimizer
 from tests.gradients import Gradients, close, local_gradients
 from tests.in_memory import StateDict
 from tests.ranks import run_on_ranks
@@ -87,25 +91,28 @@ def work(folder, name):
             load_weights(chunks, student, groups)
             shapes = student.shape, teacher.shape
             add_projections(chunks, hidden, *shapes, groups, seed=5)
-            losses = HiddenLosses(hidden, chunks, teacher_chunks, shapes, groups)
-            training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
-            pair = TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.shape.vocab, losses)
+            distance = HiddenDistance(hidden, chunks, shapes, groups)
+            trained = setup_optimizer(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+            vocab = student.shape.vocab
+            entries = loss_entries(loss, LiveTeacher(teacher_chunks, groups, vocab), distance)
+            step = DistillationStep(trained.chunks, entries, groups, vocab, loss.chunk_tokens)
             own = found[case] = {"steps": []}
-            for step in range(STEPS):
+            for number in range(STEPS):
                 batches = rank_batches(
-                    samples(), step * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, groups.data_rank, groups.layout.data
+                    samples(), number * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, groups.data_rank, groups.layout.data
                 )
-                training.zero_grad()
-                result = pair.train(list(batches))
-                if step == 0:
+                trained.zero_grad()
+                result = step.train(list(batches))
+                if number == 0:
                     own["gradients"] = local_gradients(chunks, student.shape, groups)
                     own["projections"] = {
                         name: (projection.weight.detach().clone(), projection.weight.main_grad.clone())
                         for chunk in chunks
                         for name, projection in getattr(chunk, PROJECTIONS, {}).items()
                     }
-                values = (result.kd_logits, result.lm, result.alpha, *result.of_pairs.values())
-                own["steps"].append((*values, result.total(loss), training.grad_norm(), training.step()))
+                losses, of_pairs = result.losses, result.entries["kd_hidden"].pair_losses
+                values = (losses["kd_logits"], losses["lm"], result.alpha, *of_pairs.values())
+                own["steps"].append((*values, result.total, trained.grad_norm(), trained.step()))
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")
 
 
@@ -245,18 +252,19 @@ def train_a_shared_projection(folder, name, layout):
             chunks = build_model(student.shape, groups, DType.FP32)
             load_weights(chunks, student, groups)
             add_projections(chunks, hidden, *shapes, groups, seed=5)
-            losses = HiddenLosses(hidden, chunks, teacher_chunks, shapes, groups)
+            distance = HiddenDistance(hidden, chunks, shapes, groups)
             config = OptimizerConfig(lr=1e-2, warmup_steps=1, eps=1e-3, **settings)
-            training = optimization(chunks, config, 9, DType.FP32, groups)
-            loss = LossConfig(hidden=hidden)
-            pair = TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.shape.vocab, losses)
+            trained = setup_optimizer(chunks, config, 9, DType.FP32, groups)
+            vocab = student.shape.vocab
+            entries = loss_entries(LossConfig(hidden=hidden), LiveTeacher(teacher_chunks, groups, vocab), distance)
+            step = DistillationStep(trained.chunks, entries, groups, vocab)
             norms = []
-            for step in range(3):
-                batches = rank_batches(samples(), 4 * step, 4, MICRO_BATCH, groups.data_rank, groups.layout.data)
-                training.zero_grad()
-                pair.train(list(batches))
-                norms.append(training.grad_norm())
-                training.step()
+            for number in range(3):
+                batches = rank_batches(samples(), 4 * number, 4, MICRO_BATCH, groups.data_rank, groups.layout.data)
+                trained.zero_grad()
+                step.train(list(batches))
+                norms.append(trained.grad_norm())
+                trained.step()
             own = [p.weight.detach().clone() for c in chunks for p in getattr(c, PROJECTIONS, {}).values()]
             found[(case, *settings.values())] = own, norms
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")

@@ -144,28 +144,33 @@ def work(folder, name):
     with process_groups(LAYOUTS[name]) as groups:
         found = {}
         for attempt in ("first", "again"):
-            pair, training = teacher_and_student(folder, checkpoint, LOSS, groups)
+            step, trained = teacher_and_student(folder, checkpoint, LOSS, groups)
             if attempt == "first":
-                result = pair.train(BATCHES)
+                result = step.train(BATCHES)
                 found["gradients"] = [
                     (param.name, layer, index, gradient)
-                    for param, layer, index, gradient in gradients(training.chunks, checkpoint.shape, groups)
+                    for param, layer, index, gradient in gradients(trained.chunks, checkpoint.shape, groups)
                 ]
-                values = (result.kd_logits, result.lm, *result.of_pairs.values())
-                found["step"] = (*values, training.grad_norm(), training.step())
-                save_state(folder / name, RunState(step=1), {"": training})
+                found["step"] = (*all_losses(result), trained.grad_norm(), trained.step())
+                save_state(folder / name, RunState(step=1), {"": trained})
             else:
-                assert load_state(folder / name, {"": training}).step == 1
-            result = pair.evaluate(BATCHES)
-            found[attempt] = (result.kd_logits, result.lm, *result.of_pairs.values())
+                assert load_state(folder / name, {"": trained}).step == 1
+            found[attempt] = all_losses(step.evaluate(BATCHES))
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")
 
 
+def all_losses(result):
+    return result.losses["kd_logits"], result.losses["lm"], *result.entries["kd_hidden"].pair_losses.values()
+
+
 def teacher_and_student(folder, student, loss, groups):
-    """A student with the teacher of a folder, and the student's optimiser, its gradients at zero."""
-    from minitron_megatron.distillation.hidden import HiddenLosses, add_projections
-    from minitron_megatron.distillation.step import TeacherStudent
-    from minitron_megatron.training.optimizer import optimization
+    """A step of a student with the teacher of a folder, and the student's optimiser, its gradients at zero."""
+    from minitron_megatron.distillation.entries import loss_entries
+    from minitron_megatron.distillation.hidden import HiddenDistance
+    from minitron_megatron.distillation.live_teacher import LiveTeacher
+    from minitron_megatron.distillation.projections import add_projections
+    from minitron_megatron.distillation.step import DistillationStep
+    from minitron_megatron.training.optimizer import setup_optimizer
 
     teacher = Checkpoint(folder / "teacher")
     teacher_chunks = build_model(teacher.shape, groups, DType.FP32)
@@ -174,10 +179,12 @@ def teacher_and_student(folder, student, loss, groups):
     load_weights(chunks, student, groups)
     shapes = student.shape, teacher.shape
     add_projections(chunks, loss.hidden, *shapes, groups, seed=5)
-    training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
-    training.zero_grad()
-    hidden = HiddenLosses(loss.hidden, chunks, teacher_chunks, shapes, groups)
-    return TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.shape.vocab, hidden), training
+    hidden = HiddenDistance(loss.hidden, chunks, shapes, groups)
+    trained = setup_optimizer(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+    trained.zero_grad()
+    vocab = student.shape.vocab
+    entries = loss_entries(loss, LiveTeacher(teacher_chunks, groups, vocab), hidden)
+    return DistillationStep(trained.chunks, entries, groups, vocab, loss.chunk_tokens), trained
 
 
 def gradients(chunks, shape, groups):
@@ -241,9 +248,9 @@ def test_hidden_losses_are_those_of_the_network_with_an_attention_that_adds_noth
         for name, of_network in zip(("student", "teacher"), pairs, strict=True):
             hidden = HiddenConfig(0.5, loss=HiddenLoss.MSE, points=points, pairs=of_network)
             student = Checkpoint(folder / name)
-            pair, training = teacher_and_student(folder, student, LossConfig(hidden=hidden), groups)
-            losses.append(list(pair.train(BATCHES).of_pairs.values()))
-            found.append({(p.parts[0].name, n): g for p, n, _, g in gradients(training.chunks, student.shape, groups)})
+            step, trained = teacher_and_student(folder, student, LossConfig(hidden=hidden), groups)
+            losses.append(list(step.train(BATCHES).entries["kd_hidden"].pair_losses.values()))
+            found.append({(p.parts[0].name, n): g for p, n, _, g in gradients(trained.chunks, student.shape, groups)})
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert min(losses[0]) > 0
     own, other = found

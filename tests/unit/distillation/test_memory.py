@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig
 from minitron_megatron.config.schema import DistillConfig, DType, OptimizerConfig, ParallelConfig
-from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
+from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
 from minitron_megatron.distillation.memory import GIB, estimate_memory
 from minitron_megatron.distillation.nearest_layout import nearest_layout
 from minitron_megatron.distillation.step_time import estimate_step
@@ -24,7 +24,7 @@ from minitron_megatron.parallel.gpus import GPUS
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.schedule import forward_hidden
-from minitron_megatron.training.optimizer import optimization
+from minitron_megatron.training.optimizer import setup_optimizer
 
 TEACHER = ModelShape(
     pattern=layers_pattern(32),
@@ -75,12 +75,12 @@ def test_state_is_what_a_model_in_training_has(dtype, distributed):
     expected = estimate_memory(SMALL, None, config, Layout())
     with process_groups(ParallelConfig()) as groups:
         chunks = build_model(SMALL, groups, dtype)
-        training = optimization(chunks, config.optimizer, 2, dtype, groups)
-        training.grad_norm(), training.step()
+        trained = setup_optimizer(chunks, config.optimizer, 2, dtype, groups)
+        trained.grad_norm(), trained.step()
         weights = list(chunks[0].parameters())
         assert _bytes(weights) == expected.student_weights
         assert _bytes([weight.main_grad for weight in weights]) == expected.gradients
-        [adam] = [part.optimizer for part in getattr(training.optimizer, "chained_optimizers", [training.optimizer])]
+        [adam] = [part.optimizer for part in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer])]
         state = [value for of_one in adam.state.values() for name, value in of_one.items() if name != "step"]
         main = [weight for group in adam.param_groups for weight in group["params"] if dtype is not DType.FP32]
         assert _bytes(state) + _bytes(main) == expected.optimizer
@@ -150,7 +150,7 @@ def test_a_loss_takes_no_more_than_estimated(divergence, temperature):
     run = settings(tokens, micro_batch=1, dtype=DType.FP32, loss=LossConfig(kd_weight, lm_weight, logits=logits))
     with process_groups(ParallelConfig()) as groups, _Peak() as peak:
         hidden, weight = torch.randn(tokens, width).requires_grad_(), torch.randn(vocab, width).requires_grad_()
-        teacher = Teacher(torch.randn(tokens, width), torch.randn(vocab, width)) if divergence else None
+        teacher = Predictions(torch.randn(tokens, width), torch.randn(vocab, width)) if divergence else None
         before = peak.now
         labels, mask = torch.zeros(tokens, dtype=torch.long), torch.ones(tokens)
         group = groups.collection.tp
