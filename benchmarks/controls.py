@@ -225,9 +225,13 @@ def judge(model: Path, teacher: Path, texts: dict[str, Path], windows: int | Non
     from minitron_megatron.config.loss import LossConfig
     from minitron_megatron.config.schema import DType, ParallelConfig
     from minitron_megatron.data.samples import rank_batches
-    from minitron_megatron.distillation.step import TeacherStudent, mean_of
+    from minitron_megatron.distillation.entries import loss_entries
+    from minitron_megatron.distillation.live_teacher import LiveTeacher
+    from minitron_megatron.distillation.result import combine
+    from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.schedule import to_device
 
     torch.set_num_threads(threads)
     found = {}
@@ -238,13 +242,14 @@ def judge(model: Path, teacher: Path, texts: dict[str, Path], windows: int | Non
             chunks[role] = build_model(checkpoint.network, groups, DType.BF16)
             load_weights(chunks[role], checkpoint, groups)
         loss = LossConfig(kd_logits_weight=1.0, lm_weight=1.0)
-        pair = TeacherStudent(chunks["model"], chunks["teacher"], groups, loss, checkpoint.network.vocab_size)
+        vocab = checkpoint.network.vocab_size
+        entries = loss_entries(loss, LiveTeacher(chunks["teacher"], groups, vocab))
+        step = DistillationStep(chunks["model"], entries, groups, vocab)
         for name, path in texts.items():
             samples = as_samples(torch.load(path), windows)
-            batches = rank_batches(samples, 0, len(samples), 4, 0, 1)
-            batches = [{key: value.to(groups.device) for key, value in batch.items()} for batch in batches]
-            result = mean_of([pair.evaluate([batch]) for batch in batches])
-            found |= {f"{name} loss": result.lm, f"{name} KL": result.kd_logits}
+            batches = to_device(rank_batches(samples, 0, len(samples), 4, 0, 1), groups.device)
+            losses = combine([step.evaluate([batch]) for batch in batches]).losses
+            found |= {f"{name} loss": losses["lm"], f"{name} KL": losses["kd_logits"]}
     return found
 
 
@@ -287,7 +292,7 @@ def in_markdown(results: dict) -> str:
 
 def draw(results: dict, path: Path) -> None:
     """The losses and divergences of every model: a dot per seed, the teacher's loss as a line."""
-    from minitron_megatron.report.style import CUT, KEPT, MUTED, heading, label, new_figure, png, tidy
+    from minitron_megatron.plotting import CUT, KEPT, MUTED, heading, label, new_figure, png, tidy
 
     names = [PRUNED, *ARMS]
     figure = new_figure("A pruned start and a teacher: what each is worth", 3.4)

@@ -105,14 +105,14 @@ def ours(recompute: bool, models: Models, tokens: Path, threads: int) -> Iterato
     from minitron_megatron.parallel.groups import process_groups
 
     with process_groups(ParallelConfig()) as groups:
-        pair, training = teacher_and_student(models, groups, recompute)
+        distillation, _, trained = teacher_and_student(models, groups, recompute)
         loaded = memory_gib()["resident_gib"]
 
         def step(tokens: torch.Tensor) -> float:
-            training.zero_grad()
-            result = pair.train([as_batch(tokens)])
-            training.step()
-            return result.kd_logits
+            trained.zero_grad()
+            result = distillation.train([as_batch(tokens)])
+            trained.step()
+            return result.losses["kd_logits"]
 
         yield from measure(step, read_tokens(tokens), loaded)
 
@@ -124,14 +124,16 @@ def read_tokens(path: Path):
 
 
 def teacher_and_student(models: Models, groups, recompute: bool = False):
-    """The pair that the training loop trains, and the student's optimiser."""
+    """The step of the training loop, its teacher, and the student's optimiser."""
     from minitron_megatron.checkpoint.load import load_weights
     from minitron_megatron.checkpoint.sharded import Checkpoint
     from minitron_megatron.config.loss import LossConfig
     from minitron_megatron.config.schema import DType, OptimizerConfig
-    from minitron_megatron.distillation.step import TeacherStudent
+    from minitron_megatron.distillation.entries import loss_entries
+    from minitron_megatron.distillation.live_teacher import LiveTeacher
+    from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
-    from minitron_megatron.training.optimizer import optimization
+    from minitron_megatron.training.optimizer import setup_optimizer
 
     teacher, student = Checkpoint(models.teacher), Checkpoint(models.pruned)
     student_chunks = build_model(student.network, groups, DType.BF16, recompute)
@@ -141,9 +143,10 @@ def teacher_and_student(models: Models, groups, recompute: bool = False):
     for chunk in teacher_chunks:
         chunk.requires_grad_(False)
     settings = OptimizerConfig(LR, LR, 0, CLIP_GRAD, WEIGHT_DECAY, *BETAS, EPS)
-    training = optimization(student_chunks, settings, 1000, DType.BF16, groups)
-    pair = TeacherStudent(training.chunks, teacher_chunks, groups, LossConfig(), student.network.vocab_size)
-    return pair, training
+    trained = setup_optimizer(student_chunks, settings, 1000, DType.BF16, groups)
+    live_teacher = LiveTeacher(teacher_chunks, groups, student.network.vocab_size)
+    entries = loss_entries(LossConfig(), live_teacher)
+    return DistillationStep(trained.chunks, entries, groups, student.network.vocab_size), live_teacher, trained
 
 
 def as_batch(tokens) -> dict:
@@ -331,7 +334,7 @@ def profile(models: Models, tokens: Path, warmup: int, threads: int) -> dict:
 
     from minitron_megatron.checkpoint.sharded import Checkpoint
     from minitron_megatron.config.schema import ParallelConfig
-    from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
+    from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
     from minitron_megatron.model.count import forward_flops_per_token
     from minitron_megatron.parallel.groups import process_groups
     from minitron_megatron.parallel.schedule import forward_hidden, output_weight, run_forward
@@ -353,8 +356,8 @@ def profile(models: Models, tokens: Path, warmup: int, threads: int) -> dict:
     }
     seconds: dict[str, list[float]] = {phase: [] for phase in flops}
     with process_groups(ParallelConfig()) as groups:
-        pair, training = teacher_and_student(models, groups)
-        student, teacher = training.chunks[0], pair.teacher[0]
+        distillation, live_teacher, trained = teacher_and_student(models, groups)
+        student, teacher = trained.chunks[0], live_teacher.chunks[0]
         for number, step_tokens in enumerate(steps):
             batch = as_batch(step_tokens)
             labels, mask = (batch[key].transpose(0, 1).flatten() for key in ("labels", "loss_mask"))
@@ -370,17 +373,17 @@ def profile(models: Models, tokens: Path, warmup: int, threads: int) -> dict:
                 labels,
                 mask,
                 groups.collection.tp,
-                pair.vocab,
-                Teacher(state.flatten(0, 1), output_weight(teacher)),
+                distillation.vocab,
+                Predictions(state.flatten(0, 1), output_weight(teacher)),
                 kd_weight=1.0,
                 lm_weight=0.0,
-                chunk_tokens=pair.loss.chunk_tokens,
+                chunk_tokens=distillation.chunk_tokens,
             )
             times.append(now())
             (loss / count).backward()
             times.append(now())
-            training.step()
-            training.zero_grad()
+            trained.step()
+            trained.zero_grad()
             times.append(now())
             if number >= warmup:
                 for phase, start, end in zip(seconds, times[:-1], times[1:], strict=True):

@@ -157,14 +157,14 @@ def ours(groups, vocab, labels):
     import torch
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
-    from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
+    from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
 
     mask = torch.ones(len(labels), device=device())
     group = groups.collection.tp
 
     def loss(states, weights):
         hidden = copy_to_tensor_model_parallel_region(states["student"], group=group)
-        teacher = Teacher(states["teacher"], weights["teacher"])
+        teacher = Predictions(states["teacher"], weights["teacher"])
         found, _ = linear_distillation_loss(
             hidden, weights["student"], labels, mask, group, vocab, teacher, kd_weight=1.0, lm_weight=0.0
         )

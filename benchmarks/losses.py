@@ -231,7 +231,7 @@ def training_text(folder: Path, substituted: bool) -> Path:
 
 def settings(models: Models, work: Path, arm: Arm, starts: dict[str, Path], output: Path, seed: int, steps: int):
     """The settings of one run: the demo's, but for a shorter sequence, the loss, and who learns from whom."""
-    from minitron_megatron.config.loss import Balance, Divergence, LayerMap, Point, Projection
+    from minitron_megatron.config.loss import Balance, Divergence, LayerMap, Projection
 
     config = copy.deepcopy(models.recipe["distilled"])
     config.student, config.output = str(starts[arm.student]), str(output)
@@ -250,7 +250,7 @@ def settings(models: Models, work: Path, arm: Arm, starts: dict[str, Path], outp
         owner = config.loss
         for part in owners:
             owner = getattr(owner, part)
-        value = [Point(point) for point in value] if name == "points" else kinds.get(name, lambda value: value)(value)
+        value = kinds.get(name, lambda value: value)(value)
         setattr(owner, name, value)
     return config
 
@@ -294,7 +294,7 @@ def in_markdown(results: dict) -> str:
 
 def draw(results: dict, path: Path) -> None:
     """Each way's loss and divergence on the corpus, as dots on a line, beside the untrained student's way of it."""
-    from minitron_megatron.report.style import CUT, KEPT, heading, new_figure, png, tidy
+    from minitron_megatron.plotting import CUT, KEPT, heading, new_figure, png, tidy
 
     names = list(ARMS)
     figure = new_figure("What a student minimises, and what it then can", 5.2)

@@ -113,7 +113,6 @@ def measure(teacher: Path, data, known: Known, args) -> None:
 
     from minitron_megatron.checkpoint.load import load_weights
     from minitron_megatron.checkpoint.sharded import Checkpoint
-    from minitron_megatron.config.loss import LossConfig
     from minitron_megatron.config.schema import (
         Aggregation,
         Criterion,
@@ -129,7 +128,9 @@ def measure(teacher: Path, data, known: Known, args) -> None:
     from minitron_megatron.data.encoding import load_tokenizer
     from minitron_megatron.data.samples import heldout_samples, rank_batches, training_samples
     from minitron_megatron.data.tokens import prepare_corpus
-    from minitron_megatron.distillation.step import TeacherStudent, mean_of
+    from minitron_megatron.distillation.objectives import CrossEntropy, Entry
+    from minitron_megatron.distillation.result import combine
+    from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
     from minitron_megatron.pruning.make_plan import make_plan
@@ -151,8 +152,9 @@ def measure(teacher: Path, data, known: Known, args) -> None:
             if source is not checkpoint:
                 chunks = build_model(source.network, groups, DType.BF16)
                 load_weights(chunks, source, groups)
-            model = TeacherStudent(chunks, None, groups, LossConfig(0.0, 1.0), source.network.vocab_size)
-            return mean_of([model.evaluate([b]) for b in rank_batches(heldout, 0, len(heldout), 4, 0, 1)]).lm
+            step = DistillationStep(chunks, [Entry(None, CrossEntropy())], groups, source.network.vocab_size)
+            batches = rank_batches(heldout, 0, len(heldout), 4, 0, 1)
+            return combine([step.evaluate([batch]) for batch in batches]).losses["lm"]
 
         per_draw = max(args.samples, args.depth_samples, args.greedy_samples)
         pool = training_samples(corpus, data, per_draw * max(args.seeds, args.depth_seeds))
@@ -269,7 +271,7 @@ def in_markdown(results: dict) -> str:
 
 def draw(results: dict, path: Path) -> None:
     """Losses by criterion, a dot per draw: width beside the paper's order, and depth."""
-    from minitron_megatron.report.style import CUT, INK, KEPT, MUTED, heading, label, new_figure, png, tidy
+    from minitron_megatron.plotting import CUT, INK, KEPT, MUTED, heading, label, new_figure, png, tidy
 
     losses, [teacher] = results["losses"], results["losses"]["teacher"]
     figure = new_figure(f"Held-out loss right after pruning, by criterion; {teacher:.2f} before", 4.4)

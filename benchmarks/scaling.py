@@ -91,10 +91,12 @@ def measure(rank: int, ranks: int, port: int, axis: str, repeats: int) -> tuple[
 
     from minitron_megatron.config.loss import LossConfig
     from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
-    from minitron_megatron.distillation.step import TeacherStudent
+    from minitron_megatron.distillation.entries import loss_entries
+    from minitron_megatron.distillation.live_teacher import LiveTeacher
+    from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
-    from minitron_megatron.training.optimizer import optimization
+    from minitron_megatron.training.optimizer import setup_optimizer
 
     teacher_shape, student_shape = networks()
     with process_groups(ParallelConfig(**{axis: ranks} if axis else {})) as groups:
@@ -102,8 +104,10 @@ def measure(rank: int, ranks: int, port: int, axis: str, repeats: int) -> tuple[
         for chunk in teacher:
             chunk.requires_grad_(False)
         student = build_model(student_shape, groups, DType.BF16)
-        training = optimization(student, OptimizerConfig(), 100, DType.BF16, groups)
-        pair = TeacherStudent(training.chunks, teacher, groups, LossConfig(), VOCAB)
+        trained = setup_optimizer(student, OptimizerConfig(), 100, DType.BF16, groups)
+        step = DistillationStep(
+            trained.chunks, loss_entries(LossConfig(), LiveTeacher(teacher, groups, VOCAB)), groups, VOCAB
+        )
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(VOCAB, (MICRO_BATCHES, MICRO_BATCH, LENGTH + 1), generator=generator)
         own = tokens[groups.data_rank :: groups.layout.data]
@@ -120,9 +124,9 @@ def measure(rank: int, ranks: int, port: int, axis: str, repeats: int) -> tuple[
         for number in range(1 + repeats):
             with sent if number == repeats else Nothing():
                 started = time.perf_counter()
-                training.zero_grad()
-                pair.train(batches)
-                training.step()
+                trained.zero_grad()
+                step.train(batches)
+                trained.step()
                 if ranks > 1:
                     torch.distributed.barrier()
                 seconds.append(time.perf_counter() - started)

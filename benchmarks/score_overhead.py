@@ -70,7 +70,7 @@ def measure(teacher, data, args) -> dict[str, list[float]]:
     from minitron_megatron.data.tokens import prepare_corpus
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
-    from minitron_megatron.parallel.schedule import run_forward
+    from minitron_megatron.parallel.schedule import run_forward, to_device
     from minitron_megatron.pruning.score_model import score_model
 
     torch.set_num_threads(args.threads)
@@ -84,8 +84,7 @@ def measure(teacher, data, args) -> dict[str, list[float]]:
 
         def bare():
             for batch in rank_batches(samples, 0, args.samples, 4, 0, 1):
-                batch = {key: value.to(groups.device) for key, value in batch.items()}
-                run_forward(chunks, [batch], groups, on_output=lambda output, batch: None)
+                run_forward(chunks, to_device([batch], groups.device), groups, on_output=lambda output, batch: None)
 
         def scored(**settings):
             config = ScoreConfig(num_samples=args.samples, micro_batch=4, **settings)

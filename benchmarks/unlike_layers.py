@@ -74,12 +74,12 @@ def _as_many_operations(alike, unlike):
 def train(name: str, args) -> Iterator[dict]:
     """Steps of one network."""
     import torch
-    from minitron_megatron.distillation.entries import loss_entries
 
     from minitron_megatron.checkpoint.load import load_weights
     from minitron_megatron.checkpoint.random_weights import RandomWeights
     from minitron_megatron.config.parallel import Builder
     from minitron_megatron.config.schema import DType, LossConfig, OptimizerConfig, ParallelConfig
+    from minitron_megatron.distillation.entries import loss_entries
     from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups

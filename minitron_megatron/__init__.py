@@ -5,7 +5,8 @@ from `minitron_megatron.config.schema`, checks them, and is imported when it is 
 
 For a model in somebody's own Megatron job there are `network_of`, `current_groups`, `score_model` and `make_plan`, with
 `Scores` and `Plan` as what they give; `Pruned` is what a plan leaves of any source of weights, and `draw` makes the
-figures. `TeacherStudent` is a step of distillation, and `LossConfig` what is minimised.
+figures. `DistillationStep` is a step of distillation; its entries say what is minimised, those that `loss_entries`
+makes of a `LossConfig` or of your own objectives, and a `LiveTeacher` gives the targets.
 """
 
 from importlib import import_module
@@ -23,7 +24,10 @@ _PARTS = {
     "make_plan": "minitron_megatron.pruning.make_plan",
     "Plan": "minitron_megatron.pruning.plan",
     "Pruned": "minitron_megatron.pruning.slicing",
-    "TeacherStudent": "minitron_megatron.distillation.step",
+    "DistillationStep": "minitron_megatron.distillation.step",
+    "LiveTeacher": "minitron_megatron.distillation.live_teacher",
+    "Entry": "minitron_megatron.distillation.objectives",
+    "loss_entries": "minitron_megatron.distillation.entries",
     "LossConfig": "minitron_megatron.config.loss",
     "draw": "minitron_megatron.report.gallery",
 }

@@ -6,10 +6,13 @@ from pathlib import Path
 from minitron_megatron.config.cluster import ClusterConfig
 from minitron_megatron.config.reader import show
 from minitron_megatron.config.schema import CompressConfig
+from minitron_megatron.distillation.memory import GIB, estimate_memory
+from minitron_megatron.distillation.nearest_layout import nearest_layout
+from minitron_megatron.distillation.step_time import estimate_step
 from minitron_megatron.launch.jobs import Job, Stages
 from minitron_megatron.model.families import network_from_config
-from minitron_megatron.model.fit import GIB, GPUS, estimate_memory, estimate_step, nearest_layout
 from minitron_megatron.model.network import Network, layout_problems
+from minitron_megatron.parallel.gpus import GPUS
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.pruning.target import resolve_target
 

@@ -53,10 +53,11 @@ def compress(config: CompressConfig) -> Path:
 
 def finish(config: CompressConfig, stages: Stages) -> None:
     """Write the report of what a recipe's stages have made, print the table, and mark the run as done."""
-    from minitron_megatron.report.html import FIGURES, write_report
+    from minitron_megatron.plotting import FIGURES
+    from minitron_megatron.report.html import write_report
     from minitron_megatron.report.results import Stage, read_evaluations
     from minitron_megatron.report.table import summary_table
-    from minitron_megatron.report.tracked import log_report
+    from minitron_megatron.tracking.metrics import log_report
 
     run_dir, marker = Path(config.run_dir), Path(config.run_dir) / "DONE"
     finished = marker.stat().st_mtime_ns if marker.exists() else 0
@@ -69,7 +70,9 @@ def finish(config: CompressConfig, stages: Stages) -> None:
     is_new = any((_newest(stage.output) or 0) > finished for stage in done)
     for verb, settings in stages.values():
         if is_new and verb == "distill" and settings.tracking.trackers:
-            log_report(settings, sorted((run_dir / FIGURES).glob("*.png")), evaluations)
+            figures = sorted((run_dir / FIGURES).glob("*.png"))
+            results = {evaluation.name: evaluation.numbers() for evaluation in evaluations}
+            log_report(Path(settings.output), settings.tracking, settings.steps, figures, results)
     console = Console()
     console.print(summary_table(evaluations))
     console.print(f"report: {report}", soft_wrap=True)

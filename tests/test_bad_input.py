@@ -22,10 +22,10 @@ from minitron_megatron.evaluation import evaluate
 from minitron_megatron.model import build
 from minitron_megatron.pruning import prune, score
 from minitron_megatron.pruning.scores import DepthSettings
-from minitron_megatron.training import distill
+from minitron_megatron.training import setup
 from tests.tiny import LLAMA, changed, hf_model, import_hf, literate, scores_by_chance, without_sublayers
 
-BUILDS = [(module, "build_model") for module in (score, distill, evaluate)]
+BUILDS = [(module, "build_model") for module in (score, setup, evaluate)]
 READS = [(module, name) for module, _ in BUILDS for name in ("process_groups", "prepare_corpus")]
 WRITES = [
     (prune, "write_pruned"),

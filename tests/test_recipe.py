@@ -12,7 +12,7 @@ import pytest
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.cli import main
 from minitron_megatron.launching import ACTIONS
-from minitron_megatron.training.metrics import read_metrics
+from minitron_megatron.tracking.metrics import read_metrics
 from tests.offline_wandb import history, rows, sessions
 from tests.tiny import tiny_inputs
 

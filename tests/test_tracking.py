@@ -10,9 +10,8 @@ import wandb
 from minitron_megatron import distill
 from minitron_megatron.config.schema import DataConfig, DistillConfig, DType, OptimizerConfig, Tracker, TrackingConfig
 from minitron_megatron.errors import ConfigError
-from minitron_megatron.training import distill as training
-from minitron_megatron.training import loop
-from minitron_megatron.training.metrics import Metrics, read_metrics
+from minitron_megatron.tracking.metrics import Metrics, read_metrics
+from minitron_megatron.training import setup
 from tests.offline_wandb import artifacts, history, rows, sessions
 from tests.tiny import LLAMA, hf_model, import_hf, literate
 
@@ -52,7 +51,7 @@ def test_an_interrupted_run_is_one_run_without_secrets(config, tmp_path, monkeyp
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Metrics, "log", interrupted)
+        patch.setattr(Metrics, "log", interrupted)
         distill(config)
     run = distill(config)
     wandb.teardown()
@@ -75,7 +74,7 @@ def test_an_interrupted_run_is_one_run_without_secrets(config, tmp_path, monkeyp
 
 
 def test_a_tracker_that_does_not_start_is_found_before_a_model_is_built(config, monkeypatch):
-    monkeypatch.setattr(training, "build_model", None)
+    monkeypatch.setattr(setup, "build_model", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="wandb does not start"):
         distill(config)

@@ -104,8 +104,8 @@ class ClusterConfig:
         modules: environment modules to load.
         venv: virtual environment to activate.
         python: interpreter of the job; null for the virtual environment's, the container's python3, or this one.
-        gpu: which GPU a rank has, by its name in `model/fit.py`, to see beforehand whether the layout fits; null does
-            not look.
+        gpu: which GPU a rank has, by its name in `parallel/gpus.py`, to check before a launch whether the layout fits;
+            null does not check.
         gpu_hour_price: what an hour of one GPU costs, in any currency, to say what a run will cost.
     """
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from minitron_megatron.config import axes
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.fields import SAME_RESULT
 
@@ -86,13 +87,14 @@ class LogitsConfig:
         return found
 
 
-class Point(str, Enum):
-    """Where a hidden state is taken."""
+LAYER, EMBEDDING = "layer", "embedding"
+"""Points where a hidden state is taken: behind a transformer layer, residual stream included, and behind the embedding.
+Beside them, the name of every kind of sublayer: what a layer's sublayer of that kind adds to the stream."""
 
-    LAYER = "layer"  # behind a layer, residual stream included
-    ATTENTION = "attention"  # what a layer's attention adds to the stream
-    MLP = "mlp"  # what a layer's MLP adds to it
-    EMBEDDING = "embedding"
+
+def all_points() -> list[str]:
+    """Points that a hidden state may be taken at."""
+    return [LAYER, *axes.sublayers(), EMBEDDING]
 
 
 class HiddenLoss(str, Enum):
@@ -134,17 +136,17 @@ class HiddenConfig:
         balance: constant, or dynamic: the weight is multiplied by alpha, the divergence of the predictions by the mean
             over the pairs, both of the step before (Minitron, 2407.14679, section 3).
         loss: how far two states are apart.
-        points: where they are taken.
+        points: where they are taken: layer, embedding, or a kind of sublayer such as attention or mlp.
         map: which layers belong together.
-        pairs: instead of the map, student's and teacher's layers, from 0: [[0,1],[1,3]]. In a network that has lost
-            single sublayers each sublayer is a layer.
+        pairs: instead of the map, student's and teacher's layers, from 0: [[0,1],[1,3]]. A sublayer that has lost its
+            other half is a layer by itself.
         projection: a linear map from the student's width to the teacher's, trained with the student.
     """
 
     weight: float = 0.0
     balance: Balance = Balance.CONSTANT
     loss: HiddenLoss = HiddenLoss.COSINE
-    points: list[Point] = field(default_factory=lambda: [Point.LAYER])
+    points: list[str] = field(default_factory=lambda: [LAYER])
     map: LayerMap = LayerMap.UNIFORM
     pairs: list[list[int]] | None = None
     projection: Projection = Projection.NONE
@@ -152,7 +154,12 @@ class HiddenConfig:
     def problems(self, where: str = "loss.hidden.") -> list[str]:
         found = at_least(where, "weight", self.weight, 0)
         if not self.points:
-            found.append(f"{where}points is empty: name one of {', '.join(point.value for point in Point)}")
+            found.append(f"{where}points is empty: name one of {', '.join(all_points())}")
+        found += [
+            f"{where}points has {point!r}: must be one of {', '.join(all_points())}"
+            for point in self.points
+            if point not in all_points()
+        ]
         for pair in self.pairs or ():
             if len(pair) != 2:
                 found.append(f"{where}pairs has {pair}: must be a student's and a teacher's layer, as in [[0,1],[1,3]]")

@@ -16,7 +16,7 @@ VERBS = {
     "import": "minitron_megatron.checkpoint.convert:import_checkpoint",
     "score": "minitron_megatron.pruning.score:score",
     "prune": "minitron_megatron.pruning.prune:prune",
-    "distill": "minitron_megatron.report.tracked:distill",
+    "distill": "minitron_megatron.training.distill:distill",
     "evaluate": "minitron_megatron.evaluation.evaluate:evaluate",
     "export": "minitron_megatron.checkpoint.convert:export",
     "compare": "minitron_megatron.report.compare:compare",

@@ -3,9 +3,12 @@
 A sample is a dict of `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each
 `[sequence]`; `labels[i]` is the token that follows `tokens[i]`. Where documents are kept apart there are
 `document_ids` (int64) as well, and positions begin anew with each. A micro-batch has the same keys, each
-`[micro_batch, sequence]`.
+`[micro_batch, sequence]`, and `sample_ids` (int64) `[micro_batch]`: the index of each row's sample, `PADDING` for a row
+that only fills the micro-batch. The index and the `fingerprint` of the samples identify a sample, whatever the layout.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Protocol
@@ -21,6 +24,7 @@ from torch import Tensor
 from minitron_megatron.config.schema import DataConfig
 from minitron_megatron.data.tokens import Corpus
 from minitron_megatron.errors import DataError
+from minitron_megatron.parallel.schedule import PADDING, SAMPLE_IDS
 
 
 class Samples(Protocol):
@@ -67,7 +71,21 @@ def training_samples(corpus: Corpus, config: DataConfig, num_samples: int) -> "T
         mid_level_dataset_surplus=_surplus(corpus.weights, num_samples),
     )
     train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, settings).build()
-    return TrainingSamples(train, config.document_mask)
+    # Megatron-Core shuffles over all epochs that it takes, so that the order depends on their number as well.
+    order = {"weights": corpus.weights, "seed": config.seed, "num_samples": num_samples}
+    return TrainingSamples(train, config.document_mask, _fingerprint(corpus, "train", config, order))
+
+
+def _fingerprint(corpus: Corpus, side: str, config: DataConfig, order: Mapping[str, object]) -> str:
+    """A hash over everything that decides which tokens sample i has, and which of them count."""
+    content = {
+        "corpus": corpus.fingerprint,
+        "side": side,
+        "sequence_length": config.sequence_length,
+        "document_mask": config.document_mask,
+        **order,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _surplus(weights: list[float], num_samples: int) -> float:
@@ -80,11 +98,16 @@ def _surplus(weights: list[float], num_samples: int) -> float:
 
 
 class TrainingSamples:
-    """Samples of Megatron-Core's dataset, with the mask of what is not learned; see `encoding`."""
+    """Samples of Megatron-Core's dataset, with the mask of what is not learned; see `encoding`.
 
-    def __init__(self, dataset: GPTDataset | BlendedDataset, document_mask: bool):
+    Attributes:
+        fingerprint: with a sample's index, what identifies it; see `training_samples`.
+    """
+
+    def __init__(self, dataset: GPTDataset | BlendedDataset, document_mask: bool, fingerprint: str):
         self.dataset = dataset
         self.document_mask = document_mask
+        self.fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -93,11 +116,11 @@ class TrainingSamples:
         dataset = self.dataset
         if isinstance(dataset, BlendedDataset):
             dataset, index = dataset.datasets[dataset.dataset_index[index]], int(dataset.dataset_sample_index[index])
-        found = dataset[index]
-        window = torch.cat([found["tokens"], found["labels"][-1:]])
+        item = dataset[index]
+        window = torch.cat([item["tokens"], item["labels"][-1:]])
         lengths = _document_lengths(dataset, index) if self.document_mask else None
         # Megatron-Core takes ~0, which is -1, for padding: it gives 0 and a mask of 0, which is what is meant.
-        return _sample(window, found["loss_mask"].bool(), lengths)
+        return _sample(window, item["loss_mask"].bool(), lengths)
 
 
 def _document_lengths(dataset: GPTDataset, index: int) -> list[int]:
@@ -145,7 +168,7 @@ def heldout_samples(corpus: Corpus, config: DataConfig, num_samples: int | None 
         DataError: there are fewer tokens than a sequence has, and the one behind it.
     """
     _require(corpus.num_heldout_tokens, "held-out", config)
-    return HeldoutSamples(corpus, config.sequence_length, config.document_mask, num_samples)
+    return HeldoutSamples(corpus, config, num_samples)
 
 
 def _require(num_tokens: int, side: str, config: DataConfig, where: str = "") -> None:
@@ -158,11 +181,17 @@ def _require(num_tokens: int, side: str, config: DataConfig, where: str = "") ->
 
 
 class HeldoutSamples:
-    """Windows of `sequence_length + 1` tokens at a stride of `sequence_length`; the last one is padded."""
+    """Windows of `sequence_length + 1` tokens at a stride of `sequence_length`; the last one is padded.
 
-    def __init__(self, corpus: Corpus, sequence_length: int, document_mask: bool, num_samples: int | None = None):
+    Attributes:
+        fingerprint: with a sample's index, what identifies it.
+    """
+
+    def __init__(self, corpus: Corpus, config: DataConfig, num_samples: int | None = None):
+        sequence_length = config.sequence_length
         self.sequence_length = sequence_length
-        self.document_mask = document_mask
+        self.document_mask = config.document_mask
+        self.fingerprint = _fingerprint(corpus, "heldout", config, {})
         self.num_tokens = corpus.num_heldout_tokens
         num_windows = -(-(self.num_tokens - 1) // sequence_length)
         self.num_samples = num_windows if num_samples is None else min(num_samples, num_windows)
@@ -207,8 +236,8 @@ def rank_batches(
     """One data-parallel rank's micro-batches of samples `first` to `first + count`.
 
     Row j of micro-batch m on rank d is sample `first + (m * data_size + d) * micro_batch + j`. Where the
-    range or the dataset ends earlier the row repeats the last sample with a loss mask of zeros, so that
-    every rank has the same number of micro-batches and no token counts twice.
+    range or the dataset ends earlier the row repeats the last sample with a loss mask of zeros and `PADDING` as its id,
+    so that every rank has the same number of micro-batches and no token counts twice.
 
     Args:
         dataset: the samples, the same on all ranks.
@@ -219,13 +248,15 @@ def rank_batches(
         data_size: number of replicas.
 
     Yields:
-        dicts of `[micro_batch, sequence]`.
+        dicts of `[micro_batch, sequence]`, and the rows' `sample_ids` `[micro_batch]`.
     """
     end = min(first + count, len(dataset))
     for start in range(first, end, micro_batch * data_size):
         own = start + data_rank * micro_batch
-        rows = [_row(dataset, index, end) for index in range(own, own + micro_batch)]
-        yield {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        indices = range(own, own + micro_batch)
+        rows = [_row(dataset, index, end) for index in indices]
+        ids = torch.tensor([index if index < end else PADDING for index in indices])
+        yield {**{key: torch.stack([row[key] for row in rows]) for key in rows[0]}, SAMPLE_IDS: ids}
 
 
 def _row(dataset: Samples, index: int, end: int) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Losses taken straight from hidden states, a chunk of tokens at a time.
+"""Computes losses straight from hidden states, a chunk of tokens at a time.
 
 Output projection, vocab-parallel softmaxes, losses and their gradients are one pass over each chunk, so that
 full-vocabulary logits of neither model ever exist. With p the student's and q the teacher's distribution, the
@@ -11,7 +11,7 @@ Matrix products run in the number format of the hidden states, softmaxes and los
 gradient of the output weight is accumulated over chunks in float32 (in float64 where the hidden states are).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,9 +31,8 @@ _CACHE_ELEMENTS = 2**18
 _WEIGHT_ROWS = 4096
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """What the loss needs of the teacher: its last hidden states `[tokens, hidden]` and output weight
+class Predictions(NamedTuple):
+    """A model's predictions, as what makes them: last hidden states `[tokens, hidden]`, output weight
     `[vocab/tp, hidden]`."""
 
     hidden: Tensor
@@ -47,13 +46,13 @@ def linear_distillation_loss(
     mask: Tensor,
     group: dist.ProcessGroup,
     vocab: int,
-    teacher: Teacher | None = None,
+    teacher: Predictions | None = None,
     kd_weight: float = 0.0,
     lm_weight: float = 1.0,
     chunk_tokens: int = 512,
     config: LogitsConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum over valid tokens of the divergence from a teacher and of cross-entropy.
+    """Computes the weighted sum over valid tokens of the divergence from a teacher and of cross-entropy.
 
     Under tensor parallelism every rank holds all tokens and its rows of the output weights. The gradient of
     `hidden` is this rank's share; the region that `hidden` comes from sums it over the ranks.
@@ -66,7 +65,7 @@ def linear_distillation_loss(
         mask: `[tokens]`, 1 for tokens that count.
         group: tensor-parallel group.
         vocab: tokens of the tokenizer; rows beyond it pad the vocabulary and take no part.
-        teacher: the teacher's side, where `kd_weight` is not 0.
+        teacher: the teacher's predictions, where `kd_weight` is not 0.
         kd_weight: weight of the divergence.
         lm_weight: weight of the cross-entropy.
         chunk_tokens: tokens whose logits exist at one time.
@@ -150,17 +149,17 @@ def _project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
 
 
 def _block(num_rows: int, num_columns: int, is_cuda: bool) -> int:
-    """Rows of a matrix to work on at a time: on the CPU what its cache holds, on CUDA all; at least one."""
+    """Returns how many rows of a matrix to work on at a time: on the CPU what its cache holds, on CUDA all."""
     return max(1, num_rows if is_cuda else _CACHE_ELEMENTS // num_columns)
 
 
 def _precise(tensor: Tensor) -> torch.dtype:
-    """The number format of softmaxes, losses and sums over tokens."""
+    """Returns the number format of softmaxes, losses and sums over tokens."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, config, block):
-    """KL and cross-entropy summed over a chunk, and the gradient by the logits in their number format.
+    """Computes KL and cross-entropy summed over a chunk, and the gradient by the logits in their number format.
 
     The gradient is written over `logits` `[tokens, rows of this rank]`, `block` tokens at a time.
     """
@@ -219,7 +218,7 @@ def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight,
 
 
 def _any_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, config):
-    """As `_kl_chunk`, for any divergence: by autograd, on this chunk."""
+    """Computes the same as `_kl_chunk` for any divergence: by autograd, on this chunk."""
     num_rows = logits.size(1)
     labelled = ((labels >= 0) & (labels < num_rows))[:, None]
     label_columns = labels.clamp(0, max(num_rows - 1, 0))[:, None]

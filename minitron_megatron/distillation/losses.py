@@ -1,4 +1,4 @@
-"""What the losses are: how far a student's next-token distribution is from its teacher's.
+"""Measures how far a student's next-token distribution is from its teacher's.
 
 Every divergence is a few lines of log-probabilities and of one operation, the sum over the vocabulary. With a plain sum
 they are the definitions, on one device and on whole logits; `linear_losses` gives a sum that runs over the ranks which
@@ -72,15 +72,15 @@ def cosine_distance(student: Tensor, teacher: Tensor, total: Total = _sum) -> Te
 
 
 def divergence(student: Tensor, teacher: Tensor, config: LogitsConfig, total: Total = _sum) -> Tensor:
-    """The divergence that a configuration names, of log-probabilities at its temperature; see `forward_kl`."""
+    """Computes the divergence that a configuration names, of log-probabilities at its temperature; see `forward_kl`."""
     match config.divergence:
         case Divergence.JENSEN_SHANNON:
-            found = jensen_shannon(student, teacher, total, config.beta)
+            value = jensen_shannon(student, teacher, total, config.beta)
         case Divergence.SKEWED_KL:
-            found = skewed_kl(student, teacher, total, config.skew)
+            value = skewed_kl(student, teacher, total, config.skew)
         case kind:
-            found = _PLAIN[kind](student, teacher, total)
-    return found * config.scale
+            value = _PLAIN[kind](student, teacher, total)
+    return value * config.scale
 
 
 _PLAIN = {
@@ -93,13 +93,13 @@ _PLAIN = {
 
 
 def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """Log-probabilities of `share` of the first distribution and the rest of the second."""
+    """Returns the log-probabilities of `share` of the first distribution and the rest of the second."""
     return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
 
 
 def on_top_k(student: Tensor, teacher: Tensor, config: LogitsConfig) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the teacher's `top_k` tokens: the teacher's made to sum to one, or both with one more for
-    all other tokens together.
+    """Returns the log-probabilities of the teacher's `top_k` tokens: the teacher's made to sum to one, or both with one
+    more for all other tokens together.
 
     Args:
         student, teacher: log-probabilities `[tokens, vocab]`.
@@ -122,7 +122,7 @@ def distillation_loss(
     lm_weight: float,
     config: LogitsConfig | None = None,
 ) -> Tensor:
-    """The weighted sum of divergence and cross-entropy over the tokens that `mask` counts.
+    """Computes the weighted sum of divergence and cross-entropy over the tokens that `mask` counts.
 
     Args:
         student_logits: `[tokens, vocab]`.

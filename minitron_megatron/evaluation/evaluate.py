@@ -17,12 +17,13 @@ from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import EVALUATION, Manifest, Parent, is_done, write_atomically, writing
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.compose import to_plain
-from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import EvaluateConfig, ParallelConfig
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.data.samples import Samples, heldout_samples, rank_batches
 from minitron_megatron.data.tokens import prepare_corpus
-from minitron_megatron.distillation.step import TeacherStudent, mean_of
+from minitron_megatron.distillation.objectives import CrossEntropy, Entry
+from minitron_megatron.distillation.result import combine
+from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.evaluation.decoding import Decoding
 from minitron_megatron.evaluation.driver import driven
@@ -32,7 +33,7 @@ from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_probl
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
-from minitron_megatron.parallel.schedule import Batch, in_calls
+from minitron_megatron.parallel.schedule import Batch, in_calls, to_device
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 
@@ -178,17 +179,17 @@ def _megatron_loss(
     chunks: list[torch.nn.Module], vocab: int, samples: Samples, config: EvaluateConfig, groups: Groups
 ) -> tuple[float, int]:
     """Mean cross-entropy per held-out token, in nats, and the number of tokens."""
-    model = TeacherStudent(chunks, None, groups, LossConfig(0.0, 1.0), vocab)
+    step = DistillationStep(chunks, [Entry(None, CrossEntropy())], groups, vocab)
     batches = rank_batches(samples, 0, len(samples), config.micro_batch, groups.data_rank, groups.layout.data)
     results = []
     num_batches = -(-len(samples) // (config.micro_batch * groups.layout.data))
     with watchdog(groups.timeout_min) as moved, progress("evaluate", num_batches) as advance:
         for call in in_calls(batches, groups):
-            results.append(model.evaluate([{k: v.to(groups.device) for k, v in batch.items()} for batch in call]))
+            results.append(step.evaluate(to_device(call, groups.device)))
             moved()
             advance(len(call))
-    result = mean_of(results)
-    return result.lm, result.num_tokens
+    result = combine(results)
+    return result.losses[CrossEntropy.name], result.num_tokens
 
 
 def _transformers_loss(model, samples: Samples, config: EvaluateConfig) -> tuple[float, int]:
@@ -196,7 +197,7 @@ def _transformers_loss(model, samples: Samples, config: EvaluateConfig) -> tuple
     total, num_tokens = 0.0, 0
     with torch.no_grad(), progress("evaluate", -(-len(samples) // config.micro_batch)) as advance:
         for batch in rank_batches(samples, 0, len(samples), config.micro_batch, 0, 1):
-            batch = {key: value.to(model.device) for key, value in batch.items()}
+            [batch] = to_device([batch], model.device)
             logits = model(batch["tokens"], **_documents(batch)).logits
             # A sequence at a time: float32 logits of a whole batch would be gigabytes.
             for row, labels, mask in zip(logits, batch["labels"], batch["loss_mask"], strict=True):

@@ -14,7 +14,7 @@ from minitron_megatron.model.network import Network
 from minitron_megatron.parallel.collectives import broadcast_from_last, gather_dim, gather_objects
 from minitron_megatron.parallel.cpu import spared
 from minitron_megatron.parallel.groups import Groups
-from minitron_megatron.parallel.schedule import Batch, output_weight, run_forward
+from minitron_megatron.parallel.schedule import Batch, output_weight, run_forward, to_device
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 
@@ -131,7 +131,7 @@ class Inference:
         return [everywhere[index] for index in range(len(lengths))]
 
     def _run(self, batches: list[Batch], on_output: Callable[[Tensor, Batch], T], **options) -> list[T]:
-        batches = [{key: value.to(self.groups.device) for key, value in batch.items()} for batch in batches]
+        batches = to_device(batches, self.groups.device)
         return run_forward(self.chunks, batches, self.groups, on_output, **options)
 
     def _logits(self, hidden: Tensor) -> Tensor:

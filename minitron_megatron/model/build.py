@@ -143,6 +143,17 @@ def held_sublayers(model: torch.nn.Module, network: Network) -> Iterator[tuple[t
         yield (network.layers[number] if isinstance(own, GPTModel) else (number,)), layer
 
 
+def layers_of(model: torch.nn.Module) -> dict[int, list[torch.nn.Module]]:
+    """Megatron-Core's layers that a model on this rank holds, by the transformer layer that each is of."""
+    own = unwrap_model(model)
+    layers: dict[int, list[torch.nn.Module]] = {}
+    for layer in own.decoder.layers:
+        number = layer.layer_number - 1
+        number = number if isinstance(own, GPTModel) else own.decoder.network.layer_of(number)
+        layers.setdefault(number, []).append(layer)
+    return layers
+
+
 def first_position(model: torch.nn.Module, network: Network, groups: Groups, vp_stage: int | None) -> int:
     """Position of the first sublayer of a model on this rank, or that it would have: it may hold none."""
     held = next(held_sublayers(model, network), None)

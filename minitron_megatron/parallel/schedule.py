@@ -15,6 +15,20 @@ from minitron_megatron.parallel.groups import Groups
 Batch = dict[str, Tensor]
 T = TypeVar("T")
 
+SAMPLE_IDS = "sample_ids"
+"""Key of the index of each row's sample, int64 `[batch]` on the CPU, in a micro-batch."""
+
+PADDING = -1
+"""The id of a row that is no sample of its own: no token of it counts."""
+
+
+def to_device(batches: Iterable[Batch], device: torch.device) -> list[Batch]:
+    """Copy micro-batches to a device. Sample ids stay on the CPU, where they are looked up."""
+    return [
+        {key: value if key == SAMPLE_IDS else value.to(device, non_blocking=True) for key, value in batch.items()}
+        for batch in batches
+    ]
+
 
 def run_forward(
     chunks: Sequence[torch.nn.Module],
@@ -105,9 +119,16 @@ def in_calls(batches: Iterable[Batch], groups: Groups) -> Iterator[list[Batch]]:
     batches = iter(batches)
     while call := list(islice(batches, per_call)):
         if layout.virtual_pipeline > 1:
-            nothing = {**call[-1], "loss_mask": torch.zeros_like(call[-1]["loss_mask"])}
-            call += [nothing] * (-len(call) % layout.pipeline)
+            call += [_padding_like(call[-1])] * (-len(call) % layout.pipeline)
         yield call
+
+
+def _padding_like(batch: Batch) -> Batch:
+    """A micro-batch of the same size of which no row is a sample."""
+    padding = {**batch, "loss_mask": torch.zeros_like(batch["loss_mask"])}
+    if SAMPLE_IDS in batch:
+        padding[SAMPLE_IDS] = torch.full_like(batch[SAMPLE_IDS], PADDING)
+    return padding
 
 
 def run_schedule(forward_step, chunks, items: Sequence, size: torch.Size, **options) -> list:

@@ -15,7 +15,7 @@ from minitron_megatron.data.samples import Samples, rank_batches
 from minitron_megatron.errors import DataError
 from minitron_megatron.parallel.collectives import main_first, sum_over
 from minitron_megatron.parallel.groups import Groups
-from minitron_megatron.parallel.schedule import Batch
+from minitron_megatron.parallel.schedule import Batch, to_device
 
 
 class PartialSums:
@@ -85,9 +85,8 @@ class PartialSums:
         faults: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, start=1):
             last = min(first + per_step, num_samples)
-            faults[f"samples {first} to {last - 1}"] = add(
-                {key: value.to(self.groups.device) for key, value in batch.items()}
-            )
+            [batch] = to_device([batch], self.groups.device)
+            faults[f"samples {first} to {last - 1}"] = add(batch)
             advance(1)
             first = last
             if number % self.save_every == 0 or first == num_samples:

@@ -9,9 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from minitron_megatron.config.schema import DepthCriterion, DepthSearch, Unit
-from minitron_megatron.pruning.plan import Plan
-from minitron_megatron.pruning.scores import DEPTH, DepthSettings, Scores
-from minitron_megatron.report.style import (
+from minitron_megatron.plotting import (
     CUT,
     GRID,
     KEPT,
@@ -23,6 +21,8 @@ from minitron_megatron.report.style import (
     tidy,
     whole_numbers,
 )
+from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.scores import DEPTH, DepthSettings, Scores
 
 _PANELS = {
     DepthCriterion.BLOCK_INFLUENCE: "Block Influence: 1 − cosine between input and output",

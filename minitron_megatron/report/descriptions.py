@@ -13,6 +13,7 @@ from minitron_megatron.config.schema import DepthSearch, Unit
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.network import Network
+from minitron_megatron.plotting import short
 from minitron_megatron.pruning.plan import FILE as PLAN
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.ranges import to_ranges
@@ -21,8 +22,7 @@ from minitron_megatron.pruning.scores import FILE as SCORES
 from minitron_megatron.report.compare import task_measures
 from minitron_megatron.report.gallery import Picture, loss_pictures, pruning_pictures, scores_of
 from minitron_megatron.report.results import Evaluation, read_evaluation
-from minitron_megatron.report.style import short
-from minitron_megatron.training import metrics
+from minitron_megatron.tracking import metrics
 
 _SHOWN = 8  # units that are missed least
 

@@ -15,10 +15,7 @@ from torch import Tensor
 
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.layers import PrunableAxis, prunable_axes
-from minitron_megatron.pruning.kept_shares import kept_elements, kept_hidden_share
-from minitron_megatron.pruning.plan import Plan
-from minitron_megatron.pruning.scores import Scores, descending, outer_scores
-from minitron_megatron.report.style import (
+from minitron_megatron.plotting import (
     CUT,
     FEW,
     INK,
@@ -34,6 +31,9 @@ from minitron_megatron.report.style import (
     tidy,
     whole_numbers,
 )
+from minitron_megatron.pruning.kept_shares import kept_elements, kept_hidden_share
+from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.scores import Scores, descending, outer_scores
 
 _FAINT = 0.01  # of the layer's largest score: smaller ones have one colour
 

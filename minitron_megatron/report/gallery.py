@@ -9,18 +9,19 @@ from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest
 from minitron_megatron.config.schema import DepthSearch
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.layers import PrunableAxis, Sublayer
+from minitron_megatron.plotting import FEW, png
 from minitron_megatron.pruning import plan as plans
 from minitron_megatron.pruning.kept_shares import kept_share, kept_sublayers
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.scores import Scores, scored_axes
-from minitron_megatron.report.curves import before_after, loss_curves
+from minitron_megatron.report.before_after import before_after
 from minitron_megatron.report.depth import depth_importance
 from minitron_megatron.report.figures import axis_importance, hidden_importance
 from minitron_megatron.report.plan_figure import has_bars, kept_map
 from minitron_megatron.report.results import Evaluation, Stage
-from minitron_megatron.report.style import FEW, png
-from minitron_megatron.training import metrics
-from minitron_megatron.training.metrics import read_metrics
+from minitron_megatron.tracking import metrics
+from minitron_megatron.tracking.curves import loss_curves
+from minitron_megatron.tracking.metrics import read_metrics
 
 
 @dataclass

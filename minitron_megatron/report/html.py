@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from minitron_megatron import __version__
 from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, write_atomically
 from minitron_megatron.model.count import num_parameters
+from minitron_megatron.plotting import FIGURES, short
 from minitron_megatron.pruning import plan as plans
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.report.compare import header, task_measures
@@ -23,11 +24,9 @@ from minitron_megatron.report.results import (
     recoveries,
     stage_of,
 )
-from minitron_megatron.report.style import short
 from minitron_megatron.report.table import COLUMNS, cells
 
 FILE = "report.html"
-FIGURES = "figures"
 _TEMPLATE = "template.html.j2"
 
 

@@ -11,9 +11,9 @@ from minitron_megatron.model.count import cache_bytes_per_token, forward_flops_p
 from minitron_megatron.model.facts import network_facts
 from minitron_megatron.model.layers import Slot, Sublayer
 from minitron_megatron.model.network import Network
+from minitron_megatron.plotting import short
 from minitron_megatron.pruning.ranges import to_ranges
 from minitron_megatron.report.differences import comparable, differences
-from minitron_megatron.report.style import short
 
 _BF16_BYTES = 2
 _NONE = "–"

@@ -8,10 +8,7 @@ from matplotlib.ticker import FixedLocator, PercentFormatter
 
 from minitron_megatron.model.layers import PrunableAxis, Sublayer
 from minitron_megatron.model.network import Network
-from minitron_megatron.pruning.kept_shares import kept_elements, kept_share, kept_sublayers
-from minitron_megatron.pruning.plan import Plan
-from minitron_megatron.pruning.scores import Scores, scored_axes
-from minitron_megatron.report.style import (
+from minitron_megatron.plotting import (
     FEW,
     GRID,
     KEPT,
@@ -23,6 +20,9 @@ from minitron_megatron.report.style import (
     tidy,
     whole_numbers,
 )
+from minitron_megatron.pruning.kept_shares import kept_elements, kept_share, kept_sublayers
+from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.scores import Scores, scored_axes
 
 
 def kept_map(plan: Plan, scores: Scores | None = None) -> Figure:

@@ -1,4 +1,4 @@
-"""The verb `distill`: a student learns to predict what its teacher predicts."""
+"""The verb `distill`: trains a student to predict what its teacher predicts."""
 
 import dataclasses
 import logging
@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from minitron_megatron.checkpoint.companions import copy_companions
-from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -19,26 +18,25 @@ from minitron_megatron.checkpoint.manifest import (
     write_atomically,
     writing,
 )
-from minitron_megatron.checkpoint.random_weights import RandomWeights
-from minitron_megatron.checkpoint.sharded import HUGGINGFACE, TEACHER, Checkpoint
+from minitron_megatron.checkpoint.sharded import HUGGINGFACE, Checkpoint
 from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.data.encoding import tokenizer_fingerprint
 from minitron_megatron.data.samples import Samples, heldout_samples, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.disk import told_when_full
-from minitron_megatron.distillation.hidden import HiddenLosses, add_projections, hidden_problems
-from minitron_megatron.distillation.step import TeacherStudent
+from minitron_megatron.distillation.pairs import hidden_problems
 from minitron_megatron.errors import ConfigError, Preempted, raise_if_any
-from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems, fp8_problems
-from minitron_megatron.model.count import forward_flops_per_token, num_parameters
+from minitron_megatron.model.build import build_problems, fp8_problems
+from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.megatron_args import args_of_network
 from minitron_megatron.parallel.collectives import failing_together, main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
-from minitron_megatron.training.loop import train
-from minitron_megatron.training.metrics import Metrics
-from minitron_megatron.training.optimizer import optimization
+from minitron_megatron.tracking.metrics import Metrics
+from minitron_megatron.training.loop import Trainer
 from minitron_megatron.training.preemption import stop_requests
+from minitron_megatron.training.saver import Saver
+from minitron_megatron.training.setup import set_up
 from minitron_megatron.training.state import load_state
 
 logger = logging.getLogger(__name__)
@@ -47,14 +45,13 @@ logger = logging.getLogger(__name__)
 _BYTES_PER_PARAMETER = 2 + 3 * 4
 
 
-def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None = None) -> Path:
-    """Train a student checkpoint, from a teacher or from the text alone.
+def distill(config: DistillConfig) -> Path:
+    """Trains a student checkpoint, from a teacher or from the text alone.
 
     A run that was killed goes on from its last checkpoint when it is started again with the same settings.
 
     Args:
         config: settings of the run.
-        figures: draws PNG files of the run whose folder it is given, for the trackers.
 
     Returns:
         the run's folder; its `checkpoints/` is the trained checkpoint.
@@ -68,13 +65,9 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
     """
     student = Checkpoint(config.student)
     teacher = Checkpoint(config.teacher) if config.teacher else None
-    raise_if_any(_mismatches(teacher, student, config))
-    networks = {"student": student, "teacher": teacher} if teacher else {"student": student}
-    raise_if_any([p for role, c in networks.items() for p in build_problems(c.network, config.parallel, role)])
-    if teacher and config.teacher_fp8:
-        raise_if_any(fp8_problems(teacher.network, config.parallel, "teacher_fp8"))
+    _require_fit(config, student, teacher)
     output = Path(config.output)
-    parents = [Parent.of(role, checkpoint.root) for role, checkpoint in networks.items()]
+    parents = [Parent.of("student", student.root), *([Parent.of("teacher", teacher.root)] if teacher else [])]
     parents += Parent.of_text(config.data.text)
     manifest = Manifest("run", student.network.to_dict(), parents, to_plain(config), verb="distill")
     with process_groups(config.parallel) as groups:
@@ -92,13 +85,13 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
                 with failing_together():  # before anything is loaded, for a tracker may not start
                     if groups.is_main:
                         metrics = stack.enter_context(Metrics(output, config.tracking, manifest))
-                # A teacher whose predictions count nothing is not loaded.
-                needed = teacher if config.loss.needs_teacher else None
-                _run(config, output, needed, student, samples, heldout, groups, metrics, asked_to_stop)
+                _run(config, teacher, student, samples, heldout, groups, metrics, asked_to_stop)
                 if metrics and config.tracking.trackers:
+                    # matplotlib takes a second to import, and few runs have a tracker
+                    from minitron_megatron.tracking.curves import write_loss_curves
+
                     metrics.log_output(output.name, output / "checkpoints")
-                    if figures:
-                        metrics.log_figures(figures(output))
+                    metrics.log_figures(write_loss_curves(output))
             if groups.is_main:
                 manifest.write(output)
                 (output / "DONE").touch()
@@ -107,9 +100,9 @@ def distill(config: DistillConfig, figures: Callable[[Path], list[Path]] | None 
 
 @contextmanager
 def _leaving_together() -> Iterator[None]:
-    """A run that was asked to stop is left when all ranks are ready to.
+    """Leaves a run that was asked to stop when all ranks are ready to.
 
-    Launchers end the ranks that are left when one goes, and the first rank has its trackers to finish.
+    Launchers end the other ranks when one goes, and the first rank has its trackers to finish.
     """
     try:
         yield
@@ -120,7 +113,6 @@ def _leaving_together() -> Iterator[None]:
 
 def _run(
     config: DistillConfig,
-    output: Path,
     teacher: Checkpoint | None,
     student: Checkpoint,
     samples: Samples,
@@ -129,74 +121,82 @@ def _run(
     metrics: Metrics | None,
     asked_to_stop: Callable[[], bool],
 ) -> None:
-    chunks = build_model(student.network, groups, config.dtype, recompute=config.recompute)
-    load_weights(chunks, RandomWeights(student.network, config.seed) if config.random_init else student, groups)
-    teacher_chunks = None
-    flops = 3 * forward_flops_per_token(student.network, config.data.sequence_length)
-    if teacher:
-        dtype = config.teacher_dtype or next(own for own, torchs in TORCH_DTYPES.items() if torchs is teacher.dtype)
-        recompute = config.recompute and config.teacher_lr is not None
-        teacher_chunks = build_model(teacher.network, groups, dtype, recompute, config.teacher_fp8)
-        load_weights(teacher_chunks, teacher, groups)
-        passes = 1 if config.teacher_lr is None else 3
-        flops += passes * forward_flops_per_token(teacher.network, config.data.sequence_length)
-
-    hidden = None
-    if teacher and config.loss.hidden.weight:
-        networks = student.network, teacher.network
-        add_projections(chunks, config.loss.hidden, *networks, groups, config.seed)
-        hidden = HiddenLosses(config.loss.hidden, chunks, teacher_chunks, networks, groups)
-    models = {"": optimization(chunks, config.optimizer, config.steps, config.dtype, groups)}
-    if teacher and config.teacher_lr is not None:
-        share = config.teacher_lr / config.optimizer.lr
-        settings = dataclasses.replace(config.optimizer, lr=config.teacher_lr, min_lr=share * config.optimizer.min_lr)
-        models[TEACHER] = optimization(teacher_chunks, settings, config.steps, dtype, groups)
-        teacher_chunks = models[TEACHER].chunks
-    elif teacher:
-        for chunk in teacher_chunks:
-            chunk.requires_grad_(False)
-    pair = TeacherStudent(models[""].chunks, teacher_chunks, groups, config.loss, student.network.vocab_size, hidden)
-    checkpoints = output / "checkpoints"
-    run = load_state(checkpoints, models)
+    """Builds the models and trains, from the last checkpoint of the run if there is one."""
+    # A teacher whose predictions count nothing is not loaded.
+    setup = set_up(config, student, teacher if config.loss.needs_teacher else None, groups)
+    checkpoints = Path(config.output) / "checkpoints"
+    run = load_state(checkpoints, setup.models)
     if run.step:
         logger.info("going on after step %d", run.step)
     main_first(lambda: metrics.go_on(run.step))
     args = args_of_network(student.megatron_args(), student.network)
     args.tensor_model_parallel_size = groups.layout.tensor
     args.pipeline_model_parallel_size = groups.layout.pipeline
-    train(config, pair, models, samples, heldout, groups, run, checkpoints, metrics, flops, asked_to_stop, args)
+    Trainer(
+        config,
+        setup.step,
+        setup.models,
+        samples,
+        heldout,
+        groups,
+        run,
+        Saver(checkpoints, config.keep_checkpoints, setup.models, args),
+        metrics,
+        setup.flops_per_token,
+        asked_to_stop,
+    ).train()
+
+
+def _require_fit(config: DistillConfig, student: Checkpoint, teacher: Checkpoint | None) -> None:
+    """Checks that the networks belong together and can be built, before anything is.
+
+    Raises:
+        ConfigError: they do not, or cannot.
+    """
+    raise_if_any(_mismatches(teacher, student, config))
+    problems = build_problems(student.network, config.parallel, "student")
+    if teacher:
+        problems += build_problems(teacher.network, config.parallel, "teacher")
+    raise_if_any(problems)
+    if teacher and config.teacher_fp8:
+        raise_if_any(fp8_problems(teacher.network, config.parallel, "teacher_fp8"))
 
 
 def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: DistillConfig) -> list[str]:
+    """Returns why teacher and student do not belong together, one sentence each."""
     if teacher is None:
         return []
-    found = hidden_problems(config.loss.hidden, student.network, teacher.network)
+    problems = hidden_problems(config.loss.hidden, student.network, teacher.network)
     if config.teacher_lr is not None and config.teacher_dtype is None and teacher.dtype is torch.float16:
-        found.append(
+        problems.append(
             f"teacher = {config.teacher} is in fp16, and teacher_lr = {config.teacher_lr} trains it, which needs bf16 "
             f"or fp32: set teacher_dtype=bf16"
         )
-    found += config.loss.logits.vocab_problems(teacher.network.vocab_size)
+    problems += config.loss.logits.vocab_problems(teacher.network.vocab_size)
     theirs, ours = (
-        f"vocab = {n.vocab_size}, padded to {n.padded_vocab_size}" for n in (teacher.network, student.network)
+        f"vocab_size = {s.vocab_size}, padded to {s.padded_vocab_size}" for s in (teacher.network, student.network)
     )
     if theirs != ours:
-        found.append(
+        problems.append(
             f"teacher = {config.teacher} has {theirs}; student = {config.student} has {ours}: they must share one "
             f"vocabulary, and its padding"
         )
     if teacher.network.vocab_size == student.network.vocab_size:
         theirs, ours = (tokenizer_fingerprint(c.huggingface_folder) for c in (teacher, student))
         if theirs != ours:
-            found.append(
+            problems.append(
                 f"teacher = {config.teacher} and student = {config.student} carry different tokenizers: "
                 f"they must share one"
             )
-    return found
+    return problems
 
 
 def _is_finished(output: Path, manifest: Manifest) -> bool:
-    """Whether the run is there already; an unfinished one of the same settings may go on."""
+    """Returns whether the run is there already; an unfinished one of the same settings may go on.
+
+    Raises:
+        ConfigError: something else is there.
+    """
     checkpoints = output / "checkpoints"
     known = output if (output / MANIFEST).exists() else checkpoints
     if (known / MANIFEST).exists():
@@ -211,12 +211,12 @@ def _is_finished(output: Path, manifest: Manifest) -> bool:
 
 
 def _of_run(manifest: Manifest) -> Manifest:
-    """The manifest of the run that a manifest of its checkpoints is like."""
+    """Returns the manifest of a run, from that of its checkpoints or its own."""
     return dataclasses.replace(manifest, kind="run")
 
 
 def _prepare(output: Path, config: DistillConfig, student: Checkpoint, manifest: Manifest) -> None:
-    """Make the run's folder, with everything that describes its checkpoints before there are any."""
+    """Makes the run's folder, with everything that describes its checkpoints before there are any."""
     checkpoints = output / "checkpoints"
     if not (checkpoints / MANIFEST).exists():
         # What is kept stays until the next one is whole, and the best one may be none of the latest.

@@ -1,7 +1,8 @@
-"""Megatron's gradient buffers, optimiser and schedule around a model."""
+"""Puts Megatron's gradient buffers, optimiser and schedule around a model."""
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -18,8 +19,8 @@ from minitron_megatron.parallel.groups import Groups
 
 
 @dataclass
-class Optimization:
-    """A model that can be trained.
+class TrainableModel:
+    """A model with what it takes to train it.
 
     Attributes:
         chunks: this rank's model in Megatron's DistributedDataParallel, which holds the gradients in float32.
@@ -32,17 +33,18 @@ class Optimization:
     schedule: OptimizerParamScheduler
 
     def zero_grad(self) -> None:
+        """Sets all gradients to zero."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def grad_norm(self) -> float:
-        """L2 norm of the whole gradient over all ranks, before clipping."""
+        """Returns the L2 norm of the whole gradient over all ranks, before clipping. Collective."""
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
     def step(self) -> float:
-        """Apply the gradients.
+        """Applies the gradients. Collective.
 
         Returns:
             the learning rate that was used.
@@ -54,10 +56,10 @@ class Optimization:
         return self.optimizer.param_groups[0]["lr"]
 
 
-def optimization(
+def setup_optimizer(
     chunks: list[GPTModel], config: OptimizerConfig, num_steps: int, dtype: DType, groups: Groups
-) -> Optimization:
-    """Make a model trainable.
+) -> TrainableModel:
+    """Makes a model trainable. Collective.
 
     Args:
         chunks: this rank's model, with the weights it starts from.
@@ -66,6 +68,19 @@ def optimization(
         dtype: of the weights.
         groups: this rank's place.
     """
+    wrapped = _wrap(chunks, config, groups)
+    optimizer = _make_optimizer(wrapped, config, dtype, groups)
+    for chunk in chunks:
+        if config.overlap:  # after the last micro-batch alone
+            no_sync = [own.no_sync for own in wrapped]
+            chunk.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+        chunk.config.finalize_model_grads_func = _finalize_gradients
+        chunk.config.grad_scale_func = optimizer.scale_loss
+    return TrainableModel(wrapped, optimizer, _make_schedule(optimizer, config, num_steps))
+
+
+def _wrap(chunks: list[GPTModel], config: OptimizerConfig, groups: Groups) -> list[DistributedDataParallel]:
+    """Gives a model Megatron's buffers for gradients, which replicas add up."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed, overlap_grad_reduce=config.overlap
     )
@@ -77,6 +92,13 @@ def optimization(
     ]
     if config.distributed:
         _count_padding(wrapped)
+    return wrapped
+
+
+def _make_optimizer(
+    wrapped: list[DistributedDataParallel], config: OptimizerConfig, dtype: DType, groups: Groups
+) -> MegatronOptimizer:
+    """Makes AdamW as Megatron has it, with all of its state."""
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -101,8 +123,13 @@ def optimization(
         if "fused" in group and groups.device.type == "cpu":
             group["fused"] = True
     for part in optimizer.chained_optimizers:
-        _begin(part.optimizer)
-    schedule = OptimizerParamScheduler(
+        _make_state(part.optimizer)
+    return optimizer
+
+
+def _make_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, num_steps: int) -> OptimizerParamScheduler:
+    """Makes the schedule of the learning rate: linear warm-up, then a cosine down to the lowest."""
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
@@ -116,23 +143,17 @@ def optimization(
         wd_incr_style="constant",
     )
 
-    def finalize(model, *args, **options) -> None:
-        finalize_model_grads(model, *args, **options)
-        for chunk in unwrap_model(model):
-            if hasattr(chunk, PROJECTIONS):
-                getattr(chunk, PROJECTIONS).add_up()
 
-    for chunk in chunks:
-        if config.overlap:  # after the last micro-batch alone
-            no_sync = [own.no_sync for own in wrapped]
-            chunk.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
-        chunk.config.finalize_model_grads_func = finalize
-        chunk.config.grad_scale_func = optimizer.scale_loss
-    return Optimization(wrapped, optimizer, schedule)
+def _finalize_gradients(model: list[torch.nn.Module], *args: Any, **options: Any) -> None:
+    """Adds up gradients over ranks as Megatron does, and those of projections that several stages share."""
+    finalize_model_grads(model, *args, **options)
+    for chunk in unwrap_model(model):
+        if hasattr(chunk, PROJECTIONS):
+            getattr(chunk, PROJECTIONS).add_up()
 
 
 def _count_padding(chunks: list[DistributedDataParallel]) -> None:
-    """Have checkpoints keep the padding between buckets as well.
+    """Has checkpoints keep the padding between buckets as well.
 
     Megatron-Core (0.16 and 0.19: DistributedOptimizer.get_parameter_state_dp_zero) strings the buckets' states together
     without it, and sharded_param_state_fully_reshardable then looks for each parameter where it stands with it. Behind
@@ -144,8 +165,8 @@ def _count_padding(chunks: list[DistributedDataParallel]) -> None:
             bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def _begin(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state that torch's AdamW otherwise makes in its first step.
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the state that torch's AdamW otherwise makes in its first step.
 
     Megatron-Core's DistributedOptimizer.state_dict asks for it before it loads a checkpoint, and then makes it itself
     for Transformer Engine's and Apex's optimisers alone. And what is allocated before the first activations does not

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: Slurm's warning before the end (SIGUSR1), and SIGTERM."""
+"""Notices signals that ask a run to stop: Slurm's warning before the end (SIGUSR1), and SIGTERM."""
 
 import signal
 import threading
@@ -10,13 +10,16 @@ _WARNING, _END = signal.SIGUSR1, signal.SIGTERM
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """While the block runs, signals end nothing and are remembered. Yields whether one has come to this process.
+    """Remembers signals while the block runs, instead of ending the process.
 
-    Ranks get a signal at different moments, or only some of them: what to do they have to agree on.
+    Ranks get a signal at different moments, or only some of them do: they have to agree on what to do.
 
-    Slurm warns every process of a step, those that write checkpoints and send metrics as well. They are started from
-    here, and whoever is blocks what this thread blocks; so the warning is blocked here and looked for, and caught where
-    it comes to another thread.
+    Slurm warns every process of a job step, including those that write checkpoints and send metrics. These are started
+    from this thread and block what it blocks. So the warning is blocked here and polled, and caught where it comes to
+    another thread.
+
+    Yields:
+        a function that returns whether a signal has come to this process.
     """
     if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
         yield lambda: False

@@ -1,4 +1,4 @@
-"""Saving and resuming a training run: weights, optimiser and schedule, in Megatron's own format."""
+"""Saves and resumes a training run: weights, optimiser and schedule, in Megatron's own format."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ from minitron_megatron.checkpoint.manifest import write_atomically
 from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder, latest_folder, require_plain
 from minitron_megatron.disk import told_when_full
 from minitron_megatron.parallel.collectives import main_first
-from minitron_megatron.training.optimizer import Optimization
+from minitron_megatron.training.optimizer import TrainableModel
 
 # Folder of the checkpoint with the lowest loss on held-out text, beside that of the latest ones.
 BEST = "best"
@@ -27,14 +27,14 @@ _OPTIMIZER, _SCHEDULE, _RUN = "optimizer", "opt_param_scheduler", "run"
 
 @dataclass
 class RunState:
-    """How far a run has come, beside its weights and optimisers.
+    """How far a run has come, apart from its weights and optimisers.
 
     Attributes:
         step: steps done, with those that were skipped.
         skipped: steps whose loss or gradient was not finite, so that nothing was learned from them.
-        skipped_in_a_row: so many at the end.
+        skipped_in_a_row: how many of the latest steps were skipped, without one between that was not.
         best_loss: the lowest on held-out text so far.
-        alpha: see `TeacherStudent`.
+        alpha: see `DistillationStep`.
     """
 
     step: int = 0
@@ -47,20 +47,20 @@ class RunState:
 def save_state(
     root: Path,
     run: RunState,
-    models: Mapping[str, Optimization],
+    models: Mapping[str, TrainableModel],
     best: bool = False,
     args: argparse.Namespace | None = None,
 ) -> None:
-    """Write `root/iter_STEP` and make it the latest. Collective.
+    """Writes `root/iter_STEP` and makes it the latest. Collective.
 
-    At every moment the tracker names a whole checkpoint: the new one is written beside, renamed when it is
+    At every moment the tracker names a whole checkpoint: the new one is written under another name, renamed when it is
     whole, and only then announced.
 
     Args:
         root: folder of the run's checkpoints.
         run: how far it has come.
         models: what is trained, by the prefix of its keys; the student has none.
-        best: also make it the checkpoint `BEST` beside `root`, in the place of the one that was best so far.
+        best: also make it the checkpoint `BEST` beside `root`, in place of the one that was best so far.
         args: that tell Megatron-LM what the network is.
 
     Raises:
@@ -73,7 +73,7 @@ def save_state(
     state |= {"iteration": run.step, "checkpoint_version": 3.0, _RUN: asdict(run)}
     if args is not None:
         state["args"] = argparse.Namespace(**{**vars(args), "iteration": run.step})
-    state |= {f"{prefix}{_SCHEDULE}": training.schedule.state_dict() for prefix, training in models.items()}
+    state |= {f"{prefix}{_SCHEDULE}": model.schedule.state_dict() for prefix, model in models.items()}
     try:
         with told_when_full(root):
             dist_checkpointing.save(state, str(temporary))
@@ -91,7 +91,7 @@ def _make_empty(temporary: Path) -> None:
 
 
 def remove_old(root: Path, keep: int) -> None:
-    """Remove all but so many of the latest checkpoints. Collective."""
+    """Removes all but so many of the latest checkpoints. Collective."""
 
     def remove() -> None:
         for old in _announced(root)[:-keep]:
@@ -101,7 +101,7 @@ def remove_old(root: Path, keep: int) -> None:
 
 
 def step_back(root: Path) -> None:
-    """Make the checkpoint before the latest one the latest, if there is one. Collective."""
+    """Makes the checkpoint before the latest one the latest, if there is one. Collective."""
 
     def announce() -> None:
         if before := _announced(root)[:-1]:
@@ -111,8 +111,8 @@ def step_back(root: Path) -> None:
 
 
 def _announced(root: Path) -> list[Path]:
-    """The checkpoints up to the one that the tracker names, which is the last. Behind it may lie one that an
-    interrupted run did not announce, or that a run has stepped back from."""
+    """Returns the checkpoints up to the one that the tracker names. Later ones were not announced by a run that was
+    interrupted, or were stepped back from."""
     if not (root / TRACKER).is_file():
         return []
     latest = latest_folder(root)
@@ -124,7 +124,7 @@ def _step_of(folder: Path) -> str:
 
 
 def _announce(temporary: Path, folder: Path, best: bool) -> None:
-    """Make a whole checkpoint the latest one."""
+    """Makes a whole checkpoint the latest one."""
     root, step = folder.parent, _step_of(folder)
     if folder.exists():
         shutil.rmtree(folder)  # not announced, so left by a run that ended between these lines
@@ -137,7 +137,7 @@ def _announce(temporary: Path, folder: Path, best: bool) -> None:
 
 
 def _announce_best(folder: Path, step: str) -> None:
-    """Make a checkpoint the best one: the same files under other names, which take no space of their own."""
+    """Makes a checkpoint the best one: the same files under other names, which take no space of their own."""
     root = folder.parent
     best, new, old = (root.with_name(name) for name in (BEST, f".{BEST}.new", f".{BEST}.old"))
     for left in (new, old):
@@ -160,11 +160,15 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def load_state(root: Path, models: Mapping[str, Optimization]) -> RunState:
-    """Go on from the latest checkpoint below `root`, in this or another layout. Collective.
+def load_state(root: Path, models: Mapping[str, TrainableModel]) -> RunState:
+    """Loads the latest checkpoint below `root`, whatever layout wrote it. Collective.
+
+    Args:
+        root: folder of the run's checkpoints.
+        models: what is trained, by the prefix of its keys; their weights, optimisers and schedules are overwritten.
 
     Returns:
-        how far the run had come; not at all, if there is no checkpoint.
+        how far the run had come; a new state, if there is no checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or holds what is no plain value.
@@ -174,28 +178,29 @@ def load_state(root: Path, models: Mapping[str, Optimization]) -> RunState:
     folder = latest_folder(root)
     require_plain(folder)
     loaded = dist_checkpointing.load(_sharded_state(models, is_loading=True), str(folder))
-    for prefix, training in models.items():
-        for name, chunk in _named(training, prefix):
+    for prefix, model in models.items():
+        for name, chunk in _named(model, prefix):
             weights = {key.removeprefix(prefix): weight for key, weight in loaded[name].items()}
             chunk.load_state_dict(weights, strict=True)
-        training.optimizer.load_state_dict(loaded[f"{prefix}{_OPTIMIZER}"])
-        training.schedule.load_state_dict(loaded[f"{prefix}{_SCHEDULE}"])
+        model.optimizer.load_state_dict(loaded[f"{prefix}{_OPTIMIZER}"])
+        model.schedule.load_state_dict(loaded[f"{prefix}{_SCHEDULE}"])
     return RunState(**loaded[_RUN])
 
 
-def _named(training: Optimization, prefix: str) -> list[tuple[str, torch.nn.Module]]:
-    """Chunks under the names that Megatron-LM gives them."""
-    chunks = unwrap_model(training.chunks)
+def _named(model: TrainableModel, prefix: str) -> list[tuple[str, torch.nn.Module]]:
+    """Returns a model's chunks with the names that Megatron-LM gives them."""
+    chunks = unwrap_model(model.chunks)
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
     return [(f"{prefix}{name}", chunk) for name, chunk in zip(names, chunks, strict=True)]
 
 
-def _sharded_state(models: Mapping[str, Optimization], is_loading: bool) -> dict:
+def _sharded_state(models: Mapping[str, TrainableModel], is_loading: bool) -> dict:
+    """Returns weights and optimisers as Megatron-Core's sharded tensors."""
     state = {}
-    for prefix, training in models.items():
-        own = {name: chunk.sharded_state_dict(prefix=prefix) for name, chunk in _named(training, prefix)}
+    for prefix, model in models.items():
+        own = {name: chunk.sharded_state_dict(prefix=prefix) for name, chunk in _named(model, prefix)}
         state |= own
-        state[f"{prefix}{_OPTIMIZER}"] = training.optimizer.sharded_state_dict(
+        state[f"{prefix}{_OPTIMIZER}"] = model.optimizer.sharded_state_dict(
             own, is_loading=is_loading, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
         )
     return state

@@ -10,7 +10,7 @@ from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.parallel.collectives import failing_together, main_first
 from minitron_megatron.parallel.groups import process_groups
-from minitron_megatron.training import loop
+from minitron_megatron.training.step_metrics import largest_over_ranks
 from tests.ranks import run_on_ranks
 
 
@@ -66,7 +66,8 @@ def test_ranks_may_wait_longer_than_nccl_does_by_itself(ranks):
 
 def say_largest():
     with process_groups(ParallelConfig(tensor=2)) as groups:
-        assert loop._largest({"one": dist.get_rank(), "other": 7 - dist.get_rank()}, groups) == {"one": 1, "other": 7}
+        values = {"one": dist.get_rank(), "other": 7 - dist.get_rank()}
+        assert largest_over_ranks(values, groups) == {"one": 1, "other": 7}
 
 
 def test_times_and_memory_are_those_of_the_rank_that_needs_most():

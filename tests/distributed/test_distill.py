@@ -17,7 +17,6 @@ from minitron_megatron.checkpoint.convert import export
 from minitron_megatron.checkpoint.load import local_parameters
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.checkpoint.sharded import TEACHER, TRACKER, Checkpoint, iteration_folder, latest_folder
-from minitron_megatron.checkpoint.source import instances
 from minitron_megatron.config.loss import (
     Balance,
     Divergence,
@@ -35,14 +34,17 @@ from minitron_megatron.config.schema import (
     OptimizerConfig,
     ParallelConfig,
 )
-from minitron_megatron.distillation.step import StepResult, TeacherStudent
+from minitron_megatron.distillation.live_teacher import LiveTeacher
+from minitron_megatron.distillation.result import EntryResult, StepResult
+from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.errors import ConfigError, DataError, TrainingError
 from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.count import forward_flops_per_token
 from minitron_megatron.parallel.groups import process_groups
-from minitron_megatron.training import distill, loop, state
-from minitron_megatron.training.metrics import read_metrics
-from minitron_megatron.training.optimizer import Optimization
+from minitron_megatron.tracking.metrics import read_metrics
+from minitron_megatron.training import distill, loop, saver, setup, state
+from minitron_megatron.training.loop import Trainer
+from minitron_megatron.training.optimizer import TrainableModel
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, hf_model, import_hf, literate
 
@@ -72,36 +74,42 @@ def settings(inputs, output, **changes):
     )
 
 
+def measured(num_tokens, **losses):
+    """The result of a step, as if its losses had been these."""
+    entries = {name: EntryResult(1.0, {name: loss * num_tokens}, {name: num_tokens}) for name, loss in losses.items()}
+    return StepResult(entries, num_tokens)
+
+
 @pytest.fixture
 def stop_after_saving(monkeypatch):
     """A run that is interrupted after its first checkpoint."""
 
     @contextmanager
     def stopping():
-        save = loop.save_state
+        save = saver.save_state
 
         def save_and_stop(*arguments):
             save(*arguments)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(loop, "save_state", save_and_stop)
+            patch.setattr(saver, "save_state", save_and_stop)
             yield
 
     return stopping
 
 
 def random_weights_of_a_rank(inputs, folder, parallel):
-    def keep(config, pair, models, samples, heldout, groups, *rest):
-        network = Checkpoint(config.student).network
+    def keep(trainer):
+        network = Checkpoint(trainer.config.student).network
         found = [
             (param.stacked_key, layer, index, parameter.detach().clone())
-            for chunk in unwrap_model(models[""].chunks)
-            for parameter, param, layer, index in local_parameters(chunk, network, groups)
+            for chunk in unwrap_model(trainer.models[""].chunks)
+            for parameter, param, layer, index in local_parameters(chunk, network, trainer.groups)
         ]
         torch.save(found, folder / f"{dist.get_rank()}.pt")
 
-    distill.train = keep
+    Trainer.train = keep
     distill.distill(settings(inputs, folder / "run", random_init=True, parallel=parallel))
 
 
@@ -127,7 +135,7 @@ def error_of_a_rank(inputs, folder):
     def loaded(*arguments):
         raise AssertionError("a model was built before the tracker had started")
 
-    distill.Metrics, distill.build_model = fails, loaded
+    distill.Metrics, setup.build_model = fails, loaded
     with pytest.raises(ConfigError, match="wandb does not start"):
         distill.distill(settings(inputs, folder / "run", parallel=ParallelConfig(data=2)))
 
@@ -137,14 +145,14 @@ def test_no_rank_goes_on_when_the_first_ones_tracker_does_not_start(inputs, tmp_
 
 
 def test_a_teacher_that_counts_nothing_is_neither_built_nor_counted(inputs, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(distill, "train", lambda *arguments: calls.append(arguments))
+    trainers = []
+    monkeypatch.setattr(Trainer, "train", lambda trainer: trainers.append(trainer))
     forward = forward_flops_per_token(Checkpoint(inputs / "checkpoint").network, 16)
     for weights in ((0.0, 1.0), (1.0, 0.0)):
         distill.distill(settings(inputs, tmp_path / str(weights), loss=LossConfig(*weights)))
-    (_, without, *_, flops_without, _, _), (_, with_teacher, *_, flops_with, _, _) = calls
-    assert without.teacher is None and flops_without == 3 * forward
-    assert with_teacher.teacher and flops_with == 4 * forward
+    without, with_teacher = trainers
+    assert without.step.teachers == [] and without.flops_per_token == 3 * forward
+    assert len(with_teacher.step.teachers) == 1 and with_teacher.flops_per_token == 4 * forward
 
 
 def test_a_run_with_every_kind_of_loss_goes_on_exactly_where_it_was_interrupted(inputs, tmp_path, stop_after_saving):
@@ -182,10 +190,9 @@ def test_a_run_with_every_kind_of_loss_goes_on_exactly_where_it_was_interrupted(
         assert line["loss/total"] == pytest.approx(total)
     assert expected[-1]["loss/kd_hidden"] < expected[0]["loss/kd_hidden"]
     whole, found = (Checkpoint(tmp_path / run) for run in ("whole", "parts"))
-    for param in parameters(whole.shape):
-        index = [np.arange(size) for size in param.size(axis_sizes(whole.shape))]
-        for layer in instances(param, whole.shape):
-            assert torch.equal(found.read(param, layer, index), whole.read(param, layer, index)), param.name
+    for param in parameters(whole.network):
+        index = [np.arange(size) for size in param.shape]
+        assert torch.equal(found.read(param, index), whole.read(param, index)), param.key
 
 
 def weights_of(run, step, prefix=""):
@@ -233,7 +240,7 @@ def test_a_teacher_in_fp16_is_not_trained(inputs, tmp_path):
 
 
 def test_a_first_batch_without_tokens_proves_no_teacher(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(TeacherStudent, "evaluate_teacher", lambda pair, batches: StepResult(0.0, 0.0, 0))
+    monkeypatch.setattr(LiveTeacher, "evaluate", lambda teacher, batches: measured(0, lm=0.0))
     with pytest.raises(DataError, match="the first batch has no token that counts"):
         distill.distill(settings(inputs, tmp_path / "run"))
 
@@ -254,7 +261,7 @@ def run_first_half_in(config, parallel):
         state.save_state(*arguments)
         raise KeyboardInterrupt
 
-    loop.save_state = save_and_stop
+    saver.save_state = save_and_stop
     with pytest.raises(KeyboardInterrupt):
         run_in(config, parallel)
 
@@ -350,15 +357,15 @@ def test_a_run_goes_on_in_another_layout(whole, tmp_path, optimizer, before, aft
 
 def poisoned_in(steps, where):
     """A step of training whose gradients, or whose losses, are not finite in some of the steps."""
-    train, calls = TeacherStudent.train, count(1)
+    train, calls = DistillationStep.train, count(1)
 
-    def poisoned(pair, batches):
-        result = train(pair, batches)
+    def poisoned(step, batches, number):
+        result = train(step, batches, number)
         if next(calls) in steps:
             if where == "gradient":
-                next(iter(pair.student[0].parameters())).main_grad.view(-1)[3] = torch.inf
+                next(iter(step.student[0].parameters())).main_grad.view(-1)[3] = torch.inf
             else:
-                result.kd_logits = torch.nan
+                result.entries["kd_logits"].numerators["kd_logits"] = torch.nan
         return result
 
     return poisoned
@@ -372,7 +379,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(inputs, tmp_path, monk
     )
     for ended_by, output in ((3, "ended"), (4, "run")):
         with monkeypatch.context() as patch:
-            patch.setattr(TeacherStudent, "train", poisoned_in({2, 3}, where))
+            patch.setattr(DistillationStep, "train", poisoned_in({2, 3}, where))
             distill.distill(replace(config, steps=ended_by, output=str(tmp_path / output)))
     lines = read_metrics(tmp_path / "run")
     assert [line["progress/skipped_steps"] for line in lines] == [0, 1, 2, 2]
@@ -391,19 +398,19 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(inputs, tmp_path, monk
 
 def run_poisoned_in(config, parallel):
     """The same, but that one gradient is not finite in the second step, on one rank alone and before it is reduced."""
-    train, calls = TeacherStudent.train, count(1)
+    train, calls = DistillationStep.train, count(1)
 
-    def poisoned(pair, batches):
+    def poisoned(step, batches, number):
         if next(calls) != 2 or dist.get_rank() != dist.get_world_size() - 1:
-            return train(pair, batches)
-        parameter = next(iter(pair.student[0].parameters()))
+            return train(step, batches, number)
+        parameter = next(iter(step.student[0].parameters()))
         hook = parameter.register_hook(lambda grad: grad + torch.inf)
         try:
-            return train(pair, batches)
+            return train(step, batches, number)
         finally:
             hook.remove()
 
-    TeacherStudent.train = poisoned
+    DistillationStep.train = poisoned
     run_in(config, parallel)
 
 
@@ -412,7 +419,7 @@ def test_all_ranks_skip_what_is_not_finite_on_one(inputs, tmp_path, monkeypatch,
     config = replace(settings(inputs, tmp_path / "one"), student=str(inputs / "narrow/checkpoint"), steps=3)
     config = replace(config, micro_batch=2, save_every=None)
     with monkeypatch.context() as patch:
-        patch.setattr(TeacherStudent, "train", poisoned_in({2}, "gradient"))
+        patch.setattr(DistillationStep, "train", poisoned_in({2}, "gradient"))
         distill.distill(config)
     many = replace(config, output=str(tmp_path / "many"), optimizer=replace(config.optimizer, **optimizer))
     run_on_ranks(4, run_poisoned_in, many, ParallelConfig(pipeline=2, data=2))
@@ -428,7 +435,7 @@ def test_all_ranks_skip_what_is_not_finite_on_one(inputs, tmp_path, monkeypatch,
 def test_a_run_stops_when_step_after_step_is_not_finite(inputs, tmp_path, monkeypatch):
     config = replace(settings(inputs, tmp_path / "run"), steps=9, save_every=1, max_skipped_steps=3, global_batch=4)
     with monkeypatch.context() as patch:
-        patch.setattr(TeacherStudent, "train", poisoned_in({2, 4, 5, 6}, "gradient"))
+        patch.setattr(DistillationStep, "train", poisoned_in({2, 4, 5, 6}, "gradient"))
         with pytest.raises(TrainingError, match="in the last 3 steps.* In step 6, of sequences 20 to 23, the loss was"):
             distill.distill(config)
     assert Checkpoint(tmp_path / "run").iteration == 3  # what came after may be what is wrong
@@ -440,37 +447,37 @@ def test_a_run_stops_when_step_after_step_is_not_finite(inputs, tmp_path, monkey
 @pytest.mark.parametrize("validate_every", [None, 2])
 def test_a_checkpoint_stays_until_the_next_one_is_seen_to_work(inputs, tmp_path, monkeypatch, validate_every):
     """Step 4 ruins the weights, and saves them: only what comes after shows it, or its validation."""
-    step = Optimization.step
+    step = TrainableModel.step
 
-    def ruining(training):
-        lr = step(training)
-        if training.schedule.num_steps == 4:
-            next(iter(training.chunks[0].parameters())).data.fill_(torch.nan)
+    def ruining(model):
+        lr = step(model)
+        if model.schedule.num_steps == 4:
+            next(iter(model.chunks[0].parameters())).data.fill_(torch.nan)
         return lr
 
     config = replace(settings(inputs, tmp_path / "run"), steps=9, save_every=2, max_skipped_steps=3)
-    monkeypatch.setattr(Optimization, "step", ruining)
+    monkeypatch.setattr(TrainableModel, "step", ruining)
     with pytest.raises(TrainingError, match="in the last 3 steps"):
         distill.distill(replace(config, validate_every=validate_every))
     folders = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("iter_*"))
     assert folders == [iteration_folder(step) for step in ([2, 4] if validate_every is None else [2])]
     assert Checkpoint(tmp_path / "run").iteration == 2
     # It goes on from there, and what it goes on from stays until it has saved another.
-    monkeypatch.setattr(Optimization, "step", step)
-    saved, save = [], loop.save_state
+    monkeypatch.setattr(TrainableModel, "step", step)
+    saved, save = [], saver.save_state
 
     def watched(root, *arguments):
         saved.append(latest_folder(root).is_dir())
         save(root, *arguments)
 
-    monkeypatch.setattr(loop, "save_state", watched)
+    monkeypatch.setattr(saver, "save_state", watched)
     distill.distill(replace(config, validate_every=validate_every))
     assert all(saved) and len(saved) == 4 and Checkpoint(tmp_path / "run").iteration == 9
 
 
 def test_the_best_checkpoint_stays_whatever_comes_after(inputs, tmp_path, monkeypatch):
     losses = iter([3.0, float("nan"), 2.0, 1.0, 2.0, 1.5])
-    monkeypatch.setattr(loop, "validate", lambda *arguments: StepResult(next(losses), 9.0, 1))
+    monkeypatch.setattr(loop, "validate", lambda *arguments: measured(1, kd_logits=next(losses), lm=9.0))
     config = replace(
         settings(inputs, tmp_path / "run"), steps=6, save_every=3, validate_every=1, keep_checkpoints=2, micro_batch=2
     )
@@ -493,7 +500,7 @@ def test_the_best_checkpoint_stays_whatever_comes_after(inputs, tmp_path, monkey
 def test_the_best_loss_so_far_outlives_an_interruption(inputs, tmp_path, monkeypatch, stop_after_saving):
     config = replace(settings(inputs, tmp_path / "run"), steps=3, save_every=None, validate_every=1, micro_batch=2)
     losses = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(loop, "validate", lambda *arguments: StepResult(next(losses), 0.0, 1))
+    monkeypatch.setattr(loop, "validate", lambda *arguments: measured(1, kd_logits=next(losses), lm=0.0))
     with stop_after_saving():
         distill.distill(config)
     distill.distill(config)

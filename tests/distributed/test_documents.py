@@ -68,10 +68,12 @@ def alone():
 
 
 def work(folder, name: str):
-    from minitron_megatron.distillation.step import TeacherStudent
+    from minitron_megatron.distillation.entries import loss_entries
+    from minitron_megatron.distillation.live_teacher import LiveTeacher
+    from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.parallel.groups import process_groups
     from minitron_megatron.pruning.score_model import score_model
-    from minitron_megatron.training.optimizer import optimization
+    from minitron_megatron.training.optimizer import setup_optimizer
     from tests.unit.pruning.direct import build_ours
 
     samples = alone() if name == "alone" else packed()
@@ -87,14 +89,13 @@ def work(folder, name: str):
         chunks, network = build_ours(hf_model(seed=2, **LLAMA), groups, recompute=groups.layout.sequence)
         for chunk in teacher_chunks:
             chunk.requires_grad_(False)
-        training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
-        pair = TeacherStudent(
-            training.chunks, teacher_chunks, groups, LossConfig(0.7, 0.4, chunk_tokens=7), network.vocab_size
-        )
-        training.zero_grad()
-        result = pair.train(list(rank_batches(samples, 0, len(samples), MICRO_BATCH, 0, 1)))
+        trained = setup_optimizer(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+        entries = loss_entries(LossConfig(0.7, 0.4), LiveTeacher(teacher_chunks, groups, network.vocab_size))
+        step = DistillationStep(trained.chunks, entries, groups, network.vocab_size, chunk_tokens=7)
+        trained.zero_grad()
+        result = step.train(list(rank_batches(samples, 0, len(samples), MICRO_BATCH, 0, 1)))
         found = {
-            "losses": (result.kd_logits, result.lm, result.num_tokens),
+            "losses": (result.losses["kd_logits"], result.losses["lm"], result.num_tokens),
             "depth": scores.depth,
             "gradients": local_gradients(chunks, network, groups),
             "network": network,

@@ -5,7 +5,6 @@ import torch
 import torch.distributed as dist
 
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
-from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.data.samples import rank_batches
 from minitron_megatron.model.families import network_from_config
@@ -25,11 +24,12 @@ def batch_of(config: dict) -> dict:
 def work(folder, name):
     """Logits and gradients of all families, by one rank of a layout."""
     from minitron_megatron.checkpoint.load import load_weights
-    from minitron_megatron.distillation.step import TeacherStudent
+    from minitron_megatron.distillation.objectives import CrossEntropy, Entry
+    from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
     from minitron_megatron.parallel.schedule import output_weight, run_forward
-    from minitron_megatron.training.optimizer import optimization
+    from minitron_megatron.training.optimizer import setup_optimizer
 
     found = {}
     with process_groups(LAYOUTS[name]) as groups:
@@ -40,9 +40,9 @@ def work(folder, name):
             load_weights(chunks, StateDict(network, model.state_dict()), groups)
             hidden = run_forward(chunks, [batch], groups, lambda hidden, _: hidden)
             logits = [(last @ output_weight(chunks[-1]).T).transpose(0, 1) for last in hidden]
-            training = optimization(chunks, OptimizerConfig(warmup_steps=1), 4, DType.FP32, groups)
-            training.zero_grad()
-            TeacherStudent(training.chunks, None, groups, LossConfig(0.0, 1.0), network.vocab_size).train([batch])
+            trained = setup_optimizer(chunks, OptimizerConfig(warmup_steps=1), 4, DType.FP32, groups)
+            trained.zero_grad()
+            DistillationStep(trained.chunks, [Entry(None, CrossEntropy())], groups, network.vocab_size).train([batch])
             found[family] = logits, local_gradients(chunks, network, groups)
         torch.save(found, folder / f"{dist.get_rank()}.pt")
 

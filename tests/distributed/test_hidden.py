@@ -1,7 +1,6 @@
 """Losses between hidden states: the same in every layout, and what autograd makes of them on transformers models."""
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,21 +10,33 @@ import torch.nn.functional as F
 
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.config.loss import Balance, HiddenConfig, HiddenLoss, LayerMap, LossConfig, Point, Projection
+from minitron_megatron.config.loss import (
+    Balance,
+    HiddenConfig,
+    HiddenLoss,
+    LayerMap,
+    LossConfig,
+    Projection,
+    all_points,
+)
 from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.data.samples import rank_batches
-from minitron_megatron.distillation.hidden import HiddenLosses, add_projections, hidden_problems, resolve_pairs
+from minitron_megatron.distillation.entries import loss_entries
+from minitron_megatron.distillation.hidden import HiddenDistance
+from minitron_megatron.distillation.live_teacher import LiveTeacher
 from minitron_megatron.distillation.losses import forward_kl
-from minitron_megatron.distillation.step import TeacherStudent
+from minitron_megatron.distillation.pairs import hidden_problems, resolve_pairs
+from minitron_megatron.distillation.projections import add_projections
+from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.parameters import PROJECTIONS
 from minitron_megatron.parallel.groups import process_groups
-from minitron_megatron.training.optimizer import optimization
+from minitron_megatron.training.optimizer import setup_optimizer
 from tests.gradients import Gradients, close, local_gradients
 from tests.in_memory import StateDict
 from tests.ranks import run_on_ranks
-from tests.tiny import LLAMA, Samples, hf_model
+from tests.tiny import LLAMA, Samples, changed, hf_model, without_sublayers
 
 LAYOUTS = {
     "1x1": ParallelConfig(),
@@ -50,17 +61,17 @@ CASES = {
         loss=HiddenLoss.MSE,
         map=LayerMap.END_ALIGNED,
         projection=Projection.PER_PAIR,
-        points=[Point.LAYER, Point.MLP],
+        points=["layer", "mlp"],
     ),
     "squarehead, everywhere": HiddenConfig(
-        0.5, loss=HiddenLoss.SQUAREHEAD, points=list(Point), pairs=[[0, 5], [3, 0], [2, 2], [1, 5]]
+        0.5, loss=HiddenLoss.SQUAREHEAD, points=all_points(), pairs=[[0, 5], [3, 0], [2, 2], [1, 5]]
     ),
     "cosine, dynamic": HiddenConfig(1.0, Balance.DYNAMIC, pairs=[[1, 4], [3, 5]]),
 }
 GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, STEPS = 8, 1, 16, 2
 
 
-def networks(name):
+def models(name):
     """Teacher and student, as transformers models; of one width where there is no projection."""
     teacher = TEACHER if CASES[name].projection is not Projection.NONE else NARROW
     return hf_model(seed=1, **teacher), hf_model(seed=2, **STUDENT)
@@ -79,7 +90,7 @@ def work(folder, name):
     found = {}
     with process_groups(LAYOUTS[name]) as groups:
         for case, hidden in CASES.items():
-            teacher, student = map(source_of, networks(case))
+            teacher, student = map(source_of, models(case))
             loss = LossConfig(0.7, 0.4, chunk_tokens=7, hidden=hidden)
             teacher_chunks = build_model(teacher.network, groups, DType.FP32)
             load_weights(teacher_chunks, teacher, groups)
@@ -87,25 +98,28 @@ def work(folder, name):
             load_weights(chunks, student, groups)
             networks = student.network, teacher.network
             add_projections(chunks, hidden, *networks, groups, seed=5)
-            losses = HiddenLosses(hidden, chunks, teacher_chunks, networks, groups)
-            training = optimization(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
-            pair = TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.network.vocab_size, losses)
+            distance = HiddenDistance(hidden, chunks, networks, groups)
+            trained = setup_optimizer(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+            vocab = student.network.vocab_size
+            entries = loss_entries(loss, LiveTeacher(teacher_chunks, groups, vocab), distance)
+            step = DistillationStep(trained.chunks, entries, groups, vocab, loss.chunk_tokens)
             own = found[case] = {"steps": []}
-            for step in range(STEPS):
+            for number in range(STEPS):
                 batches = rank_batches(
-                    samples(), step * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, groups.data_rank, groups.layout.data
+                    samples(), number * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, groups.data_rank, groups.layout.data
                 )
-                training.zero_grad()
-                result = pair.train(list(batches))
-                if step == 0:
+                trained.zero_grad()
+                result = step.train(list(batches))
+                if number == 0:
                     own["gradients"] = local_gradients(chunks, student.network, groups)
                     own["projections"] = {
                         name: (projection.weight.detach().clone(), projection.weight.main_grad.clone())
                         for chunk in chunks
                         for name, projection in getattr(chunk, PROJECTIONS, {}).items()
                     }
-                values = (result.kd_logits, result.lm, result.alpha, *result.of_pairs.values())
-                own["steps"].append((*values, result.total(loss), training.grad_norm(), training.step()))
+                losses, of_pairs = result.losses, result.entries["kd_hidden"].pair_losses
+                values = (losses["kd_logits"], losses["lm"], result.alpha, *of_pairs.values())
+                own["steps"].append((*values, result.total, trained.grad_norm(), trained.step()))
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")
 
 
@@ -143,8 +157,8 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(case, single, many):
     for rank in many.ranks:
         np.testing.assert_allclose(rank[case]["steps"], single.ranks[0][case]["steps"], rtol=1e-5)
     expected, found = single.gradients(case), many.gradients(case)
-    for name, _, param, part, layer in hf_tensors(expected.shape):
-        assert close(read_hf_tensor(found, param, part, layer), read_hf_tensor(expected, param, part, layer)), name
+    for name, _, param, part in hf_tensors(expected.network):
+        assert close(read_hf_tensor(found, param, part), read_hf_tensor(expected, param, part)), name
     projections = single.ranks[0][case]["projections"]
     assert {name for rank in many.ranks for name in rank[case]["projections"]} == set(projections)
     for rank in many.ranks:
@@ -153,8 +167,8 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(case, single, many):
             assert close(gradient, projections[name][1]), name
 
 
-def layers(count):
-    return ["*-"] * count
+def network(count):
+    return changed(network_from_config({**STUDENT, "model_type": "llama"}), num_layers=count)
 
 
 def states_of(model, tokens):
@@ -167,11 +181,11 @@ def states_of(model, tokens):
 
         hooks.append(module.register_forward_hook(hook))
 
-    keep(model.model.embed_tokens, Point.EMBEDDING, 0)
+    keep(model.model.embed_tokens, "embedding", 0)
     for number, layer in enumerate(model.model.layers):
-        keep(layer, Point.LAYER, number)
-        keep(layer.self_attn, Point.ATTENTION, number)
-        keep(layer.mlp, Point.MLP, number)
+        keep(layer, "layer", number)
+        keep(layer.self_attn, "attention", number)
+        keep(layer.mlp, "mlp", number)
     logits = model(tokens).logits
     for hook in hooks:
         hook.remove()
@@ -181,7 +195,7 @@ def states_of(model, tokens):
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_the_plain_loss_on_transformers_models(case, single):
     config, found = CASES[case], single.ranks[0][case]
-    teacher, student = networks(case)
+    teacher, student = models(case)
     batch = next(rank_batches(samples(), 0, GLOBAL_BATCH, GLOBAL_BATCH, 0, 1))
     mask = batch["loss_mask"]
     with torch.no_grad():
@@ -193,7 +207,7 @@ def test_a_step_is_the_plain_loss_on_transformers_models(case, single):
 
     projections = {name: weight.clone().requires_grad_() for name, (weight, _) in found["projections"].items()}
     distances = []
-    for pair in resolve_pairs(config, layers(4), layers(6)):
+    for pair in resolve_pairs(config, network(4), network(6)):
         state, other = ours[pair.point, pair.student], theirs[pair.point, pair.teacher]
         if projections:
             state = state @ projections.get(pair.name, projections.get("shared")).T
@@ -213,8 +227,8 @@ def test_a_step_is_the_plain_loss_on_transformers_models(case, single):
     np.testing.assert_allclose(found["steps"][0][: len(expected)], expected, rtol=1e-5)
     gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
     own = single.gradients(case)
-    for name, _, param, part, layer in hf_tensors(own.shape):
-        assert close(read_hf_tensor(own, param, part, layer), gradients[name], 1e-4), name
+    for name, _, param, part in hf_tensors(own.network):
+        assert close(read_hf_tensor(own, param, part), gradients[name], 1e-4), name
     for name, (_, gradient) in found["projections"].items():
         assert close(gradient, projections[name].grad, 1e-4), name
     # The second step is weighted by what the first one found.
@@ -227,7 +241,7 @@ def test_a_step_is_the_plain_loss_on_transformers_models(case, single):
 SHARING = {
     "layers of both stages": HiddenConfig(1.0, loss=HiddenLoss.MSE, projection=Projection.SHARED),
     "a layer of one stage": HiddenConfig(
-        1.0, loss=HiddenLoss.MSE, projection=Projection.SHARED, pairs=[[2, 1]], points=[Point.LAYER, Point.MLP]
+        1.0, loss=HiddenLoss.MSE, projection=Projection.SHARED, pairs=[[2, 1]], points=["layer", "mlp"]
     ),
 }
 OPTIMIZERS = [dict(distributed=d, overlap=o) for d in (False, True) for o in (False, True)]
@@ -245,18 +259,19 @@ def train_a_shared_projection(folder, name, layout):
             chunks = build_model(student.network, groups, DType.FP32)
             load_weights(chunks, student, groups)
             add_projections(chunks, hidden, *networks, groups, seed=5)
-            losses = HiddenLosses(hidden, chunks, teacher_chunks, networks, groups)
+            distance = HiddenDistance(hidden, chunks, networks, groups)
             config = OptimizerConfig(lr=1e-2, warmup_steps=1, eps=1e-3, **settings)
-            training = optimization(chunks, config, 9, DType.FP32, groups)
-            loss = LossConfig(hidden=hidden)
-            pair = TeacherStudent(training.chunks, teacher_chunks, groups, loss, student.network.vocab_size, losses)
+            trained = setup_optimizer(chunks, config, 9, DType.FP32, groups)
+            vocab = student.network.vocab_size
+            entries = loss_entries(LossConfig(hidden=hidden), LiveTeacher(teacher_chunks, groups, vocab), distance)
+            step = DistillationStep(trained.chunks, entries, groups, vocab)
             norms = []
-            for step in range(3):
-                batches = rank_batches(samples(), 4 * step, 4, MICRO_BATCH, groups.data_rank, groups.layout.data)
-                training.zero_grad()
-                pair.train(list(batches))
-                norms.append(training.grad_norm())
-                training.step()
+            for number in range(3):
+                batches = rank_batches(samples(), 4 * number, 4, MICRO_BATCH, groups.data_rank, groups.layout.data)
+                trained.zero_grad()
+                step.train(list(batches))
+                norms.append(trained.grad_norm())
+                trained.step()
             own = [p.weight.detach().clone() for c in chunks for p in getattr(c, PROJECTIONS, {}).values()]
             found[(case, *settings.values())] = own, norms
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")
@@ -281,7 +296,7 @@ def test_copies_of_a_shared_projection_learn_from_all_stages_and_replicas(virtua
 
 def test_maps_of_layers():
     def places(student, teacher, **settings):
-        pairs = resolve_pairs(HiddenConfig(1.0, **settings), layers(student), layers(teacher))
+        pairs = resolve_pairs(HiddenConfig(1.0, **settings), network(student), network(teacher))
         return [(pair.student, pair.teacher) for pair in pairs]
 
     assert places(4, 8) == [(0, 1), (1, 3), (2, 5), (3, 7)]
@@ -291,37 +306,36 @@ def test_maps_of_layers():
     assert places(3, 8, **end) == [(0, 5), (1, 6), (2, 7)]
     assert places(4, 2, **end) == [(2, 0), (3, 1)]
     assert places(4, 8, pairs=[[3, 0]]) == [(3, 0)]
-    every = resolve_pairs(HiddenConfig(1.0, points=[Point.EMBEDDING, Point.MLP], pairs=[[1, 2]]), layers(4), layers(8))
+    every = resolve_pairs(HiddenConfig(1.0, points=["embedding", "mlp"], pairs=[[1, 2]]), network(4), network(8))
     assert [pair.name for pair in every] == ["embedding", "mlp_1_2"]
-    of_sublayers = resolve_pairs(HiddenConfig(1.0, points=list(Point), pairs=[[0, 1], [1, 2]]), "*-", layers(3))
-    assert [p.name for p in of_sublayers] == ["layer_0_1", "layer_1_2", "attention_0_1", "mlp_1_2", "embedding"]
+    halves = without_sublayers(network(1), 1), network(3)
+    of_halves = resolve_pairs(HiddenConfig(1.0, points=all_points(), pairs=[[0, 1]]), *halves)
+    assert [pair.name for pair in of_halves] == ["layer_0_1", "attention_0_1", "embedding"]
 
 
 def test_what_cannot_be_compared_is_named():
-    student = network_from_config(hf_model(**STUDENT).config.to_dict())
-    teacher = replace(student, hidden=60, pattern="*-" * 6)
+    student = network(4)
+    teacher = changed(student, hidden_size=60, num_layers=6)
     found = hidden_problems(HiddenConfig(1.0, pairs=[[0, 6], [4, 5]]), student, teacher)
     assert found == [
         "loss.hidden.pairs has [0, 6], and the teacher has layers 0 to 5: name one of these",
         "loss.hidden.pairs has [4, 5], and the student has layers 0 to 3: name one of these",
-        "loss.hidden.projection = none, and student.hidden = 48 is not teacher.hidden = 60: set loss.hidden.projection "
-        "to shared or per_pair",
+        "loss.hidden.projection = none, and student.hidden_size = 48 is not teacher.hidden_size = 60: set "
+        "loss.hidden.projection to shared or per_pair",
     ]
     assert hidden_problems(HiddenConfig(0.0, pairs=[[9, 9]]), student, teacher) == []
+    [problem] = HiddenConfig(1.0, points=["layer", "norm"]).problems()
+    assert problem.startswith("loss.hidden.points has 'norm': must be one of layer, attention, mlp")
 
 
-def test_a_network_without_whole_layers_has_pairs_alone():
-    teacher = network_from_config(hf_model(**STUDENT).config.to_dict())
-    student = replace(teacher, pattern="*-*--*-")
-    assert hidden_problems(HiddenConfig(1.0), student, teacher) == [
-        "loss.hidden.map = uniform needs whole layers, and student.pattern = '*-*--*-' is not '*-' repeated: name "
-        "loss.hidden.pairs, where each sublayer of this network counts as a layer"
-    ]
-    assert hidden_problems(HiddenConfig(1.0, pairs=[[6, 3], [0, 0]]), student, teacher) == []
-    assert hidden_problems(HiddenConfig(1.0, points=[Point.EMBEDDING]), student, teacher) == []
-    assert hidden_problems(HiddenConfig(1.0, pairs=[[4, 2], [5, 2], [7, 4]], points=[Point.MLP]), student, teacher) == [
-        "loss.hidden.pairs has [5, 2]: the student's layer is '*', the teacher's '*-' ('*' is attention, '-' an MLP), "
-        "and loss.hidden.points = mlp is not in both; name other layers, or add the point layer",
-        "loss.hidden.pairs has [7, 4], and the student has layers 0 to 6: name one of these",
+def test_a_layer_without_its_mlp_is_compared_in_what_it_has():
+    teacher, student = network(4), without_sublayers(network(4), 5)
+    assert hidden_problems(HiddenConfig(1.0), student, teacher) == []
+    pairs = resolve_pairs(HiddenConfig(1.0, points=["layer", "mlp"]), student, teacher)
+    assert [pair.name for pair in pairs] == [f"layer_{n}_{n}" for n in range(4)] + ["mlp_0_0", "mlp_1_1", "mlp_3_3"]
+    assert hidden_problems(HiddenConfig(1.0, pairs=[[1, 2], [2, 2], [7, 4]], points=["mlp"]), student, teacher) == [
+        "loss.hidden.pairs has [2, 2]: the student's layer has the points layer, attention, the teacher's layer, "
+        "attention, mlp, and loss.hidden.points = mlp is not in both; name other layers, or add the point layer",
+        "loss.hidden.pairs has [7, 4], and the student has layers 0 to 3: name one of these",
         "loss.hidden.pairs has [7, 4], and the teacher has layers 0 to 3: name one of these",
     ]

@@ -117,10 +117,12 @@ def score_and_plan(chunks, network, groups, name: str, layout_name: str) -> dict
 def work(folder, layout: ParallelConfig):
     """Everything that is compared, by one rank of a layout."""
     from minitron_megatron.checkpoint.load import load_weights
-    from minitron_megatron.distillation.step import TeacherStudent
+    from minitron_megatron.distillation.entries import loss_entries
+    from minitron_megatron.distillation.live_teacher import LiveTeacher
+    from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
     from minitron_megatron.parallel.groups import process_groups
-    from minitron_megatron.training.optimizer import optimization
+    from minitron_megatron.training.optimizer import setup_optimizer
 
     teacher, student = Checkpoint(folder / "teacher/checkpoint"), Checkpoint(folder / "student")
     with process_groups(layout) as groups:
@@ -137,21 +139,29 @@ def work(folder, layout: ParallelConfig):
         teacher_chunks = [chunk.requires_grad_(False) for chunk in teacher_chunks]
         # Nor does it matter when gradients are added up.
         optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1, overlap=layout.data is not None)
-        training = optimization(chunks, optimizer, 4, DType.FP32, groups)
-        pair = TeacherStudent(training.chunks, teacher_chunks, groups, LOSS, student.network.vocab_size)
+        trained = setup_optimizer(chunks, optimizer, 4, DType.FP32, groups)
+        vocab = student.network.vocab_size
+        entries = loss_entries(LOSS, LiveTeacher(teacher_chunks, groups, vocab))
+        step = DistillationStep(trained.chunks, entries, groups, vocab, LOSS.chunk_tokens)
         samples = Samples(2 * GLOBAL_BATCH, SEQUENCE, student.network.vocab_size, seed=3)
         found["steps"] = []
-        for step in range(2):
-            first = step * GLOBAL_BATCH
+        for number in range(2):
+            first = number * GLOBAL_BATCH
             batches = list(
                 rank_batches(samples, first, GLOBAL_BATCH, MICRO_BATCH, groups.data_rank, groups.layout.data)
             )
-            training.zero_grad()
-            result = pair.train(batches)
-            if step == 0:
+            trained.zero_grad()
+            result = step.train(batches)
+            if number == 0:
                 gradients = local_gradients(chunks, student.network, groups)
             found["steps"].append(
-                (result.kd_logits, result.lm, result.num_tokens, training.grad_norm(), training.step())
+                (
+                    result.losses["kd_logits"],
+                    result.losses["lm"],
+                    result.num_tokens,
+                    trained.grad_norm(),
+                    trained.step(),
+                )
             )
         torch.save({**found, "gradients": gradients}, folder / f"{layout_name(layout)}_{dist.get_rank()}.pt")
 

@@ -8,14 +8,16 @@ from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig
 from minitron_megatron.config.schema import DType, OptimizerConfig
 from minitron_megatron.data.samples import rank_batches
-from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
+from minitron_megatron.distillation.entries import loss_entries
+from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
+from minitron_megatron.distillation.live_teacher import LiveTeacher
 from minitron_megatron.distillation.losses import distillation_loss
-from minitron_megatron.distillation.step import TeacherStudent
+from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.model.build import build_model, fp8_problems
 from minitron_megatron.model.families import network_from_config
-from minitron_megatron.parallel.schedule import output_weight, run_forward
+from minitron_megatron.parallel.schedule import output_weight, run_forward, to_device
 from minitron_megatron.pruning.score_model import score_model
-from minitron_megatron.training.optimizer import optimization
+from minitron_megatron.training.optimizer import setup_optimizer
 from tests.gradients import Gradients, close, local_gradients
 from tests.in_memory import StateDict
 from tests.tiny import FAMILIES, Samples, hf_model
@@ -26,7 +28,8 @@ SEQUENCE, BATCH = 16, 4
 
 
 def on_gpu(batch):
-    return {key: value.cuda() for key, value in batch.items()}
+    [batch] = to_device([batch], torch.device("cuda"))
+    return batch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,13 +54,12 @@ def test_a_step_is_that_of_autograd_on_transformers_models(groups, family, fruga
     for chunk in teacher_chunks:
         chunk.requires_grad_(False)
     optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1, distributed=frugal, overlap=frugal)
-    training = optimization(chunks, optimizer, 4, DType.FP32, groups)
-    pair = TeacherStudent(
-        training.chunks, teacher_chunks, groups, LossConfig(0.7, 0.4, chunk_tokens=7), network.vocab_size
-    )
+    trained = setup_optimizer(chunks, optimizer, 4, DType.FP32, groups)
+    entries = loss_entries(LossConfig(0.7, 0.4), LiveTeacher(teacher_chunks, groups, network.vocab_size))
+    step = DistillationStep(trained.chunks, entries, groups, network.vocab_size, chunk_tokens=7)
     [batch] = rank_batches(Samples(BATCH, SEQUENCE, network.vocab_size), 0, BATCH, BATCH, 0, 1)
-    training.zero_grad()
-    result = pair.train([on_gpu(batch)])
+    trained.zero_grad()
+    result = step.train([on_gpu(batch)])
     found = Gradients(network, [local_gradients(chunks, network, groups)])
 
     with torch.no_grad():
@@ -66,14 +68,14 @@ def test_a_step_is_that_of_autograd_on_transformers_models(groups, family, fruga
     labels, mask = batch["labels"].flatten(), batch["loss_mask"].flatten()
     loss = distillation_loss(logits, labels, mask, target, 0.7, 0.4) / mask.sum()
     loss.backward()
-    assert 0.7 * result.kd_logits + 0.4 * result.lm == pytest.approx(loss.item(), rel=1e-4)
+    assert 0.7 * result.losses["kd_logits"] + 0.4 * result.losses["lm"] == pytest.approx(loss.item(), rel=1e-4)
     expected = {name: parameter.grad for name, parameter in student.named_parameters()}
     for name, _, param, part in hf_tensors(network):
         assert close(read_hf_tensor(found, param, part), expected[name], 1e-3), name
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
-    assert training.grad_norm() == pytest.approx(norm, rel=1e-3)
-    training.step()
-    assert pair.train([on_gpu(batch)]).total(pair.loss) < result.total(pair.loss)
+    assert trained.grad_norm() == pytest.approx(norm, rel=1e-3)
+    trained.step()
+    assert step.train([on_gpu(batch)]).total < result.total
 
 
 def test_a_teacher_in_fp8_says_nearly_the_same(groups):
@@ -117,10 +119,10 @@ def test_losses_are_those_of_whole_logits(groups, divergence, dtype, tolerance):
     # What the number format makes of the inputs is no fault of the loss.
     inputs = [x.to(dtype) for x in (case.hidden, case.weight, teacher.hidden, teacher.weight)]
     case.hidden, case.weight, *of_teacher = (x.double() for x in inputs)
-    case.teacher = Teacher(*of_teacher)
+    case.teacher = Predictions(*of_teacher)
     expected = case.plain(0.7, 0.4)
     case.hidden, case.weight, *of_teacher = (x.cuda() for x in inputs)
-    case.teacher = Teacher(*of_teacher)
+    case.teacher = Predictions(*of_teacher)
     case.labels, case.mask = case.labels.cuda(), case.mask.cuda()
     found = case.linear(groups.collection.tp, 0.7, 0.4, 5)
     assert found[0] == pytest.approx(expected[0], rel=tolerance)
@@ -138,7 +140,7 @@ def test_the_losses_memory_does_not_grow_with_the_tokens(groups):
         labels, mask = torch.zeros(tokens, dtype=torch.long, device="cuda"), torch.ones(tokens, device="cuda")
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        teacher = Teacher(teacher_hidden, teacher_weight)
+        teacher = Predictions(teacher_hidden, teacher_weight)
         loss, _ = linear_distillation_loss(hidden, weight, labels, mask, groups.collection.tp, vocab, teacher, 1.0, 0.0)
         loss.backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from minitron_megatron.training.metrics import read_metrics
+from minitron_megatron.tracking.metrics import read_metrics
 from tests.launch.conftest import ROOT, wait_for
 from tests.offline_wandb import history
 

@@ -288,14 +288,38 @@ def test_ranks_share_the_samples(first, count, micro_batch, data_size):
     seen = []
     for d, batches in enumerate(ranks):
         for m, batch in enumerate(batches):
+            ids = batch.pop("sample_ids")
+            assert ids.dtype == torch.int64 and ids.shape == (micro_batch,)
             assert all(value.shape == (micro_batch, 4) for value in batch.values())
             for j in range(micro_batch):
                 index = first + (m * data_size + d) * micro_batch + j
                 assert batch["loss_mask"][j].tolist() == [float(index < end)] * 4
+                assert ids[j] == (index if index < end else -1)
                 if index < end:
                     assert batch["tokens"][j].tolist() == [index + 1] * 4
                     seen.append(index)
     assert sorted(seen) == list(range(first, end))
+
+
+def test_samples_are_told_apart_by_what_decides_their_tokens(corpus, config):
+    """Equal fingerprints mean equal samples at every index: of another corpus, side, length or order they differ."""
+    training = training_samples(corpus, config, 8)
+    again = training_samples(corpus, config, 8)
+    assert training.fingerprint == again.fingerprint
+    assert torch.equal(all_tokens(training, 8), all_tokens(again, 8))
+    longer = dataclasses.replace(config, sequence_length=SEQUENCE + 1)
+    others = [
+        training_samples(corpus, config, 9),
+        training_samples(corpus, dataclasses.replace(config, seed=config.seed + 1), 8),
+        training_samples(corpus, dataclasses.replace(config, document_mask=not config.document_mask), 8),
+        training_samples(corpus, longer, 8),
+        training_samples(dataclasses.replace(corpus, fingerprint="another"), config, 8),
+        heldout_samples(corpus, config),
+        heldout_samples(corpus, longer),
+    ]
+    fingerprints = {samples.fingerprint for samples in [training, *others]}
+    assert len(fingerprints) == 8
+    assert heldout_samples(corpus, config, 2).fingerprint == heldout_samples(corpus, config).fingerprint
 
 
 def test_padding_leaves_the_samples_alone(corpus, config):

@@ -2,7 +2,7 @@
 
 import torch
 
-from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
+from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
 from minitron_megatron.distillation.losses import distillation_loss
 
 TOKENS, STUDENT, TEACHER, VOCAB, PADDED = 23, 10, 14, 37, 64
@@ -19,7 +19,7 @@ class Case:
 
         self.vocab, self.config = vocab, config
         self.hidden, self.weight = random(TOKENS, STUDENT), random(padded, STUDENT)
-        self.teacher = Teacher(random(TOKENS, TEACHER), random(padded, TEACHER))
+        self.teacher = Predictions(random(TOKENS, TEACHER), random(padded, TEACHER))
         # Where padding took part it would drown the rest.
         self.weight[vocab:] *= 20
         self.teacher.weight[vocab:] *= 20
@@ -41,7 +41,7 @@ class Case:
         rows = slice(group.rank() * share, (group.rank() + 1) * share)
         hidden = self.hidden.clone().requires_grad_()
         weight = self.weight[rows].clone().requires_grad_() if weight is None else weight
-        teacher = Teacher(self.teacher.hidden, self.teacher.weight[rows]) if kd_weight else None
+        teacher = Predictions(self.teacher.hidden, self.teacher.weight[rows]) if kd_weight else None
         loss, terms = linear_distillation_loss(
             hidden,
             weight,

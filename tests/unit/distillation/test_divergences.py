@@ -13,7 +13,7 @@ from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
 from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig, Schedule
 from minitron_megatron.config.schema import ParallelConfig
-from minitron_megatron.distillation.linear_losses import Teacher
+from minitron_megatron.distillation.linear_losses import Predictions
 from minitron_megatron.distillation.losses import distillation_loss
 from minitron_megatron.parallel.groups import process_groups
 from tests.ranks import run_on_ranks
@@ -159,7 +159,7 @@ def test_kl_both_ways_is_modelopts_for_megatron(tmp_path, num_ranks):
 @pytest.mark.parametrize("name", [name for name, how in CONFIGS.items() if how.tail or not how.top_k])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(name):
     case = Case(dtype=torch.float64, config=CONFIGS[name])
-    case.teacher = Teacher(case.hidden, case.weight)
+    case.teacher = Predictions(case.hidden, case.weight)
     with process_groups(ParallelConfig()) as groups:
         loss, of_hidden, of_weight, _ = case.linear(groups.collection.tp, 1.0, 0.0, 7)
     assert abs(loss) < 1e-6 and of_hidden.abs().max() < 1e-7 and of_weight.abs().max() < 1e-7

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minitron_megatron.config.loss import Divergence, HiddenLoss, LogitsConfig
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.distillation import hidden, linear_losses
-from minitron_megatron.distillation.linear_losses import Teacher, linear_distillation_loss
+from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
 from minitron_megatron.distillation.losses import forward_kl
 from minitron_megatron.parallel.groups import process_groups
 from tests.ranks import run_on_ranks
@@ -54,9 +54,9 @@ def test_a_teacher_of_another_number_format(student, teacher, divergence, group)
     case = Case(config=LogitsConfig(divergence=divergence))
     # What each format makes of the inputs is no fault of the loss.
     inputs = [x.to(student) for x in (case.hidden, case.weight)]
-    of_teacher = Teacher(*(x.to(teacher) for x in (case.teacher.hidden, case.teacher.weight)))
+    of_teacher = Predictions(*(x.to(teacher) for x in (case.teacher.hidden, case.teacher.weight)))
     case.hidden, case.weight = (x.double() for x in inputs)
-    case.teacher = Teacher(of_teacher.hidden.double(), of_teacher.weight.double())
+    case.teacher = Predictions(of_teacher.hidden.double(), of_teacher.weight.double())
     expected = case.plain(0.7, 0.4)
     (case.hidden, case.weight), case.teacher = inputs, of_teacher
     loss, grad_hidden, grad_weight, _ = case.linear(group, 0.7, 0.4, 7)
@@ -128,7 +128,7 @@ def test_the_divergence_is_that_of_model_optimizer(group):
 
 def test_a_student_that_is_its_teacher_has_no_divergence_and_no_gradient(group):
     case = Case()
-    case.teacher = Teacher(case.hidden, case.weight)
+    case.teacher = Predictions(case.hidden, case.weight)
     loss, grad_hidden, grad_weight, _ = case.linear(group, 1.0, 0.0, 7)
     assert abs(loss) < 1e-4
     assert grad_hidden.abs().max() < 1e-5 and grad_weight.abs().max() < 1e-5
@@ -147,7 +147,7 @@ def test_gradients_are_added_to_megatrons_buffer_in_float32(tied, group):
         weight.grad_added_to_main_grad = False
     case.weight, case.hidden = weight.detach().float(), case.hidden.bfloat16()
     teacher = case.teacher
-    case.teacher = Teacher(teacher.hidden.bfloat16(), teacher.weight.bfloat16())
+    case.teacher = Predictions(teacher.hidden.bfloat16(), teacher.weight.bfloat16())
     case.linear(group, 0.7, 0.4, 7, weight=weight)
     *_, expected = case.plain(0.7, 0.4)
     found = weight.main_grad.double() - 0.5
@@ -197,7 +197,7 @@ def test_logits_of_more_than_a_chunk_never_exist(config, group):
     tokens, hidden, vocab, chunk = 128, 2, 1000, 8
     case = Case(config=config)
     case.hidden, case.weight, case.vocab = torch.randn(tokens, hidden), torch.randn(vocab, hidden), vocab
-    case.teacher = Teacher(torch.randn(tokens, hidden), torch.randn(vocab, hidden))
+    case.teacher = Predictions(torch.randn(tokens, hidden), torch.randn(vocab, hidden))
     case.labels, case.mask = torch.randint(0, vocab, (tokens,)), torch.ones(tokens)
     with LargestTensor() as largest:
         case.linear(group, 0.7, 0.4, chunk)

@@ -17,7 +17,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from minitron_megatron import LossConfig, TeacherStudent, current_groups, network_of
+from minitron_megatron import DistillationStep, LiveTeacher, LossConfig, current_groups, loss_entries, network_of
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.config.loss import HiddenConfig, LogitsConfig
@@ -58,6 +58,12 @@ def own_model(hidden, layers, first=True, last=True, vocab=VOCAB, **changes):
 def wrap(model, **settings):
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **settings)
     return [DistributedDataParallel(config=model.config, ddp_config=ddp, module=model)]
+
+
+def step_of(student, teacher, groups, loss=None):
+    """A step of a student with a teacher on one stage."""
+    entries = loss_entries(loss or LossConfig(), LiveTeacher([teacher], groups, VOCAB))
+    return DistillationStep(student, entries, groups, VOCAB)
 
 
 def micro_batches(replica=0, replicas=1, vocab=VOCAB):
@@ -158,11 +164,11 @@ def test_megatrons_wrapper_for_bf16_changes_nothing():
         for wrapper in (lambda model: Float16Module(model.config, model), lambda model: model.bfloat16()):
             student, teacher = (wrapper(own_model(*size, bf16=True)) for size in ((32, 2), (48, 3)))
             teacher.requires_grad_(False)
-            pair = TeacherStudent(wrap(student), [teacher], groups, LossConfig(lm_weight=0.1), VOCAB)
-            result = pair.train([next(micro_batches())])
-            found.append((result, [parameter.main_grad for parameter in student.parameters()]))
+            step = step_of(wrap(student), teacher, groups, LossConfig(lm_weight=0.1))
+            result = step.train([next(micro_batches())])
+            found.append((result.losses, [parameter.main_grad for parameter in student.parameters()]))
     (wrapped, gradients), (plain, expected) = found
-    assert (wrapped.kd_logits, wrapped.lm) == (plain.kd_logits, plain.lm)
+    assert wrapped == plain
     for ours, theirs in zip(gradients, expected, strict=True):
         assert theirs.any() and torch.equal(ours, theirs)
 
@@ -179,9 +185,9 @@ def test_megatrons_wrapper_for_bf16_changes_nothing():
 def test_a_model_whose_gradients_would_be_others_is_refused(changes, sequence, message):
     with process_groups(ParallelConfig()):
         student, teacher = wrap(own_model(32, 2, **changes)), own_model(48, 3)
-        pair = TeacherStudent(student, [teacher], current_groups(sequence), LossConfig(), VOCAB)
+        step = step_of(student, teacher, current_groups(sequence))
         with pytest.raises(ConfigError, match=message):
-            pair.train([next(micro_batches())])
+            step.train([next(micro_batches())])
 
 
 def test_parameters_that_arrive_while_layers_run_are_refused():
@@ -190,9 +196,9 @@ def test_parameters_that_arrive_while_layers_run_are_refused():
         student = wrap(
             own_model(32, 2), use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
         )
-        pair = TeacherStudent(student, [own_model(48, 3)], current_groups(), LossConfig(), VOCAB)
+        step = step_of(student, own_model(48, 3), current_groups())
         with pytest.raises(ConfigError, match="ddp_config.overlap_param_gather = True"):
-            pair.train([next(micro_batches())])
+            step.train([next(micro_batches())])
 
 
 @pytest.mark.parametrize(
@@ -205,9 +211,9 @@ def test_parameters_that_arrive_while_layers_run_are_refused():
             VOCAB,
             "top_k = 102 is more than the vocabulary's 101",
         ),
-        (LossConfig(hidden=HiddenConfig(0.5)), VOCAB, "loss.hidden.weight = 0.5, and there are no HiddenLosses"),
+        (LossConfig(hidden=HiddenConfig(0.5)), VOCAB, "loss.hidden.weight = 0.5, and there is no HiddenDistance"),
     ],
 )
 def test_a_loss_that_does_not_go_with_the_models_is_refused(loss, vocab, message):
     with process_groups(ParallelConfig()), pytest.raises(ConfigError, match=message):
-        TeacherStudent(wrap(own_model(32, 2)), [own_model(48, 3, vocab=vocab)], current_groups(), loss, VOCAB)
+        step_of(wrap(own_model(32, 2)), own_model(48, 3, vocab=vocab), current_groups(), loss)

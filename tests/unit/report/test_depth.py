@@ -6,10 +6,10 @@ import torch
 from matplotlib.colors import same_color
 
 from minitron_megatron.config.schema import DepthSearch, TargetConfig, Unit
+from minitron_megatron.plotting import CUT, KEPT
 from minitron_megatron.pruning.make_plan import make_plan
 from minitron_megatron.pruning.scores import DepthSettings
 from minitron_megatron.report.depth import depth_importance
-from minitron_megatron.report.style import CUT, KEPT
 
 NAN = float("nan")
 

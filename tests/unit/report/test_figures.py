@@ -9,11 +9,11 @@ from minitron_megatron.config.schema import TargetConfig
 from minitron_megatron.model.layers.attention import Attention
 from minitron_megatron.model.layers.mlp import MLP
 from minitron_megatron.model.network import transformer
+from minitron_megatron.plotting import png
 from minitron_megatron.pruning.make_plan import make_plan, plan_for
 from minitron_megatron.pruning.target import Target
 from minitron_megatron.report.figures import axis_importance, hidden_importance
 from minitron_megatron.report.plan_figure import kept_map
-from minitron_megatron.report.style import png
 from tests.unit.report.conftest import LAYER, NETWORK, make_scores
 
 ATTENTION, _ = LAYER

@@ -7,10 +7,10 @@ from minitron_megatron.config.schema import DepthSearch, TargetConfig
 from minitron_megatron.model.layers.attention import Attention
 from minitron_megatron.model.layers.mlp import MLP
 from minitron_megatron.model.network import transformer
+from minitron_megatron.plotting import png
 from minitron_megatron.pruning.make_plan import make_plan
 from minitron_megatron.pruning.scores import DepthSettings
 from minitron_megatron.report.gallery import pruning_pictures
-from minitron_megatron.report.style import png
 from tests.unit.report.conftest import NETWORK, make_scores
 
 

@@ -6,7 +6,7 @@ from minitron_megatron.config.schema import DType, OptimizerConfig, ParallelConf
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.parallel.groups import process_groups
-from minitron_megatron.training.optimizer import optimization
+from minitron_megatron.training.optimizer import setup_optimizer
 from tests.tiny import LLAMA
 
 
@@ -17,12 +17,12 @@ def test_a_step_is_that_of_adamw_in_its_fused_form(dtype, monkeypatch):
     with process_groups(ParallelConfig()) as groups:
         chunks = build_model(network_from_config(LLAMA), groups, dtype)
         weights = {name: weight.detach().float().clone() for name, weight in chunks[0].named_parameters()}
-        training = optimization(chunks, config, 2, dtype, groups)
+        trained = setup_optimizer(chunks, config, 2, dtype, groups)
         torch.manual_seed(0)
         gradients = {name: torch.randn(weight.shape) for name, weight in weights.items()}
         for name, parameter in chunks[0].named_parameters():
             parameter.main_grad.copy_(gradients[name])
-        training.step()
+        trained.step()
         found = {name: parameter.detach().float() for name, parameter in chunks[0].named_parameters()}
     for name, weight in weights.items():
         # The first step of Adam is one of the learning rate, whatever the gradient.

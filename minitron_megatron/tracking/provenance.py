@@ -1,4 +1,4 @@
-"""What a run was made with: revision, host, versions."""
+"""Records what a run was made with: revision, host, versions."""
 
 import platform
 import socket
@@ -14,13 +14,13 @@ _PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex")
 
 
 def provenance() -> dict:
-    """`git_revision` of the package's checkout (None for an installed copy), `host`, and `versions` by name."""
-    found = {"minitron-megatron": minitron_megatron.__version__, "python": platform.python_version()}
+    """Returns `git_revision` of the package's checkout (None for an installed copy), `host`, and `versions` by name."""
+    versions = {"minitron-megatron": minitron_megatron.__version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return {"git_revision": revision(), "host": socket.gethostname(), "versions": found}
+        versions["cuda"] = torch.version.cuda
+    return {"git_revision": revision(), "host": socket.gethostname(), "versions": versions}

@@ -23,6 +23,8 @@ MUTED = "#66717d"
 GRID = "#e3e7eb"
 SERIES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
+FIGURES = "figures"  # the folder of an output that they are written to
+
 WIDTH = 8.0  # inches; with 160 dots per inch, twice the pixels of a column of text
 _DPI = 160
 FEW = 128

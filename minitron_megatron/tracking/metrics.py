@@ -1,16 +1,14 @@
-"""Metrics of a run: always to `metrics.jsonl`, and to the trackers that are asked for."""
+"""Logs the metrics of a run: always to `metrics.jsonl`, and to the trackers that are asked for."""
 
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-import torch
-
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, write_atomically
 from minitron_megatron.config.schema import TrackingConfig
-from minitron_megatron.training.trackers import STEP, TensorBoard, Wandb, start_trackers
+from minitron_megatron.errors import UserError
+from minitron_megatron.tracking.trackers import STEP, TensorBoard, Wandb, start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +16,10 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """The metrics of one run, over all of its restarts. A context manager; one process alone uses it.
+    """Logs the metrics of one run, over all of its restarts. A context manager; one process alone uses it.
 
-    Trackers start here, so that one that cannot is found before any work. Once they have, nothing that goes wrong with
-    one stops training: it is said once, and `metrics.jsonl` has everything.
+    Trackers start here, so that one that cannot start is an error before any work. Later nothing that goes wrong with a
+    tracker stops training: it is a warning, once, and `metrics.jsonl` has everything.
 
     Args:
         folder: of the run.
@@ -46,7 +44,7 @@ class Metrics:
         self._tell(lambda tracker: tracker.finish(failed=exception[0] is not None))
 
     def go_on(self, step: int) -> None:
-        """Begin to log, or go on after `step`; later lines, whose steps will be made again, are dropped."""
+        """Begins to log, or goes on after `step`; drops later lines, whose steps will be made again."""
         path, kept = self._folder / FILE, []
         if path.exists():
             kept = [values for values in read_metrics(self._folder) if values[STEP] <= step]
@@ -55,20 +53,20 @@ class Metrics:
         self._tell(lambda tracker: tracker.go_on(kept))
 
     def log(self, values: dict[str, float]) -> None:
-        """Write one line. `progress/step` must be among the values."""
+        """Writes one line. `progress/step` must be among the values."""
         self._file.write(json.dumps(values) + "\n")
         self._tell(lambda tracker: tracker.log(values))
 
     def log_figures(self, files: list[Path]) -> None:
-        """Hand PNG files to the trackers, which name each by its stem."""
+        """Hands PNG files to the trackers, which name each by its stem."""
         self._tell(lambda tracker: tracker.log_figures(files))
 
     def log_results(self, results: dict[str, dict[str, float]]) -> None:
-        """Hand over what was measured of models: numbers by model and by name."""
+        """Hands over what was measured of models: numbers by model and by name."""
         self._tell(lambda tracker: tracker.log_results(results))
 
     def log_output(self, role: str, path: Path) -> None:
-        """Tell the trackers where the result lies, as which its content is known from now on."""
+        """Tells the trackers where the result lies."""
         if self._trackers:
             output = Parent.of(role, path)
             self._tell(lambda tracker: tracker.log_output(output))
@@ -84,16 +82,31 @@ class Metrics:
                     logger.warning("%s fails (%r): training goes on, and %s has everything", name, error, FILE)
 
 
+def log_report(
+    run: Path, tracking: TrackingConfig, steps: int, figures: list[Path], results: dict[str, dict[str, float]]
+) -> None:
+    """Hands a whole report to the trackers of a training run that has ended.
+
+    A tracker that does not start any more is a warning: everything is on disk by now.
+
+    Args:
+        run: folder of the training run.
+        tracking: its trackers.
+        steps: that it has made.
+        figures: PNG files.
+        results: numbers by model and by name; see `Metrics.log_results`.
+    """
+    try:
+        with Metrics(run, tracking, Manifest.read(run)) as metrics:
+            metrics.go_on(steps)
+            metrics.log_output(run.name, run / "checkpoints")
+            metrics.log_figures(figures)
+            metrics.log_results(results)
+    except UserError as error:
+        logger.warning("the report is in no tracker: %s", error)
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All lines of a run's `metrics.jsonl`, without the half of one that a killed run leaves."""
+    """Reads all lines of a run's `metrics.jsonl`, without the half of one that a killed run leaves."""
     lines = (folder / FILE).read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def memory_gib(device: torch.device) -> dict[str, float]:
-    """Memory of this process now, by the names of the metrics."""
-    found = {"memory/rss_gib": psutil.Process().memory_info().rss / 2**30}
-    if device.type == "cuda":
-        found["memory/allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        found["memory/reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-    return found

@@ -1,16 +1,11 @@
-import math
+import json
 
 import numpy as np
-import pytest
 from matplotlib.colors import same_color
+from matplotlib.image import imread
 
-from minitron_megatron.report.curves import before_after, loss_curves, smoothed
-from minitron_megatron.report.results import Evaluation
-from minitron_megatron.report.style import CUT, KEPT, SERIES, short, spread
-
-
-def evaluation(name, made_by, parameters, loss):
-    return Evaluation(name, made_by, parameters, parameters // 2, loss, math.exp(loss), 100)
+from minitron_megatron.plotting import SERIES
+from minitron_megatron.tracking.curves import loss_curves, smoothed, write_loss_curves
 
 
 def test_a_term_that_is_the_total_shares_its_panel(metric_lines):
@@ -55,34 +50,12 @@ def test_smoothing_follows_a_line_and_takes_out_noise():
     assert smoothed(np.array([3.0, 1.0])).tolist() == [3, 1]  # too few to smooth
 
 
-def test_models_stand_at_their_size_and_loss():
-    models = [
-        evaluation("teacher", "import", 200, 2.0),
-        evaluation("pruned", "prune", 120, 5.0),
-        evaluation("distilled", "distill", 120, 3.0),
-    ]
-    axes = before_after(models).axes[0]
-    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines] == [(200, 2), (120, 5), (120, 3)]
-    assert same_color(axes.lines[1].get_color(), CUT) and same_color(axes.lines[2].get_color(), KEPT)
-    assert axes.collections[0].get_segments()[0].tolist() == [[0, 2], [200, 2]]  # the teacher's loss
-    arrows = [(text.xyann, text.xy) for text in axes.texts if text.arrow_patch]
-    assert arrows == [((120, 5), (120, 3))]
-    labels = [text.get_text() for text in axes.texts if not text.arrow_patch]
-    assert labels[2] == f"distilled: 3.000 (perplexity {math.exp(3):.4g})"
-    assert axes.get_xlim()[0] == 0 and axes.get_ylim()[1] > 5
-
-
-def test_no_arrow_between_models_of_different_size():
-    models = [evaluation("pruned", "prune", 120, 5.0), evaluation("other", "distill", 100, 3.0)]
-    axes = before_after(models).axes[0]
-    assert not [text for text in axes.texts if text.arrow_patch] and not axes.collections
-
-
-def test_labels_are_spread_and_keep_their_order():
-    assert spread([1.0, 5.0, 1.1], 0.5) == [1.0, 5.0, 1.5]
-    assert spread([2.0, 2.0, 2.0], 1) == [2.0, 3.0, 4.0]
-
-
-@pytest.mark.parametrize("count, text", [(134515008, "134.5M"), (8030261248, "8.03B"), (999, "999"), (12288, "12.29K")])
-def test_short_counts(count, text):
-    assert short(count) == text
+def test_the_figure_of_a_run_lies_in_its_folder(tmp_path, metric_lines):
+    assert write_loss_curves(tmp_path) == []  # nothing was logged
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert write_loss_curves(tmp_path) == [] and not (tmp_path / "figures").exists()
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metric_lines()))
+    [path] = write_loss_curves(tmp_path)
+    assert path == tmp_path / "figures/loss.png"
+    height, width, _ = imread(path).shape
+    assert width > height > 500

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.training.loop import _throughput
+from minitron_megatron.training.step_metrics import throughput_values
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,6 @@ from minitron_megatron.training.loop import _throughput
 def test_utilisation_is_of_the_part_whose_peak_is_known(name, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     groups = SimpleNamespace(layout=Layout(tensor=2), device=torch.device("cuda"))
-    found = _throughput(1e3, 4e9, groups)
+    found = throughput_values(1e3, 4e9, groups)
     assert found["throughput/tflops_per_rank"] == pytest.approx(2)
     assert found.get("throughput/mfu_pct") == (expected and pytest.approx(expected))

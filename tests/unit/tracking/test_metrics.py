@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minitron_megatron.checkpoint.manifest import Manifest, Parent
 from minitron_megatron.config.schema import Tracker, TrackingConfig
 from minitron_megatron.errors import ConfigError
-from minitron_megatron.training.metrics import Metrics, read_metrics
-from minitron_megatron.training.trackers import TENSORBOARD, WANDB_ID
+from minitron_megatron.tracking.metrics import Metrics, read_metrics
+from minitron_megatron.tracking.trackers import TENSORBOARD, WANDB_ID
 from tests.offline_wandb import artifacts, history, rows, sessions
 from tests.wandb_server import Server
 

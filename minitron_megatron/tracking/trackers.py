@@ -1,4 +1,4 @@
-"""Where a run's metrics go beside `metrics.jsonl`: Weights & Biases, TensorBoard.
+"""Sends a run's metrics to trackers: Weights & Biases, TensorBoard.
 
 A tracker gets its whole history again from `metrics.jsonl` when a killed run goes on. Both of them hold what was logged
 last in memory for a while, W&B for 15 s and TensorBoard for 120 s, so a kill leaves them behind a checkpoint, or
@@ -14,7 +14,7 @@ from pathlib import Path
 from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, Parent, write_atomically
 from minitron_megatron.config.schema import Tracker, TrackingConfig
 from minitron_megatron.errors import ConfigError
-from minitron_megatron.training.provenance import provenance
+from minitron_megatron.tracking.provenance import provenance
 
 WANDB_ID = "wandb_id"
 TENSORBOARD = "tensorboard"
@@ -73,7 +73,7 @@ class Wandb:
         self._run.define_metric("*", step_metric=STEP, step_sync=False)
 
     def go_on(self, lines: list[dict[str, float]]) -> None:
-        """Log what W&B has not got of the lines so far, and the run's inputs.
+        """Logs what W&B has not got of the lines so far, and the run's inputs.
 
         Offline nothing is known of earlier sessions, so that each one's folder has everything and is enough to sync.
         """
@@ -105,7 +105,8 @@ class Wandb:
         self._run.finish(exit_code=int(failed))
 
     def _artifact(self, role: str, parent: Parent):
-        """A reference to files that stay where they are, under a name that is the same in every run that sees them."""
+        """Returns a reference to files that stay where they are, under a name that is the same in every run that sees
+        them."""
         path = Path(parent.path).resolve()
         manifest = _manifest_of(path)
         folder = path.parent.name if path.name == "checkpoints" else path.name
@@ -156,7 +157,7 @@ class TensorBoard:
             self._writer.add_scalar(f"{EVALUATE}/{model}/{name}", value)
 
     def log_output(self, output: Parent) -> None:
-        """Nothing: TensorBoard knows no lineage."""
+        """Does nothing: TensorBoard knows no lineage."""
 
     def finish(self, failed: bool) -> None:
         self._writer.close()
@@ -166,7 +167,7 @@ _KINDS = {Tracker.WANDB: Wandb, Tracker.TENSORBOARD: TensorBoard}
 
 
 def start_trackers(folder: Path, tracking: TrackingConfig, manifest: Manifest) -> list[Wandb | TensorBoard]:
-    """All trackers that are asked for.
+    """Starts all trackers that are asked for.
 
     Raises:
         ConfigError: one of them does not start.
@@ -193,12 +194,12 @@ def _does_not_start(tracker: Tracker, tracking: TrackingConfig, error: Exception
     settings = f"tracking.trackers = [{asked}]"
     if tracker is Tracker.WANDB:
         settings += f" with tracking.mode = {tracking.mode}"
-    found = " ".join(str(error).split())  # of several lines, and a problem is one
-    return ConfigError([f"{settings}: {tracker.value} does not start ({found}): {fix}, or leave it out"])
+    reason = " ".join(str(error).split())  # of several lines, and a problem is one
+    return ConfigError([f"{settings}: {tracker.value} does not start ({reason}): {fix}, or leave it out"])
 
 
 def _ancestors(parents: list[Parent]) -> Iterator[tuple[str, Parent]]:
-    """Role and place of everything that something was made from, and what that was made from, each once.
+    """Yields role and place of everything that something was made from, and what that was made from, each once.
 
     What has been moved since is known by its fingerprint, but not what it was made from.
     """
@@ -217,5 +218,5 @@ def _manifest_of(path: Path) -> Manifest | None:
 
 
 def _as_text(values: dict) -> str:
-    """Values as TensorBoard shows them, which takes text for Markdown: four spaces make a line code."""
+    """Returns values as TensorBoard shows them, which takes text for Markdown: four spaces make a line code."""
     return "".join(f"    {line}\n" for line in json.dumps(values, indent=2).splitlines())

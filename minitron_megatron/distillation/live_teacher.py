@@ -1,0 +1,116 @@
+"""A teacher that runs beside its student, on the same ranks.
+
+It goes first: through Megatron's own schedules it runs over the step's micro-batches, and leaves its last hidden states
+`[seq(/tp), batch, hidden]` on the last stage, never its logits, and the states of layers where they are wanted. Its
+stages need not match the student's.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from minitron_megatron.distillation.linear_losses import Predictions
+from minitron_megatron.distillation.objectives import CrossEntropy, Entry
+from minitron_megatron.distillation.result import StepResult
+from minitron_megatron.distillation.state_exchange import StateExchange
+from minitron_megatron.distillation.step import DistillationStep, predictions_of
+from minitron_megatron.distillation.teachers import Tap, Wanted
+from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.schedule import Batch, run_forward
+
+
+class LiveTeacher:
+    """A model that teaches; see `Teacher`. One step takes targets from it at a time.
+
+    Args:
+        chunks: this rank's teacher, frozen. One that is wrapped in Megatron's DistributedDataParallel is trained as
+            well: it gets the gradients of its cross-entropy on the same batches. Either may be in Megatron's
+            Float16Module.
+        groups: this rank's place.
+        vocab: tokens of the tokenizer.
+        chunk_tokens: tokens whose logits exist at one time where it is measured, or learns.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], groups: Groups, vocab: int, chunk_tokens: int = 512):
+        self.groups = groups
+        self.chunks = unwrap_model(list(chunks))
+        self.is_trained = isinstance(chunks[0], DistributedDataParallel)
+        self._text_step = DistillationStep(chunks, [Entry(None, CrossEntropy())], groups, vocab, chunk_tokens)
+        self._wanted = Wanted()
+        self._exchange: StateExchange | None = None
+
+    def prepare(self, wanted: Wanted) -> None:
+        """Tells what every step will want; see `Teacher`."""
+        self._wanted = wanted
+        self._exchange = StateExchange(self.chunks, wanted.states, self.groups) if wanted.states else None
+
+    def problems(self, student: torch.nn.Module) -> list[str]:
+        """Returns why it cannot teach a student; see `Teacher`."""
+        own = self.chunks[0].vocab_size
+        if student.vocab_size == own:
+            return []
+        return [
+            f"the student's vocabulary is padded to {student.vocab_size} and the teacher's to {own}: they must share "
+            f"one vocabulary, and its padding"
+        ]
+
+    def evaluate(self, batches: Sequence[Batch]) -> StepResult:
+        """Measures its cross-entropy, without gradients."""
+        return self._text_step.evaluate(batches)
+
+    @contextmanager
+    def teach(self, batches: Sequence[Batch], training: bool) -> Iterator["LiveTargets"]:
+        """Runs over the micro-batches of a step; see `Teacher`."""
+        training = training and self.is_trained
+        text_loss, last_states = None, []
+        torch.cuda.synchronize()  # kernels run on after the call that starts them has returned
+        started = time.perf_counter()
+        with self._exchange.keeping(training) if self._exchange else nullcontext():
+            if training:
+                text_loss = self._text_step.train(batches, last_states=last_states).losses[CrossEntropy.name]
+            else:
+                last_states = run_forward(self.chunks, batches, self.groups, on_output=lambda output, batch: output)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        if self._exchange:
+            self._exchange.send(batches)
+        if not self._wanted.predictions:
+            last_states = []  # or they would stay until the student is through
+        yield LiveTargets(self, last_states, self._exchange, seconds, text_loss)
+        if self._exchange:
+            self._exchange.finish()
+
+
+class LiveTargets:
+    """What a live teacher leaves for one step; see `Targets`."""
+
+    def __init__(
+        self,
+        teacher: LiveTeacher,
+        last_states: list[Tensor],
+        exchange: StateExchange | None,
+        seconds: float,
+        text_loss: float | None,
+    ):
+        self.seconds = seconds
+        self.text_loss = text_loss
+        self._teacher = teacher
+        self._last_states = last_states
+        self._exchange = exchange
+
+    def predictions(self, number: int) -> Predictions:
+        """Returns the predictions for a micro-batch, on the last stage, from its last hidden states."""
+        return predictions_of(self._teacher.chunks[-1], self._last_states[number], self._teacher.groups)
+
+    def state(self, tap: Tap, number: int) -> Tensor:
+        """Returns a hidden state, as soon as it is here."""
+        return self._exchange.state(tap, number)
+
+    def release(self, tap: Tap, number: int) -> None:
+        """Lets go of a state with the last one of those that want it here."""
+        self._exchange.release(tap, number)

@@ -1,0 +1,188 @@
+"""Estimates the GPU memory of a distillation step from networks and settings alone, without torch."""
+
+from dataclasses import dataclass
+
+from minitron_megatron.config.loss import EMBEDDING
+from minitron_megatron.config.schema import DistillConfig, DType
+from minitron_megatron.model.fit import (
+    DTYPE_BYTES,
+    FLOAT32_BYTES,
+    largest_layer_activations,
+    largest_weight,
+    layer_activations,
+    rank_parameters,
+    residual_stream_bytes,
+    stage_layers,
+)
+from minitron_megatron.model.network import Network
+from minitron_megatron.parallel.gpus import GPU
+from minitron_megatron.parallel.layout import Layout
+
+GIB = 2**30
+
+# CUDA's context and kernels take 1.3 GB ("Model training anatomy" in the documentation of transformers). The rest is an
+# assumption: NCCL's buffers, the workspaces of cuBLAS and Transformer Engine, and what the allocator cannot use.
+_RESERVE = 3 * GIB
+
+# Copies of a block of logits in float32, `work` of `linear_losses._kl_chunk`: the student's for cross-entropy, and for
+# a forward KL the teacher's and their difference too. A temperature takes one more.
+_LM_COPIES, _KL_COPIES = 1, 3
+# In any other divergence, by autograd: as many as were alive at once on the CPU for the greediest, jensen_shannon.
+_OTHER_COPIES = 12
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a GPU of one pipeline stage.
+
+    Attributes:
+        stage: which pipeline stage, from 0.
+        teacher_weights, student_weights: in their number formats.
+        gradients: Megatron's buffers in float32.
+        optimizer: main weights in float32, where the weights are not, and Adam's two moments.
+        activations: what the student keeps for its backward pass, of all micro-batches on their way.
+        weight_gradient: of the largest weight, before Megatron adds it to the buffer.
+        loss: a block of logits and its copies, and the gradients of the output weight and the last hidden states.
+        teacher_activations: while the teacher runs, which is over when the student begins.
+        teacher_states: what it leaves behind for the losses, of all micro-batches of a step.
+        reserve: CUDA, NCCL and fragmentation; an assumption.
+    """
+
+    stage: int
+    teacher_weights: int = 0
+    student_weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    weight_gradient: int = 0
+    loss: int = 0
+    teacher_activations: int = 0
+    teacher_states: int = 0
+    reserve: int = _RESERVE
+
+    @property
+    def total(self) -> int:
+        """The peak: the teacher's activations are gone when the student's come."""
+        lasting = self.teacher_weights + self.student_weights + self.gradients + self.optimizer + self.teacher_states
+        passing = max(self.activations + self.weight_gradient + self.loss, self.teacher_activations)
+        return lasting + passing + self.reserve
+
+    def fits(self, gpu: GPU) -> bool:
+        """Whether the GPU has as much."""
+        return self.total <= gpu.memory_gib * GIB
+
+
+def estimate_memory(student: Network, teacher: Network | None, config: DistillConfig, layout: Layout) -> Memory:
+    """Estimates the memory on a GPU of the pipeline stage that needs the most.
+
+    Args:
+        student, teacher: the whole networks; None for no teacher.
+        config: settings of the run. A `teacher_dtype` of null counts as `dtype`. Of `parallel` nothing is read.
+        layout: which can split both networks; see `layout_problems`.
+    """
+    stages = [_stage_memory(student, teacher, config, layout, stage) for stage in range(layout.pipeline)]
+    return max(stages, key=lambda memory: memory.total)
+
+
+def num_micro_batches(config: DistillConfig, layout: Layout) -> int:
+    """Micro-batches of one replica in one step."""
+    return -(-config.global_batch // (config.micro_batch * layout.data))
+
+
+def _stage_memory(
+    student: Network, teacher: Network | None, config: DistillConfig, layout: Layout, stage: int
+) -> Memory:
+    is_last = stage == layout.pipeline - 1
+    size = DTYPE_BYTES[config.dtype]
+    terms = dict(
+        student_weights=rank_parameters(student, layout, stage) * size,
+        gradients=rank_parameters(student, layout, stage) * FLOAT32_BYTES,
+        optimizer=_optimizer(student, config.dtype, config, layout, stage),
+        activations=_activations(student, config.dtype, config, layout, stage),
+        # The loss adds the output weight's to the buffer by itself.
+        weight_gradient=largest_weight(student, layout, stage) * size,
+        loss=_loss(student, teacher, config, layout) if is_last else 0,
+    )
+    if teacher is None or not config.loss.needs_teacher:  # then it is not loaded
+        return Memory(stage, **terms)
+    dtype = config.teacher_dtype or config.dtype
+    numel = rank_parameters(teacher, layout, stage)
+    terms["teacher_weights"] = numel * DTYPE_BYTES[dtype]
+    terms["teacher_states"] = _teacher_states(student, teacher, config, layout, stage)
+    if config.teacher_lr is None:
+        terms["teacher_activations"] = largest_layer_activations(teacher, *_batch_size(config), layout, dtype)
+    else:
+        terms["gradients"] += numel * FLOAT32_BYTES
+        terms["optimizer"] += _optimizer(teacher, dtype, config, layout, stage)
+        activations = _activations(teacher, dtype, config, layout, stage)
+        terms["teacher_activations"] = activations + (_loss(teacher, None, config, layout) if is_last else 0)
+    return Memory(stage, **terms)
+
+
+def _batch_size(config: DistillConfig) -> tuple[int, int]:
+    """Sequences of a micro-batch, and tokens of each."""
+    return config.micro_batch, config.data.sequence_length
+
+
+def _optimizer(network: Network, dtype: DType, config: DistillConfig, layout: Layout, stage: int) -> int:
+    """Two moments, and main weights beside weights that are not in float32."""
+    per_parameter = (2 if dtype is DType.FP32 else 3) * FLOAT32_BYTES
+    replicas = layout.data if config.optimizer.distributed else 1
+    return -(-rank_parameters(network, layout, stage) * per_parameter // replicas)
+
+
+def _activations(network: Network, dtype: DType, config: DistillConfig, layout: Layout, stage: int) -> int:
+    """What a stage keeps of all micro-batches whose backward pass is still to come, and one layer that is run again."""
+    size = _batch_size(config)
+    stream, model_chunks = residual_stream_bytes(network, *size, layout, dtype), stage_layers(network, layout, stage)
+    layers = [number for chunk in model_chunks for number in chunk]
+    if config.recompute:
+        kept = len(layers) * stream
+    else:
+        kept = sum(layer_activations(network, number, *size, layout, dtype) for number in layers)
+    # What a model chunk hands on, which on the last stage is the final norm's input.
+    kept += len(model_chunks) * stream
+    again = largest_layer_activations(network, *size, layout, dtype) if config.recompute else 0
+    return _chunks_in_flight(config, layout, stage) * kept // len(model_chunks) + again
+
+
+def _chunks_in_flight(config: DistillConfig, layout: Layout, stage: int) -> int:
+    """Forward passes of a model chunk that a stage is ahead of its backward passes, at most.
+
+    One forward, one backward (2104.04473, section 2.2), with Megatron-Core's warm-up where stages are interleaved.
+    """
+    ahead, model_chunks = layout.pipeline - stage, layout.virtual_pipeline
+    if model_chunks > 1:
+        ahead = 2 * (ahead - 1) + (model_chunks - 1) * layout.pipeline + 1
+    return min(num_micro_batches(config, layout) * model_chunks, ahead)
+
+
+def _loss(student: Network, teacher: Network | None, config: DistillConfig, layout: Layout) -> int:
+    """What `linear_distillation_loss` takes while it runs or while its backward pass does, whichever is more."""
+    teacher = teacher if config.loss.kd_logits_weight else None
+    tokens = config.micro_batch * config.data.sequence_length
+    rows, size = student.padded_vocab_size // layout.tensor, DTYPE_BYTES[config.dtype]
+    logits = config.loss.logits
+    copies = _KL_COPIES + (logits.temperature != 1) if logits.is_whole_forward_kl else _OTHER_COPIES
+    per_logit = size + FLOAT32_BYTES * (copies if teacher else _LM_COPIES)
+    # The last hidden states and their gradient, of all tokens; under sequence parallelism they are gathered.
+    states = (3 if layout.sequence else 2) * tokens * student.hidden_size * size
+    if teacher:
+        teacher_size = DTYPE_BYTES[config.teacher_dtype or config.dtype]
+        per_logit += teacher_size
+        states += tokens * teacher.hidden_size * teacher_size if layout.sequence else 0
+    block = min(config.loss.chunk_tokens, tokens) * rows * per_logit
+    weight = rows * student.hidden_size
+    return weight * FLOAT32_BYTES + states + max(block, weight * size)
+
+
+def _teacher_states(student: Network, teacher: Network, config: DistillConfig, layout: Layout, stage: int) -> int:
+    """The teacher's last hidden states on the last stage, and those that hidden states are compared with on each."""
+    count = int(stage == layout.pipeline - 1 and config.loss.kd_logits_weight > 0)
+    hidden = config.loss.hidden
+    if hidden.weight:
+        of_layers = len(hidden.pairs) if hidden.pairs is not None else len(student.layers)
+        pairs = sum(1 if point == EMBEDDING else of_layers for point in hidden.points)
+        count += -(-pairs // layout.pipeline)
+    size = residual_stream_bytes(teacher, *_batch_size(config), layout, config.teacher_dtype or config.dtype)
+    return count * num_micro_batches(config, layout) * size

@@ -1,0 +1,92 @@
+"""Finds the fewest changes of settings with which a distillation step fits a GPU, without torch."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from itertools import product
+
+from minitron_megatron.config.schema import DistillConfig
+from minitron_megatron.distillation.memory import Memory, estimate_memory
+from minitron_megatron.model.network import Network, layout_problems
+from minitron_megatron.parallel.gpus import GPU
+from minitron_megatron.parallel.layout import Layout
+
+
+def nearest_layout(
+    student: Network,
+    teacher: Network | None,
+    config: DistillConfig,
+    layout: Layout,
+    gpu: GPU,
+    gpus_per_node: int,
+) -> tuple[dict[str, int | bool], Memory] | None:
+    """Finds the fewest changes of settings with which a step fits.
+
+    On the layout as it is come first recomputation, then the distributed optimiser, smaller micro-batches, and several
+    of these; then the same with twice as many tensor ranks, within a node; then with twice as many stages. Replicas are
+    given up for ranks as far as they divide, and where they do not, GPUs are added.
+
+    Returns:
+        settings by their dotted names, none where it fits already, and the memory with them; None if nothing helps.
+    """
+    for pipeline in _doublings(layout.pipeline, len(student.layers) // layout.virtual_pipeline):
+        for tensor in _doublings(layout.tensor, gpus_per_node):
+            candidate = _with_ranks(layout, tensor, pipeline, config.data.sequence_length)
+            if any(layout_problems(network, candidate) for network in (student, teacher) if network):
+                continue
+            for changed in _cheaper(config, candidate):
+                memory = estimate_memory(student, teacher, changed, candidate)
+                if memory.fits(gpu):
+                    return _changes(config, layout, changed, candidate), memory
+    return None
+
+
+def _doublings(first: int, last: int) -> Iterator[int]:
+    """`first`, and twice as many again and again, up to `last`."""
+    yield first
+    while (first := 2 * first) <= last:
+        yield first
+
+
+def _with_ranks(layout: Layout, tensor: int, pipeline: int, sequence_length: int) -> Layout:
+    # A larger tensor group without sequence parallelism would keep all norms and residuals on each of its ranks.
+    sequence = layout.sequence or (tensor > layout.tensor and sequence_length % tensor == 0)
+    more = tensor * pipeline // (layout.tensor * layout.pipeline)
+    data = layout.data // math.gcd(layout.data, more)  # a divisor, so that the global batch still divides
+    return dataclasses.replace(layout, tensor=tensor, pipeline=pipeline, data=data, sequence=sequence)
+
+
+def _cheaper(config: DistillConfig, layout: Layout) -> list[DistillConfig]:
+    """The settings as they are, and every way to save memory in the same layout, fewest changes first."""
+    halvings = [halving for halving in range(config.micro_batch.bit_length()) if config.micro_batch % 2**halving == 0]
+    ways = product(
+        [False] if config.recompute else [False, True],
+        [False] if config.optimizer.distributed or layout.data == 1 else [False, True],
+        halvings,
+    )
+    # Of as many changes, those to recomputation come before those to the optimizer and to the micro-batch.
+    ordered = sorted(ways, key=lambda way: (sum(map(bool, way)), not way[0], not way[1], way[2]))
+    return [
+        dataclasses.replace(
+            config,
+            recompute=config.recompute or recompute,
+            micro_batch=config.micro_batch // 2**halving,
+            optimizer=dataclasses.replace(config.optimizer, distributed=config.optimizer.distributed or distributed),
+        )
+        for recompute, distributed, halving in ordered
+    ]
+
+
+def _changes(old: DistillConfig, old_layout: Layout, new: DistillConfig, layout: Layout) -> dict[str, int | bool]:
+    values = {
+        "recompute": (old.recompute, new.recompute),
+        "optimizer.distributed": (old.optimizer.distributed, new.optimizer.distributed),
+        "micro_batch": (old.micro_batch, new.micro_batch),
+        **{
+            f"parallel.{name}": (getattr(old_layout, name), getattr(layout, name))
+            for name in ("tensor", "pipeline", "sequence")
+        },
+    }
+    if old.parallel.data is not None:  # else it is what the world has
+        values["parallel.data"] = old.parallel.data, layout.data
+    return {name: after for name, (before, after) in values.items() if after != before}

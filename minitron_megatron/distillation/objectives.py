@@ -1,0 +1,212 @@
+"""What a student minimises: a list of entries, each an objective with its weight and, where it has one, its teacher.
+
+There are two kinds of objectives. One kind looks at the student's predictions and is computed on the last pipeline
+stage, all objectives of one `compute` in one pass over the logits. The other kind looks at states inside of the student
+and enters the backward pass where they are made. A new objective is a class of its own that follows one of the two.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_megatron.config.loss import LogitsConfig
+from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
+from minitron_megatron.distillation.teachers import Targets, Teacher, Wanted
+from minitron_megatron.parallel.schedule import Batch
+
+
+class Objective(Protocol):
+    """Adds one loss to a student's step, on the ranks where its inputs live.
+
+    Attributes:
+        name: of its loss in metrics.
+        wanted: what it takes from its teacher; nothing if it has none.
+    """
+
+    name: str
+    wanted: Wanted
+
+    def problems(self, vocab: int) -> list[str]:
+        """Returns what of its settings cannot be done with so many tokens, one sentence each."""
+
+
+@runtime_checkable
+class PredictionObjective(Objective, Protocol):
+    """Looks at the student's predictions.
+
+    Attributes:
+        compute: computes objectives like this one, all of a step's in one pass.
+    """
+
+    compute: "ComputeLoss"
+
+
+@runtime_checkable
+class StateObjective(Objective, Protocol):
+    """Looks at hidden states of the student.
+
+    Attributes:
+        pair_names: its losses, whose mean is weighted; the same on every rank.
+    """
+
+    pair_names: Sequence[str]
+
+    def watch(
+        self, batches: Sequence[Batch], targets: Targets, weight: float, training: bool
+    ) -> AbstractContextManager[Tensor]:
+        """Adds the losses to what is minimised, while the student runs over the micro-batches inside of the block.
+
+        Args:
+            batches: the step's micro-batches.
+            targets: what the teacher gives for them.
+            weight: of the mean over all losses.
+            training: whether gradients are computed; else the losses are only measured.
+
+        Yields:
+            float64 `[2, losses]`, complete behind the block: numerators and denominators that this rank alone found.
+        """
+
+
+class Term(NamedTuple):
+    """An objective on predictions in one micro-batch, its weight in this step, and what its teacher predicts."""
+
+    objective: PredictionObjective
+    weight: float
+    target: Any
+
+
+class Text(NamedTuple):
+    """The text of a micro-batch: the next tokens `[tokens]`, and a mask `[tokens]`, 1 for tokens that count."""
+
+    labels: Tensor
+    mask: Tensor
+
+
+ComputeLoss = Callable[[Predictions, Text, Sequence[Term], dist.ProcessGroup, int, int], tuple[Tensor, Tensor]]
+"""Computes objectives on predictions, given the student's, the text, the objectives, the tensor-parallel group, the
+tokens of the tokenizer, and the tokens whose logits may exist at one time. Returns the weighted loss, a sum over the
+valid tokens, and float64 `[objectives]`, their own sums without gradient; the same on every rank of the group."""
+
+
+def fused_prediction_loss(
+    student: Predictions,
+    text: Text,
+    terms: Sequence[Term],
+    group: dist.ProcessGroup,
+    vocab: int,
+    chunk_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """Computes divergences and cross-entropy; see `ComputeLoss`.
+
+    Cross-entropy and a divergence share one pass over the student's logits. Every further divergence, of another
+    teacher or of another kind, takes a pass of its own.
+    """
+    divergences = [number for number, term in enumerate(terms) if isinstance(term.objective, Divergence)]
+    texts = [number for number in range(len(terms)) if number not in divergences]
+    lm_weight = sum(terms[number].weight for number in texts)
+    sums = torch.zeros(len(terms), dtype=torch.float64, device=student.hidden.device)
+    total = None
+    for number in divergences or [None]:
+        objective, kd_weight, target = terms[number] if number is not None else (None, 0.0, None)
+        loss, (kd, lm) = linear_distillation_loss(
+            *student,
+            *text,
+            group,
+            vocab,
+            target,
+            kd_weight,
+            lm_weight if total is None else 0.0,
+            chunk_tokens,
+            objective and objective.config,
+        )
+        if number is not None:
+            sums[number] = kd
+        for text_number in texts if total is None else ():
+            sums[text_number] = lm
+        total = loss if total is None else total + loss
+    return total, sums
+
+
+class Divergence:
+    """How far the student's predictions are from its teacher's.
+
+    Args:
+        config: which divergence.
+    """
+
+    name = "kd_logits"
+    wanted = Wanted(predictions=True)
+    compute = staticmethod(fused_prediction_loss)
+
+    def __init__(self, config: LogitsConfig | None = None):
+        self.config = config or LogitsConfig()
+
+    def problems(self, vocab: int) -> list[str]:
+        """Returns what of its settings is wrong, or cannot be done with so many tokens."""
+        return self.config.problems() + self.config.vocab_problems(vocab)
+
+
+class CrossEntropy:
+    """How unlikely the student finds the text, in nats per token. It has no teacher."""
+
+    name = "lm"
+    wanted = Wanted()
+    compute = staticmethod(fused_prediction_loss)
+
+    def problems(self, vocab: int) -> list[str]:
+        """Returns nothing: it has no settings."""
+        return []
+
+
+class BalancedWeight:
+    """A weight times alpha: the loss of another entry by that of its own, both of the step before (Minitron,
+    2407.14679, section 3).
+
+    Args:
+        weight: what alpha is multiplied by.
+        against: name of the other entry.
+
+    Attributes:
+        alpha: of the next step; None before the first one, which measures both losses beforehand.
+    """
+
+    def __init__(self, weight: float, against: str):
+        self.weight = weight
+        self.against = against
+        self.alpha: float | None = None
+
+    def __call__(self, step: int) -> float:
+        return (1.0 if self.alpha is None else self.alpha) * self.weight
+
+    def update(self, own: float, other: float) -> None:
+        """Sets alpha by the losses of a step."""
+        self.alpha = other / max(own, 1e-12)
+
+
+@dataclass
+class Entry:
+    """One term of what a student minimises.
+
+    Attributes:
+        teacher: who gives the targets; None for an objective on the text.
+        objective: the loss.
+        weight: of the loss per valid token; one that changes is a function of the step, the first of which is 1.
+        name: of the loss in metrics; empty for the objective's.
+    """
+
+    teacher: Teacher | None
+    objective: Objective
+    weight: float | Callable[[int], float] = 1.0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.objective.name
+
+    def weight_at(self, step: int) -> float:
+        """Returns the weight at a step."""
+        return self.weight(step) if callable(self.weight) else self.weight

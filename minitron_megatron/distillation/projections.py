@@ -1,0 +1,108 @@
+"""Linear maps from a student's width to its teacher's, which are trained with the student."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from minitron_megatron.config.loss import HiddenConfig, Projection
+from minitron_megatron.distillation.pairs import Pair, resolve_pairs
+from minitron_megatron.distillation.taps import module_at, pipeline_rank_of, stages_group
+from minitron_megatron.model.network import Network
+from minitron_megatron.model.parameters import PROJECTIONS
+from minitron_megatron.parallel.groups import Groups
+
+_SHARED = "shared"
+
+
+def add_projections(
+    chunks: Sequence[GPTModel],
+    config: HiddenConfig,
+    student: Network,
+    teacher: Network,
+    groups: Groups,
+    seed: int,
+) -> None:
+    """Gives the student projections to the teacher's width, as modules that are trained with it. Collective.
+
+    Every chunk has those of its own pairs. A shared one is on every stage that has pairs, on the first chunk that has.
+
+    Args:
+        chunks: this rank's student.
+        config: which pairs, and which projections; nothing happens without any.
+        student, teacher: the whole networks.
+        groups: this rank's place.
+        seed: of the random weights.
+    """
+    if not config.weight or config.projection is Projection.NONE:
+        return
+    pairs = resolve_pairs(config, student, teacher)
+    own = [
+        {pair.name: n for n, pair in enumerate(pairs) if module_at([chunk], pair.student_tap) is not None}
+        for chunk in chunks
+    ]
+    group = None
+    if config.projection is Projection.SHARED:
+        first = next((number for number, names in enumerate(own) if names), None)
+        own = [{_SHARED: 0} if number == first else {} for number in range(len(chunks))]
+        num_layers = len(student.layers)
+        stages = sorted({pipeline_rank_of(pair.student_tap, num_layers, groups.layout) for pair in pairs})
+        group = stages_group(stages, groups) if len(stages) > 1 else None
+    for chunk, names in zip(chunks, own, strict=True):
+        if names:
+            projections = {
+                name: _projection(student.hidden_size, teacher.hidden_size, seed + n, chunk, groups)
+                for name, n in names.items()
+            }
+            setattr(chunk, PROJECTIONS, Projections(projections, group))
+
+
+def projections_of(chunks: Sequence[GPTModel], pairs: Sequence[Pair]) -> list[torch.nn.Linear | None]:
+    """Returns the projection of each pair; None where this rank has none for it."""
+    own = {name: p for chunk in chunks for name, p in getattr(chunk, PROJECTIONS, {}).items()}
+    return [own.get(pair.name, own.get(_SHARED)) for pair in pairs]
+
+
+class Projections(torch.nn.ModuleDict):
+    """Projections by pair, or the one that all pairs share.
+
+    Args:
+        projections: by name.
+        group: the stages that have a copy each; None for this one alone.
+    """
+
+    def __init__(self, projections: dict[str, torch.nn.Module], group: dist.ProcessGroup | None):
+        super().__init__(projections)
+        self.group = group
+        self.replica = group.rank() if group else 0
+        for parameter in self.parameters():
+            parameter.shared = self.replica > 0  # so that the gradient's norm counts the first stage's alone
+            # As Megatron marks a table on two stages: with the distributed optimiser it then has a bucket of its own,
+            # and each replica the same part of it on all stages.
+            parameter.shared_embedding = group is not None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """See Megatron-Core's modules; tensor-parallel ranks and stages have copies of the same tensors."""
+        tensors = make_sharded_tensors_for_checkpoint(self.state_dict(keep_vars=True), prefix, {}, sharded_offsets)
+        for tensor in tensors.values():
+            tensor.replica_id = (self.replica, *tensor.replica_id[1:])
+        return tensors
+
+    def add_up(self) -> None:
+        """Gives the copies on all stages the sum of their gradients, which are summed over replicas. Collective."""
+        if self.group:
+            for parameter in self.parameters():
+                dist.all_reduce(parameter.main_grad, group=self.group)
+
+
+def _projection(student: int, teacher: int, seed: int, chunk: GPTModel, groups: Groups) -> torch.nn.Linear:
+    """Makes a map from the student's width to the teacher's, the same on every rank that has it."""
+    linear = torch.nn.Linear(student, teacher, bias=False, device=groups.device, dtype=chunk.config.params_dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(teacher, student, generator=generator) * student**-0.5)
+    # Its gradient is then of this rank's tokens alone, and Megatron adds it up over the tensor ranks.
+    linear.weight.sequence_parallel = groups.layout.sequence
+    return linear

@@ -1,0 +1,119 @@
+"""Keeps a teacher's hidden states while it runs, and brings each to the pipeline rank that wants it.
+
+States travel point to point, in a process group of their own, while the student starts: neither schedules nor their
+messages know of them.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from minitron_megatron.config.loss import EMBEDDING, LAYER
+from minitron_megatron.distillation.taps import ModuleOutput, module_at, stages_group, state_of
+from minitron_megatron.distillation.teachers import Tap
+from minitron_megatron.parallel.collectives import gather_objects
+from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.schedule import Batch
+
+
+class StateExchange:
+    """The hidden states of one step after another. Collective.
+
+    Args:
+        chunks: this rank's teacher, without Megatron's wrappers.
+        wanted: states, each with the pipeline rank that wants it, as often as it is wanted there.
+        groups: this rank's place.
+    """
+
+    def __init__(self, chunks: Sequence[GPTModel], wanted: Sequence[tuple[Tap, int]], groups: Groups):
+        config, layout = chunks[0].config, groups.layout
+        self.groups = groups
+        # Several may want the same state.
+        self._modules = {tap: module_at(chunks, tap) for tap, _ in wanted}
+        self._width, self._dtype = config.hidden_size, config.params_dtype
+        held = gather_objects([tap for tap, module in self._modules.items() if module], groups.collection.pp)
+        owners = {tap: rank for rank, taps in enumerate(held) for tap in taps}
+        self._routes = sorted({(tap, owners[tap], target) for tap, target in wanted if owners[tap] != target})
+        self._group = stages_group(range(layout.pipeline), groups) if self._routes else None
+        self._wanted_here = Counter(tap for tap, target in wanted if target == groups.pipeline_rank)
+        self._states: dict[Tap, list[Tensor | None]] = {}
+        self._uses: Counter[tuple[Tap, int]] = Counter()
+        # Of each micro-batch, what is on its way, kept until it has arrived, and whom to ask.
+        self._messages: dict[int, tuple[list[dist.P2POp], list[dist.Work]]] = {}
+
+    @contextmanager
+    def keeping(self, training: bool) -> Iterator[None]:
+        """Keeps the states of every micro-batch that the teacher runs over inside of the block.
+
+        Args:
+            training: whether it is trained in these runs.
+        """
+        self._states = {tap: [] for tap in self._modules}
+
+        def keep(tap: Tap, output: ModuleOutput) -> None:
+            if torch.is_grad_enabled() != training:
+                return  # a layer that is run again in the backward pass
+            state = state_of(output).detach()
+            # Without gradients Megatron-Core adds the residual stream to what a sublayer gave, in place.
+            self._states[tap].append(state if tap[0] in (LAYER, EMBEDDING) else state.clone())
+
+        with ExitStack() as stack:
+            for tap, module in self._modules.items():
+                if module is not None:
+                    hook = module.register_forward_hook(lambda module, args, output, tap=tap: keep(tap, output))
+                    stack.callback(hook.remove)
+            yield
+
+    def send(self, batches: Sequence[Batch]) -> None:
+        """Sends every state to where it is wanted, one micro-batch after another. Returns at once."""
+        count, length = batches[0]["tokens"].shape
+        if self.groups.layout.sequence:
+            length //= self.groups.layout.tensor
+        size, rank = (length, count, self._width), self.groups.pipeline_rank
+        for number in range(len(batches)):
+            self._uses.update({(tap, number): uses for tap, uses in self._wanted_here.items()})
+            operations = []
+            for tap, owner, target in self._routes:
+                states = self._states[tap]
+                if rank == owner:
+                    state, send, peer = states[number].contiguous(), dist.isend, target
+                elif rank == target:
+                    state = torch.empty(size, dtype=self._dtype, device=self.groups.device)
+                    send, peer = dist.irecv, owner
+                    states.append(state)
+                else:
+                    continue
+                operations.append(dist.P2POp(send, state, dist.get_global_rank(self._group, peer), self._group))
+            if operations:
+                self._messages[number] = operations, dist.batch_isend_irecv(operations)
+
+    def state(self, tap: Tap, number: int) -> Tensor:
+        """Returns a state for a micro-batch, as soon as it is here."""
+        self._receive(number)
+        return self._states[tap][number]
+
+    def release(self, tap: Tap, number: int) -> None:
+        """Lets go of a state with the last one of those that want it here."""
+        self._uses[tap, number] -= 1
+        if not self._uses[tap, number]:
+            self._states[tap][number] = None
+
+    def finish(self) -> None:
+        """Waits for what is still on its way, and lets go of everything."""
+        for number in list(self._messages):
+            self._receive(number)
+        self._states, self._uses = {}, Counter()
+
+    def _receive(self, number: int) -> None:
+        """Waits for the states of a micro-batch, and lets go of those that nobody wants here."""
+        _, messages = self._messages.pop(number, ([], []))
+        for message in messages:
+            message.wait()
+        for tap, states in self._states.items():
+            if states and not self._uses[tap, number]:
+                states[number] = None

@@ -1,0 +1,70 @@
+"""Where hidden states are taken: which module has one, on which pipeline rank."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.identity_op import IdentityOp
+from torch import Tensor
+
+from minitron_megatron.config.loss import EMBEDDING, LAYER
+from minitron_megatron.distillation.teachers import Tap
+from minitron_megatron.model.build import layers_of
+from minitron_megatron.model.layers import KINDS
+from minitron_megatron.parallel.collectives import gather_objects
+from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.layout import Layout, layers_per_stage
+
+ModuleOutput = Tensor | tuple[Tensor, Tensor | None]
+"""A state, or a state and the bias that is still to be added to it."""
+
+
+def module_at(chunks: Sequence[GPTModel], tap: Tap) -> torch.nn.Module | None:
+    """Returns the module whose output a state is, if this rank has it."""
+    point, layer = tap
+    for chunk in chunks:
+        if point == EMBEDDING and chunk.pre_process:
+            return chunk.embedding
+        modules = layers_of(chunk).get(layer) if point != EMBEDDING else None
+        if modules:
+            return modules[-1] if point == LAYER else _sublayer_module(modules, point)
+    return None
+
+
+def _sublayer_module(modules: Sequence[torch.nn.Module], kind: str) -> torch.nn.Module:
+    """Returns the module of a kind of sublayer that a transformer layer has."""
+    slot = next(sublayer.slot for sublayer in KINDS.values() if sublayer.name == kind)
+    own = (getattr(module, slot.module) for module in modules)
+    return next(module for module in own if not isinstance(module, IdentityOp))
+
+
+def state_of(output: ModuleOutput) -> Tensor:
+    """Returns the hidden state in a module's output: an attention or an MLP gives its bias beside."""
+    state, bias = output if isinstance(output, tuple) else (output, None)
+    return state if bias is None else state + bias
+
+
+def pipeline_rank_of(tap: Tap, num_layers: int, layout: Layout) -> int:
+    """Returns the pipeline rank that has a state, of a network of so many transformer layers."""
+    point, layer = tap
+    if point == EMBEDDING:
+        return 0
+    ends = accumulate(layers_per_stage(num_layers, layout.stages))
+    return next(stage for stage, end in enumerate(ends) if layer < end) % layout.pipeline
+
+
+def stages_group(stages: Sequence[int], groups: Groups) -> dist.ProcessGroup | None:
+    """Makes the given stages of this rank's pipeline a group of their own, whose messages do not mix with those of the
+    schedules; None on other stages. Collective on the world."""
+    pipeline = dist.get_process_group_ranks(groups.collection.pp)
+    own, own_group = [pipeline[stage] for stage in stages], None
+    for ranks in sorted(set(map(tuple, gather_objects(own, dist.group.WORLD)))):
+        group = dist.new_group(list(ranks))
+        if dist.get_rank() in ranks:
+            own_group = group
+    if own_group:
+        # NCCL connects a group with its first operation, in which all of its ranks have to take part.
+        dist.all_reduce(torch.zeros(1, device=groups.device), group=own_group)
+    return own_group

@@ -1,0 +1,82 @@
+"""What a teacher is: anything that gives targets for the samples of a step.
+
+A step runs its teachers first, one after another, over all of its micro-batches, and then the student, whose objectives
+compare it with what the teachers left. A new way to teach is a class of its own that follows `Teacher`.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minitron_megatron.distillation.result import StepResult
+from minitron_megatron.parallel.schedule import Batch
+
+Tap = tuple[str, int]
+"""Where a hidden state is taken: the point (`loss.hidden.points`) in a transformer layer, and the layer, from 0."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What objectives want of a teacher for every micro-batch, the same on every rank.
+
+    Attributes:
+        predictions: whether its predictions are wanted, on the last pipeline stage.
+        states: hidden states, each with the pipeline rank that wants it, as often as it is wanted there.
+    """
+
+    predictions: bool = False
+    states: tuple[tuple[Tap, int], ...] = ()
+
+    def __or__(self, other: "Wanted") -> "Wanted":
+        return Wanted(self.predictions or other.predictions, self.states + other.states)
+
+
+class Targets(Protocol):
+    """What a teacher gives for the micro-batches of one step, which are numbered from 0.
+
+    Attributes:
+        seconds: that the teacher took on this rank.
+        text_loss: its own cross-entropy in nats per token, if it learned from the text in this step.
+    """
+
+    seconds: float
+    text_loss: float | None
+
+    def predictions(self, number: int) -> Any:
+        """Returns its predictions for a micro-batch, on the last pipeline stage, in the form that objectives on them
+        take: of a teacher that is a model, `Predictions`."""
+
+    def state(self, tap: Tap, number: int) -> Tensor:
+        """Returns a hidden state `[seq(/tp), batch, hidden]` for a micro-batch, on a pipeline rank that wants it."""
+
+    def release(self, tap: Tap, number: int) -> None:
+        """Says that one of those who want a state has no use for it any more."""
+
+
+class Teacher(Protocol):
+    """Gives targets for the samples of a step. Its methods are collective: every rank calls them."""
+
+    def prepare(self, wanted: Wanted) -> None:
+        """Tells what every step will want. Called once, before the first step."""
+
+    def problems(self, student: torch.nn.Module) -> list[str]:
+        """Returns why it cannot teach a student, one sentence each.
+
+        Args:
+            student: a part of the student on this rank, without Megatron's wrappers.
+        """
+
+    def teach(self, batches: Sequence[Batch], training: bool) -> AbstractContextManager[Targets]:
+        """Gives the targets of a step, which are there while the block runs.
+
+        Args:
+            batches: the step's micro-batches. Their `sample_ids` say which samples they are, where they have them.
+            training: whether the student learns from the step; a teacher may learn from it as well.
+        """
+
+    def evaluate(self, batches: Sequence[Batch]) -> StepResult | None:
+        """Measures the teacher itself on the text, without gradients; None if it has no predictions of the text."""
