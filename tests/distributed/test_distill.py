@@ -38,8 +38,8 @@ from minitron_megatron.distillation.live_teacher import LiveTeacher
 from minitron_megatron.distillation.result import EntryResult, StepResult
 from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.errors import ConfigError, DataError, TrainingError
-from minitron_megatron.model.axes import axis_sizes, parameters
 from minitron_megatron.model.count import forward_flops_per_token
+from minitron_megatron.model.parameters import by_key, layer_key, parameters
 from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.tracking.metrics import read_metrics
 from minitron_megatron.training import distill, loop, saver, setup, state
@@ -103,9 +103,9 @@ def random_weights_of_a_rank(inputs, folder, parallel):
     def keep(trainer):
         network = Checkpoint(trainer.config.student).network
         found = [
-            (param.stacked_key, layer, index, parameter.detach().clone())
+            (layer_key(param), index, parameter.detach().clone())
             for chunk in unwrap_model(trainer.models[""].chunks)
-            for parameter, param, layer, index in local_parameters(chunk, network, trainer.groups)
+            for parameter, param, index in local_parameters(chunk, network, trainer.groups)
         ]
         torch.save(found, folder / f"{dist.get_rank()}.pt")
 
@@ -117,15 +117,13 @@ def test_random_weights_do_not_depend_on_the_layout(inputs, tmp_path):
     run_on_ranks(4, random_weights_of_a_rank, inputs, tmp_path, ParallelConfig(tensor=2, pipeline=2))
     network = Checkpoint(inputs / "checkpoint").network
     expected = RandomWeights(network, settings(inputs, "").seed)
-    table, seen = {param.stacked_key: param for param in parameters(network)}, Counter()
+    table, seen = by_key(parameters(network)), Counter()
     for rank in range(4):
-        for key, layer, index, weight in torch.load(tmp_path / f"{rank}.pt", weights_only=False):
-            assert torch.equal(weight, expected.read(table[key], layer, index)), (key, layer)
+        for key, index, weight in torch.load(tmp_path / f"{rank}.pt", weights_only=False):
+            assert torch.equal(weight, expected.read(table[key], index)), key
             seen[key] += weight.numel()
-    sizes = axis_sizes(network)
-    for param in table.values():
-        copies = (1 if param.split else 2) * (len(network.layers) if param.sublayer else 1)
-        assert seen[param.stacked_key] == copies * np.prod(param.size(sizes))
+    for key, param in table.items():
+        assert seen[key] == (1 if param.split else 2) * np.prod(param.shape)
 
 
 def error_of_a_rank(inputs, folder):
@@ -192,7 +190,7 @@ def test_a_run_with_every_kind_of_loss_goes_on_exactly_where_it_was_interrupted(
     whole, found = (Checkpoint(tmp_path / run) for run in ("whole", "parts"))
     for param in parameters(whole.network):
         index = [np.arange(size) for size in param.shape]
-        assert torch.equal(found.read(param, index), whole.read(param, index)), param.key
+        assert torch.equal(found.read(param, index), whole.read(param, index)), layer_key(param)
 
 
 def weights_of(run, step, prefix=""):

@@ -142,7 +142,7 @@ def distillation_step(student, teacher, groups):
     add_projections(chunks, LOSS.hidden, *networks, groups, seed=5)
     model = setup_optimizer(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
     model.zero_grad()
-    live = LiveTeacher(teacher_chunks, teacher.network, groups)
+    live = LiveTeacher(teacher_chunks, groups, teacher.network.vocab_size)
     entries = loss_entries(LOSS, live, HiddenDistance(LOSS.hidden, chunks, networks, groups))
     return DistillationStep(model.chunks, entries, groups, student.network.vocab_size), model
 

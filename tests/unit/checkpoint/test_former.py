@@ -14,8 +14,17 @@ from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.config.compose import read_settings, resolve_stages, to_plain
-from minitron_megatron.config.schema import DepthCriterion, PruneConfig, TargetConfig, Unit
-from minitron_megatron.errors import CheckpointError
+from minitron_megatron.config.schema import (
+    DataConfig,
+    DepthConfig,
+    DepthCriterion,
+    DType,
+    PruneConfig,
+    ScoreConfig,
+    TargetConfig,
+    Unit,
+)
+from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.layers.attention import Attention
 from minitron_megatron.model.layers.mlp import MLP
@@ -24,6 +33,7 @@ from minitron_megatron.model.parameters import layer_key, parameters
 from minitron_megatron.pruning.make_plan import make_plan
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.prune import prune
+from minitron_megatron.pruning.score import score
 from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.pruning.slicing import Pruned
 from tests.in_memory import StateDict
@@ -132,6 +142,25 @@ def test_a_plan_for_a_network_that_had_lost_a_sublayer(weights, tmp_path):
     pruned, first, second = Checkpoint(output), Plan.read(FORMER / "hybrid"), Plan.read(FORMER / "plan_of_hybrid.json")
     assert pruned.network.hidden_size == 6 and "decoder.final_layernorm.weight" in pruned.tensors
     assert_equal(pruned, Pruned(weights, first.then(second)))
+
+
+def test_what_was_made_then_is_skipped(tmp_path, monkeypatch):
+    """With the same settings and inputs, whatever both are called now."""
+    folder = shutil.copytree(FORMER, tmp_path / "former")
+    monkeypatch.chdir(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    sizes = dict(hidden=8, ffn=6, heads=4)
+    data = DataConfig(["text.jsonl"], "corpora", sequence_length=16, heldout_pct=20)
+    common = dict(data=data, num_samples=4, micro_batch=2, dtype=DType.FP32)
+    depth = DepthConfig([DepthCriterion.LOSS, DepthCriterion.KL], Unit.SUBLAYER)
+    score(ScoreConfig("checkpoint", "scores", rounds=2, target=TargetConfig(**sizes), **common))
+    score(ScoreConfig("checkpoint", "scores_of_sublayers", depth=depth, **common))
+    target = TargetConfig(attention=2, **sizes)
+    prune(PruneConfig("checkpoint", "hybrid", "scores_of_sublayers", target=target))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    target = TargetConfig(attention=2, hidden=8, ffn=5, heads=4)
+    with pytest.raises(ConfigError, match=r"holds a result of other settings .* \(target.ffn was 6 and is 5\)"):
+        prune(PruneConfig("checkpoint", "hybrid", "scores_of_sublayers", target=target))
 
 
 def test_a_recipe():

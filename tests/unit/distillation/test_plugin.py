@@ -112,7 +112,7 @@ def loop_on_rank(folder, layout):
         )
         student, teacher = own_model(32, 2, **parts), own_model(48, 4, **parts)
         for model in (student, teacher):
-            network = network_of(model, vocab=VOCAB)
+            network = network_of(model, vocab_size=VOCAB)
             load_weights([model], LoudWeights(network, seed=len(network.layers)), place)
         replicas = place.layout.data
         found = run_documented_loop(wrap(student), [teacher], micro_batches(place.data_rank, replicas), replicas)
