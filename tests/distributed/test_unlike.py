@@ -116,13 +116,22 @@ def learn(student, teacher, groups, state) -> dict:
         if attempt == "first":
             result = step.train(batches)
             results["gradients"] = local_gradients([chunk.module for chunk in model.chunks], student.network, groups)
-            results["step"] = [*result.losses.values(), *result.pair_losses.values(), model.grad_norm(), model.step()]
+            results["step"] = [
+                *result.losses.values(),
+                *result.entries["kd_hidden"].pair_losses.values(),
+                model.grad_norm(),
+                model.step(),
+            ]
             save_state(state, RunState(step=1), {"": model})
         else:
             assert load_state(state, {"": model}).step == 1
         result = step.evaluate(batches)
-        results[attempt] = [*result.losses.values(), *result.pair_losses.values()]
+        results[attempt] = losses_of(result)
     return results
+
+
+def losses_of(result) -> list[float]:
+    return [*result.losses.values(), *result.entries["kd_hidden"].pair_losses.values()]
 
 
 def distillation_step(student, teacher, groups):
@@ -254,6 +263,6 @@ def _both(folder, output, builder, is_first: bool):
             load_state(output / "state", {"": model})
         model.zero_grad()
         result = step.train(batches)
-        values = [*result.losses.values(), *result.pair_losses.values()]
+        values = [*result.losses.values(), *result.entries["kd_hidden"].pair_losses.values()]
         if groups.is_main:
             (output / ("saved.json" if is_first else "loaded.json")).write_text(json.dumps(values))

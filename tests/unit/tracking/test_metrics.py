@@ -100,10 +100,7 @@ def killed(folder):
 
 
 def test_the_trackers_know_what_the_file_knows_after_a_kill(tmp_path):
-    wandb.teardown()  # or the fork would share W&B's process, which outlives it
-    process = multiprocessing.get_context("fork").Process(
-        target=killed, args=(tmp_path,)
-    )  # imports take long otherwise
+    process = multiprocessing.get_context("forkserver").Process(target=killed, args=(tmp_path,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
