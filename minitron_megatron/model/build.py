@@ -56,7 +56,7 @@ def build_problems(shape: ModelShape, layout: Layout | ParallelConfig, where: st
     if not shape.is_uniform and find_spec("megatron.core.models.hybrid") is None:
         found.append(
             f"{where}.pattern = {shape.pattern!r} is not '*-' repeated, which takes HybridModel, and megatron-core "
-            f"{megatron.core.__version__} has none: install megatron-core 0.19, with Python 3.12 or newer"
+            f"{megatron.core.__version__} has none: install 0.18 or newer, which needs Python 3.12"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Networks whose sublayers come in any order: HybridModel, which Megatron-Core has from 0.19 on, on our modules."""
+"""Networks whose sublayers come in any order: HybridModel, which Megatron-Core has from 0.18 on, on our modules."""
 
 import torch
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules

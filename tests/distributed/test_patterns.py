@@ -26,7 +26,7 @@ from minitron_megatron.parallel.groups import process_groups
 from tests.ranks import run_on_ranks
 from tests.tiny import NETWORKS, Samples
 
-pytest.importorskip("megatron.core.models.hybrid", reason="HybridModel comes with megatron-core 0.19")
+pytest.importorskip("megatron.core.models.hybrid", reason="HybridModel comes with megatron-core 0.18")
 
 LAYOUTS = {
     "1x1": ParallelConfig(),

@@ -121,5 +121,5 @@ def test_a_pattern_that_is_no_plain_transformer_needs_a_newer_megatron_core(monk
         "shape has 7 layers, too few for the 8 stages of parallel.pipeline x virtual_pipeline = 8 x 1: "
         "lower one of the two",
         "shape.pattern = '*-*--*-' is not '*-' repeated, which takes HybridModel, and megatron-core 0.16.1 has none: "
-        "install megatron-core 0.19, with Python 3.12 or newer",
+        "install 0.18 or newer, which needs Python 3.12",
     ]

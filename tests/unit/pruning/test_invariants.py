@@ -36,7 +36,7 @@ SHAPES = {
     "all biases": LLAMA_SHAPE.replace(linear_bias=True, gated=False, activation=Activation.GELU),
 }
 needs_hybrid_model = pytest.mark.skipif(
-    find_spec("megatron.core.models.hybrid") is None, reason="HybridModel comes with megatron-core 0.19"
+    find_spec("megatron.core.models.hybrid") is None, reason="HybridModel comes with megatron-core 0.18"
 )
 TOKENS = torch.randint(0, 101, (2, SEQUENCE), generator=torch.Generator().manual_seed(0))
 
