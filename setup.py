@@ -29,7 +29,7 @@ setup(
     description="Prunes and distills large language models held as Megatron-Core checkpoints",
     long_description=readme(),
     long_description_content_type="text/markdown",
-    python_requires=">=3.10",
+    python_requires=">=3.10,<3.14",  # Megatron-Core 0.19 has no wheel for 3.14
     packages=find_packages(include=["minitron_megatron", "minitron_megatron.*"]),
     package_data={
         "minitron_megatron": ["conf/*.yaml", "conf/**/*.yaml"],
@@ -69,6 +69,7 @@ setup(
             "hypothesis",
             "import-linter",
             "lm-eval>=0.4.13,<0.5",
+            "mypy",
             "nvidia-modelopt",
             "pytest",
             "pytest-xdist",

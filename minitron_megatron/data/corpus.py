@@ -34,7 +34,7 @@ class Document:
     @property
     def text(self) -> str:
         """What tells it from others."""
-        return json.dumps(self.content, sort_keys=True) if self.is_chat else self.content
+        return self.content if isinstance(self.content, str) else json.dumps(self.content, sort_keys=True)
 
 
 def documents(text: list[str], text_field: str = "text") -> Iterator[Document]:
@@ -48,7 +48,7 @@ def documents(text: list[str], text_field: str = "text") -> Iterator[Document]:
     """
     text_paths(text)
     found = chain.from_iterable(_source(name, text_field) for name in text)
-    return (document for document in found if document.is_chat or document.content.strip())
+    return (document for document in found if document.is_chat or document.text.strip())
 
 
 def text_paths(text: list[str]) -> list[Path]:

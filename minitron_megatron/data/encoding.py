@@ -84,6 +84,7 @@ class Encoder:
         ]
 
     def _chat(self, document: Document) -> np.ndarray:
+        assert isinstance(document.content, list)
         tokens, mask = render_chat(self.tokenizer, document.content, document.where)
         if tokens[-1] != self.tokenizer.eos_token_id:
             tokens, mask = [*tokens, self.tokenizer.eos_token_id], [*mask, 0]

@@ -76,7 +76,7 @@ def read_index(prefix: Path, contiguous: bool = True) -> Index:
     except OSError as error:
         raise DataError(f"{prefix} needs both a .bin and an .idx file: {error}") from error
 
-    def require(is_right: bool, reason: str) -> None:
+    def require(is_right: bool | np.bool_, reason: str) -> None:
         if not is_right:
             raise DataError(
                 f"{file} is damaged, or not of {prefix}.bin: {reason}. Copy both again, or write them with "

@@ -81,8 +81,10 @@ def evaluate(config: EvaluateConfig) -> Path:
         tasks = _on_main(lambda: Tasks(config, companions)) if config.tasks else None
         corpus = main_first(lambda: prepare_corpus(config.data, companions))
         samples = heldout_samples(corpus, config.data, config.num_samples)
-        measure = _measure_checkpoint if checkpoint else _measure_folder
-        found = measure(checkpoint or path, samples, tasks, config, groups)
+        if checkpoint:
+            found = _measure_checkpoint(checkpoint, samples, tasks, config, groups)
+        else:
+            found = _measure_folder(path, samples, tasks, config, groups)
         if groups.is_main:
             result = {"model": str(path), "name": path.name, **found}
             with writing(output, manifest) as folder:

@@ -81,7 +81,7 @@ class Inference:
         # A pipeline is kept busy by several batches at a time.
         per_call = 1 if self.groups.layout.pipeline == 1 else 4 * self.groups.layout.pipeline
         of_inputs = self._in_batches("score", list(map(len, inputs)), self.batch, per_call, score)
-        found = {}
+        found: dict[int, tuple[float, bool]] = {}
         for indices, scores in zip(same.values(), of_inputs, strict=True):
             found.update(zip(indices, scores, strict=True))
         return [found[index] for index in range(len(sequences))]
@@ -109,7 +109,7 @@ class Inference:
         lengths: list[int],
         size: int,
         per_call: int,
-        work: Callable[[list[list[int]]], list[Iterable[T]]],
+        work: Callable[[list[list[int]]], Sequence[Iterable[T]]],
     ) -> list[T]:
         """What `work` finds for items of these lengths, whose indices it is given in batches of like lengths."""
         # The longest first: what takes too much memory fails at once.
@@ -211,7 +211,7 @@ class Inference:
                 tokens = next_tokens([batch], within=spared)
 
 
-def _padded(sequences: list[list[int]], size: int, length: int) -> Batch:
+def _padded(sequences: Sequence[Sequence[int]], size: int, length: int) -> Batch:
     """Sequences as one batch, filled up on the right and at the bottom."""
     tokens = torch.zeros(size, length, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
@@ -227,7 +227,7 @@ def _targets(rows: list[list[tuple[list[int], int]]]) -> Batch:
         `row_of_sequence` `[sequence]`.
     """
     found: list[tuple[int, int, int, int]] = []
-    row_of_sequence = []
+    row_of_sequence: list[int] = []
     for row, sequences in enumerate(rows):
         for tokens, count in sequences:
             found += [(row, at - 1, tokens[at], len(row_of_sequence)) for at in range(len(tokens) - count, len(tokens))]

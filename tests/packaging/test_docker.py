@@ -113,7 +113,7 @@ def test_requirements_are_locked_within_their_range(settings):
 
 
 def test_locked_versions_are_those_of_the_tests():
-    oldest, newest = pins(ROOT / "constraints.txt"), pins(ROOT / "constraints-py312.txt")
+    oldest, newest = pins(ROOT / "constraints-oldest.txt"), pins(ROOT / "constraints.txt")
     assert pins(DOCKER / "constraints-gpu.txt").items() <= newest.items()
     assert oldest["megatron-core"] == "0.16.1" and newest["megatron-core"] == "0.19.2"
     assert oldest.keys() <= newest.keys()
