@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,11 @@ from minitron_megatron.model.build import build_model, build_problems
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.parallel.collectives import main_first
 from minitron_megatron.parallel.groups import Groups, process_groups
+from minitron_megatron.pruning.depth_search import DepthSearcher
 from minitron_megatron.pruning.make_plan import plan_for
 from minitron_megatron.pruning.partial import PartialSums
 from minitron_megatron.pruning.plan import Plan
-from minitron_megatron.pruning.score_model import Search, score_model
+from minitron_megatron.pruning.score_model import score_model
 from minitron_megatron.pruning.scores import DEPTH, Scores
 from minitron_megatron.pruning.slicing import Pruned, write_pruned
 from minitron_megatron.pruning.target import Target, resolve_target
@@ -54,18 +56,7 @@ def score(config: ScoreConfig) -> Path:
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
     raise_if_any(build_problems(checkpoint.network, config.parallel, "checkpoint"))
     questions = read_questions(Path(config.depth.choices)) if config.depth.choices else None
-    settings, ways = to_plain(config), []
-    if config.depends_on_target:
-        # In numbers, so that a layout for which a fraction is rounded otherwise is not taken for the same target.
-        settings["target"] = resolve_target(checkpoint.network, config.target, config.parallel).sizes
-        Search(checkpoint.network, config)  # which says now what could not be left out later
-        ways = [_part_way(config, checkpoint, number) for number in range(1, config.rounds)]
-        for number, way in enumerate(ways, start=1):
-            if left := way.network_of(checkpoint.network):
-                raise_if_any(build_problems(left, config.parallel, f"what round {number} leaves"))
-    else:
-        # What does not depend on the target need not be scored again for another one.
-        del settings["target"]
+    settings, ways = _settings_that_count(config, checkpoint)
     parents = [Parent.of("checkpoint", checkpoint.root), *Parent.of_text(config.data.text)]
     if config.depth.choices:
         parents.append(Parent.of("choices", Path(config.depth.choices)))
@@ -95,23 +86,49 @@ def score(config: ScoreConfig) -> Path:
             config.save_every,
         )
         scores = _score_in_rounds(config, checkpoint, manifest, groups, samples, choices, partial)
-        scores.settings = {
-            **{
-                axis: f"{how.criterion.value}, {how.sequence_aggregation.value} over tokens, "
-                f"{how.batch_aggregation.value} over sequences"
-                for axis, how in config.axes.items()
-            },
-            "neurons": config.neurons.value,
-            "rounds": config.rounds,
-            "num_samples": config.num_samples,
-            "sequence_length": config.data.sequence_length,
-            "corpus": corpus.fingerprint,
-        }
+        scores.settings = _described(config, corpus.fingerprint)
         if groups.is_main:
             with writing(output, manifest) as folder:
                 scores.write(folder)
         partial.remove()
     return output
+
+
+def _settings_that_count(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[dict[str, Any], list[Target]]:
+    """The settings that scores depend on, and what is left after each round but the last.
+
+    Raises:
+        ConfigError: the target cannot be reached, or what a round leaves cannot be built.
+    """
+    settings = to_plain(config)
+    if not config.depends_on_target:
+        # What does not depend on the target need not be scored again for another one.
+        del settings["target"]
+        return settings, []
+    # In numbers, so that a layout for which a fraction is rounded otherwise is not taken for the same target.
+    settings["target"] = resolve_target(checkpoint.network, config.target, config.parallel).sizes
+    DepthSearcher(checkpoint.network, config)  # which says now what could not be left out later
+    ways = [_part_way(config, checkpoint, number) for number in range(1, config.rounds)]
+    for number, way in enumerate(ways, start=1):
+        if left := way.network_of(checkpoint.network):
+            raise_if_any(build_problems(left, config.parallel, f"what round {number} leaves"))
+    return settings, ways
+
+
+def _described(config: ScoreConfig, corpus: str) -> dict[str, Any]:
+    """How scores were made, for those who look at them."""
+    return {
+        **{
+            axis: f"{how.criterion.value}, {how.sequence_aggregation.value} over tokens, "
+            f"{how.batch_aggregation.value} over sequences"
+            for axis, how in config.axes.items()
+        },
+        "neurons": config.neurons.value,
+        "rounds": config.rounds,
+        "num_samples": config.num_samples,
+        "sequence_length": config.data.sequence_length,
+        "corpus": corpus,
+    }
 
 
 def _score_in_rounds(
