@@ -22,11 +22,11 @@ from minitron_megatron.evaluation import evaluate
 from minitron_megatron.model import build
 from minitron_megatron.pruning import prune, score
 from minitron_megatron.pruning.scores import DepthSettings
-from minitron_megatron.training import setup
+from minitron_megatron.training import distill, setup
 from tests.tiny import LLAMA, changed, hf_model, import_hf, literate, scores_by_chance, without_sublayers
 
 BUILDS = [(module, "build_model") for module in (score, setup, evaluate)]
-READS = [(module, name) for module, _ in BUILDS for name in ("process_groups", "prepare_corpus")]
+READS = [(module, name) for module in (score, distill, evaluate) for name in ("process_groups", "prepare_corpus")]
 WRITES = [
     (prune, "write_pruned"),
     (score, "write_pruned"),
@@ -162,7 +162,7 @@ def with_other(command, key, value):
         (
             with_other(DISTILL, "teacher", "@foreign-checkpoint"),
             1,
-            ["foreign-checkpoint has vocab = 90, padded to 128", "has vocab = 101, padded to 128"],
+            ["foreign-checkpoint has vocab_size = 90, padded to 128", "has vocab_size = 101, padded to 128"],
         ),
         (with_other(DISTILL, "teacher", "@other-tokenizer"), 1, ["other-tokenizer", "carry different tokenizers"]),
         (
@@ -202,9 +202,19 @@ def with_other(command, key, value):
             ["loss.lm_schedule_steps = 51 ends beyond steps = 50: set it to 50 at most, or to null"],
         ),
         (f"{PRUNE} target.hidden=49", 1, ["target.hidden = 49 is larger than the source's 48"]),
-        (f"{PRUNE} target.ffn=[30,31]", 1, ["target.ffn = [30, 31]: give one size for all layers"]),
+        (f"{PRUNE} target.ffn=[30,31]", 1, ["target.ffn has 2 sizes, and the source has 4 MLP sublayers: give one"]),
+        (f"{PRUNE} target.ffn=[30,44,45,1]", 1, ["target.ffn = 45 in layer 2's MLP is larger than the source's 44"]),
+        (
+            f"{PRUNE} target.ffn=[30,44,31,2] parallel.tensor=2",
+            1,
+            ["target.layer 2.mlp.ffn_hidden_size = 31 does not divide by parallel.tensor = 2"],
+        ),
         (f"{PRUNE} target.heads=3", 1, ["target.heads = 3 is not a multiple of the 2 query groups"]),
-        (f"{PRUNE} target.ffn=31 parallel.tensor=2", 1, ["target.ffn = 31 does not divide by parallel.tensor = 2"]),
+        (
+            f"{PRUNE} target.ffn=31 parallel.tensor=2",
+            1,
+            ["target.mlp.ffn_hidden_size = 31 does not divide by parallel.tensor = 2"],
+        ),
         (
             f"{SCORE} depth.search=greedy target.layers=1",
             1,

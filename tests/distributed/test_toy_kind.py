@@ -31,6 +31,8 @@ from minitron_megatron.model.network import Network, pad_vocab, transformer
 from minitron_megatron.model.norms import norm_rows
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.oldest
+
 PLUGIN = "tests.distributed.test_toy_kind"
 BOTTLENECK = Axis("bottleneck")
 _HF = "model.layers.{layer}.squeeze."

@@ -36,6 +36,8 @@ from minitron_megatron.pruning.score_model import score_model
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, Samples, hf_model, import_hf, without_sublayers
 
+pytestmark = pytest.mark.oldest
+
 NETWORK_OF_RUN = network_from_config(LLAMA)
 FORMS = {"stacked": {}, "by layer": {"non_homogeneous_layers": True}}
 STEP = 7

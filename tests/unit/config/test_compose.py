@@ -23,6 +23,8 @@ from minitron_megatron.config.schema import (
 )
 from minitron_megatron.errors import ConfigError
 
+pytestmark = pytest.mark.oldest
+
 SCORE = ["checkpoint=c", "output=o"]
 DEMO = ["+experiment=smollm2_135m"]
 

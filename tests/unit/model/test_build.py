@@ -20,6 +20,8 @@ from tests.in_memory import StateDict
 from tests.tiny import LLAMA, hf_model, unlike
 from tests.unit.model.configs import CONFIGS
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_logits_are_those_of_transformers(config):
