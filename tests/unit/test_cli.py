@@ -14,8 +14,6 @@ from minitron_megatron.config.schema import SCHEMAS
 from minitron_megatron.config.verbs import VERBS
 from minitron_megatron.errors import CheckpointError, ConfigError
 
-pytestmark = pytest.mark.oldest
-
 SCORE = ["score", "checkpoint=c", "output=o"]
 
 

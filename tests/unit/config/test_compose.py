@@ -222,7 +222,7 @@ def test_settings_are_written_as_plain_values_in_order():
 @example("0", ["0E0", "-1e5", "1_0e-3", "4.e3", ".5e6"], 1e-8)
 @example('C:\\a "b\\', ["x,y=[1]", "null", "", "a b", "\\\\'"], 1e-8)
 def test_a_file_of_settings_is_read_back_as_the_same_settings(tmp_path_factory, path, texts, lr):
-    assume(path != "???")  # which means something to OmegaConf
+    assume(path != "???" and "${" not in "".join([path, *texts]))  # which mean something to OmegaConf
     settings = DistillConfig(None, path, "o", data=DataConfig(text=texts))
     settings.optimizer.lr, settings.optimizer.min_lr = lr, 0.0
     settings.loss.kd_logits_weight, settings.loss.lm_weight = 0.0, 1.0
