@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from minitron_megatron.errors import PREEMPTED, ConfigError, Preempted, UserErro
 from minitron_megatron.launch.local import ROLE, run_ranks
 from minitron_megatron.launch.world import ranks_to_start, slurm_environment
 from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.process import adopt, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _run(verb: str | None, overrides: list[str], options: set[str], file: str | 
 
 def _start(verb: str, arguments: list[str], settings: Any) -> int:
     """Run a verb in the world that there is, or in one made for it."""
-    os.environ.update(slurm_environment(os.environ))
+    adopt(slurm_environment(os.environ))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" not in os.environ and ranks_to_start(verb, settings) > 1:
         return run_ranks(ranks_to_start(verb, settings), [verb, *arguments])
@@ -106,7 +106,7 @@ def _start(verb: str, arguments: list[str], settings: Any) -> int:
         Layout.from_config(settings.parallel, world_size)
     elif world_size > 1 and verb not in SHARED:
         raise ConfigError([f"{verb} runs in one process, and here are {world_size}: start it without a launcher"])
-    _set_up_logging()
+    set_up_logging(is_first=int(os.environ.get("RANK", 0)) == 0)
     verb_function(verb)(settings)
     return 0
 
@@ -124,21 +124,6 @@ def _overview() -> str:
             f"  minitron compress experiment=NAME        a whole recipe: {', '.join(shipped('experiment'))}",
         ]
     )
-
-
-def _set_up_logging() -> None:
-    """Messages of this package on the first rank, warnings of everything on all; all on stderr."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    # A file has no width, and lines broken at column 80 cannot be searched.
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
-    if int(os.environ.get("RANK", 0)) == 0:
-        logging.getLogger("minitron_megatron").setLevel(logging.INFO)
-    # Megatron-Core says these at import and for every configuration; the manual says which kernels are used when.
-    warnings.filterwarnings("ignore", message="full scope is deprecated")
-    warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")
 
 
 def _tell(verb: str | None, error: UserError) -> None:

@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +24,7 @@ from minitron_megatron.data.corpus import text_paths
 from minitron_megatron.disk import require_space, told_when_full
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.parallel.workers import ALONE, Workers
+from minitron_megatron.process import handling
 
 logger = logging.getLogger(__name__)
 
@@ -253,12 +253,9 @@ def _removed_at_the_end(folder: Path) -> Iterator[None]:
         if not is_ending:
             raise SystemExit(128 + number)
 
-    handles_signals = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, end) if handles_signals else None
-    try:
-        yield
-    finally:
-        is_ending = True
-        shutil.rmtree(folder, ignore_errors=True)
-        if handles_signals:
-            signal.signal(signal.SIGTERM, previous)
+    with handling((signal.SIGTERM,), end):
+        try:
+            yield
+        finally:
+            is_ending = True
+            shutil.rmtree(folder, ignore_errors=True)

@@ -2,15 +2,13 @@
 
 import dataclasses
 import functools
-import gc
 from collections.abc import Callable
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from minitron_megatron.config.plugins import load_plugins
 from minitron_megatron.config.reader import MISSING
 from minitron_megatron.errors import raise_if_any
+from minitron_megatron.process import import_for_good
 
 VERBS = {
     "import": "minitron_megatron.checkpoint.convert:import_checkpoint",
@@ -48,21 +46,6 @@ def verb_function(verb: str) -> Callable[[Any], Any]:
         return function(config)
 
     return checked
-
-
-def import_for_good(module: str) -> ModuleType:
-    """A module that imports much, such as torch and Megatron-Core, and stays.
-
-    Looking for garbage among so many objects takes a third of the time, and seconds when Python ends. There is none.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        return import_module(module)
-    finally:
-        gc.freeze()
-        if was_enabled:
-            gc.enable()
 
 
 def _missing(config: Any) -> list[str]:

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from minitron_megatron.process import blocking, handling
+
 _WARNING, _END = signal.SIGUSR1, signal.SIGTERM
 
 
@@ -21,16 +23,10 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     Yields:
         a function that returns whether a signal has come to this process.
     """
-    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
-        yield lambda: False
-        return
     asked = threading.Event()
-    previous = {number: signal.signal(number, lambda *_: asked.set()) for number in (_WARNING, _END)}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {_WARNING})
-    try:
-        yield lambda: asked.is_set() or _WARNING in signal.sigpending()
-    finally:
-        signal.sigtimedwait({_WARNING}, 0)  # what was waiting has been answered
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with handling((_WARNING, _END), lambda *_: asked.set()) as handled:
+        if not handled:
+            yield lambda: False
+            return
+        with blocking(_WARNING):
+            yield lambda: asked.is_set() or _WARNING in signal.sigpending()

@@ -28,7 +28,7 @@ def ran(monkeypatch):
             if other[0] == name:
                 setattr(module, other[1], calls.append)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(cli, "_set_up_logging", lambda: None)
+    monkeypatch.setattr(cli, "set_up_logging", lambda is_first: None)
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
     return calls
 
