@@ -2,7 +2,7 @@
 
 import pytest
 
-from minitron_megatron.config.changes import content, flat
+from minitron_megatron.config.changes import content, differences, flat
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import SCHEMAS
 
@@ -35,3 +35,17 @@ def test_a_setting_that_only_begins_like_one_that_changes_nothing_counts():
     settings = {"output": "o", "outputs": 1, "parallel": {"tensor": 2}, "data": {"workers": 3, "worker": 4}}
     assert content(SCHEMAS["score"], settings) == {"outputs": 1, "data.worker": 4}
     assert content(None, settings) == flat(settings)
+
+
+@pytest.mark.parametrize(
+    "before, after, expected",
+    [
+        ({"a": 1}, {"a": 1, "new": 0, "x": False, "y": None, "z": ""}, []),
+        ({"a": 1, "gone": []}, {"a": 1}, []),
+        ({"a": 0}, {"a": None}, [("a", 0, None)]),
+        ({"a": 1}, {"a": 1, "new": 0.5}, [("new", None, 0.5)]),
+        ({"a": 1, "gone": ["b"]}, {"a": 2}, [("a", 1, 2), ("gone", ["b"], None)]),
+    ],
+)
+def test_a_setting_that_one_side_has_not_counts_while_it_is_on(before, after, expected):
+    assert differences(before, after) == expected

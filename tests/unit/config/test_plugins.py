@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from minitron_megatron import cli
 from minitron_megatron.config import axes, verbs
 from minitron_megatron.config.compose import compose, load_named_plugins, read_settings, resolve_stages, to_yaml
 from minitron_megatron.config.plugins import load_plugins
@@ -47,6 +48,13 @@ def test_a_plugin_brings_settings_along(plugins):
     assert problems("prune", *PRUNE, "target.states=3")[0].startswith("target.states is not a setting")
     config = compose("prune", [*PRUNE, "target.states=3", "plugins=[their_states]"])
     assert config.target == TargetConfig(states=3) and config.plugins == ["their_states"]
+
+
+def test_the_help_text_shows_the_settings_of_plugins_that_are_named(plugins, capsys):
+    assert cli.main(["prune", "--help"]) == 0
+    assert "target.states" not in capsys.readouterr().out
+    assert cli.main(["prune", "--help", "plugins=[their_states]"]) == 0
+    assert "target.states=null" in capsys.readouterr().out
 
 
 def test_a_setting_of_a_plugin_can_be_referred_to_while_it_is_null(plugins):
