@@ -15,8 +15,7 @@ import torch
 
 from minitron_megatron import cli
 from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint
-from minitron_megatron.checkpoint.source import instances
-from minitron_megatron.model.axes import axis_sizes, parameters
+from minitron_megatron.model.parameters import layer_key, parameters
 from tests.tiny import LLAMA, hf_model, import_hf, literate
 
 STEPS, SAVE_EVERY = 8, 2
@@ -126,11 +125,10 @@ def assert_same_run(run, expected, tolerance=0.0):
     assert [line["progress/step"] for line in exact(run)] == list(range(1, STEPS + 1))
     found, whole = Checkpoint(run), Checkpoint(expected)
     assert found.iteration == whole.iteration == STEPS
-    for param in parameters(whole.shape):
-        index = [np.arange(n) for n in param.size(axis_sizes(whole.shape))]
-        for layer in instances(param, whole.shape):
-            weights = found.read(param, layer, index), whole.read(param, layer, index)
-            torch.testing.assert_close(*weights, rtol=tolerance, atol=tolerance, msg=param.name)
+    for param in parameters(whole.network):
+        index = [np.arange(n) for n in param.shape]
+        weights = found.read(param, index), whole.read(param, index)
+        torch.testing.assert_close(*weights, rtol=tolerance, atol=tolerance, msg=layer_key(param))
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["huggingface", f"iter_{STEPS:07d}", TRACKER, "manifest.json"]
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in expected.iterdir())

@@ -17,7 +17,7 @@ from types import FrameType
 
 from minitron_megatron import __version__
 from minitron_megatron.checkpoint.plain import read_json
-from minitron_megatron.config.changes import content, differences
+from minitron_megatron.config.changes import content, defaults, differences
 from minitron_megatron.config.reader import show
 from minitron_megatron.config.schema import SCHEMAS
 from minitron_megatron.data.corpus import text_paths
@@ -145,7 +145,8 @@ class Manifest:
         (kind, parents, settings), (new_kind, new_parents, new_settings) = before.cache_key, later.cache_key
         kinds = [] if kind == new_kind else [f"it was a {kind} and is to be a {new_kind}"]
         inputs = [f"{role} is another one" for role, _, _ in differences(parents, new_parents)]
-        values = differences(settings, new_settings)
+        came_later = dict(defaults(SCHEMAS[later.verb])) if later.verb in SCHEMAS else {}
+        values = differences({**came_later, **settings}, {**came_later, **new_settings})
         return [*kinds, *inputs, *(f"{key} was {show(old)} and is {show(new)}" for key, old, new in values)]
 
 

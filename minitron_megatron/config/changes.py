@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any, get_type_hints
 
 from minitron_megatron.config.fields import changes_result, is_section
@@ -31,6 +32,17 @@ def content(schema: type | None, settings: dict[str, Any]) -> dict[str, Any]:
         for name, value in flat(settings).items()
         if not any(name == other or name.startswith(f"{other}.") for other in ignored)
     }
+
+
+def defaults(schema: type, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Plain defaults of a verb's settings by dotted name: what a setting was before a version that has it."""
+    types = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if is_section(types[field.name]):
+            yield from defaults(types[field.name], f"{where}{field.name}.")
+        elif value is not dataclasses.MISSING and value != "???" and not isinstance(value, list | dict):
+            yield f"{where}{field.name}", value.value if isinstance(value, Enum) else value
 
 
 def _ignored(schema: type, where: str) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """What a plan would do, for people to read before it is done."""
 
+from statistics import fmean
+
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +31,7 @@ def show_plan(plan: Plan, scores: Scores | None = None) -> None:
     before, after = _sizes(source), _sizes(plan.target)
     for name in before:
         old, new = before[name], after.get(name, [0])
-        table.add_row(name, _range(old), _range(new), f"{sum(new) / sum(old):.1%}" if sum(old) else "")
+        table.add_row(name, _range(old), _range(new), f"{fmean(new) / fmean(old):.1%}" if sum(old) else "")
     console.print(table)
     for kind in source.kinds:
         gone = [source.layer_of(p) for p in source.positions(kind) if p not in plan.sublayers]

@@ -170,7 +170,7 @@ def test_a_recipe():
     assert list(stages) == list(former)
     for name, (verb, settings) in stages.items():
         assert verb == former[name][0]
-        before, after = (Manifest("run", config=values) for values in (former[name][1], to_plain(settings)))
+        before, after = (Manifest("run", config=values, verb=verb) for values in (former[name][1], to_plain(settings)))
         assert before.changes(after) == [], name
         assert settings.output == former[name][1]["output"]
     settings = stages["pruned"][1]

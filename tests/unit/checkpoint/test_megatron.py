@@ -30,7 +30,7 @@ from minitron_megatron.config.schema import DType, ImportConfig, ParallelConfig,
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.parameters import layer_key, parameters
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.groups import current_groups, process_groups
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.score_model import score_model
 from tests.ranks import run_on_ranks
@@ -287,10 +287,11 @@ def test_what_a_hybrid_model_of_plain_megatron_saved_is_read(plain_hybrid, tmp_p
     expected = logits_of(plain_hybrid, tokens)
     assert expected.std() > 0.3  # or the tolerance below would say little
     for source in (checkpoint, Checkpoint(tmp_path / "again")):
-        with process_groups(ParallelConfig()) as groups, torch.no_grad():
-            [model] = build_model(network, groups, DType.FP32)
-            load_weights([model], source, groups)
-            assert isinstance(model, GPTModel)
-            positions = torch.arange(30).expand_as(tokens)
-            torch.testing.assert_close(model(tokens, positions, None), expected, rtol=1e-5, atol=1e-5)
+        groups = current_groups()
+        [model] = build_model(network, groups, DType.FP32)
+        load_weights([model], source, groups)
+        assert isinstance(model, GPTModel)
+        with torch.no_grad():
+            logits = model(tokens, torch.arange(30).expand_as(tokens), None)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert "decoder.layers.2.mlp.linear_fc2.weight" in source.tensors and not source._is_hybrid

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_megatron.checkpoint.convert import export
 from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint
+from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import (
     DataConfig,
     DistillConfig,
@@ -284,7 +285,8 @@ def test_from_megatron_lm_to_a_smaller_hugging_face_model(trained, tokenizer, tm
         model.load_state_dict(state["model"], strict=True)
         torch.testing.assert_close(logits_of(model, TOKENS)[..., :101], expected, rtol=1e-4, atol=1e-4)
     # Trained on, and its manifest gone as well.
-    settings = DistillConfig(None, str(tmp_path / "pruned"), str(tmp_path / "distilled"), data=data)
+    loss = LossConfig(kd_logits_weight=0.0, lm_weight=1.0)
+    settings = DistillConfig(None, str(tmp_path / "pruned"), str(tmp_path / "distilled"), data=data, loss=loss)
     settings.steps, settings.global_batch, settings.micro_batch = 2, 2, 2
     settings.optimizer.warmup_steps = 0
     checkpoints = distill(settings) / "checkpoints"

@@ -147,7 +147,9 @@ def test_as_it_is_it_is_refused_and_the_sizes_are_named(made, tmp_path):
 
 def test_a_network_whose_layers_are_alike_is_written_as_it_is(tmp_path):
     checkpoint = str(import_hf(tmp_path, hf_model(**LLAMA)))
-    folders = [export(ExportConfig(checkpoint, str(tmp_path / form.value), format=form)) for form in ExportFormat]
+    folders = [
+        export(ExportConfig(checkpoint, str(tmp_path / f"as_{form.value}"), format=form)) for form in ExportFormat
+    ]
     contents = [[(folder / name).read_bytes() for name in ("model.safetensors", "config.json")] for folder in folders]
     assert contents[0] == contents[1]
 
@@ -178,5 +180,5 @@ def test_what_zeros_cannot_fill_up_is_named():
     network = network_from_config(LLAMA)
     other = dataclasses.replace(network.sublayers[2], head_dim=10)
     sublayers = (*network.sublayers[:2], other, *network.sublayers[3:])
-    with pytest.raises(UnsupportedModelError, match="attention sublayers differ in more than group, head, which zeros"):
+    with pytest.raises(UnsupportedModelError, match="attention sublayers differ in more than group, head, and zeros"):
         padded_network(network.replace(sublayers=sublayers))

@@ -322,8 +322,8 @@ def test_what_was_rounded_is_kept(llama, tmp_path):
     pruned, _ = llama.prune(tmp_path / "pruned", ffn=0.7, heads=0.5)
     assert pruned.network == changed(Checkpoint(llama.checkpoint).network, ffn_hidden_size=31, num_heads=4)
     assert pruned.manifest.details["rounded"] == [
-        "target.ffn = 0.7 of 44 became 31",
         "target.heads = 0.5 of 6 became 4, a multiple of 2",
+        "target.ffn = 0.7 of 44 became 31",
     ]
 
 
