@@ -220,8 +220,8 @@ def judge(model: Path, teacher: Path, texts: dict[str, Path], windows: int | Non
     """Cross-entropy and KL(teacher || model) per token on each text, in nats."""
     import torch
 
+    from minitron_megatron.checkpoint.dist_reader import Checkpoint
     from minitron_megatron.checkpoint.load import load_weights
-    from minitron_megatron.checkpoint.sharded import Checkpoint
     from minitron_megatron.config.loss import LossConfig
     from minitron_megatron.config.schema import DType, ParallelConfig
     from minitron_megatron.data.samples import rank_batches
@@ -230,24 +230,24 @@ def judge(model: Path, teacher: Path, texts: dict[str, Path], windows: int | Non
     from minitron_megatron.distillation.result import combine
     from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
     from minitron_megatron.parallel.schedule import to_device
 
     torch.set_num_threads(threads)
     found = {}
-    with process_groups(ParallelConfig()) as groups:
-        chunks = {}
+    with parallel_context(ParallelConfig()) as ctx:
+        model_chunks = {}
         for role, folder in (("model", model), ("teacher", teacher)):
             checkpoint = Checkpoint(folder)
-            chunks[role] = build_model(checkpoint.network, groups, DType.BF16)
-            load_weights(chunks[role], checkpoint, groups)
+            model_chunks[role] = build_model(checkpoint.network, ctx, DType.BF16)
+            load_weights(model_chunks[role], checkpoint, ctx)
         loss = LossConfig(kd_logits_weight=1.0, lm_weight=1.0)
         vocab = checkpoint.network.vocab_size
-        entries = loss_entries(loss, LiveTeacher(chunks["teacher"], groups, vocab))
-        step = DistillationStep(chunks["model"], entries, groups, vocab)
+        entries = loss_entries(loss, LiveTeacher(model_chunks["teacher"], ctx, vocab))
+        step = DistillationStep(model_chunks["model"], entries, ctx, vocab)
         for name, path in texts.items():
             samples = as_samples(torch.load(path), windows)
-            batches = to_device(rank_batches(samples, 0, len(samples), 4, 0, 1), groups.device)
+            batches = to_device(rank_batches(samples, 0, len(samples), 4, 0, 1), ctx.device)
             losses = combine([step.evaluate([batch]) for batch in batches]).losses
             found |= {f"{name} loss": losses["lm"], f"{name} KL": losses["kd_logits"]}
     return found

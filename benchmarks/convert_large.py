@@ -23,10 +23,10 @@ def make_cases(work: Path, layers: int) -> dict[str, Case]:
     model = RandomModel(layers)
     require_disk(work, 3 * 2 * num_parameters(model.network), LEAST_FREE_GB)
     huggingface, checkpoint, result = (work / name for name in ("huggingface", "checkpoint", "result"))
-    companions = work / "companions"
-    companions.mkdir()
-    (companions / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    write_huggingface(huggingface, model, companions, 5e9, Manifest("huggingface"), "")
+    hf_assets = work / "companions"
+    hf_assets.mkdir()
+    (hf_assets / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    write_huggingface(huggingface, model, hf_assets, 5e9, Manifest("huggingface"), "")
     import_checkpoint(ImportConfig(str(huggingface), str(checkpoint)))
     return {
         "import": Case("import_checkpoint", ImportConfig(str(huggingface), str(result)), huggingface),

@@ -85,11 +85,11 @@ def write_tokens(models: Models, path: Path, steps: int, batch: int) -> None:
 
     from minitron_megatron.data.samples import rank_batches, training_samples
     from minitron_megatron.data.tokens import prepare_corpus
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
 
     config = models.recipe["distilled"]
     corpus = prepare_corpus(config.data, models.teacher / "huggingface")
-    with process_groups(config.parallel):
+    with parallel_context(config.parallel):
         samples = training_samples(corpus, config.data, steps * batch)
         batches = list(rank_batches(samples, 0, steps * batch, batch, 0, 1))
     torch.save(torch.stack([torch.cat([b["tokens"], b["labels"][:, -1:]], dim=1) for b in batches]), path)
@@ -102,10 +102,10 @@ def ours(recompute: bool, models: Models, tokens: Path, threads: int) -> Iterato
     torch.set_num_threads(threads)
 
     from minitron_megatron.config.schema import ParallelConfig
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
 
-    with process_groups(ParallelConfig()) as groups:
-        distillation, _, trained = teacher_and_student(models, groups, recompute)
+    with parallel_context(ParallelConfig()) as ctx:
+        distillation, _, trained = teacher_and_student(models, ctx, recompute)
         loaded = memory_gib()["resident_gib"]
 
         def step(tokens: torch.Tensor) -> float:
@@ -123,10 +123,10 @@ def read_tokens(path: Path):
     return torch.load(path, map_location=device())
 
 
-def teacher_and_student(models: Models, groups, recompute: bool = False):
+def teacher_and_student(models: Models, ctx, recompute: bool = False):
     """The step of the training loop, its teacher, and the student's optimiser."""
+    from minitron_megatron.checkpoint.dist_reader import Checkpoint
     from minitron_megatron.checkpoint.load import load_weights
-    from minitron_megatron.checkpoint.sharded import Checkpoint
     from minitron_megatron.config.loss import LossConfig
     from minitron_megatron.config.schema import DType, OptimizerConfig
     from minitron_megatron.distillation.entries import loss_entries
@@ -136,17 +136,17 @@ def teacher_and_student(models: Models, groups, recompute: bool = False):
     from minitron_megatron.training.optimizer import setup_optimizer
 
     teacher, student = Checkpoint(models.teacher), Checkpoint(models.pruned)
-    student_chunks = build_model(student.network, groups, DType.BF16, recompute)
-    load_weights(student_chunks, student, groups)
-    teacher_chunks = build_model(teacher.network, groups, DType.BF16)
-    load_weights(teacher_chunks, teacher, groups)
+    student_chunks = build_model(student.network, ctx, DType.BF16, recompute)
+    load_weights(student_chunks, student, ctx)
+    teacher_chunks = build_model(teacher.network, ctx, DType.BF16)
+    load_weights(teacher_chunks, teacher, ctx)
     for chunk in teacher_chunks:
         chunk.requires_grad_(False)
     settings = OptimizerConfig(LR, LR, 0, CLIP_GRAD, WEIGHT_DECAY, *BETAS, EPS)
-    trained = setup_optimizer(student_chunks, settings, 1000, DType.BF16, groups)
-    live_teacher = LiveTeacher(teacher_chunks, groups, student.network.vocab_size)
+    trained = setup_optimizer(student_chunks, settings, 1000, DType.BF16, ctx)
+    live_teacher = LiveTeacher(teacher_chunks, ctx, student.network.vocab_size)
     entries = loss_entries(LossConfig(), live_teacher)
-    return DistillationStep(trained.chunks, entries, groups, student.network.vocab_size), live_teacher, trained
+    return DistillationStep(trained.model_chunks, entries, ctx, student.network.vocab_size), live_teacher, trained
 
 
 def as_batch(tokens) -> dict:
@@ -332,11 +332,11 @@ def profile(models: Models, tokens: Path, warmup: int, threads: int) -> dict:
 
     torch.set_num_threads(threads)
 
-    from minitron_megatron.checkpoint.sharded import Checkpoint
+    from minitron_megatron.checkpoint.dist_reader import Checkpoint
     from minitron_megatron.config.schema import ParallelConfig
     from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
     from minitron_megatron.model.count import forward_flops_per_token
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
     from minitron_megatron.parallel.schedule import forward_hidden, output_weight, run_forward
 
     networks = {
@@ -355,15 +355,15 @@ def profile(models: Models, tokens: Path, warmup: int, threads: int) -> dict:
         "optimiser": 0,
     }
     seconds: dict[str, list[float]] = {phase: [] for phase in flops}
-    with process_groups(ParallelConfig()) as groups:
-        distillation, live_teacher, trained = teacher_and_student(models, groups)
-        student, teacher = trained.chunks[0], live_teacher.chunks[0]
+    with parallel_context(ParallelConfig()) as ctx:
+        distillation, live_teacher, trained = teacher_and_student(models, ctx)
+        student, teacher = trained.model_chunks[0], live_teacher.model_chunks[0]
         for number, step_tokens in enumerate(steps):
             batch = as_batch(step_tokens)
             labels, mask = (batch[key].transpose(0, 1).flatten() for key in ("labels", "loss_mask"))
             student.train()
             times = [now()]
-            [state] = run_forward([teacher], [batch], groups, on_output=lambda output, batch: output)
+            [state] = run_forward([teacher], [batch], ctx, on_output=lambda output, batch: output)
             times.append(now())
             output = forward_hidden(student, batch)
             times.append(now())
@@ -372,7 +372,7 @@ def profile(models: Models, tokens: Path, warmup: int, threads: int) -> dict:
                 output_weight(student.module),
                 labels,
                 mask,
-                groups.collection.tp,
+                ctx.collection.tp,
                 distillation.vocab,
                 Predictions(state.flatten(0, 1), output_weight(teacher)),
                 kd_weight=1.0,
@@ -402,7 +402,7 @@ def attention_seconds(network, batch: int, repeats: int = 20) -> dict[str, list[
     import torch.nn.functional as F
     from megatron.core.transformer.enums import AttnMaskType
 
-    from minitron_megatron.model.local import CausalAttention
+    from minitron_megatron.model.torch_modules import CausalAttention
 
     own = network.sublayers[0]
     scale = own.head_dim**-0.5

@@ -130,23 +130,23 @@ def measure_ours(checkpoint: Path, folder: Path, args) -> Iterator[dict]:
     """The harness on the checkpoint."""
     import torch
 
+    from minitron_megatron.checkpoint.dist_reader import Checkpoint
     from minitron_megatron.checkpoint.load import load_weights
-    from minitron_megatron.checkpoint.sharded import Checkpoint
     from minitron_megatron.config.schema import DType, ParallelConfig
     from minitron_megatron.data.tokens import load_tokenizer
     from minitron_megatron.evaluation.evaluate import generation_defaults
     from minitron_megatron.evaluation.inference import Inference
     from minitron_megatron.evaluation.lm import MegatronLM
     from minitron_megatron.model.build import build_model
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
 
     torch.set_num_threads(args.threads)
     source = Checkpoint(checkpoint)
-    with process_groups(ParallelConfig()) as groups:
-        chunks = build_model(source.network, groups, DType(args.dtype))
-        load_weights(chunks, source, groups)
+    with parallel_context(ParallelConfig()) as ctx:
+        model_chunks = build_model(source.network, ctx, DType(args.dtype))
+        load_weights(model_chunks, source, ctx)
         tokenizer, defaults = load_tokenizer(folder), generation_defaults(folder)
-        inference = Inference(chunks, groups, source.network, tokenizer, [defaults.eos_token_id], args.batch)
+        inference = Inference(model_chunks, ctx, source.network, tokenizer, [defaults.eos_token_id], args.batch)
         lm = MegatronLM(
             lambda method, *arguments: getattr(inference, method)(*arguments),
             tokenizer,

@@ -111,9 +111,9 @@ def measure(rank, ranks, port, name, vocab, tokens, repeats, threads) -> tuple[l
     torch.set_num_threads(threads)
 
     from minitron_megatron.config.schema import ParallelConfig
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
 
-    with process_groups(ParallelConfig(tensor=ranks)) as groups:
+    with parallel_context(ParallelConfig(tensor=ranks)) as ctx:
         generator = torch.Generator().manual_seed(0)
         rows = slice(rank * vocab // ranks, (rank + 1) * vocab // ranks)
 
@@ -124,7 +124,7 @@ def measure(rank, ranks, port, name, vocab, tokens, repeats, threads) -> tuple[l
         states = {"student": 4 * random(tokens), "teacher": 4 * random(tokens)}
         weights = {"student": random(vocab, rows), "teacher": random(vocab, rows)}
         labels = torch.randint(vocab, (tokens,), generator=generator).to(device())
-        loss_of = LOSSES[name](groups, vocab, labels)
+        loss_of = LOSSES[name](ctx, vocab, labels)
         for tensor in (states["student"], weights["student"]):
             tensor.requires_grad_()
         reset_peak()
@@ -153,14 +153,14 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def ours(groups, vocab, labels):
+def ours(ctx, vocab, labels):
     import torch
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
     from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
 
     mask = torch.ones(len(labels), device=device())
-    group = groups.collection.tp
+    group = ctx.collection.tp
 
     def loss(states, weights):
         hidden = copy_to_tensor_model_parallel_region(states["student"], group=group)
@@ -173,40 +173,40 @@ def ours(groups, vocab, labels):
     return loss
 
 
-def whole_logits(groups, states, weights):
+def whole_logits(ctx, states, weights):
     """`[tokens, vocab/tp]` of both models, the teacher's without gradient."""
     import torch
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
-    hidden = copy_to_tensor_model_parallel_region(states["student"], group=groups.collection.tp)
+    hidden = copy_to_tensor_model_parallel_region(states["student"], group=ctx.collection.tp)
     with torch.no_grad():
         teacher = states["teacher"] @ weights["teacher"].T
     return hidden @ weights["student"].T, teacher
 
 
-def modelopt(groups, vocab, labels):
+def modelopt(ctx, vocab, labels):
     from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
     from megatron.core.transformer import TransformerConfig
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
-    ranks = groups.layout.tensor
+    ranks = ctx.layout.tensor
     config = TransformerConfig(
         num_layers=1, hidden_size=HIDDEN, num_attention_heads=ranks, tensor_model_parallel_size=ranks
     )
     kl = LogitsKLLoss(config)
 
     def loss(states, weights):
-        student, teacher = whole_logits(groups, states, weights)
+        student, teacher = whole_logits(ctx, states, weights)
         of_rank, is_partial, _ = kl(student.unsqueeze(1), teacher.unsqueeze(1))  # [seq, batch, vocab]
         assert is_partial
-        return reduce_from_tensor_model_parallel_region(of_rank, group=groups.collection.tp).mean()
+        return reduce_from_tensor_model_parallel_region(of_rank, group=ctx.collection.tp).mean()
 
     return loss
 
 
-def plain(groups, vocab, labels):
+def plain(ctx, vocab, labels):
     def loss(states, weights):
-        student, teacher = (x.float().log_softmax(-1) for x in whole_logits(groups, states, weights))
+        student, teacher = (x.float().log_softmax(-1) for x in whole_logits(ctx, states, weights))
         return (teacher.exp() * (teacher - student)).sum(-1).mean()
 
     return loss

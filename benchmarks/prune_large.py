@@ -17,7 +17,6 @@ def make_cases(work: Path, layers: int) -> dict[str, Case]:
     """Write the checkpoint `source` and the folder `scores`."""
     import torch
 
-    from minitron_megatron.checkpoint import writer
     from minitron_megatron.checkpoint.manifest import Manifest
     from minitron_megatron.config.schema import ParallelConfig, PruneConfig, TargetConfig
     from minitron_megatron.model.count import num_parameters
@@ -31,8 +30,10 @@ def make_cases(work: Path, layers: int) -> dict[str, Case]:
     num_bytes = 2 * (num_parameters(network) + max(map(num_parameters, results)))
     require_disk(work, num_bytes, LEAST_FREE_GB)
 
-    writer.CHUNK_BYTES = num_bytes  # Megatron has no largest chunk: a rank's part of a tensor is one
-    writer.write_checkpoint(work / "source", model, torch.bfloat16, Manifest("checkpoint"), None, tensor_ranks=4)
+    from minitron_megatron.checkpoint import dist_writer
+
+    dist_writer.CHUNK_BYTES = num_bytes  # Megatron has no largest chunk: a rank's part of a tensor is one
+    dist_writer.write_checkpoint(work / "source", model, torch.bfloat16, Manifest("checkpoint"), None, tensor_ranks=4)
     generator = torch.Generator().manual_seed(0)
     hidden, ffn, heads, depth = (
         torch.rand(size, generator=generator) for size in [(4096,), (layers, 14336), (layers, 8, 4), (layers,)]
@@ -52,7 +53,7 @@ def make_cases(work: Path, layers: int) -> dict[str, Case]:
 
 def needed(source: Path, scores, target) -> list[tuple[Path, int, int]]:
     """File, first byte and length of the chunks that the result is made of, in the order in which they lie there."""
-    from minitron_megatron.checkpoint.sharded import Checkpoint
+    from minitron_megatron.checkpoint.dist_reader import Checkpoint
     from minitron_megatron.pruning.make_plan import make_plan
 
     kept = {position // 2 for position in make_plan(scores, target).sublayers}

@@ -111,8 +111,8 @@ def measure(teacher: Path, data, known: Known, args) -> None:
     """Score, cut and judge, all in memory."""
     import torch
 
+    from minitron_megatron.checkpoint.dist_reader import Checkpoint
     from minitron_megatron.checkpoint.load import load_weights
-    from minitron_megatron.checkpoint.sharded import Checkpoint
     from minitron_megatron.config.schema import (
         Aggregation,
         Criterion,
@@ -132,38 +132,38 @@ def measure(teacher: Path, data, known: Known, args) -> None:
     from minitron_megatron.distillation.result import combine
     from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
     from minitron_megatron.pruning.make_plan import make_plan
-    from minitron_megatron.pruning.partial import PartialSums
+    from minitron_megatron.pruning.resumable_sums import ResumableSums
     from minitron_megatron.pruning.score_model import score_model
     from minitron_megatron.pruning.slicing import Pruned
 
     torch.set_num_threads(args.threads)
     checkpoint = Checkpoint(teacher)
     corpus = prepare_corpus(data, checkpoint.huggingface_folder)
-    with process_groups(ParallelConfig()) as groups:
-        whole = build_model(checkpoint.network, groups, DType.BF16)
-        load_weights(whole, checkpoint, groups)
+    with parallel_context(ParallelConfig()) as ctx:
+        whole = build_model(checkpoint.network, ctx, DType.BF16)
+        load_weights(whole, checkpoint, ctx)
         heldout = heldout_samples(corpus, data)
         tokenizer = load_tokenizer(checkpoint.huggingface_folder)
 
         def judge(source) -> float:
-            chunks = whole
+            model_chunks = whole
             if source is not checkpoint:
-                chunks = build_model(source.network, groups, DType.BF16)
-                load_weights(chunks, source, groups)
-            step = DistillationStep(chunks, [Entry(None, CrossEntropy())], groups, source.network.vocab_size)
+                model_chunks = build_model(source.network, ctx, DType.BF16)
+                load_weights(model_chunks, source, ctx)
+            step = DistillationStep(model_chunks, [Entry(None, CrossEntropy())], ctx, source.network.vocab_size)
             batches = rank_batches(heldout, 0, len(heldout), 4, 0, 1)
             return combine([step.evaluate([batch]) for batch in batches]).losses["lm"]
 
         per_draw = max(args.samples, args.depth_samples, args.greedy_samples)
         pool = training_samples(corpus, data, per_draw * max(args.seeds, args.depth_seeds))
 
-        def score(draw: int, num_samples: int, num_questions=0, partial=None, **settings):
+        def score(draw: int, num_samples: int, num_questions=0, resumable=None, **settings):
             drawn = [pool[draw * per_draw + i] for i in range(per_draw)]
             choices = ChoiceSamples(questions(drawn, tokenizer, num_questions), tokenizer, 1) if num_questions else None
             config = ScoreConfig(num_samples=num_samples, **settings)
-            return score_model(whole, checkpoint.network, groups, drawn[:num_samples], config, choices, partial)
+            return score_model(whole, checkpoint.network, ctx, drawn[:num_samples], config, choices, resumable)
 
         def loss_of(scores, criterion=None, **target) -> float:
             return judge(Pruned(checkpoint, make_plan(scores, TargetConfig(**target), depth_criterion=criterion)))
@@ -172,7 +172,7 @@ def measure(teacher: Path, data, known: Known, args) -> None:
         no_depth = DepthConfig(criteria=[])
         for seed in range(args.seeds):
             # What is summed over the tokens serves every aggregation over the sequences.
-            sums = {tokens: PartialSums(groups, ScoreConfig.micro_batch) for tokens, _ in PAPER}
+            sums = {tokens: ResumableSums(ctx, ScoreConfig.micro_batch) for tokens, _ in PAPER}
             for tokens, sequences in PAPER:
                 how = {"sequence_aggregation": Aggregation(tokens), "batch_aggregation": Aggregation(sequences)}
                 how |= {"partial": sums[tokens], "depth": no_depth}

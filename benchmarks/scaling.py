@@ -95,22 +95,22 @@ def measure(rank: int, ranks: int, port: int, axis: str, repeats: int) -> tuple[
     from minitron_megatron.distillation.live_teacher import LiveTeacher
     from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
     from minitron_megatron.training.optimizer import setup_optimizer
 
     teacher_shape, student_shape = networks()
-    with process_groups(ParallelConfig(**{axis: ranks} if axis else {})) as groups:
-        teacher = build_model(teacher_shape, groups, DType.BF16)
+    with parallel_context(ParallelConfig(**{axis: ranks} if axis else {})) as ctx:
+        teacher = build_model(teacher_shape, ctx, DType.BF16)
         for chunk in teacher:
             chunk.requires_grad_(False)
-        student = build_model(student_shape, groups, DType.BF16)
-        trained = setup_optimizer(student, OptimizerConfig(), 100, DType.BF16, groups)
+        student = build_model(student_shape, ctx, DType.BF16)
+        trained = setup_optimizer(student, OptimizerConfig(), 100, DType.BF16, ctx)
         step = DistillationStep(
-            trained.chunks, loss_entries(LossConfig(), LiveTeacher(teacher, groups, VOCAB)), groups, VOCAB
+            trained.model_chunks, loss_entries(LossConfig(), LiveTeacher(teacher, ctx, VOCAB)), ctx, VOCAB
         )
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(VOCAB, (MICRO_BATCHES, MICRO_BATCH, LENGTH + 1), generator=generator)
-        own = tokens[groups.data_rank :: groups.layout.data]
+        own = tokens[ctx.data_rank :: ctx.layout.data]
         batches = [
             {
                 "tokens": batch[:, :-1].contiguous(),
@@ -130,7 +130,7 @@ def measure(rank: int, ranks: int, port: int, axis: str, repeats: int) -> tuple[
                 if ranks > 1:
                     torch.distributed.barrier()
                 seconds.append(time.perf_counter() - started)
-        expected = expected_bytes(teacher_shape, student_shape, groups.layout, groups)
+        expected = expected_bytes(teacher_shape, student_shape, ctx.layout, ctx)
         return seconds[1:], sent.bytes / 1e6, expected / 1e6
 
 
@@ -185,7 +185,7 @@ class Sent:
         self.bytes += tensor.numel() * tensor.element_size()
 
 
-def expected_bytes(teacher, student, layout, groups) -> float:
+def expected_bytes(teacher, student, layout, ctx) -> float:
     """Bytes of a step that a rank gives away; a collective counts what goes in.
 
     - data: every gradient in float32.
@@ -205,9 +205,9 @@ def expected_bytes(teacher, student, layout, groups) -> float:
         ends = tokens * state * (teacher.hidden + 2 * student.hidden)
         return layers + ends + 4 * tokens * 6
     if layout.pipeline > 1:
-        onwards = 0 if groups.is_last_stage else tokens * state * (teacher.hidden + student.hidden)
-        back = 0 if groups.is_first_stage else tokens * state * student.hidden
-        table = 4 * student.padded_vocab * student.hidden if groups.is_first_stage or groups.is_last_stage else 0
+        onwards = 0 if ctx.is_last_stage else tokens * state * (teacher.hidden + student.hidden)
+        back = 0 if ctx.is_first_stage else tokens * state * student.hidden
+        table = 4 * student.padded_vocab * student.hidden if ctx.is_first_stage or ctx.is_last_stage else 0
         return onwards + back + table
     return 0.0
 

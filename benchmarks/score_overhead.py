@@ -55,8 +55,8 @@ def measure(teacher, data, args) -> dict[str, list[float]]:
     """Seconds of every case, each repeat running them in turn."""
     import torch
 
+    from minitron_megatron.checkpoint.dist_reader import Checkpoint
     from minitron_megatron.checkpoint.load import load_weights
-    from minitron_megatron.checkpoint.sharded import Checkpoint
     from minitron_megatron.config.schema import (
         Aggregation,
         Criterion,
@@ -69,26 +69,26 @@ def measure(teacher, data, args) -> dict[str, list[float]]:
     from minitron_megatron.data.samples import rank_batches, training_samples
     from minitron_megatron.data.tokens import prepare_corpus
     from minitron_megatron.model.build import build_model
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
     from minitron_megatron.parallel.schedule import run_forward, to_device
     from minitron_megatron.pruning.score_model import score_model
 
     torch.set_num_threads(args.threads)
     checkpoint = Checkpoint(teacher)
     corpus = prepare_corpus(data, checkpoint.huggingface_folder)
-    with process_groups(ParallelConfig()) as groups:
-        chunks = build_model(checkpoint.network, groups, DType.BF16)
-        load_weights(chunks, checkpoint, groups)
+    with parallel_context(ParallelConfig()) as ctx:
+        model_chunks = build_model(checkpoint.network, ctx, DType.BF16)
+        load_weights(model_chunks, checkpoint, ctx)
         samples = training_samples(corpus, data, args.samples)
         every_layer = DepthConfig(criteria=[DepthCriterion.KL])
 
         def bare():
             for batch in rank_batches(samples, 0, args.samples, 4, 0, 1):
-                run_forward(chunks, to_device([batch], groups.device), groups, on_output=lambda output, batch: None)
+                run_forward(model_chunks, to_device([batch], ctx.device), ctx, on_output=lambda output, batch: None)
 
         def scored(**settings):
             config = ScoreConfig(num_samples=args.samples, micro_batch=4, **settings)
-            score_model(chunks, checkpoint.network, groups, samples, config)
+            score_model(model_chunks, checkpoint.network, ctx, samples, config)
 
         ways = {BARE: bare}
         ways |= {SCORED.format(how.value): partial(scored, sequence_aggregation=how) for how in Aggregation}

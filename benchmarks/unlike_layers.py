@@ -82,18 +82,18 @@ def train(name: str, args) -> Iterator[dict]:
     from minitron_megatron.distillation.entries import loss_entries
     from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
     from minitron_megatron.training.optimizer import setup_optimizer
 
     torch.set_num_threads(args.threads)
     alike, unlike = networks()
     network = alike if name == UNIFORM else unlike
     builder = Builder.HYBRID if name == HYBRID else Builder.GPT
-    with process_groups(ParallelConfig(builder=builder)) as groups:
-        chunks = build_model(network, groups, DType.BF16)
-        load_weights(chunks, RandomWeights(network, 0), groups)
-        model = setup_optimizer(chunks, OptimizerConfig(warmup_steps=1), 100, DType.BF16, groups)
-        step = DistillationStep(model.chunks, loss_entries(LossConfig(0.0, 1.0)), groups, network.vocab_size)
+    with parallel_context(ParallelConfig(builder=builder)) as ctx:
+        model_chunks = build_model(network, ctx, DType.BF16)
+        load_weights(model_chunks, RandomWeights(network, 0), ctx)
+        model = setup_optimizer(model_chunks, OptimizerConfig(warmup_steps=1), 100, DType.BF16, ctx)
+        step = DistillationStep(model.model_chunks, loss_entries(LossConfig(0.0, 1.0)), ctx, network.vocab_size)
         generator = torch.Generator().manual_seed(1)
         for number in range(WARMUP + STEPS):
             window = torch.randint(0, network.vocab_size, (BATCH, LENGTH + 1), generator=generator)
@@ -103,7 +103,7 @@ def train(name: str, args) -> Iterator[dict]:
                 "loss_mask": torch.ones(BATCH, LENGTH),
                 "position_ids": torch.arange(LENGTH).expand(BATCH, -1),
             }
-            batch = {key: value.to(groups.device) for key, value in batch.items()}
+            batch = {key: value.to(ctx.device) for key, value in batch.items()}
             watch = Stopwatch()
             with watch:
                 model.zero_grad()

@@ -3,10 +3,10 @@
 Each verb of the command line is a function here too (`import` is `import_checkpoint`). It takes the verb's settings
 from `minitron_megatron.config.schema`, checks them, and is imported when it is first asked for.
 
-For a model in somebody's own Megatron job there are `network_of`, `current_groups`, `score_model` and `make_plan`, with
-`Scores` and `Plan` as what they give; `Pruned` is what a plan leaves of any source of weights, and `draw` makes the
-figures. `DistillationStep` is a step of distillation; its entries say what is minimised, those that `loss_entries`
-makes of a `LossConfig` or of your own objectives, and a `LiveTeacher` gives the targets.
+In your own Megatron job use `current_context`, `network_of`, `score_model` (gives `Scores`) and `make_plan` (gives a
+`Plan`); `Pruned` is what a plan leaves of any source of weights, and `draw` makes the figures. `DistillationStep` is a
+step of distillation: its entries say what is minimised (those that `loss_entries` makes of a `LossConfig`, or your own
+objectives), and a `LiveTeacher` gives the targets.
 """
 
 from importlib import import_module
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _VERBS = {place.split(":")[1]: verb for verb, place in VERBS.items()}
 _PARTS = {
-    "current_groups": "minitron_megatron.parallel.groups",
+    "current_context": "minitron_megatron.parallel.context",
     "network_of": "minitron_megatron.model.build",
     "score_model": "minitron_megatron.pruning.score_model",
     "Scores": "minitron_megatron.pruning.scores",

@@ -23,7 +23,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 
 @contextmanager
-def told_when_full(folder: Path) -> Iterator[None]:
+def convert_enospc(folder: Path) -> Iterator[None]:
     """Turn what fails in the block because the disk of `folder` is full into a `DiskSpaceError`."""
     try:
         yield

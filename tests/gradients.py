@@ -10,15 +10,15 @@ from minitron_megatron.checkpoint.load import local_parameters
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.network import Network
 from minitron_megatron.model.parameters import layer_key
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 
 
-def local_gradients(chunks: Sequence[torch.nn.Module], network: Network, groups: Groups) -> list[tuple]:
+def local_gradients(model_chunks: Sequence[torch.nn.Module], network: Network, ctx: ParallelContext) -> list[tuple]:
     """The gradients of this rank's chunks, each with its key and where in the whole tensor it lies."""
     return [
         (layer_key(param), index, parameter.main_grad.detach().cpu().clone())
-        for chunk in chunks
-        for parameter, param, index in local_parameters(chunk, network, groups)
+        for chunk in model_chunks
+        for parameter, param, index in local_parameters(chunk, network, ctx)
     ]
 
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from minitron_megatron.checkpoint.companions import original_config
-from minitron_megatron.checkpoint.convert import companions_of
+from minitron_megatron.checkpoint.convert import hf_assets_of
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
+from minitron_megatron.checkpoint.hf_assets import original_config
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
-from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import take
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.families import config_from_network
@@ -35,7 +35,7 @@ def as_transformers_model(checkpoint: Checkpoint):
     """A checkpoint as a transformers model in memory, in the checkpoint's number format."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = config_from_network(checkpoint.network, original_config(companions_of(checkpoint)))
+    values = config_from_network(checkpoint.network, original_config(hf_assets_of(checkpoint)))
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype)
     tensors = {n: read_hf_tensor(checkpoint, p, part) for n, _, p, part in hf_tensors(checkpoint.network)}

@@ -15,9 +15,9 @@ import torch
 
 from minitron_megatron import cli
 from minitron_megatron.checkpoint import convert, huggingface, manifest
+from minitron_megatron.checkpoint.dist_reader import TRACKER, Checkpoint
+from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint
-from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.evaluation import evaluate
 from minitron_megatron.model import build
 from minitron_megatron.pruning import prune, score
@@ -26,7 +26,7 @@ from minitron_megatron.training import distill, setup
 from tests.tiny import LLAMA, changed, hf_model, import_hf, literate, scores_by_chance, without_sublayers
 
 BUILDS = [(module, "build_model") for module in (score, setup, evaluate)]
-READS = [(module, name) for module in (score, distill, evaluate) for name in ("process_groups", "prepare_corpus")]
+READS = [(module, name) for module in (score, distill, evaluate) for name in ("parallel_context", "prepare_corpus")]
 WRITES = [
     (prune, "write_pruned"),
     (score, "write_pruned"),
@@ -82,10 +82,10 @@ def inputs(tmp_path_factory):
         scores.write(folder / name)
         Manifest("scores").write(folder / name)
 
-    companions = teacher / "huggingface"
+    hf_assets = teacher / "huggingface"
     unbuilt = network.replace(sublayers=(*changed(network, bias=True).sublayers[:1], *network.sublayers[1:]))
     for name, other in (("other-order", without_sublayers(network, 4)), ("other-layer", unbuilt)):
-        write_checkpoint(folder / name, Zeros(other), torch.float32, Manifest("checkpoint"), companions)
+        write_checkpoint(folder / name, Zeros(other), torch.float32, Manifest("checkpoint"), hf_assets)
 
     questions = [{"context": "a", "choices": ["b", "c"], "answer": answer} for answer in (1, 2)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))

@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 
-from minitron_megatron.checkpoint import rows
+from minitron_megatron.checkpoint import row_io
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
+from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.schema import PruneConfig, TargetConfig
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.layers.attention import Attention
@@ -36,17 +36,18 @@ _RUN = f"""
 import json, sys
 from pathlib import Path
 
-from minitron_megatron.checkpoint import rows, sharded, shards, writer
+from minitron_megatron.checkpoint import dist_reader, dist_writer, row_io, safetensors_writer
 from minitron_megatron.checkpoint.convert import export, import_checkpoint
 from minitron_megatron.config.schema import DType, ExportConfig, ImportConfig, PruneConfig, TargetConfig
 from minitron_megatron.pruning.prune import prune
 
 folder, verb, name, hoards = sys.argv[1:]
-rows.BLOCK_BYTES, writer.CHUNK_BYTES, shards.BLOCK_BYTES, num_threads = {BLOCK}, {CHUNK}, {CHUNK}, {THREADS}
-writer.num_threads = shards.num_threads = lambda: num_threads
+row_io.BLOCK_BYTES, num_threads = {BLOCK}, {THREADS}
+dist_writer.CHUNK_BYTES = safetensors_writer.BLOCK_BYTES = {CHUNK}
+dist_writer.num_threads = safetensors_writer.num_threads = lambda: num_threads
 if hoards == "True":
-    read, hoard = sharded.Checkpoint.read, []
-    sharded.Checkpoint.read = lambda *args: hoard.append(read(*args)) or hoard[-1]
+    read, hoard = dist_reader.Checkpoint.read, []
+    dist_reader.Checkpoint.read = lambda *args: hoard.append(read(*args)) or hoard[-1]
 
 def memory():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -128,8 +129,8 @@ def test_the_peak_of_an_import_is_bounded(source, bound, sources, tmp_path):
 
 
 def test_a_layer_that_goes_is_not_read_and_the_others_are_once(models, tmp_path, monkeypatch):
-    num_bytes, fill = [], rows._fill
-    monkeypatch.setattr(rows, "_fill", lambda buffer, file: num_bytes.append(len(buffer)) or fill(buffer, file))
+    num_bytes, fill = [], row_io._fill
+    monkeypatch.setattr(row_io, "_fill", lambda buffer, file: num_bytes.append(len(buffer)) or fill(buffer, file))
     paths = [str(models / "large"), str(tmp_path / "pruned"), str(models / "large-scores")]
     prune(PruneConfig(*paths, target=TargetConfig(layers=3)))
     assert sum(num_bytes) == 2 * num_parameters(Checkpoint(tmp_path / "pruned").network)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minitron_megatron import cli
-from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint
+from minitron_megatron.checkpoint.dist_reader import TRACKER, Checkpoint
 from minitron_megatron.model.parameters import layer_key, parameters
 from tests.tiny import LLAMA, hf_model, import_hf, literate
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minitron_megatron.checkpoint.convert import BUILTIN, export, import_checkpoint
-from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.schema import (
     DataConfig,
     DType,
@@ -61,7 +61,7 @@ def test_its_logits_are_those_of_transformers(smollm2):
     from minitron_megatron.checkpoint.load import load_weights
     from minitron_megatron.data.tokens import load_tokenizer
     from minitron_megatron.model.build import build_model
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
 
     checkpoint = Checkpoint(smollm2.folder / "checkpoint")
     network = checkpoint.network
@@ -69,9 +69,9 @@ def test_its_logits_are_those_of_transformers(smollm2):
     assert smollm2.transformers.num_parameters() == checkpoint.manifest.details["parameters"]
     tokenizer = load_tokenizer(checkpoint.huggingface_folder)
     tokens = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
-    with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        [ours] = build_model(network, groups, DType.FP32)
-        load_weights([ours], checkpoint, groups)
+    with parallel_context(ParallelConfig()) as ctx, torch.no_grad():
+        [ours] = build_model(network, ctx, DType.FP32)
+        load_weights([ours], checkpoint, ctx)
         logits = ours(tokens, torch.arange(tokens.size(1))[None], attention_mask=None)[..., : network.vocab_size]
         expected = smollm2.transformers(tokens).logits
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)

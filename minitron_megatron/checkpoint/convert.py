@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minitron_megatron.checkpoint.companions import copy_companions, num_tokens, original_config
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
+from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.gguf import open_gguf
+from minitron_megatron.checkpoint.hf_assets import copy_hf_assets, num_tokens, original_config
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder, write_huggingface
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done
 from minitron_megatron.checkpoint.model_card import model_card
 from minitron_megatron.checkpoint.padded import Padded
-from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import TensorSource
-from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import ExportConfig, ExportFormat, ImportConfig
 from minitron_megatron.errors import CheckpointError, ConfigError
@@ -41,10 +41,10 @@ def import_checkpoint(config: ImportConfig) -> Path:
     manifest = Manifest("checkpoint", parents=parents, config=to_plain(config), verb="import")
     if is_done(output, manifest):
         return output
-    with _open_source(source) as (weights, companions):
+    with _open_source(source) as (weights, hf_assets):
         manifest.details["parameters"] = num_parameters(weights.network)
         dtype = TORCH_DTYPES[config.dtype] if config.dtype else weights.dtype
-        write_checkpoint(output, weights, dtype, manifest, companions)
+        write_checkpoint(output, weights, dtype, manifest, hf_assets)
     return output
 
 
@@ -61,25 +61,25 @@ def export(config: ExportConfig) -> Path:
         WorkerError: another rank failed or was ended.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
-    companions = Path(config.huggingface) if config.huggingface else companions_of(checkpoint)
-    if not companions.is_dir():
-        raise ConfigError([f"huggingface = {companions} is no folder: name one with the model's tokenizer"])
+    hf_assets = Path(config.huggingface) if config.huggingface else hf_assets_of(checkpoint)
+    if not hf_assets.is_dir():
+        raise ConfigError([f"huggingface = {hf_assets} is no folder: name one with the model's tokenizer"])
     parents = [Parent.of("checkpoint", checkpoint.root)]
     if config.huggingface:
-        parents.append(Parent.of("huggingface", companions))
-        if tokens := num_tokens(companions, checkpoint.network.padded_vocab_size):
+        parents.append(Parent.of("huggingface", hf_assets))
+        if tokens := num_tokens(hf_assets, checkpoint.network.padded_vocab_size):
             checkpoint.network = checkpoint.network.replace(vocab_size=tokens)
     source: TensorSource = Padded(checkpoint) if config.format is ExportFormat.PADDED else checkpoint
-    config_from_network(source.network, original_config(companions))  # before any work, whether there is one
+    config_from_network(source.network, original_config(hf_assets))  # before any work, whether there is one
     manifest = Manifest("huggingface", parents=parents, config=to_plain(config), verb="export")
     if is_done(output, manifest):
         return output
-    card = model_card(parents[0], checkpoint.network, companions)
-    write_huggingface(output, source, companions, config.max_shard_gb * 1e9, manifest, card)
+    card = model_card(parents[0], checkpoint.network, hf_assets)
+    write_huggingface(output, source, hf_assets, config.max_shard_gb * 1e9, manifest, card)
     return output
 
 
-def companions_of(checkpoint: Checkpoint) -> Path:
+def hf_assets_of(checkpoint: Checkpoint) -> Path:
     """The folder of tokenizer and Hugging Face config that a checkpoint carries.
 
     Raises:
@@ -111,11 +111,11 @@ def _resolve(source: str) -> Path:
 def _open_source(path: Path) -> Iterator[tuple[TensorSource, Path]]:
     """The weights of a Hugging Face folder or GGUF file, and a folder with the small files beside them."""
     with tempfile.TemporaryDirectory() as temporary:
-        companions = Path(temporary) / "huggingface"
+        hf_assets = Path(temporary) / "huggingface"
         if path.is_dir():
-            copy_companions(path, companions)
-            yield HuggingFaceFolder(path), companions
+            copy_hf_assets(path, hf_assets)
+            yield HuggingFaceFolder(path), hf_assets
         elif path.suffix == ".gguf":
-            yield open_gguf(path, companions), companions
+            yield open_gguf(path, hf_assets), hf_assets
         else:
             raise CheckpointError(f"source = {path} is neither a folder nor a .gguf file")

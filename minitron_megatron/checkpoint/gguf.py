@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from minitron_megatron.checkpoint.companions import read_config
+from minitron_megatron.checkpoint.hf_assets import read_config
 from minitron_megatron.checkpoint.huggingface import HuggingFaceTensors, hf_tensors
 from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError, UserError
 from minitron_megatron.model.families import FAMILIES, network_from_config
@@ -42,8 +42,8 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def open_gguf(path: Path, companions: Path) -> HuggingFaceTensors:
-    """The weights of a GGUF file. What transformers makes of its config and tokenizer goes into `companions`.
+def open_gguf(path: Path, hf_assets: Path) -> HuggingFaceTensors:
+    """The weights of a GGUF file. What transformers makes of its config and tokenizer goes into `hf_assets`.
 
     Raises:
         CheckpointError: the file is not whole.
@@ -76,15 +76,15 @@ def open_gguf(path: Path, companions: Path) -> HuggingFaceTensors:
             raise UnsupportedModelError(f"{path}: rope.scaling.type = {scaling!r} is not supported: choose another one")
         if _ROPE_FACTORS in header.tensors:
             config.rope_parameters = _llama3_scaling(path, config, header.tensors.pop(_ROPE_FACTORS))
-        config.save_pretrained(companions)
-        network = network_from_config(read_config(companions))
+        config.save_pretrained(hf_assets)
+        network = network_from_config(read_config(hf_assets))
         if len(network.layers) > len(header.tensors):
             raise CheckpointError(
                 f"{path} says that it has {len(network.layers)} layers, and holds {len(header.tensors)} tensors"
             )
         # The former builds the refused config too, and comes to the latter for a Llama.
         tokenizer = AutoTokenizer if config.model_type == family else PreTrainedTokenizerFast
-        tokenizer.from_pretrained(**where).save_pretrained(companions)
+        tokenizer.from_pretrained(**where).save_pretrained(hf_assets)
         return HuggingFaceTensors(path, network, _by_their_name(header, network))
     except UserError:
         raise

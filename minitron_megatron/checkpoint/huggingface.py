@@ -13,14 +13,14 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from minitron_megatron.checkpoint.companions import COMPANIONS, original_config, read_config
+from minitron_megatron.checkpoint.hf_assets import HF_ASSETS, original_config, read_config
 from minitron_megatron.checkpoint.manifest import Manifest, writing
 from minitron_megatron.checkpoint.model_card import CARD
-from minitron_megatron.checkpoint.plain import read_json
-from minitron_megatron.checkpoint.rows import bits, copy_rows
-from minitron_megatron.checkpoint.shards import Tensor, cut_into_shards, write_shards
+from minitron_megatron.checkpoint.row_io import bits, copy_rows
+from minitron_megatron.checkpoint.safe_load import read_json
+from minitron_megatron.checkpoint.safetensors_writer import Tensor, cut_into_shards, write_shards
 from minitron_megatron.checkpoint.source import TensorSource
-from minitron_megatron.disk import told_when_full
+from minitron_megatron.disk import convert_enospc
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import Param, Part
 from minitron_megatron.model.families import config_from_network, network_from_config
@@ -161,7 +161,7 @@ def read_hf_tensor(
 
 
 def write_huggingface(
-    output: Path, source: TensorSource, companions: Path, max_shard_bytes: float, manifest: Manifest, card: str
+    output: Path, source: TensorSource, hf_assets: Path, max_shard_bytes: float, manifest: Manifest, card: str
 ) -> None:
     """Write a network as a Hugging Face folder, a block of rows at a time. Collective.
 
@@ -171,7 +171,7 @@ def write_huggingface(
     Args:
         output: the folder to make.
         source: where the weights come from, read by several threads.
-        companions: folder with the tokenizer and, where there is one, the original `config.json`.
+        hf_assets: folder with the tokenizer and, where there is one, the original `config.json`.
         max_shard_bytes: largest size of one safetensors file, unless one tensor alone is larger.
         manifest: of the result; its network is set here.
         card: text of its `README.md`.
@@ -180,7 +180,7 @@ def write_huggingface(
         DiskSpaceError: the disk is or gets full.
         WorkerError: another rank failed or was ended.
     """
-    config = config_from_network(source.network, original_config(companions))
+    config = config_from_network(source.network, original_config(hf_assets))
     # transformers 5 writes `dtype`; earlier readers know `torch_dtype`.
     config["dtype"] = config["torch_dtype"] = str(source.dtype).removeprefix("torch.")
     config["transformers_version"] = transformers.__version__
@@ -195,13 +195,13 @@ def write_huggingface(
 
     def write_share(folder: Path, workers: Workers) -> None:
         share = list(zip(names, shards, strict=True))[workers.rank :: workers.size]
-        with told_when_full(output):
+        with convert_enospc(output):
             write_shards({folder / name: shard for name, shard in share}, source.dtype)
 
     def write_rest(folder: Path) -> None:
-        for name in COMPANIONS:
-            if (companions / name).is_file():
-                shutil.copy(companions / name, folder / name)
+        for name in HF_ASSETS:
+            if (hf_assets / name).is_file():
+                shutil.copy(hf_assets / name, folder / name)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / CARD).write_text(card)
         if len(shards) > 1:

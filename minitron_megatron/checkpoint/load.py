@@ -12,11 +12,11 @@ from minitron_megatron.errors import CheckpointError, UnsupportedModelError
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.network import Network
 from minitron_megatron.model.parameters import PROJECTIONS, by_key, parameters
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 
 
 def local_parameters(
-    model: torch.nn.Module, network: Network, groups: Groups
+    model: torch.nn.Module, network: Network, ctx: ParallelContext
 ) -> Iterator[tuple[torch.nn.Parameter, Param, list[np.ndarray]]]:
     """What of the network a model on this rank holds.
 
@@ -43,10 +43,10 @@ def local_parameters(
         raise UnsupportedModelError(f"the model has parameters that its network does not have: {', '.join(unknown)}")
     for parameter, key in own:
         param = table[key]
-        yield parameter, param, param.shard(groups.tensor_rank, groups.layout.tensor)
+        yield parameter, param, param.shard(ctx.tensor_rank, ctx.layout.tensor)
 
 
-def load_weights(chunks: Sequence[torch.nn.Module], source: TensorSource, groups: Groups) -> None:
+def load_weights(model_chunks: Sequence[torch.nn.Module], source: TensorSource, ctx: ParallelContext) -> None:
     """Fill all parameters of this rank's model from a source, reading only what this rank holds.
 
     Weights are converted to the model's number format. That each of them was really filled is checked.
@@ -55,10 +55,10 @@ def load_weights(chunks: Sequence[torch.nn.Module], source: TensorSource, groups
         CheckpointError: a weight was not filled, or the source has NaN in it.
     """
     with torch.no_grad():
-        for model in chunks:
+        for model in model_chunks:
             for parameter in model.parameters():
                 parameter.fill_(torch.nan)
-            for parameter, param, index in local_parameters(model, source.network, groups):
+            for parameter, param, index in local_parameters(model, source.network, ctx):
                 weight = source.read(param, index)
                 assert weight.shape == parameter.shape  # or it would be repeated to fill the parameter
                 parameter.copy_(weight)

@@ -16,12 +16,12 @@ from pathlib import Path
 from types import FrameType
 
 from minitron_megatron import __version__
-from minitron_megatron.checkpoint.plain import read_json
+from minitron_megatron.checkpoint.safe_load import read_json
 from minitron_megatron.config.changes import content, defaults, differences
 from minitron_megatron.config.reader import show
 from minitron_megatron.config.schema import SCHEMAS
 from minitron_megatron.data.corpus import text_paths
-from minitron_megatron.disk import require_space, told_when_full
+from minitron_megatron.disk import convert_enospc, require_space
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.parallel.workers import ALONE, Workers
 from minitron_megatron.process import handling
@@ -239,7 +239,7 @@ def writing(output: Path, manifest: Manifest, num_bytes: int = 0, workers: Worke
         os.replace(temporary, output)
 
     # By whoever is left, for the first worker may be the one that was ended.
-    with _removed_at_the_end(temporary), told_when_full(output):
+    with _removed_at_the_end(temporary), convert_enospc(output):
         workers.run_on_main(begin)
         yield temporary
         workers.run_on_main(finish)

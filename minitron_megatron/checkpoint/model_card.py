@@ -60,7 +60,7 @@ def _what_was_done(manifest: Manifest) -> str:
     return _DONE.get(manifest.verb or next(guesses, ""), manifest.kind)
 
 
-def model_card(checkpoint: Parent, network: Network, companions: Path) -> str:
+def model_card(checkpoint: Parent, network: Network, hf_assets: Path) -> str:
     """The text of a `README.md`, with the front matter that Hugging Face reads.
 
     The licence is the source's, if that has a model card of its own that says it, and none else.
@@ -68,7 +68,7 @@ def model_card(checkpoint: Parent, network: Network, companions: Path) -> str:
     Args:
         checkpoint: that is exported.
         network: that it holds.
-        companions: folder with the source's model card, where there is one.
+        hf_assets: folder with the source's model card, where there is one.
 
     Raises:
         CheckpointError: the front matter of the source's card cannot be read.
@@ -81,7 +81,7 @@ def model_card(checkpoint: Parent, network: Network, companions: Path) -> str:
         pipeline_tag="text-generation",
         base_model=base_model(source) if source else None,
         tags=["minitron", "pruned"] if any(step.name == "pruned" for step in steps) else ["minitron"],
-        **_license_of(companions / CARD),
+        **_license_of(hf_assets / CARD),
     )
     before = Network.from_dict(first.manifest.network) if first else network
     title = " and ".join(dict.fromkeys(step.name for step in steps if step.name in ("pruned", "distilled")))

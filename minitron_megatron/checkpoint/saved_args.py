@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from minitron_megatron.checkpoint.chunks import StoredObject
-from minitron_megatron.checkpoint.plain import check_archive, load_plain
+from minitron_megatron.checkpoint.dcp_chunks import StoredObject
+from minitron_megatron.checkpoint.safe_load import check_archive, load_plain
 from minitron_megatron.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

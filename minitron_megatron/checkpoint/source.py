@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from minitron_megatron.checkpoint.rows import bits, take_bits
+from minitron_megatron.checkpoint.row_io import bits, take_bits
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.network import Network
 

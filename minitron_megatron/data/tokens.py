@@ -36,7 +36,7 @@ from minitron_megatron.config.schema import DataConfig
 from minitron_megatron.data.corpus import Document, documents, file_stats
 from minitron_megatron.data.encoding import encode, load_tokenizer, num_token_ids, num_workers, tokenizer_fingerprint
 from minitron_megatron.data.indexed import is_indexed, read_index, scan_documents
-from minitron_megatron.disk import told_when_full
+from minitron_megatron.disk import convert_enospc
 from minitron_megatron.errors import DataError
 from minitron_megatron.progress import progress
 
@@ -275,7 +275,7 @@ def _making(folder: Path, config: DataConfig, settings: dict) -> Iterator[tuple[
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     logger.info("preparing tokens in %s", folder)
     counts: dict[str, dict[str, int]] = {}
-    with told_when_full(folder):
+    with convert_enospc(folder):
         partial.mkdir(parents=True)
         try:
             yield partial, counts

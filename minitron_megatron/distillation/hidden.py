@@ -21,7 +21,7 @@ from minitron_megatron.distillation.taps import ModuleOutput, module_at, pipelin
 from minitron_megatron.distillation.teachers import Targets, Wanted
 from minitron_megatron.model.network import Network
 from minitron_megatron.parallel.collectives import sum_over
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import Batch, own_tokens
 
 
@@ -32,7 +32,7 @@ class HiddenDistance:
         config: which pairs, and how they are compared. Of `weight` and `balance` nothing is read.
         student: this rank's student, with its projections; see `add_projections`.
         networks: the whole student and teacher.
-        groups: this rank's place.
+        ctx: this rank's place.
 
     Attributes:
         pairs: all of them, on every rank.
@@ -45,16 +45,16 @@ class HiddenDistance:
         config: HiddenConfig,
         student: Sequence[GPTModel],
         networks: tuple[Network, Network],
-        groups: Groups,
+        ctx: ParallelContext,
     ):
         self.config = config
-        self.groups = groups
+        self.ctx = ctx
         self.pairs = resolve_pairs(config, *networks)
         self.pair_names = [pair.name for pair in self.pairs]
         num_layers = len(networks[0].layers)
         self.wanted = Wanted(
             states=tuple(
-                (pair.teacher_tap, pipeline_rank_of(pair.student_tap, num_layers, groups.layout)) for pair in self.pairs
+                (pair.teacher_tap, pipeline_rank_of(pair.student_tap, num_layers, ctx.layout)) for pair in self.pairs
             )
         )
         modules = ((number, module_at(student, pair.student_tap)) for number, pair in enumerate(self.pairs))
@@ -68,8 +68,8 @@ class HiddenDistance:
     @contextmanager
     def watch(self, batches: Sequence[Batch], targets: Targets, weight: float, training: bool) -> Iterator[Tensor]:
         """Adds the losses while the student runs over the micro-batches; see `StateObjective`."""
-        sums = torch.zeros(2, len(self.pairs), dtype=torch.float64, device=self.groups.device)
-        masks = [own_tokens(batch["loss_mask"], self.groups) for batch in batches]
+        sums = torch.zeros(2, len(self.pairs), dtype=torch.float64, device=self.ctx.device)
+        masks = [own_tokens(batch["loss_mask"], self.ctx) for batch in batches]
         scales: dict[int, Tensor] = {}
         calls: Counter[int] = Counter()
 
@@ -97,20 +97,20 @@ class HiddenDistance:
                 hook = module.register_forward_hook(lambda module, args, output, n=number: compare(n, output))
                 stack.callback(hook.remove)
             yield sums
-        if not self.groups.layout.sequence and self.groups.tensor_rank > 0:
+        if not self.ctx.layout.sequence and self.ctx.tensor_rank > 0:
             sums.zero_()  # every tensor rank has found the same
 
     def _scales(self, targets: Targets, masks: list[Tensor]) -> dict[int, Tensor]:
         """Returns, for each pair of this stage, the step's tokens by the sum of the teacher's mean squares, over all
         ranks that hold tokens: with it, the mean over tokens is the quotient of the sums (2310.06927, section 3.1)."""
-        both = torch.zeros(2, len(self._modules), dtype=torch.float64, device=self.groups.device)
+        both = torch.zeros(2, len(self._modules), dtype=torch.float64, device=self.ctx.device)
         for column, number in enumerate(self._modules):
             for batch_number, mask in enumerate(masks):
                 target = targets.state(self.pairs[number].teacher_tap, batch_number)
                 both[:, column] += torch.stack([mask.sum(), _denominator(target, mask, HiddenLoss.SQUAREHEAD)])
-        if self.groups.layout.sequence:
-            sum_over(both, self.groups.collection.tp)
-        sum_over(both, self.groups.collection.dp)
+        if self.ctx.layout.sequence:
+            sum_over(both, self.ctx.collection.tp)
+        sum_over(both, self.ctx.collection.dp)
         tokens, squares = both
         return dict(zip(self._modules, (tokens / squares.clamp(min=1e-30)).float(), strict=True))
 

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from minitron_megatron.config.loss import LogitsConfig
 from minitron_megatron.distillation.losses import divergence
-from minitron_megatron.parallel.cpu import spared
+from minitron_megatron.parallel.cpu import bypass_cpu_mode
 
 # On the CPU, softmax work is done on blocks of rows that stay in the processor's cache; 2^18 float32 are 1 MiB.
 _CACHE_ELEMENTS = 2**18
@@ -110,7 +110,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
                 teacher_logits = _project(teacher.hidden[rows], teacher.weight[:num_rows], teacher_buffer)
             chunk = logits, teacher_logits, local_labels[rows], mask[rows], group, kd_weight, lm_weight, needs_grad
             if teacher is None or config.is_whole_forward_kl:
-                with spared():
+                with bypass_cpu_mode():
                     kd, ce, grad = _kl_chunk(*chunk, config, block)
             else:
                 kd, ce, grad = _any_chunk(*chunk, config)

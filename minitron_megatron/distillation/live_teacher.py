@@ -20,7 +20,7 @@ from minitron_megatron.distillation.result import StepResult
 from minitron_megatron.distillation.state_exchange import StateExchange
 from minitron_megatron.distillation.step import DistillationStep, predictions_of
 from minitron_megatron.distillation.teachers import Tap, Wanted
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import Batch, run_forward
 
 
@@ -28,30 +28,31 @@ class LiveTeacher:
     """A model that teaches; see `Teacher`. One step takes targets from it at a time.
 
     Args:
-        chunks: this rank's teacher, frozen. One that is wrapped in Megatron's DistributedDataParallel is trained as
-            well: it gets the gradients of its cross-entropy on the same batches. Either may be in Megatron's
-            Float16Module.
-        groups: this rank's place.
+        model_chunks: this rank's teacher, frozen. A teacher wrapped in Megatron's DistributedDataParallel is trained as
+            well: it gets the gradients of its cross-entropy on the same batches. Either may be in a Float16Module.
+        ctx: this rank's place.
         vocab: tokens of the tokenizer.
         chunk_tokens: tokens whose logits exist at one time where it is measured, or learns.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], groups: Groups, vocab: int, chunk_tokens: int = 512):
-        self.groups = groups
-        self.chunks = unwrap_model(list(chunks))
-        self.is_trained = isinstance(chunks[0], DistributedDataParallel)
-        self._text_step = DistillationStep(chunks, [Entry(None, CrossEntropy())], groups, vocab, chunk_tokens)
+    def __init__(
+        self, model_chunks: Sequence[torch.nn.Module], ctx: ParallelContext, vocab: int, chunk_tokens: int = 512
+    ):
+        self.ctx = ctx
+        self.model_chunks = unwrap_model(list(model_chunks))
+        self.is_trained = isinstance(model_chunks[0], DistributedDataParallel)
+        self._text_step = DistillationStep(model_chunks, [Entry(None, CrossEntropy())], ctx, vocab, chunk_tokens)
         self._wanted = Wanted()
         self._exchange: StateExchange | None = None
 
     def prepare(self, wanted: Wanted) -> None:
         """Tells what every step will want; see `Teacher`."""
         self._wanted = wanted
-        self._exchange = StateExchange(self.chunks, wanted.states, self.groups) if wanted.states else None
+        self._exchange = StateExchange(self.model_chunks, wanted.states, self.ctx) if wanted.states else None
 
     def problems(self, student: torch.nn.Module) -> list[str]:
         """Returns why it cannot teach a student; see `Teacher`."""
-        own = self.chunks[0].vocab_size
+        own = self.model_chunks[0].vocab_size
         if student.vocab_size == own:
             return []
         return [
@@ -74,7 +75,7 @@ class LiveTeacher:
             if training:
                 text_loss = self._text_step.train(batches, last_states=last_states).losses[CrossEntropy.name]
             else:
-                last_states = run_forward(self.chunks, batches, self.groups, on_output=lambda output, batch: output)
+                last_states = run_forward(self.model_chunks, batches, self.ctx, on_output=lambda output, batch: output)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         if self._exchange:
@@ -105,7 +106,7 @@ class LiveTargets:
 
     def predictions(self, number: int) -> Predictions:
         """Returns the predictions for a micro-batch, on the last stage, from its last hidden states."""
-        return predictions_of(self._teacher.chunks[-1], self._last_states[number], self._teacher.groups)
+        return predictions_of(self._teacher.model_chunks[-1], self._last_states[number], self._teacher.ctx)
 
     def state(self, tap: Tap, number: int) -> Tensor:
         """Returns a hidden state, as soon as it is here."""

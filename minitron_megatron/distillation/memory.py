@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from minitron_megatron.config.loss import EMBEDDING
 from minitron_megatron.config.schema import DistillConfig, DType
-from minitron_megatron.model.fit import (
+from minitron_megatron.model.memory_estimate import (
     DTYPE_BYTES,
     FLOAT32_BYTES,
     largest_layer_activations,

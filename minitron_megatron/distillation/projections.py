@@ -12,17 +12,17 @@ from minitron_megatron.distillation.pairs import Pair, resolve_pairs
 from minitron_megatron.distillation.taps import module_at, pipeline_rank_of, stages_group
 from minitron_megatron.model.network import Network
 from minitron_megatron.model.parameters import PROJECTIONS
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 
 _SHARED = "shared"
 
 
 def add_projections(
-    chunks: Sequence[GPTModel],
+    model_chunks: Sequence[GPTModel],
     config: HiddenConfig,
     student: Network,
     teacher: Network,
-    groups: Groups,
+    ctx: ParallelContext,
     seed: int,
 ) -> None:
     """Gives the student projections to the teacher's width, as modules that are trained with it. Collective.
@@ -30,10 +30,10 @@ def add_projections(
     Every chunk has those of its own pairs. A shared one is on every stage that has pairs, on the first chunk that has.
 
     Args:
-        chunks: this rank's student.
+        model_chunks: this rank's student.
         config: which pairs, and which projections; nothing happens without any.
         student, teacher: the whole networks.
-        groups: this rank's place.
+        ctx: this rank's place.
         seed: of the random weights.
     """
     if not config.weight or config.projection is Projection.NONE:
@@ -41,27 +41,27 @@ def add_projections(
     pairs = resolve_pairs(config, student, teacher)
     own = [
         {pair.name: n for n, pair in enumerate(pairs) if module_at([chunk], pair.student_tap) is not None}
-        for chunk in chunks
+        for chunk in model_chunks
     ]
     group = None
     if config.projection is Projection.SHARED:
         first = next((number for number, names in enumerate(own) if names), None)
-        own = [{_SHARED: 0} if number == first else {} for number in range(len(chunks))]
+        own = [{_SHARED: 0} if number == first else {} for number in range(len(model_chunks))]
         num_layers = len(student.layers)
-        stages = sorted({pipeline_rank_of(pair.student_tap, num_layers, groups.layout) for pair in pairs})
-        group = stages_group(stages, groups) if len(stages) > 1 else None
-    for chunk, names in zip(chunks, own, strict=True):
+        stages = sorted({pipeline_rank_of(pair.student_tap, num_layers, ctx.layout) for pair in pairs})
+        group = stages_group(stages, ctx) if len(stages) > 1 else None
+    for chunk, names in zip(model_chunks, own, strict=True):
         if names:
             projections = {
-                name: _projection(student.hidden_size, teacher.hidden_size, seed + n, chunk, groups)
+                name: _projection(student.hidden_size, teacher.hidden_size, seed + n, chunk, ctx)
                 for name, n in names.items()
             }
             setattr(chunk, PROJECTIONS, Projections(projections, group))
 
 
-def projections_of(chunks: Sequence[GPTModel], pairs: Sequence[Pair]) -> list[torch.nn.Linear | None]:
+def projections_of(model_chunks: Sequence[GPTModel], pairs: Sequence[Pair]) -> list[torch.nn.Linear | None]:
     """Returns the projection of each pair; None where this rank has none for it."""
-    own = {name: p for chunk in chunks for name, p in getattr(chunk, PROJECTIONS, {}).items()}
+    own = {name: p for chunk in model_chunks for name, p in getattr(chunk, PROJECTIONS, {}).items()}
     return [own.get(pair.name, own.get(_SHARED)) for pair in pairs]
 
 
@@ -97,12 +97,12 @@ class Projections(torch.nn.ModuleDict):
                 dist.all_reduce(parameter.main_grad, group=self.group)
 
 
-def _projection(student: int, teacher: int, seed: int, chunk: GPTModel, groups: Groups) -> torch.nn.Linear:
+def _projection(student: int, teacher: int, seed: int, chunk: GPTModel, ctx: ParallelContext) -> torch.nn.Linear:
     """Makes a map from the student's width to the teacher's, the same on every rank that has it."""
-    linear = torch.nn.Linear(student, teacher, bias=False, device=groups.device, dtype=chunk.config.params_dtype)
+    linear = torch.nn.Linear(student, teacher, bias=False, device=ctx.device, dtype=chunk.config.params_dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         linear.weight.copy_(torch.randn(teacher, student, generator=generator) * student**-0.5)
     # Its gradient is then of this rank's tokens alone, and Megatron adds it up over the tensor ranks.
-    linear.weight.sequence_parallel = groups.layout.sequence
+    linear.weight.sequence_parallel = ctx.layout.sequence
     return linear

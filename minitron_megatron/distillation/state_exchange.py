@@ -17,7 +17,7 @@ from minitron_megatron.config.loss import EMBEDDING, LAYER
 from minitron_megatron.distillation.taps import ModuleOutput, module_at, stages_group, state_of
 from minitron_megatron.distillation.teachers import Tap
 from minitron_megatron.parallel.collectives import gather_objects
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import Batch
 
 
@@ -25,22 +25,22 @@ class StateExchange:
     """The hidden states of one step after another. Collective.
 
     Args:
-        chunks: this rank's teacher, without Megatron's wrappers.
+        model_chunks: this rank's teacher, without Megatron's wrappers.
         wanted: states, each with the pipeline rank that wants it, as often as it is wanted there.
-        groups: this rank's place.
+        ctx: this rank's place.
     """
 
-    def __init__(self, chunks: Sequence[GPTModel], wanted: Sequence[tuple[Tap, int]], groups: Groups):
-        config, layout = chunks[0].config, groups.layout
-        self.groups = groups
+    def __init__(self, model_chunks: Sequence[GPTModel], wanted: Sequence[tuple[Tap, int]], ctx: ParallelContext):
+        config, layout = model_chunks[0].config, ctx.layout
+        self.ctx = ctx
         # Several may want the same state.
-        self._modules = {tap: module_at(chunks, tap) for tap, _ in wanted}
+        self._modules = {tap: module_at(model_chunks, tap) for tap, _ in wanted}
         self._width, self._dtype = config.hidden_size, config.params_dtype
-        held = gather_objects([tap for tap, module in self._modules.items() if module], groups.collection.pp)
+        held = gather_objects([tap for tap, module in self._modules.items() if module], ctx.collection.pp)
         owners = {tap: rank for rank, taps in enumerate(held) for tap in taps}
         self._routes = sorted({(tap, owners[tap], target) for tap, target in wanted if owners[tap] != target})
-        self._group = stages_group(range(layout.pipeline), groups) if self._routes else None
-        self._wanted_here = Counter(tap for tap, target in wanted if target == groups.pipeline_rank)
+        self._group = stages_group(range(layout.pipeline), ctx) if self._routes else None
+        self._wanted_here = Counter(tap for tap, target in wanted if target == ctx.pipeline_rank)
         self._states: dict[Tap, list[Tensor | None]] = {}
         self._uses: Counter[tuple[Tap, int]] = Counter()
         # Of each micro-batch, what is on its way, kept until it has arrived, and whom to ask.
@@ -72,9 +72,9 @@ class StateExchange:
     def send(self, batches: Sequence[Batch]) -> None:
         """Sends every state to where it is wanted, one micro-batch after another. Returns at once."""
         count, length = batches[0]["tokens"].shape
-        if self.groups.layout.sequence:
-            length //= self.groups.layout.tensor
-        size, rank = (length, count, self._width), self.groups.pipeline_rank
+        if self.ctx.layout.sequence:
+            length //= self.ctx.layout.tensor
+        size, rank = (length, count, self._width), self.ctx.pipeline_rank
         for number in range(len(batches)):
             self._uses.update({(tap, number): uses for tap, uses in self._wanted_here.items()})
             operations = []
@@ -83,7 +83,7 @@ class StateExchange:
                 if rank == owner:
                     state, send, peer = states[number].contiguous(), dist.isend, target
                 elif rank == target:
-                    state = torch.empty(size, dtype=self._dtype, device=self.groups.device)
+                    state = torch.empty(size, dtype=self._dtype, device=self.ctx.device)
                     send, peer = dist.irecv, owner
                     states.append(state)
                 else:

@@ -26,8 +26,8 @@ from minitron_megatron.distillation.result import EntryResult, StepResult
 from minitron_megatron.distillation.teachers import Targets, Wanted
 from minitron_megatron.errors import raise_if_any
 from minitron_megatron.parallel.collectives import sum_over
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.cpu import give_back_freed_memory
-from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch, forward_hidden, output_weight, run_schedule
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -42,7 +42,7 @@ class DistillationStep:
         student: this rank's student, wrapped in Megatron's DistributedDataParallel for training, and in Megatron's
             Float16Module or not.
         entries: at least one of which looks at the student's predictions; its weight may be 0.
-        groups: this rank's place.
+        ctx: this rank's place.
         vocab: tokens of the student's tokenizer.
         chunk_tokens: tokens whose logits exist at one time.
 
@@ -57,13 +57,13 @@ class DistillationStep:
         self,
         student: Sequence[torch.nn.Module],
         entries: Sequence[Entry],
-        groups: Groups,
+        ctx: ParallelContext,
         vocab: int,
         chunk_tokens: int = 512,
     ):
         self.student = list(student)
         self.entries = list(entries)
-        self.groups = groups
+        self.ctx = ctx
         self.vocab = vocab
         self.chunk_tokens = chunk_tokens
         self.teachers = list({id(e.teacher): e.teacher for e in self.entries if e.teacher is not None}.values())
@@ -105,7 +105,7 @@ class DistillationStep:
         if self._balanced and self.alpha is None:
             self._balance(self.evaluate(batches, number))  # no step before this one
         for chunk in self.student:
-            raise_if_any(_obstacles(chunk, self.groups, bool(self._on_states)))
+            raise_if_any(_obstacles(chunk, self.ctx, bool(self._on_states)))
             chunk.train()
         result = self._run(batches, number, training=True, last_states=last_states)
         if self._balanced:
@@ -175,7 +175,7 @@ class DistillationStep:
         size = batches[0]["tokens"].shape
         items = list(enumerate(batches))
         reports = run_schedule(forward_step, self.student, items, size, forward_only=not training)
-        sums = torch.zeros(1 + len(self._on_predictions), dtype=torch.float64, device=self.groups.device)
+        sums = torch.zeros(1 + len(self._on_predictions), dtype=torch.float64, device=self.ctx.device)
         for report in reports:
             sums += report["sums"]
         return sums
@@ -192,13 +192,13 @@ class DistillationStep:
             terms.setdefault(entry.objective.compute, {})[position] = term
         # What teachers and student left free is between all that the student keeps, and too small for logits.
         give_back_freed_memory()
-        student = predictions_of(self._last_chunk, output, self.groups)
+        student = predictions_of(self._last_chunk, output, self.ctx)
         num_tokens = text.mask.sum()
         sums = torch.zeros(1 + len(self._on_predictions), dtype=torch.float64, device=output.device)
         sums[0] = num_tokens
         total = None
         for compute, alike in terms.items():
-            group = self.groups.collection.tp
+            group = self.ctx.collection.tp
             loss, own_sums = compute(student, text, list(alike.values()), group, self.vocab, self.chunk_tokens)
             for position, value in zip(alike, own_sums, strict=True):
                 sums[1 + position] = value
@@ -210,10 +210,10 @@ class DistillationStep:
     ) -> tuple[dict[str, EntryResult], int]:
         """Sums what the ranks found, to the entries' results and the number of valid tokens."""
         # The last stage alone has seen the losses of predictions; every rank of a tensor group has seen the same.
-        parts = [prediction_sums, *(sum_over(own, self.groups.collection.tp).flatten() for own in state_sums)]
+        parts = [prediction_sums, *(sum_over(own, self.ctx.collection.tp).flatten() for own in state_sums)]
         sums = torch.cat(parts)
-        sum_over(sums, self.groups.collection.pp)
-        sum_over(sums, self.groups.collection.dp)
+        sum_over(sums, self.ctx.collection.pp)
+        sum_over(sums, self.ctx.collection.dp)
         values = iter(sums.tolist())
         num_tokens = next(values)
         results = {
@@ -227,7 +227,7 @@ class DistillationStep:
         return {entry.name: results[entry.name] for entry in self.entries}, int(num_tokens)
 
 
-def predictions_of(model: torch.nn.Module, last_state: Tensor, groups: Groups) -> Predictions:
+def predictions_of(model: torch.nn.Module, last_state: Tensor, ctx: ParallelContext) -> Predictions:
     """Returns a model's predictions, on the last stage, for whole sequences.
 
     Their backward pass is the one that a vocab-parallel projection needs: each rank's share of the gradient is summed
@@ -236,10 +236,10 @@ def predictions_of(model: torch.nn.Module, last_state: Tensor, groups: Groups) -
     Args:
         model: its last chunk, without Megatron's wrappers.
         last_state: `[seq(/tp), batch, hidden]`.
-        groups: this rank's place.
+        ctx: this rank's place.
     """
-    group = groups.collection.tp
-    if groups.layout.sequence:
+    group = ctx.collection.tp
+    if ctx.layout.sequence:
         last_state = tensor_parallel.gather_from_sequence_parallel_region(last_state, group=group)
     else:
         last_state = tensor_parallel.copy_to_tensor_model_parallel_region(last_state, group=group)
@@ -275,7 +275,7 @@ def _entry_problems(entries: list[Entry], student: torch.nn.Module, vocab: int) 
     return problems + [problem for teacher in teachers.values() for problem in teacher.problems(student)]
 
 
-def _obstacles(chunk: torch.nn.Module, groups: Groups, compares_states: bool) -> list[str]:
+def _obstacles(chunk: torch.nn.Module, ctx: ParallelContext, compares_states: bool) -> list[str]:
     """Returns why the gradients of a model would not be those of the loss, one sentence each."""
     config, problems = unwrap_model(chunk).config, []
     if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
@@ -293,10 +293,10 @@ def _obstacles(chunk: torch.nn.Module, groups: Groups, compares_states: bool) ->
             "config.finalize_model_grads_func = None: set it to megatron.core.distributed.finalize_model_grads, which "
             "adds up gradients over ranks"
         )
-    if config.sequence_parallel != groups.layout.sequence:
+    if config.sequence_parallel != ctx.layout.sequence:
         problems.append(
-            f"groups.layout.sequence = {groups.layout.sequence}, and the model has sequence_parallel = "
-            f"{config.sequence_parallel}: give current_groups(sequence={config.sequence_parallel})"
+            f"ctx.layout.sequence = {ctx.layout.sequence}, and the model has sequence_parallel = "
+            f"{config.sequence_parallel}: give current_context(sequence={config.sequence_parallel})"
         )
     if config.context_parallel_size > 1:
         problems.append(

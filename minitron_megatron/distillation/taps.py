@@ -14,17 +14,17 @@ from minitron_megatron.distillation.teachers import Tap
 from minitron_megatron.model.build import layers_of
 from minitron_megatron.model.layers import KINDS
 from minitron_megatron.parallel.collectives import gather_objects
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.layout import Layout, layers_per_stage
 
 ModuleOutput = Tensor | tuple[Tensor, Tensor | None]
 """A state, or a state and the bias that is still to be added to it."""
 
 
-def module_at(chunks: Sequence[GPTModel], tap: Tap) -> torch.nn.Module | None:
+def module_at(model_chunks: Sequence[GPTModel], tap: Tap) -> torch.nn.Module | None:
     """Returns the module whose output a state is, if this rank has it."""
     point, layer = tap
-    for chunk in chunks:
+    for chunk in model_chunks:
         if point == EMBEDDING and chunk.pre_process:
             return chunk.embedding
         modules = layers_of(chunk).get(layer) if point != EMBEDDING else None
@@ -55,10 +55,10 @@ def pipeline_rank_of(tap: Tap, num_layers: int, layout: Layout) -> int:
     return next(stage for stage, end in enumerate(ends) if layer < end) % layout.pipeline
 
 
-def stages_group(stages: Sequence[int], groups: Groups) -> dist.ProcessGroup | None:
+def stages_group(stages: Sequence[int], ctx: ParallelContext) -> dist.ProcessGroup | None:
     """Makes the given stages of this rank's pipeline a group of their own, whose messages do not mix with those of the
     schedules; None on other stages. Collective on the world."""
-    pipeline = dist.get_process_group_ranks(groups.collection.pp)
+    pipeline = dist.get_process_group_ranks(ctx.collection.pp)
     own, own_group = [pipeline[stage] for stage in stages], None
     for ranks in sorted(set(map(tuple, gather_objects(own, dist.group.WORLD)))):
         group = dist.new_group(list(ranks))
@@ -66,5 +66,5 @@ def stages_group(stages: Sequence[int], groups: Groups) -> dist.ProcessGroup | N
             own_group = group
     if own_group:
         # NCCL connects a group with its first operation, in which all of its ranks have to take part.
-        dist.all_reduce(torch.zeros(1, device=groups.device), group=own_group)
+        dist.all_reduce(torch.zeros(1, device=ctx.device), group=own_group)
     return own_group

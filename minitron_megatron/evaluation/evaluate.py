@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import EVALUATION, Manifest, Parent, is_done, write_atomically, writing
-from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import EvaluateConfig, ParallelConfig
 from minitron_megatron.data.encoding import load_tokenizer
@@ -25,15 +25,15 @@ from minitron_megatron.distillation.objectives import CrossEntropy, Entry
 from minitron_megatron.distillation.result import combine
 from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.errors import CheckpointError, raise_if_any
-from minitron_megatron.evaluation.decoding import Decoding
-from minitron_megatron.evaluation.driver import driven
 from minitron_megatron.evaluation.inference import Inference
+from minitron_megatron.evaluation.rank0 import run_on_rank0
+from minitron_megatron.evaluation.sampling import SamplingParams
 from minitron_megatron.evaluation.tasks import Tasks, task_problems, task_table
 from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.parallel.collectives import main_first
-from minitron_megatron.parallel.groups import Groups, process_groups
-from minitron_megatron.parallel.schedule import Batch, in_calls, to_device
+from minitron_megatron.parallel.collectives import rank0_first
+from minitron_megatron.parallel.context import ParallelContext, parallel_context
+from minitron_megatron.parallel.schedule import Batch, group_microbatches, to_device
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 
@@ -74,18 +74,18 @@ def evaluate(config: EvaluateConfig) -> Path:
     manifest = Manifest("evaluation", network, parents, to_plain(config), verb="evaluate")
     if is_done(output, manifest):
         return output
-    with process_groups(layout) as groups:
-        if is_folder and groups.layout.world_size > 1:
+    with parallel_context(layout) as ctx:
+        if is_folder and ctx.layout.world_size > 1:
             raise CheckpointError(f"model = {path} is a Hugging Face folder, which runs on one rank: import it first")
-        companions = checkpoint.huggingface_folder if checkpoint else path
-        tasks = _on_main(lambda: Tasks(config, companions)) if config.tasks else None
-        corpus = main_first(lambda: prepare_corpus(config.data, companions))
+        hf_assets = checkpoint.huggingface_folder if checkpoint else path
+        tasks = _on_main(lambda: Tasks(config, hf_assets)) if config.tasks else None
+        corpus = rank0_first(lambda: prepare_corpus(config.data, hf_assets))
         samples = heldout_samples(corpus, config.data, config.num_samples)
         if checkpoint:
-            found = _measure_checkpoint(checkpoint, samples, tasks, config, groups)
+            found = _measure_checkpoint(checkpoint, samples, tasks, config, ctx)
         else:
-            found = _measure_folder(path, samples, tasks, config, groups)
-        if groups.is_main:
+            found = _measure_folder(path, samples, tasks, config, ctx)
+        if ctx.is_main:
             result = {"model": str(path), "name": path.name, **found}
             with writing(output, manifest) as folder:
                 write_atomically(folder / EVALUATION, json.dumps(result, indent=2) + "\n")
@@ -96,21 +96,21 @@ def evaluate(config: EvaluateConfig) -> Path:
 
 
 def _measure_checkpoint(
-    checkpoint: Checkpoint, samples: Samples, tasks: Tasks | None, config: EvaluateConfig, groups: Groups
+    checkpoint: Checkpoint, samples: Samples, tasks: Tasks | None, config: EvaluateConfig, ctx: ParallelContext
 ) -> dict:
     """What goes into `evaluation.json`, of a model in the ranks' layout."""
-    chunks = build_model(checkpoint.network, groups, config.dtype)
-    load_weights(chunks, checkpoint, groups)
+    model_chunks = build_model(checkpoint.network, ctx, config.dtype)
+    load_weights(model_chunks, checkpoint, ctx)
     found = _results(
         num_parameters(checkpoint.network),
         num_parameters(checkpoint.network, embeddings=False),
-        *_megatron_loss(chunks, checkpoint.network.vocab_size, samples, config, groups),
+        *_megatron_loss(model_chunks, checkpoint.network.vocab_size, samples, config, ctx),
     )
     tokenizer = load_tokenizer(checkpoint.huggingface_folder)
     defaults = generation_defaults(checkpoint.huggingface_folder)
     inference = Inference(
-        chunks,
-        groups,
+        model_chunks,
+        ctx,
         checkpoint.network,
         tokenizer,
         _end_tokens(defaults, tokenizer),
@@ -123,22 +123,22 @@ def _measure_checkpoint(
         return tasks.run(MegatronLM(call, tokenizer, checkpoint.network.max_positions, defaults))
 
     if config.generate_tokens:
-        decoding = Decoding(config.generate_tokens, min_new_tokens=config.generate_tokens)
-        found["generation"] = _generation(lambda p: inference.generate([p], decoding)[0], tokenizer, samples, config)
+        params = SamplingParams(config.generate_tokens, min_new_tokens=config.generate_tokens)
+        found["generation"] = _generation(lambda p: inference.generate([p], params)[0], tokenizer, samples, config)
     if config.tasks:
-        found["tasks"] = driven(inference, run_tasks)
+        found["tasks"] = run_on_rank0(inference, run_tasks)
     return found
 
 
 def _measure_folder(
-    folder: Path, samples: Samples, tasks: Tasks | None, config: EvaluateConfig, groups: Groups
+    folder: Path, samples: Samples, tasks: Tasks | None, config: EvaluateConfig, ctx: ParallelContext
 ) -> dict:
     """The same of a Hugging Face folder, on this rank alone."""
     from transformers import AutoModelForCausalLM
 
     dtype = TORCH_DTYPES[config.dtype]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    model = model.eval().to(groups.device)
+    model = model.eval().to(ctx.device)
     total = model.num_parameters()
     ends = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())}
     found = _results(total, total - sum(ends.values()), *_transformers_loss(model, samples, config))
@@ -178,17 +178,17 @@ def _results(parameters: int, body: int, loss: float, num_tokens: int) -> dict:
 
 
 def _megatron_loss(
-    chunks: list[torch.nn.Module], vocab: int, samples: Samples, config: EvaluateConfig, groups: Groups
+    model_chunks: list[torch.nn.Module], vocab: int, samples: Samples, config: EvaluateConfig, ctx: ParallelContext
 ) -> tuple[float, int]:
     """Mean cross-entropy per held-out token, in nats, and the number of tokens."""
-    step = DistillationStep(chunks, [Entry(None, CrossEntropy())], groups, vocab)
-    batches = rank_batches(samples, 0, len(samples), config.micro_batch, groups.data_rank, groups.layout.data)
+    step = DistillationStep(model_chunks, [Entry(None, CrossEntropy())], ctx, vocab)
+    batches = rank_batches(samples, 0, len(samples), config.micro_batch, ctx.data_rank, ctx.layout.data)
     results = []
-    num_batches = -(-len(samples) // (config.micro_batch * groups.layout.data))
-    with watchdog(groups.timeout_min) as moved, progress("evaluate", num_batches) as advance:
-        for call in in_calls(batches, groups):
-            results.append(step.evaluate(to_device(call, groups.device)))
-            moved()
+    num_batches = -(-len(samples) // (config.micro_batch * ctx.layout.data))
+    with watchdog(ctx.timeout_min) as heartbeat, progress("evaluate", num_batches) as advance:
+        for call in group_microbatches(batches, ctx):
+            results.append(step.evaluate(to_device(call, ctx.device)))
+            heartbeat()
             advance(len(call))
     result = combine(results)
     return result.losses[CrossEntropy.name], result.num_tokens
@@ -256,5 +256,5 @@ def _generation(
 def _on_main(work: Callable[[], T]) -> T | None:
     """What `work` returns, on the first rank alone; its error reaches every rank."""
     kept: list[T] = []
-    main_first(lambda: kept.append(work()))
+    rank0_first(lambda: kept.append(work()))
     return kept[0] if kept else None

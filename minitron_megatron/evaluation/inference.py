@@ -8,12 +8,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron_megatron.evaluation.decoding import Chooser, Decoding, Ending
+from minitron_megatron.evaluation.sampling import Sampler, SamplingParams, StopCriteria
 from minitron_megatron.model.kv_cache import key_value_cache
 from minitron_megatron.model.network import Network
 from minitron_megatron.parallel.collectives import broadcast_from_last, gather_dim, gather_objects
-from minitron_megatron.parallel.cpu import spared
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
+from minitron_megatron.parallel.cpu import bypass_cpu_mode
 from minitron_megatron.parallel.schedule import Batch, output_weight, run_forward, to_device
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
@@ -30,8 +30,8 @@ class Inference:
     """A model that only runs forward. Every rank makes the same calls in the same order, and gets all results.
 
     Args:
-        chunks: this rank's model, without virtual pipeline stages.
-        groups: this rank's place, without sequence parallelism.
+        model_chunks: this rank's model, without virtual pipeline stages.
+        ctx: this rank's place, without sequence parallelism.
         network: the whole network.
         tokenizer: of transformers.
         end_tokens: that end a sequence.
@@ -41,15 +41,15 @@ class Inference:
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
-        groups: Groups,
+        model_chunks: Sequence[torch.nn.Module],
+        ctx: ParallelContext,
         network: Network,
         tokenizer,
         end_tokens: list[int],
         batch: int,
     ):
-        assert len(chunks) == 1 and not groups.layout.sequence
-        self.chunks, self.groups, self.network = chunks, groups, network
+        assert len(model_chunks) == 1 and not ctx.layout.sequence
+        self.model_chunks, self.ctx, self.network = model_chunks, ctx, network
         self.tokenizer, self.end_tokens = tokenizer, end_tokens
         self.batch = batch
 
@@ -79,14 +79,14 @@ class Inference:
             return self._run(filled, self._score)
 
         # A pipeline is kept busy by several batches at a time.
-        per_call = 1 if self.groups.layout.pipeline == 1 else 4 * self.groups.layout.pipeline
+        per_call = 1 if self.ctx.layout.pipeline == 1 else 4 * self.ctx.layout.pipeline
         of_inputs = self._in_batches("score", list(map(len, inputs)), self.batch, per_call, score)
         found: dict[int, tuple[float, bool]] = {}
         for indices, scores in zip(same.values(), of_inputs, strict=True):
             found.update(zip(indices, scores, strict=True))
         return [found[index] for index in range(len(sequences))]
 
-    def generate(self, prompts: Sequence[list[int]], decoding: Decoding) -> list[list[int]]:
+    def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[list[int]]:
         """Continue sequences.
 
         Args:
@@ -97,9 +97,9 @@ class Inference:
         """
 
         def generate(batches: list[list[int]]) -> list[list[list[int]]]:
-            return [self._generate([prompts[index] for index in batch], batch, decoding) for batch in batches]
+            return [self._generate([prompts[index] for index in batch], batch, params) for batch in batches]
 
-        of_rank = -(-len(prompts) // (self.batch * self.groups.layout.data))
+        of_rank = -(-len(prompts) // (self.batch * self.ctx.layout.data))
         size = self.batch * min(of_rank, _BATCHES_TOGETHER)
         return self._in_batches("generate", [len(prompt) for prompt in prompts], size, 1, generate)
 
@@ -115,15 +115,15 @@ class Inference:
         # The longest first: what takes too much memory fails at once.
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        own = batches[self.groups.data_rank :: self.groups.layout.data]
+        own = batches[self.ctx.data_rank :: self.ctx.layout.data]
         found: dict[int, T] = {}
-        with watchdog(self.groups.timeout_min) as moved, progress(title, len(own)) as advance:
+        with watchdog(self.ctx.timeout_min) as heartbeat, progress(title, len(own)) as advance:
             for start in range(0, len(own), per_call):
                 call = own[start : start + per_call]
                 # All but the last stage may find nothing.
                 for indices, results in zip(call, work(call), strict=False):
                     found.update(zip(indices, results, strict=False))
-                moved()
+                heartbeat()
                 advance(len(call))
         everywhere = {
             index: result for part in gather_objects(found, dist.group.WORLD) for index, result in part.items()
@@ -131,13 +131,13 @@ class Inference:
         return [everywhere[index] for index in range(len(lengths))]
 
     def _run(self, batches: list[Batch], on_output: Callable[[Tensor, Batch], T], **options) -> list[T]:
-        batches = to_device(batches, self.groups.device)
-        return run_forward(self.chunks, batches, self.groups, on_output, **options)
+        batches = to_device(batches, self.ctx.device)
+        return run_forward(self.model_chunks, batches, self.ctx, on_output, **options)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states `[token, hidden]` to float32 logits `[token, vocab]`, on the last stage."""
-        logits = F.linear(hidden, output_weight(self.chunks[-1]))
-        return gather_dim(logits, self.groups.collection.tp, dim=1)[:, : self.network.vocab_size].float()
+        logits = F.linear(hidden, output_weight(self.model_chunks[-1]))
+        return gather_dim(logits, self.ctx.collection.tp, dim=1)[:, : self.network.vocab_size].float()
 
     def _score(self, hidden: Tensor, batch: Batch) -> list[list[tuple[float, bool]]]:
         """The scores of the sequences of each of a batch's rows, from the last hidden states `[seq, batch, hidden]`."""
@@ -155,11 +155,11 @@ class Inference:
             found[row].append((log_prob, missed == 0))
         return found
 
-    def _generate(self, prompts: list[list[int]], numbers: list[int], decoding: Decoding) -> list[list[int]]:
+    def _generate(self, prompts: list[list[int]], numbers: list[int], params: SamplingParams) -> list[list[int]]:
         """The continuations of prompts, which go on together. Each batch of them draws by its first one's number."""
-        device = self.groups.device
-        choosers = [Chooser(decoding, self.end_tokens, number, device) for number in numbers[:: self.batch]]
-        ends = Ending(decoding, self.end_tokens, self.tokenizer)
+        device = self.ctx.device
+        samplers = [Sampler(params, self.end_tokens, number, device) for number in numbers[:: self.batch]]
+        ends = StopCriteria(params, self.end_tokens, self.tokenizer)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         size, longest = min(self.batch, len(prompts)), int(lengths.max())
         starts = range(0, len(prompts), size)
@@ -174,19 +174,19 @@ class Inference:
             # All but the last stage have a place for them.
             if logits := self._run(batches, last_logits, **options):
                 parts = torch.cat(logits).split(self.batch)
-                tokens = torch.cat([choose(part, num_made) for choose, part in zip(choosers, parts, strict=True)])
-            return broadcast_from_last(tokens, self.groups.collection.pp)
+                tokens = torch.cat([choose(part, num_made) for choose, part in zip(samplers, parts, strict=True)])
+            return broadcast_from_last(tokens, self.ctx.collection.pp)
 
         made: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
         with key_value_cache(
-            self.chunks, self.network, size * len(starts), longest + decoding.max_new_tokens
+            self.model_chunks, self.network, size * len(starts), longest + params.max_new_tokens
         ) as cursor:
             batches = []
             for start in starts:
                 part, last = prompts[start : start + size], lengths[start : start + size] - 1
                 # The stages of a pipeline expect batches of one length.
-                length = longest if self.groups.layout.pipeline > 1 else int(last.max()) + 1
+                length = longest if self.ctx.layout.pipeline > 1 else int(last.max()) + 1
                 batches.append({**_padded(part, size, length), "last": last})
             beginning = iter(starts)
             num_made = 0
@@ -208,7 +208,7 @@ class Inference:
                     "last": torch.zeros_like(lengths),
                 }
                 # The cache's attention names no device, which the model's own may do.
-                tokens = next_tokens([batch], within=spared)
+                tokens = next_tokens([batch], within=bypass_cpu_mode)
 
 
 def _padded(sequences: Sequence[Sequence[int]], size: int, length: int) -> Batch:

@@ -12,7 +12,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from minitron_megatron.errors import ConfigError
-from minitron_megatron.evaluation.decoding import Decoding
+from minitron_megatron.evaluation.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class MegatronLM(TemplateLM):
     Text becomes tokens by the code of lm-eval's own transformers backend, so that both see the same ones.
 
     Args:
-        call: calls a method of `Inference` on every rank; see `driven`.
+        call: calls a method of `Inference` on every rank; see `run_on_rank0`.
         tokenizer: of transformers.
         max_length: longest sequence, in tokens.
         defaults: how the model samples unless a task says otherwise.
@@ -77,17 +77,17 @@ class MegatronLM(TemplateLM):
             of_settings.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         texts = [""] * len(requests)
         for settings, numbers in of_settings.items():
-            decoding = self._decoding(json.loads(settings))
-            longest = self.max_length - decoding.max_new_tokens
+            params = self._params(json.loads(settings))
+            longest = self.max_length - params.max_new_tokens
             whole = [self.tok_encode(requests[number].args[0]) or [self.prefix_token_id] for number in numbers]
             self._tell_cut(sum(len(prompt) > longest for prompt in whole), len(whole))
-            made = self.call("generate", [prompt[-longest:] for prompt in whole], decoding)
+            made = self.call("generate", [prompt[-longest:] for prompt in whole], params)
             for number, tokens in zip(numbers, made, strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                texts[number] = postprocess_generated_text(text, decoding.stop, think_end_token=None)
+                texts[number] = postprocess_generated_text(text, params.stop, think_end_token=None)
         return texts
 
-    def _decoding(self, settings: dict) -> Decoding:
+    def _params(self, settings: dict) -> SamplingParams:
         """What a task's `generation_kwargs` ask for.
 
         Raises:
@@ -97,7 +97,7 @@ class MegatronLM(TemplateLM):
         max_new_tokens, sample = known.pop("max_gen_toks"), known.pop("do_sample")
         temperature = known.pop("temperature", 0.0)
         end = self.tokenizer.decode(self.eot_token_id)
-        decoding = Decoding(
+        params = SamplingParams(
             max_new_tokens,
             stop=handle_stop_sequences(known.pop("until"), eos=end),
             sample=sample and temperature > 0,
@@ -120,7 +120,7 @@ class MegatronLM(TemplateLM):
                     f"{self.max_length} positions: lower it in the task's generation_kwargs"
                 ]
             )
-        return decoding
+        return params
 
     def _tell_cut(self, num_cut: int, num_all: int) -> None:
         if num_cut:

@@ -28,7 +28,7 @@ from minitron_megatron.model.megatron_args import NO_FIELD
 from minitron_megatron.model.network import Llama3RopeScaling, Network, layout_problems, transformer
 from minitron_megatron.model.norms import NormKind
 from minitron_megatron.model.specs import layer_submodules, norm_module, uses_te
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.layout import Layout, layers_per_stage
 
 TORCH_DTYPES = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
@@ -72,13 +72,13 @@ def fp8_problems(network: Network, layout: Layout | ModelParallelConfig, where: 
 
 
 def build_model(
-    network: Network, groups: Groups, dtype: DType, recompute: bool = False, fp8: bool = False
+    network: Network, ctx: ParallelContext, dtype: DType, recompute: bool = False, fp8: bool = False
 ) -> list[torch.nn.Module]:
     """This rank's part of the network, with random weights.
 
     Args:
         network: the whole network.
-        groups: this rank's place.
+        ctx: this rank's place.
         dtype: of the weights and of computation.
         recompute: in training, keep each layer's input alone and run the layer again in the backward pass.
         fp8: compute the layers' matrix products in FP8; see `fp8_problems`.
@@ -89,36 +89,36 @@ def build_model(
     Raises:
         ConfigError: the layout cannot split the network, or this release of Megatron-Core cannot build it.
     """
-    raise_if_any(build_problems(network, groups.layout))
-    config = _network_config(network, groups.layout, dtype, recompute, fp8)
-    num_chunks = groups.layout.virtual_pipeline
-    chunks = []
+    raise_if_any(build_problems(network, ctx.layout))
+    config = _network_config(network, ctx.layout, dtype, recompute, fp8)
+    num_chunks = ctx.layout.virtual_pipeline
+    model_chunks = []
     for chunk in range(num_chunks):
         vp_stage = chunk if num_chunks > 1 else None
         settings: dict[str, Any] = dict(
             config=config,
             vocab_size=network.padded_vocab_size,
             max_sequence_length=network.max_positions,
-            pre_process=groups.is_first_stage and chunk == 0,
-            post_process=groups.is_last_stage and chunk == num_chunks - 1,
+            pre_process=ctx.is_first_stage and chunk == 0,
+            post_process=ctx.is_last_stage and chunk == num_chunks - 1,
             share_embeddings_and_output_weights=network.tie_embeddings,
             position_embedding_type="rope",
             rotary_percent=network.rotary_fraction,
             rotary_base=network.rotary_base,
-            pg_collection=groups.collection,
+            pg_collection=ctx.collection,
             vp_stage=vp_stage,
         )
-        if builds_hybrid(network, groups.layout):
+        if builds_hybrid(network, ctx.layout):
             from minitron_megatron.model.hybrid import hybrid_model
 
-            model = hybrid_model(network, _layers_of_stages(network, groups.layout), settings)
+            model = hybrid_model(network, _layers_of_stages(network, ctx.layout), settings)
         else:
-            stage = chunk * groups.layout.pipeline + groups.pipeline_rank
-            own = _layers_of_stages(network, groups.layout)[stage]
+            stage = chunk * ctx.layout.pipeline + ctx.pipeline_rank
+            own = _layers_of_stages(network, ctx.layout)[stage]
             model = GPTModel(transformer_layer_spec=_block(network, own, config), **settings)
         model.rotary_pos_emb.inv_freq = _rotary_frequencies(model.rotary_pos_emb, network)
-        chunks.append(model.to(groups.device))
-    return chunks
+        model_chunks.append(model.to(ctx.device))
+    return model_chunks
 
 
 def builds_hybrid(network: Network, layout: Layout) -> bool:
@@ -154,12 +154,12 @@ def layers_of(model: torch.nn.Module) -> dict[int, list[torch.nn.Module]]:
     return layers
 
 
-def first_position(model: torch.nn.Module, network: Network, groups: Groups, vp_stage: int | None) -> int:
+def first_position(model: torch.nn.Module, network: Network, ctx: ParallelContext, vp_stage: int | None) -> int:
     """Position of the first sublayer of a model on this rank, or that it would have: it may hold none."""
     held = next(held_sublayers(model, network), None)
     if held is not None:
         return held[0][0]
-    number = get_transformer_layer_offset(model.config, vp_stage, groups.pipeline_rank)
+    number = get_transformer_layer_offset(model.config, vp_stage, ctx.pipeline_rank)
     return sum(map(len, network.layers[:number]))
 
 

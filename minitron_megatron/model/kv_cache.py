@@ -46,7 +46,7 @@ class Cursor:
 
 @contextmanager
 def key_value_cache(
-    chunks: Sequence[torch.nn.Module], network: Network, num_sequences: int, length: int
+    model_chunks: Sequence[torch.nn.Module], network: Network, num_sequences: int, length: int
 ) -> Iterator[Cursor]:
     """Have a model's layers remember what they need of earlier tokens while the block runs.
 
@@ -58,7 +58,7 @@ def key_value_cache(
     their rotary angles again for every new token.)
 
     Args:
-        chunks: this rank's model, anybody's GPTModel or HybridModel with rotary positions.
+        model_chunks: this rank's model, anybody's GPTModel or HybridModel with rotary positions.
         network: the whole network.
         num_sequences: that there is room for.
         length: longest sequence, prompt and what follows it, in tokens.
@@ -69,7 +69,7 @@ def key_value_cache(
     """
     cursor = Cursor(num_sequences, length)
     with ExitStack() as stack:
-        for chunk in chunks:
+        for chunk in model_chunks:
             hook = chunk.rotary_pos_emb.register_forward_hook(_angles_at(cursor))
             stack.callback(hook.remove)
             for positions, layer in held_sublayers(chunk, network):

@@ -15,9 +15,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from minitron_megatron.model.documents import documents_apart
 from minitron_megatron.model.layers.sublayer import LayerModules, Slot
-from minitron_megatron.model.local import Norm
+from minitron_megatron.model.te_varlen_attention import documents_apart
+from minitron_megatron.model.torch_modules import Norm
 
 
 def uses_te() -> bool:

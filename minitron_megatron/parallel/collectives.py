@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def failing_together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """A block that every rank enters, and that fails on all of them if it fails on one, so that none waits for it.
 
     Raises:
@@ -35,11 +35,11 @@ def failing_together() -> Iterator[None]:
         raise found[0] if isinstance(found[0], UserError) else RuntimeError(found[0])
 
 
-def main_first(work: Callable[[], T]) -> T:
+def rank0_first(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 alone, which may take long, as tokenising does. Its result, which must be small, reaches
     every rank, and so does its error."""
     result: list = [None]
-    with watchdog(None), failing_together():
+    with watchdog(None), raise_on_all_ranks():
         if dist.get_rank() == 0:
             result = [work()]
     dist.broadcast_object_list(result, src=0)

@@ -157,7 +157,7 @@ def _enter(mode: _OnCPU) -> None:
     mode.__enter__()
 
 
-def spared() -> contextlib.AbstractContextManager:
+def bypass_cpu_mode() -> contextlib.AbstractContextManager:
     """Spare what names no device the questions of the CPU backend.
 
     Those of the thousands of operations that make one new token take as long as its matrix products.

@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
@@ -31,9 +31,9 @@ def to_device(batches: Iterable[Batch], device: torch.device) -> list[Batch]:
 
 
 def run_forward(
-    chunks: Sequence[torch.nn.Module],
+    model_chunks: Sequence[torch.nn.Module],
     batches: Sequence[Batch],
-    groups: Groups,
+    ctx: ParallelContext,
     on_output: Callable[[Tensor, Batch], T],
     before: Callable[[Batch], None] | None = None,
     within: Callable[[], AbstractContextManager] = nullcontext,
@@ -41,9 +41,10 @@ def run_forward(
     """Run micro-batches forward through all pipeline stages, without gradients.
 
     Args:
-        chunks: this rank's model, one part per virtual pipeline stage.
-        batches: micro-batches of `tokens`, `position_ids`, ... `[batch, seq]`, all of one size; see `in_calls`.
-        groups: this rank's place.
+        model_chunks: this rank's model, one part per virtual pipeline stage.
+        batches: micro-batches of `tokens`, `position_ids`, ... `[batch, seq]`, all of one size, see
+            `group_microbatches`.
+        ctx: this rank's place.
         on_output: called on the last stage with the output `[seq(/tp), batch, hidden]` and its batch.
         before: called on every stage before a chunk runs a batch.
         within: makes the context that a chunk runs in.
@@ -64,12 +65,12 @@ def run_forward(
 
         return output, collect
 
-    for chunk in chunks:
+    for chunk in model_chunks:
         if chunk.training:  # or every new token would go through all modules
             chunk.eval()
     with torch.no_grad():
         size = batches[0]["tokens"].shape
-        return run_schedule(forward_step, chunks, batches, size, forward_only=True, collect_non_loss_data=True)
+        return run_schedule(forward_step, model_chunks, batches, size, forward_only=True, collect_non_loss_data=True)
 
 
 def forward_hidden(model: torch.nn.Module, batch: Batch) -> Tensor:
@@ -102,19 +103,19 @@ def output_weight(model: torch.nn.Module) -> Tensor:
     return model.output_layer.weight
 
 
-def own_tokens(loss_mask: Tensor, groups: Groups) -> Tensor:
+def own_tokens(loss_mask: Tensor, ctx: ParallelContext) -> Tensor:
     """The mask `[seq, batch]`, or this rank's part of it under sequence parallelism, of a mask `[batch, seq]`."""
     mask = loss_mask.transpose(0, 1)
-    return mask.chunk(groups.layout.tensor, dim=0)[groups.tensor_rank] if groups.layout.sequence else mask
+    return mask.chunk(ctx.layout.tensor, dim=0)[ctx.tensor_rank] if ctx.layout.sequence else mask
 
 
-def in_calls(batches: Iterable[Batch], groups: Groups) -> Iterator[list[Batch]]:
+def group_microbatches(batches: Iterable[Batch], ctx: ParallelContext) -> Iterator[list[Batch]]:
     """Group micro-batches into calls of a schedule: as many at a time as keep a pipeline's stages busy.
 
     The interleaved schedule wants a multiple of the pipeline size; the last call is filled up with batches
     of which no token counts.
     """
-    layout = groups.layout
+    layout = ctx.layout
     per_call = 1 if layout.pipeline == 1 else 4 * layout.pipeline
     batches = iter(batches)
     while call := list(islice(batches, per_call)):
@@ -131,24 +132,24 @@ def _padding_like(batch: Batch) -> Batch:
     return padding
 
 
-def run_schedule(forward_step, chunks, items: Sequence, size: torch.Size, **options) -> list:
+def run_schedule(forward_step, model_chunks, items: Sequence, size: torch.Size, **options) -> list:
     """Megatron-Core's schedule for this layout.
 
     Args:
         forward_step: see Megatron-Core's `get_forward_backward_func`.
-        chunks: this rank's model, one part per virtual pipeline stage.
+        model_chunks: this rank's model, one part per virtual pipeline stage.
         items: what `forward_step` takes from its iterator, one per micro-batch.
         size: `[batch, seq]` of every micro-batch.
         options: of the schedule.
     """
     batch_size, sequence_length = size
-    interleaved = len(chunks) > 1
-    iterators = [iter(items) for _ in chunks]
+    interleaved = len(model_chunks) > 1
+    iterators = [iter(items) for _ in model_chunks]
     schedule = get_forward_backward_func()
     return schedule(
         forward_step_func=forward_step,
         data_iterator=iterators if interleaved else iterators[0],
-        model=list(chunks) if interleaved else chunks[0],
+        model=list(model_chunks) if interleaved else model_chunks[0],
         num_microbatches=len(items),
         seq_length=sequence_length,
         micro_batch_size=batch_size,

@@ -25,10 +25,10 @@ from torch import Tensor
 from minitron_megatron.config.schema import Aggregation, Neurons
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.build import held_sublayers
-from minitron_megatron.model.local import normalize
 from minitron_megatron.model.network import Network
+from minitron_megatron.model.torch_modules import normalize
 from minitron_megatron.parallel.collectives import sum_over
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import own_tokens
 from minitron_megatron.pruning.scores import aggregate_sequence, scored_axes, sequence_score
 
@@ -75,9 +75,9 @@ class ActivationStats:
     norm's formula is applied to that module's input.
 
     Args:
-        chunks: this rank's model.
+        model_chunks: this rank's model.
         network: the whole network.
-        groups: this rank's place.
+        ctx: this rank's place.
         sequence_aggregation: over the tokens of a sequence, by setting.
         neurons: look at neurons after their activation and gate, or before.
 
@@ -89,24 +89,24 @@ class ActivationStats:
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
+        model_chunks: Sequence[torch.nn.Module],
         network: Network,
-        groups: Groups,
+        ctx: ParallelContext,
         sequence_aggregation: Mapping[str, Aggregation],
         neurons: Neurons = Neurons.AFTER,
     ):
-        self.chunks = chunks
+        self.model_chunks = model_chunks
         self.network = network
-        self.groups = groups
+        self.ctx = ctx
         self.how = sequence_aggregation
         self.neurons = neurons
         layout = ElementSpans(network)
         self._spans = {setting: layout.spans(setting) for setting in layout.totals}
         self.sums = {
-            setting: torch.zeros(2, total, dtype=torch.float64, device=groups.device)
+            setting: torch.zeros(2, total, dtype=torch.float64, device=ctx.device)
             for setting, total in layout.totals.items()
         }
-        self.num_sequences = torch.zeros((), dtype=torch.float64, device=groups.device)
+        self.num_sequences = torch.zeros((), dtype=torch.float64, device=ctx.device)
         # Of the current micro-batch: by setting and place, the sums over this rank's tokens.
         self._current: dict[str, dict[int, Tensor]] = {setting: {} for setting in layout.totals}
         self._mask: Tensor  # of the whole sequence, [seq, batch]
@@ -116,7 +116,7 @@ class ActivationStats:
         self._hooks: list = []
 
     def __enter__(self) -> ActivationStats:
-        for chunk in self.chunks:
+        for chunk in self.model_chunks:
             for positions, layer in held_sublayers(chunk, self.network):
                 for position in positions:
                     self._watch(position, layer)
@@ -131,10 +131,10 @@ class ActivationStats:
 
     def set_mask(self, loss_mask: Tensor) -> None:
         """Say which tokens `[batch, seq]` count in the forward pass to come. Before each micro-batch."""
-        self._mask, self._own_mask = loss_mask.transpose(0, 1), own_tokens(loss_mask, self.groups)
+        self._mask, self._own_mask = loss_mask.transpose(0, 1), own_tokens(loss_mask, self.ctx)
         self._num_tokens = self._mask.sum(0, dtype=torch.float64)
         self._all_valid = bool((self._num_tokens == len(self._mask)).all())
-        if self.groups.tensor_rank == self.groups.pipeline_rank == 0:
+        if self.ctx.tensor_rank == self.ctx.pipeline_rank == 0:
             self.num_sequences += (self._num_tokens > 0).sum()
 
     def add_up(self) -> Tensor:
@@ -144,7 +144,7 @@ class ActivationStats:
             the first place in the network with an activation that is not finite, inf if there is none. Places are
             positions of sublayers: a norm stands at its sublayer's, other activations half a step behind it.
         """
-        faults = [torch.full((), torch.inf, dtype=torch.float64, device=self.groups.device)]
+        faults = [torch.full((), torch.inf, dtype=torch.float64, device=self.ctx.device)]
         for setting, current in self._current.items():
             if not current:
                 continue
@@ -152,8 +152,8 @@ class ActivationStats:
             places, sizes = list(current), [values.size(-1) for values in current.values()]
             together = torch.cat(list(current.values()), dim=-1)
             current.clear()
-            if is_hidden and self.groups.layout.sequence:
-                sum_over(together, self.groups.collection.tp)
+            if is_hidden and self.ctx.layout.sequence:
+                sum_over(together, self.ctx.collection.tp)
             # A sequence without valid tokens has sums, and then a score, of 0.
             score = sequence_score(*together, self._num_tokens.clamp(min=1), self.how[setting])
             sums = torch.stack([score.sum(0), score.square().sum(0)])
@@ -165,7 +165,7 @@ class ActivationStats:
 
     def _add(self, setting: str, place: int, sums: Tensor) -> None:
         """Add what this rank has of a place's elements, if no other rank adds it."""
-        span, rank = self._spans[setting][place], self.groups.tensor_rank
+        span, rank = self._spans[setting][place], self.ctx.tensor_rank
         if setting != HIDDEN.name:
             start = span.start + rank * sums.size(-1)
             self.sums[setting][:, start : start + sums.size(-1)] += sums
@@ -195,7 +195,7 @@ class ActivationStats:
     def _channels(self, place: int) -> Callable[[Tensor], None]:
         def watch(x: Tensor) -> None:
             # Without sequence parallelism all tensor ranks have the same.
-            if self.groups.layout.sequence or self.groups.tensor_rank == 0:
+            if self.ctx.layout.sequence or self.ctx.tensor_rank == 0:
                 self._sum(HIDDEN.name, place, x, self._own_mask)
 
         return watch

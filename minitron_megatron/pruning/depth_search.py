@@ -6,8 +6,8 @@ from torch import Tensor
 from minitron_megatron.config.schema import DepthSearch, ScoreConfig, Unit
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.model.network import Network
-from minitron_megatron.pruning.ablation import WHOLE, Drops
 from minitron_megatron.pruning.scores import DEPTH, DepthSettings
+from minitron_megatron.pruning.skip_runner import WHOLE, Skipped
 from minitron_megatron.pruning.target import resolve_target
 
 _LAYERS = "layers"
@@ -34,7 +34,7 @@ class DepthSearcher:
         self.left = {} if depth.search is DepthSearch.SINGLE else self._surplus(config)
         drop = sum(self.left.values()) or 1
         self.settings = DepthSettings(depth.unit, depth.search, drop, depth.protect_first, depth.protect_last)
-        self.units: list[Drops] = [frozenset(unit) for unit in self.settings.units(network)]
+        self.units: list[Skipped] = [frozenset(unit) for unit in self.settings.units(network)]
         # Every unit by itself is scored in any case; what is protected is for the plan to respect.
         protected = [] if depth.search is DepthSearch.SINGLE else self.settings.protected(network)
         self.free = [number for number in range(len(self.units)) if number not in protected]
@@ -44,9 +44,9 @@ class DepthSearcher:
             for criterion in depth.criteria
         }
         self.rounds: dict[str, Tensor] = {}
-        self.base: Drops = WHOLE
+        self.base: Skipped = WHOLE
         self.tried: list[int] = []
-        self.paths: list[Drops] = []
+        self.paths: list[Skipped] = []
         if not self.scores:
             return
         for kind, count in self.left.items():

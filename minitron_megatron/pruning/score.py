@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done, writing
-from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import ScoreConfig
 from minitron_megatron.data.choices import ChoiceSamples, read_questions
@@ -23,12 +23,12 @@ from minitron_megatron.errors import raise_if_any
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.build import build_model, build_problems
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.parallel.collectives import main_first
-from minitron_megatron.parallel.groups import Groups, process_groups
+from minitron_megatron.parallel.collectives import rank0_first
+from minitron_megatron.parallel.context import ParallelContext, parallel_context
 from minitron_megatron.pruning.depth_search import DepthSearcher
 from minitron_megatron.pruning.make_plan import plan_for
-from minitron_megatron.pruning.partial import PartialSums
 from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.resumable_sums import ResumableSums
 from minitron_megatron.pruning.score_model import score_model
 from minitron_megatron.pruning.scores import DEPTH, Scores
 from minitron_megatron.pruning.slicing import Pruned, write_pruned
@@ -65,8 +65,8 @@ def score(config: ScoreConfig) -> Path:
         return output
     for number in range(1, config.rounds) if config.save_rounds else ():
         is_done(*_round(output, manifest, number))  # or it is something else, which is said now
-    with process_groups(config.parallel) as groups:
-        corpus = main_first(lambda: prepare_corpus(config.data, checkpoint.huggingface_folder))
+    with parallel_context(config.parallel) as ctx:
+        corpus = rank0_first(lambda: prepare_corpus(config.data, checkpoint.huggingface_folder))
         # More would be the same sequences again, which count no more than once.
         num_samples = min(config.num_samples, corpus.num_sequences(config.data.sequence_length))
         if num_samples < config.num_samples:
@@ -78,19 +78,19 @@ def score(config: ScoreConfig) -> Path:
             tokenizer = load_tokenizer(checkpoint.huggingface_folder)
             multiple = config.parallel.tensor if config.parallel.sequence else 1
             choices = ChoiceSamples(questions, tokenizer, multiple)
-        partial = PartialSums(
-            groups,
+        resumable = ResumableSums(
+            ctx,
             config.micro_batch,
             output.with_name(f".{output.name}.sums"),
             json.dumps([parents[0].fingerprint, corpus.fingerprint, manifest.cache_key, [way.sizes for way in ways]]),
             config.save_every,
         )
-        scores = _score_in_rounds(config, checkpoint, manifest, groups, samples, choices, partial)
+        scores = _score_in_rounds(config, checkpoint, manifest, ctx, samples, choices, resumable)
         scores.settings = _described(config, corpus.fingerprint)
-        if groups.is_main:
+        if ctx.is_main:
             with writing(output, manifest) as folder:
                 scores.write(folder)
-        partial.remove()
+        resumable.remove()
     return output
 
 
@@ -132,7 +132,7 @@ def _described(config: ScoreConfig, corpus: str) -> dict[str, Any]:
 
 
 def _score_in_rounds(
-    config: ScoreConfig, checkpoint: Checkpoint, manifest: Manifest, groups: Groups, samples, choices, partial
+    config: ScoreConfig, checkpoint: Checkpoint, manifest: Manifest, ctx: ParallelContext, samples, choices, resumable
 ) -> Scores:
     """Score, prune a little on the way to the target, score what is left, and so on.
 
@@ -143,11 +143,11 @@ def _score_in_rounds(
         source = Pruned(checkpoint, plan) if plan else checkpoint
         if config.rounds > 1:
             logger.info("round %d of %d: %.1fM parameters", number, config.rounds, num_parameters(source.network) / 1e6)
-        chunks = build_model(source.network, groups, config.dtype)
-        load_weights(chunks, source, groups)
-        found = score_model(chunks, source.network, groups, samples, config, choices, partial, f"{number}.")
+        model_chunks = build_model(source.network, ctx, config.dtype)
+        load_weights(model_chunks, source, ctx)
+        found = score_model(model_chunks, source.network, ctx, samples, config, choices, resumable, f"{number}.")
         found.checkpoint = None if plan else manifest.parents[0].fingerprint
-        del chunks
+        del model_chunks
         scores = _as_of_source(scores, found, plan, number) if config.rounds > 1 else found
         if number < config.rounds:
             step = plan_for(found, _part_way(config, checkpoint, number))

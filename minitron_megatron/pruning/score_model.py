@@ -14,43 +14,43 @@ from minitron_megatron.data.samples import Samples
 from minitron_megatron.errors import ConfigError, DataError, raise_if_any
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.network import Network, layout_problems
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.schedule import Batch
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
-from minitron_megatron.pruning.ablation import WHOLE, Ablation, Drops
 from minitron_megatron.pruning.activation_stats import ActivationStats, ElementSpans, place_name
 from minitron_megatron.pruning.depth_search import DepthSearcher
 from minitron_megatron.pruning.logit_change import MEASURES
-from minitron_megatron.pruning.partial import PartialSums
+from minitron_megatron.pruning.resumable_sums import ResumableSums
 from minitron_megatron.pruning.scores import Scores, batch_score, scored_axes
+from minitron_megatron.pruning.skip_runner import WHOLE, Skipped, SkipRunner
 from minitron_megatron.pruning.weight_norms import squared_weights
 
 _NEED_OUTPUTS = {DepthCriterion.LOSS, DepthCriterion.KL, DepthCriterion.LOGITS}
 
 
 def score_model(
-    chunks: Sequence[torch.nn.Module],
+    model_chunks: Sequence[torch.nn.Module],
     network: Network,
-    groups: Groups,
+    ctx: ParallelContext,
     samples: Samples,
     config: ScoreConfig,
     choices: ChoiceSamples | None = None,
-    partial: PartialSums | None = None,
+    resumable: ResumableSums | None = None,
     name: str = "",
 ) -> Scores:
     """Score a model that is there already, on this rank's share of `samples`. Collective.
 
     Args:
-        chunks: this rank's part of a model, one per virtual pipeline stage; see `network_of` and `current_groups` for
-            somebody's own.
+        model_chunks: this rank's part of a model, one per virtual pipeline stage. For a model of your own see
+            `network_of` and `current_context`.
         network: the whole network.
-        groups: this rank's place.
+        ctx: this rank's place.
         samples: the calibration set; every sequence is read once over all data-parallel ranks.
         config: what to score and how; its checkpoint, output and rounds are for the verb.
         choices: questions, if accuracy is asked for.
-        partial: keeps the sums on the way.
+        resumable: keeps the sums on the way.
         name: of this scoring among several in `partial`.
 
     Returns:
@@ -59,29 +59,34 @@ def score_model(
     Raises:
         DataError: activations are not finite, or no token counts.
         ConfigError: a setting has no value that it may have, no layer could be left out, the layout cannot split the
-            network, or `groups` are not those of the model.
+            network, or `ctx` are not those of the model.
     """
     depth = replace(config.depth, choices=None if choices is None else config.depth.choices or "choices")
     problems = replace(config, depth=depth).problems()
-    raise_if_any(problems + layout_problems(network, Layout(tensor=groups.layout.tensor)))
-    model = chunks[0].config
-    if model.sequence_parallel != groups.layout.sequence:
+    raise_if_any(problems + layout_problems(network, Layout(tensor=ctx.layout.tensor)))
+    model = model_chunks[0].config
+    if model.sequence_parallel != ctx.layout.sequence:
         raise ConfigError(
             [
-                f"groups.layout.sequence = {groups.layout.sequence}, and the model has sequence_parallel = "
-                f"{model.sequence_parallel}: give current_groups(sequence={model.sequence_parallel})"
+                f"ctx.layout.sequence = {ctx.layout.sequence}, and the model has sequence_parallel = "
+                f"{model.sequence_parallel}: give current_context(sequence={model.sequence_parallel})"
             ]
         )
-    calibration = _Calibration(chunks, network, groups, samples, config, choices, partial, name)
+    calibration = _Calibration(model_chunks, network, ctx, samples, config, choices, resumable, name)
     watch = any(a.criterion in (Criterion.ACTIVATION, Criterion.ACTIVATION_WEIGHT) for a in config.axes.values())
     search = DepthSearcher(network, config)
     sums: dict[str, Tensor] = {}
     num_steps = calibration.num_steps(search.num_sweeps, watch)
-    timeout_min = groups.timeout_min
-    with _evaluating(chunks), torch.no_grad(), watchdog(timeout_min) as moved, progress("score", num_steps) as advance:
+    timeout_min = ctx.timeout_min
+    with (
+        _evaluating(model_chunks),
+        torch.no_grad(),
+        watchdog(timeout_min) as heartbeat,
+        progress("score", num_steps) as advance,
+    ):
 
         def advance_all(steps: int = 1) -> None:
-            moved()
+            heartbeat()
             advance(steps)
 
         calibration.advance = advance_all
@@ -91,20 +96,20 @@ def score_model(
             search.take(calibration.effects(sums))
         while search.paths:
             search.take(calibration.effects(calibration.sweep(search.base, search.paths, False)))
-        hidden, elements = _width_scores(chunks, network, groups, config, sums)
+        hidden, elements = _width_scores(model_chunks, network, ctx, config, sums)
     return Scores(network, hidden, elements, depth=search.scores, depth_settings=search.settings, rounds=search.rounds)
 
 
 @contextmanager
-def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+def _evaluating(model_chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """A model in evaluation mode, and afterwards in the mode that it was in."""
-    modes = [chunk.training for chunk in chunks]
-    for chunk in chunks:
+    modes = [chunk.training for chunk in model_chunks]
+    for chunk in model_chunks:
         chunk.eval()
     try:
         yield
     finally:
-        for chunk, mode in zip(chunks, modes, strict=True):
+        for chunk, mode in zip(model_chunks, modes, strict=True):
             chunk.train(mode)
 
 
@@ -113,23 +118,23 @@ class _Calibration:
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
+        model_chunks: Sequence[torch.nn.Module],
         network: Network,
-        groups: Groups,
+        ctx: ParallelContext,
         samples: Samples,
         config: ScoreConfig,
         choices: ChoiceSamples | None,
-        partial: PartialSums | None,
+        resumable: ResumableSums | None,
         name: str,
     ):
-        self.chunks = chunks
+        self.model_chunks = model_chunks
         self.network = network
-        self.groups = groups
+        self.ctx = ctx
         self.samples = samples
         self.num_samples = min(config.num_samples, len(samples))
         self.config = config
         self.choices = choices
-        self.partial = partial or PartialSums(groups, config.micro_batch)
+        self.resumable = resumable or ResumableSums(ctx, config.micro_batch)
         self.name = name
         self.advance: Callable[[int], None] = lambda steps: None
         self.sweeps = 0
@@ -138,12 +143,12 @@ class _Calibration:
 
     def num_steps(self, num_sweeps: int, watch: bool) -> int:
         """Micro-batches of all passes, one of which may watch activations."""
-        per_step = self.config.micro_batch * self.groups.layout.data
+        per_step = self.config.micro_batch * self.ctx.layout.data
         of_samples, of_choices = -(-self.num_samples // per_step), -(-len(self.choices or ()) // per_step)
         over_samples = num_sweeps if self.compares else 0
         return max(over_samples, int(watch)) * of_samples + num_sweeps * of_choices
 
-    def sweep(self, base: Drops, paths: list[Drops], watch: bool) -> dict[str, Tensor]:
+    def sweep(self, base: Skipped, paths: list[Skipped], watch: bool) -> dict[str, Tensor]:
         """One pass over the calibration set.
 
         Args:
@@ -163,43 +168,43 @@ class _Calibration:
             sums = self._over_samples(name, base, paths if self.compares else [], watch)
         return sums if self.choices is None else {**sums, **self._over_choices(name, base, paths)}
 
-    def _over_samples(self, name: str, base: Drops, paths: list[Drops], watch: bool) -> dict[str, Tensor]:
-        config, groups, device = self.config, self.groups, self.groups.device
+    def _over_samples(self, name: str, base: Skipped, paths: list[Skipped], watch: bool) -> dict[str, Tensor]:
+        config, ctx, device = self.config, self.ctx, self.ctx.device
         networks = [WHOLE, *paths]
         how = {setting: axis.sequence_aggregation for setting, axis in config.axes.items()}
-        stats = ActivationStats(self.chunks, self.network, groups, how, config.neurons)
-        ablation = Ablation(self.network, groups, base, paths, bool(_NEED_OUTPUTS & set(config.depth.criteria)))
+        stats = ActivationStats(self.model_chunks, self.network, ctx, how, config.neurons)
+        runner = SkipRunner(self.network, ctx, base, paths, bool(_NEED_OUTPUTS & set(config.depth.criteria)))
         outputs = torch.zeros(len(networks), len(MEASURES), dtype=torch.float64, device=device)
         num_tokens = torch.zeros((), dtype=torch.float64, device=device)
-        sums = {"cosine": ablation.cosine, "outputs": outputs, "num_tokens": num_tokens}
+        sums = {"cosine": runner.cosine, "outputs": outputs, "num_tokens": num_tokens}
         if watch:
             sums |= {**stats.sums, "num_sequences": stats.num_sequences}
 
         def add(batch: Batch) -> Tensor:
             if watch:
                 stats.set_mask(batch["loss_mask"])
-            found = ablation.run(self.chunks, batch, stats if watch else nullcontext())
+            found = runner.run(self.model_chunks, batch, stats if watch else nullcontext())
             if self._counts_here:
                 mask = batch["loss_mask"].transpose(0, 1).flatten()
                 num_tokens.add_(mask.sum())
                 if found is not None:
                     outputs.add_((found * mask).sum(-1, dtype=torch.float64))
-            faults = [_first_fault(outputs, self._behind), _first_fault(ablation.cosine, self._behind + 1)]
+            faults = [_first_fault(outputs, self._behind), _first_fault(runner.cosine, self._behind + 1)]
             return torch.stack([stats.add_up(), *faults]).min()
 
         describe = self._describe(networks)
-        total = self.partial.over(name, self.samples, self.num_samples, sums, add, describe, self.advance)
+        total = self.resumable.over(name, self.samples, self.num_samples, sums, add, describe, self.advance)
         if not total["num_tokens"]:
             raise DataError("the calibration samples have no token that counts: give others, or another loss_mask")
         return total
 
-    def _over_choices(self, name: str, base: Drops, paths: list[Drops]) -> dict[str, Tensor]:
+    def _over_choices(self, name: str, base: Skipped, paths: list[Skipped]) -> dict[str, Tensor]:
         networks, choices = [WHOLE, *paths], self.choices
-        ablation = Ablation(self.network, self.groups, base, paths, outputs=True)
-        losses = torch.zeros(len(networks), len(choices), dtype=torch.float64, device=self.groups.device)
+        runner = SkipRunner(self.network, self.ctx, base, paths, outputs=True)
+        losses = torch.zeros(len(networks), len(choices), dtype=torch.float64, device=self.ctx.device)
 
         def add(batch: Batch) -> Tensor:
-            found = ablation.run(self.chunks, batch, nullcontext())
+            found = runner.run(self.model_chunks, batch, nullcontext())
             if self._counts_here:
                 mask = batch["loss_mask"].transpose(0, 1)
                 of_samples = (found[:, 0].view(-1, *mask.shape) * mask).sum(1, dtype=torch.float64)
@@ -207,14 +212,14 @@ class _Calibration:
             return _first_fault(losses, self._behind)
 
         describe = self._describe(networks)
-        return self.partial.over(
+        return self.resumable.over(
             f"{name}.choices", choices, len(choices), {"losses": losses}, add, describe, self.advance
         )
 
     @property
     def _counts_here(self) -> bool:
         """Whether this rank adds what all ranks of its replica know."""
-        return self.groups.tensor_rank == 0 and self.groups.is_last_stage
+        return self.ctx.tensor_rank == 0 and self.ctx.is_last_stage
 
     @property
     def _behind(self) -> int:
@@ -222,7 +227,7 @@ class _Calibration:
         parts."""
         return len(self.network.sublayers) + 1
 
-    def _describe(self, networks: list[Drops]) -> Callable[[float], str]:
+    def _describe(self, networks: list[Skipped]) -> Callable[[float], str]:
         def describe(place: float) -> str:
             if place < self._behind:
                 return place_name(place, self.network)
@@ -262,7 +267,11 @@ def _first_fault(values: Tensor, before: int) -> Tensor:
 
 
 def _width_scores(
-    chunks: Sequence[torch.nn.Module], network: Network, groups: Groups, config: ScoreConfig, sums: dict[str, Tensor]
+    model_chunks: Sequence[torch.nn.Module],
+    network: Network,
+    ctx: ParallelContext,
+    config: ScoreConfig,
+    sums: dict[str, Tensor],
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:
     """Scores of hidden channels, and of the elements of all sublayers, as in `Scores`."""
     spans = ElementSpans(network)
@@ -271,7 +280,7 @@ def _width_scores(
     lengths = {**spans.totals, HIDDEN.name: network.hidden_size}
     chance = {n: torch.rand(length, generator=generator, dtype=torch.float64) for n, length in lengths.items()}
     squares = {
-        criterion: squared_weights(chunks, network, groups, outgoing=criterion is Criterion.ACTIVATION_WEIGHT)
+        criterion: squared_weights(model_chunks, network, ctx, outgoing=criterion is Criterion.ACTIVATION_WEIGHT)
         for criterion in (Criterion.WEIGHT, Criterion.ACTIVATION_WEIGHT)
         if criterion in {axis.criterion for axis in axes.values()}
     }

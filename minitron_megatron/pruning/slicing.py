@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
+from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import TensorSource
-from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.parameters import parameters
 from minitron_megatron.pruning.plan import Plan
@@ -59,13 +59,13 @@ def write_pruned(output: Path, checkpoint: Checkpoint, plan: Plan, manifest: Man
         manifest: of the result.
         tensor_ranks: see `write_checkpoint`.
     """
-    companions = checkpoint.huggingface_folder
+    hf_assets = checkpoint.huggingface_folder
     write_checkpoint(
         output,
         Pruned(checkpoint, plan),
         checkpoint.dtype,
         manifest,
-        companions if companions.is_dir() else None,
+        hf_assets if hf_assets.is_dir() else None,
         files=plan.write,
         tensor_ranks=tensor_ranks,
         args=checkpoint.megatron_args(),

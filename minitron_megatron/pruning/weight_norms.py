@@ -11,19 +11,19 @@ from minitron_megatron.model.axes import HIDDEN, VOCAB, Param
 from minitron_megatron.model.layers import PrunableAxis
 from minitron_megatron.model.network import Network
 from minitron_megatron.parallel.collectives import sum_over
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.pruning.activation_stats import ElementSpans
 
 
 def squared_weights(
-    chunks: Sequence[torch.nn.Module], network: Network, groups: Groups, outgoing: bool
+    model_chunks: Sequence[torch.nn.Module], network: Network, ctx: ParallelContext, outgoing: bool
 ) -> dict[str, Tensor]:
     """Sum of the squares of the weights that go with every element. Collective; the same on every rank.
 
     Args:
-        chunks: this rank's model.
+        model_chunks: this rank's model.
         network: the whole network.
-        groups: this rank's place.
+        ctx: this rank's place.
         outgoing: only the weights that multiply the element's activation, and not those that make it.
 
     Returns:
@@ -33,14 +33,13 @@ def squared_weights(
     layout = ElementSpans(network)
     spans = {setting: layout.spans(setting) for setting in layout.totals}
     squares = {
-        setting: torch.zeros(total, dtype=torch.float64, device=groups.device)
-        for setting, total in layout.totals.items()
+        setting: torch.zeros(total, dtype=torch.float64, device=ctx.device) for setting, total in layout.totals.items()
     }
-    for chunk in chunks:
-        for parameter, param, index in local_parameters(chunk, network, groups):
+    for chunk in model_chunks:
+        for parameter, param, index in local_parameters(chunk, network, ctx):
             # Every weight counts on one rank alone. A tied table has a copy on the last stage.
             is_copy = param.is_embedding and not chunk.pre_process
-            if is_copy or groups.data_rank > 0 or (param.split is None and groups.tensor_rank > 0):
+            if is_copy or ctx.data_rank > 0 or (param.split is None and ctx.tensor_rank > 0):
                 continue
             own = parameter.detach().double().square()
             if param.split == VOCAB.name:  # rows that pad the vocabulary take no part
@@ -51,7 +50,7 @@ def squared_weights(
                     labels = torch.from_numpy(labels).to(sums.device)
                     belongs = labels >= 0
                     squares[setting][spans[setting][place]].index_add_(0, labels[belongs], sums[belongs])
-    collection = groups.collection
+    collection = ctx.collection
     for value in squares.values():
         for group in (collection.tp, collection.pp, collection.dp):
             sum_over(value, group)

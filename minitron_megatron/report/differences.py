@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
-from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.model.axes import VOCAB, Dim, Param
 from minitron_megatron.model.network import Network

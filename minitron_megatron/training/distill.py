@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from minitron_megatron.checkpoint.companions import copy_companions
+from minitron_megatron.checkpoint.dist_reader import HUGGINGFACE, Checkpoint
+from minitron_megatron.checkpoint.hf_assets import copy_hf_assets
 from minitron_megatron.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -18,20 +19,19 @@ from minitron_megatron.checkpoint.manifest import (
     write_atomically,
     writing,
 )
-from minitron_megatron.checkpoint.sharded import HUGGINGFACE, Checkpoint
 from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.data.encoding import tokenizer_fingerprint
 from minitron_megatron.data.samples import Samples, heldout_samples, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
-from minitron_megatron.disk import told_when_full
+from minitron_megatron.disk import convert_enospc
 from minitron_megatron.distillation.pairs import hidden_problems
 from minitron_megatron.errors import ConfigError, Preempted, raise_if_any
 from minitron_megatron.model.build import build_problems, fp8_problems
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.megatron_args import args_of_network
-from minitron_megatron.parallel.collectives import failing_together, main_first
-from minitron_megatron.parallel.groups import Groups, process_groups
+from minitron_megatron.parallel.collectives import raise_on_all_ranks, rank0_first
+from minitron_megatron.parallel.context import ParallelContext, parallel_context
 from minitron_megatron.tracking.metrics import Metrics
 from minitron_megatron.training.loop import Trainer
 from minitron_megatron.training.preemption import stop_requests
@@ -70,29 +70,29 @@ def distill(config: DistillConfig) -> Path:
     parents = [Parent.of("student", student.root), *([Parent.of("teacher", teacher.root)] if teacher else [])]
     parents += Parent.of_text(config.data.text)
     manifest = Manifest("run", student.network.to_dict(), parents, to_plain(config), verb="distill")
-    with process_groups(config.parallel) as groups:
-        raise_if_any(config.batch_problems(groups.layout.data))
-        if main_first(lambda: _is_finished(output, manifest)):
+    with parallel_context(config.parallel) as ctx:
+        raise_if_any(config.batch_problems(ctx.layout.data))
+        if rank0_first(lambda: _is_finished(output, manifest)):
             return output
-        corpus = main_first(lambda: prepare_corpus(config.data, student.huggingface_folder))
+        corpus = rank0_first(lambda: prepare_corpus(config.data, student.huggingface_folder))
         samples = training_samples(corpus, config.data, config.steps * config.global_batch)
         heldout = heldout_samples(corpus, config.data)
-        main_first(lambda: _prepare(output, config, student, manifest))
+        rank0_first(lambda: _prepare(output, config, student, manifest))
         # A signal that comes earlier ends the process, for there is nothing to save.
-        with told_when_full(output), stop_requests() as asked_to_stop:
+        with convert_enospc(output), stop_requests() as asked_to_stop:
             with _leaving_together(), ExitStack() as stack:
                 metrics = None
-                with failing_together():  # before anything is loaded, for a tracker may not start
-                    if groups.is_main:
+                with raise_on_all_ranks():  # before anything is loaded, for a tracker may not start
+                    if ctx.is_main:
                         metrics = stack.enter_context(Metrics(output, config.tracking, manifest))
-                _run(config, teacher, student, samples, heldout, groups, metrics, asked_to_stop)
+                _run(config, teacher, student, samples, heldout, ctx, metrics, asked_to_stop)
                 if metrics and config.tracking.trackers:
                     # matplotlib takes a second to import, and few runs have a tracker
                     from minitron_megatron.tracking.curves import write_loss_curves
 
                     metrics.log_output(output.name, output / "checkpoints")
                     metrics.log_figures(write_loss_curves(output))
-            if groups.is_main:
+            if ctx.is_main:
                 manifest.write(output)
                 (output / "DONE").touch()
     return output
@@ -117,28 +117,28 @@ def _run(
     student: Checkpoint,
     samples: Samples,
     heldout: Samples,
-    groups: Groups,
+    ctx: ParallelContext,
     metrics: Metrics | None,
     asked_to_stop: Callable[[], bool],
 ) -> None:
     """Builds the models and trains, from the last checkpoint of the run if there is one."""
     # A teacher whose predictions count nothing is not loaded.
-    setup = set_up(config, student, teacher if config.loss.needs_teacher else None, groups)
+    setup = set_up(config, student, teacher if config.loss.needs_teacher else None, ctx)
     checkpoints = Path(config.output) / "checkpoints"
     run = load_state(checkpoints, setup.models)
     if run.step:
         logger.info("going on after step %d", run.step)
-    main_first(lambda: metrics.go_on(run.step))
+    rank0_first(lambda: metrics.go_on(run.step))
     args = args_of_network(student.megatron_args(), student.network)
-    args.tensor_model_parallel_size = groups.layout.tensor
-    args.pipeline_model_parallel_size = groups.layout.pipeline
+    args.tensor_model_parallel_size = ctx.layout.tensor
+    args.pipeline_model_parallel_size = ctx.layout.pipeline
     Trainer(
         config,
         setup.step,
         setup.models,
         samples,
         heldout,
-        groups,
+        ctx,
         run,
         Saver(checkpoints, config.keep_checkpoints, setup.models, args),
         metrics,
@@ -224,5 +224,5 @@ def _prepare(output: Path, config: DistillConfig, student: Checkpoint, manifest:
         trained = [student] if config.teacher_lr is None else [student, Checkpoint(config.teacher)]
         num_bytes = count * _BYTES_PER_PARAMETER * sum(num_parameters(checkpoint.network) for checkpoint in trained)
         with writing(checkpoints, dataclasses.replace(manifest, kind="checkpoint"), num_bytes) as folder:
-            copy_companions(student.huggingface_folder, folder / HUGGINGFACE)
+            copy_hf_assets(student.huggingface_folder, folder / HUGGINGFACE)
     write_atomically(output / "config.yaml", to_yaml(config))

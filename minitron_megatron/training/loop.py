@@ -11,8 +11,8 @@ from minitron_megatron.distillation.objectives import CrossEntropy, Divergence
 from minitron_megatron.distillation.result import StepResult, combine
 from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.errors import DataError, Preempted, TrainingError
-from minitron_megatron.parallel.groups import Groups
-from minitron_megatron.parallel.schedule import Batch, in_calls, to_device
+from minitron_megatron.parallel.context import ParallelContext
+from minitron_megatron.parallel.schedule import Batch, group_microbatches, to_device
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 from minitron_megatron.tracking.metrics import Metrics
@@ -66,7 +66,7 @@ class Trainer:
         models: what is trained, by the prefix of its keys in checkpoints; the student, whose prefix is empty, first.
         samples: of the whole run; step i takes sequences i * global_batch and on, whatever the layout.
         heldout: for validation.
-        groups: this rank's place.
+        ctx: this rank's place.
         run: how far the run has come.
         saver: of checkpoints.
         metrics: where to log, on rank 0; None elsewhere.
@@ -79,7 +79,7 @@ class Trainer:
     models: Mapping[str, TrainableModel]
     samples: Samples
     heldout: Samples
-    groups: Groups
+    ctx: ParallelContext
     run: RunState
     saver: Saver
     metrics: Metrics | None
@@ -96,7 +96,7 @@ class Trainer:
         """
         self.step.alpha = self.run.alpha
         title = "distill" if self.step.teachers else "train"
-        with watchdog(self.groups.timeout_min) as heartbeat, progress(title, self.config.steps) as advance:
+        with watchdog(self.ctx.timeout_min) as heartbeat, progress(title, self.config.steps) as advance:
             advance(self.run.step)
             while not self._is_last:
                 heartbeat()
@@ -141,7 +141,7 @@ class Trainer:
         watch.lap("optimizer")
         run.alpha = self.step.alpha
         seconds = {**watch.seconds, "step": watch.total, "stop": float(self.asked_to_stop())}
-        seconds = largest_over_ranks(seconds, self.groups)
+        seconds = largest_over_ranks(seconds, self.ctx)
         is_stopping = bool(seconds.pop("stop"))
         values |= {
             "progress/step": run.step,
@@ -150,9 +150,9 @@ class Trainer:
             **loss_values("loss", result),
             "optim/lr": rates[0],
             "optim/grad_norm": norms[0],
-            **throughput_values(result.num_tokens / seconds["step"], self.flops_per_token, self.groups),
+            **throughput_values(result.num_tokens / seconds["step"], self.flops_per_token, self.ctx),
             **{f"time/{name}_s": value for name, value in seconds.items()},
-            **largest_over_ranks(memory_values(self.groups.device), self.groups),
+            **largest_over_ranks(memory_values(self.ctx.device), self.ctx),
         }
         if result.teacher_text_loss is not None:
             values |= {"teacher/lm": result.teacher_text_loss, "teacher/grad_norm": norms[1], "teacher/lr": rates[1]}
@@ -161,9 +161,9 @@ class Trainer:
     def _next_batches(self) -> list[Batch]:
         """Returns this rank's micro-batches of the next step, on its device."""
         count, first = self.config.global_batch, self.run.step * self.config.global_batch
-        data_rank, data_size = self.groups.data_rank, self.groups.layout.data
+        data_rank, data_size = self.ctx.data_rank, self.ctx.layout.data
         batches = rank_batches(self.samples, first, count, self.config.micro_batch, data_rank, data_size)
-        return to_device(batches, self.groups.device)
+        return to_device(batches, self.ctx.device)
 
     def _check_teachers(self, batches: list[Batch]) -> dict[str, float]:
         """Measures the teachers on the first batch.
@@ -196,13 +196,13 @@ class Trainer:
 
     def _validate(self, outcome: _Outcome, heartbeat: Heartbeat) -> None:
         """Measures the losses on held-out text."""
-        result = validate(self.step, self.heldout, self.config, self.groups, self.run.step, heartbeat)
+        result = validate(self.step, self.heldout, self.config, self.ctx, self.run.step, heartbeat)
         outcome.values |= loss_values("val", result)
         # The weights of a sum may change over the run, and so may a teacher; the text does not.
         follows_teacher = Divergence.name in result.losses and self.config.teacher_lr is None
         outcome.heldout_loss = result.losses[Divergence.name if follows_teacher else CrossEntropy.name]
         # Validation takes a while, and a signal may have come.
-        stop = largest_over_ranks({"stop": float(self.asked_to_stop())}, self.groups)["stop"]
+        stop = largest_over_ranks({"stop": float(self.asked_to_stop())}, self.ctx)["stop"]
         outcome.is_stopping |= bool(stop)
         outcome.is_best = outcome.heldout_loss < self.run.best_loss
         if outcome.is_best:
@@ -251,7 +251,12 @@ class Trainer:
 
 
 def validate(
-    step: DistillationStep, heldout: Samples, config: DistillConfig, groups: Groups, number: int, heartbeat: Heartbeat
+    step: DistillationStep,
+    heldout: Samples,
+    config: DistillConfig,
+    ctx: ParallelContext,
+    number: int,
+    heartbeat: Heartbeat,
 ) -> StepResult:
     """Measures mean losses per token over the first `validate_batches` global batches of held-out text. Collective.
 
@@ -259,15 +264,15 @@ def validate(
         step: student and entries.
         heldout: the samples.
         config: settings of the run.
-        groups: this rank's place.
+        ctx: this rank's place.
         number: of the training step, for the entries' weights.
         heartbeat: called after every few micro-batches.
     """
     count = min(len(heldout), config.validate_batches * config.global_batch)
-    batches = rank_batches(heldout, 0, count, config.micro_batch, groups.data_rank, groups.layout.data)
+    batches = rank_batches(heldout, 0, count, config.micro_batch, ctx.data_rank, ctx.layout.data)
     results = []
-    for call in in_calls(batches, groups):
-        results.append(step.evaluate(to_device(call, groups.device), number))
+    for call in group_microbatches(batches, ctx):
+        results.append(step.evaluate(to_device(call, ctx.device), number))
         heartbeat()
     return combine(results)
 

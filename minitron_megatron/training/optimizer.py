@@ -15,7 +15,7 @@ from megatron.core.utils import unwrap_model
 from minitron_megatron.config.schema import DType, OptimizerConfig
 from minitron_megatron.model.build import TORCH_DTYPES
 from minitron_megatron.model.parameters import PROJECTIONS
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 
 
 @dataclass
@@ -23,18 +23,18 @@ class TrainableModel:
     """A model with what it takes to train it.
 
     Attributes:
-        chunks: this rank's model in Megatron's DistributedDataParallel, which holds the gradients in float32.
+        model_chunks: this rank's model in Megatron's DistributedDataParallel, which holds the gradients in float32.
         optimizer: AdamW with float32 main weights.
         schedule: cosine with warm-up, counted in steps.
     """
 
-    chunks: list[DistributedDataParallel]
+    model_chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
 
     def zero_grad(self) -> None:
         """Sets all gradients to zero."""
-        for chunk in self.chunks:
+        for chunk in self.model_chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
@@ -57,20 +57,20 @@ class TrainableModel:
 
 
 def setup_optimizer(
-    chunks: list[GPTModel], config: OptimizerConfig, num_steps: int, dtype: DType, groups: Groups
+    model_chunks: list[GPTModel], config: OptimizerConfig, num_steps: int, dtype: DType, ctx: ParallelContext
 ) -> TrainableModel:
     """Makes a model trainable. Collective.
 
     Args:
-        chunks: this rank's model, with the weights it starts from.
+        model_chunks: this rank's model, with the weights it starts from.
         config: settings of the optimiser.
         num_steps: steps of the whole run, over which the learning rate falls.
         dtype: of the weights.
-        groups: this rank's place.
+        ctx: this rank's place.
     """
-    wrapped = _wrap(chunks, config, groups)
-    optimizer = _make_optimizer(wrapped, config, dtype, groups)
-    for chunk in chunks:
+    wrapped = _wrap(model_chunks, config, ctx)
+    optimizer = _make_optimizer(wrapped, config, dtype, ctx)
+    for chunk in model_chunks:
         if config.overlap:  # after the last micro-batch alone
             no_sync = [own.no_sync for own in wrapped]
             chunk.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
@@ -79,16 +79,16 @@ def setup_optimizer(
     return TrainableModel(wrapped, optimizer, _make_schedule(optimizer, config, num_steps))
 
 
-def _wrap(chunks: list[GPTModel], config: OptimizerConfig, groups: Groups) -> list[DistributedDataParallel]:
+def _wrap(model_chunks: list[GPTModel], config: OptimizerConfig, ctx: ParallelContext) -> list[DistributedDataParallel]:
     """Gives a model Megatron's buffers for gradients, which replicas add up."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed, overlap_grad_reduce=config.overlap
     )
     wrapped = [
         DistributedDataParallel(
-            config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=i > 0, pg_collection=groups.collection
+            config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=i > 0, pg_collection=ctx.collection
         )
-        for i, chunk in enumerate(chunks)
+        for i, chunk in enumerate(model_chunks)
     ]
     if config.distributed:
         _count_padding(wrapped)
@@ -96,7 +96,7 @@ def _wrap(chunks: list[GPTModel], config: OptimizerConfig, groups: Groups) -> li
 
 
 def _make_optimizer(
-    wrapped: list[DistributedDataParallel], config: OptimizerConfig, dtype: DType, groups: Groups
+    wrapped: list[DistributedDataParallel], config: OptimizerConfig, dtype: DType, ctx: ParallelContext
 ) -> MegatronOptimizer:
     """Makes AdamW as Megatron has it, with all of its state."""
     optimizer = get_megatron_optimizer(
@@ -120,7 +120,7 @@ def _make_optimizer(
     for group in optimizer.param_groups:
         # torch's AdamW, which Megatron-Core takes where neither Transformer Engine nor Apex imports, walks over the
         # parameters one operation at a time on the CPU unless it is told to fuse them. The others have no such switch.
-        if "fused" in group and groups.device.type == "cpu":
+        if "fused" in group and ctx.device.type == "cpu":
             group["fused"] = True
     for part in optimizer.chained_optimizers:
         _make_state(part.optimizer)
@@ -152,14 +152,14 @@ def _finalize_gradients(model: list[torch.nn.Module], *args: Any, **options: Any
             getattr(chunk, PROJECTIONS).add_up()
 
 
-def _count_padding(chunks: list[DistributedDataParallel]) -> None:
+def _count_padding(model_chunks: list[DistributedDataParallel]) -> None:
     """Has checkpoints keep the padding between buckets as well.
 
     Megatron-Core (0.16 and 0.19: DistributedOptimizer.get_parameter_state_dp_zero) strings the buckets' states together
     without it, and sharded_param_state_fully_reshardable then looks for each parameter where it stands with it. Behind
     a padded bucket all states would be saved shifted. A table or projection on several stages has a bucket of its own.
     """
-    for buffer in itertools.chain.from_iterable(chunk.buffers for chunk in chunks):
+    for buffer in itertools.chain.from_iterable(chunk.buffers for chunk in model_chunks):
         buffer.numel_unpadded = buffer.numel
         for bucket in buffer.buckets:
             bucket.numel_unpadded = bucket.grad_data.numel()

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from minitron_megatron.checkpoint.sharded import TRACKER
+from minitron_megatron.checkpoint.dist_reader import TRACKER
 from minitron_megatron.training.optimizer import TrainableModel
 from minitron_megatron.training.state import RunState, remove_old, save_state, step_back
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from megatron.core.models.gpt import GPTModel
 
+from minitron_megatron.checkpoint.dist_reader import TEACHER, Checkpoint
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.random_weights import RandomWeights
-from minitron_megatron.checkpoint.sharded import TEACHER, Checkpoint
 from minitron_megatron.config.schema import DistillConfig, DType
 from minitron_megatron.distillation.entries import loss_entries
 from minitron_megatron.distillation.hidden import HiddenDistance
@@ -16,7 +16,7 @@ from minitron_megatron.distillation.projections import add_projections
 from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.model.build import TORCH_DTYPES, build_model
 from minitron_megatron.model.count import forward_flops_per_token
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.training.optimizer import TrainableModel, setup_optimizer
 
 
@@ -35,36 +35,38 @@ class TrainingSetup:
     flops_per_token: float
 
 
-def set_up(config: DistillConfig, student: Checkpoint, teacher: Checkpoint | None, groups: Groups) -> TrainingSetup:
+def set_up(
+    config: DistillConfig, student: Checkpoint, teacher: Checkpoint | None, ctx: ParallelContext
+) -> TrainingSetup:
     """Builds the models with the weights of their checkpoints. Collective.
 
     Args:
         config: settings of the run.
         student: checkpoint to start from.
         teacher: checkpoint of the teacher; None where no loss looks at one.
-        groups: this rank's place.
+        ctx: this rank's place.
     """
     vocab, chunk_tokens = student.network.vocab_size, config.loss.chunk_tokens
-    chunks = build_model(student.network, groups, config.dtype, recompute=config.recompute)
-    load_weights(chunks, RandomWeights(student.network, config.seed) if config.random_init else student, groups)
+    model_chunks = build_model(student.network, ctx, config.dtype, recompute=config.recompute)
+    load_weights(model_chunks, RandomWeights(student.network, config.seed) if config.random_init else student, ctx)
     # A backward pass costs two forward passes.
     flops = 3 * forward_flops_per_token(student.network, config.data.sequence_length)
     models, live_teacher, hidden = {}, None, None
     if teacher:
-        teacher_chunks = _load_teacher(config, teacher, groups)
+        teacher_chunks = _load_teacher(config, teacher, ctx)
         is_trained = config.teacher_lr is not None
         flops += (3 if is_trained else 1) * forward_flops_per_token(teacher.network, config.data.sequence_length)
         if config.loss.hidden.weight:
             networks = student.network, teacher.network
-            add_projections(chunks, config.loss.hidden, *networks, groups, config.seed)  # before the optimiser
-            hidden = HiddenDistance(config.loss.hidden, chunks, networks, groups)
+            add_projections(model_chunks, config.loss.hidden, *networks, ctx, config.seed)  # before the optimiser
+            hidden = HiddenDistance(config.loss.hidden, model_chunks, networks, ctx)
         if is_trained:
-            models[TEACHER] = _trainable_teacher(config, teacher, teacher_chunks, groups)
-            teacher_chunks = models[TEACHER].chunks
-        live_teacher = LiveTeacher(teacher_chunks, groups, vocab, chunk_tokens)
-    models = {"": setup_optimizer(chunks, config.optimizer, config.steps, config.dtype, groups), **models}
+            models[TEACHER] = _trainable_teacher(config, teacher, teacher_chunks, ctx)
+            teacher_chunks = models[TEACHER].model_chunks
+        live_teacher = LiveTeacher(teacher_chunks, ctx, vocab, chunk_tokens)
+    models = {"": setup_optimizer(model_chunks, config.optimizer, config.steps, config.dtype, ctx), **models}
     entries = loss_entries(config.loss, live_teacher, hidden, config.steps)
-    return TrainingSetup(DistillationStep(models[""].chunks, entries, groups, vocab, chunk_tokens), models, flops)
+    return TrainingSetup(DistillationStep(models[""].model_chunks, entries, ctx, vocab, chunk_tokens), models, flops)
 
 
 def _teacher_dtype(config: DistillConfig, teacher: Checkpoint) -> DType:
@@ -72,21 +74,21 @@ def _teacher_dtype(config: DistillConfig, teacher: Checkpoint) -> DType:
     return config.teacher_dtype or next(own for own, torchs in TORCH_DTYPES.items() if torchs is teacher.dtype)
 
 
-def _load_teacher(config: DistillConfig, teacher: Checkpoint, groups: Groups) -> list[GPTModel]:
+def _load_teacher(config: DistillConfig, teacher: Checkpoint, ctx: ParallelContext) -> list[GPTModel]:
     """Builds the teacher, frozen unless it is trained."""
     is_trained = config.teacher_lr is not None
     dtype = _teacher_dtype(config, teacher)
-    chunks = build_model(teacher.network, groups, dtype, config.recompute and is_trained, config.teacher_fp8)
-    load_weights(chunks, teacher, groups)
-    for chunk in chunks:
+    model_chunks = build_model(teacher.network, ctx, dtype, config.recompute and is_trained, config.teacher_fp8)
+    load_weights(model_chunks, teacher, ctx)
+    for chunk in model_chunks:
         chunk.requires_grad_(is_trained)
-    return chunks
+    return model_chunks
 
 
 def _trainable_teacher(
-    config: DistillConfig, teacher: Checkpoint, chunks: list[GPTModel], groups: Groups
+    config: DistillConfig, teacher: Checkpoint, model_chunks: list[GPTModel], ctx: ParallelContext
 ) -> TrainableModel:
     """Gives the teacher an optimiser with the student's settings, scaled to `teacher_lr`."""
     share = config.teacher_lr / config.optimizer.lr
     settings = dataclasses.replace(config.optimizer, lr=config.teacher_lr, min_lr=share * config.optimizer.min_lr)
-    return setup_optimizer(chunks, settings, config.steps, _teacher_dtype(config, teacher), groups)
+    return setup_optimizer(model_chunks, settings, config.steps, _teacher_dtype(config, teacher), ctx)

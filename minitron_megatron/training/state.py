@@ -13,10 +13,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
+from minitron_megatron.checkpoint.dist_reader import TRACKER, iteration_folder, latest_folder, require_plain
 from minitron_megatron.checkpoint.manifest import write_atomically
-from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder, latest_folder, require_plain
-from minitron_megatron.disk import told_when_full
-from minitron_megatron.parallel.collectives import main_first
+from minitron_megatron.disk import convert_enospc
+from minitron_megatron.parallel.collectives import rank0_first
 from minitron_megatron.training.optimizer import TrainableModel
 
 # Folder of the checkpoint with the lowest loss on held-out text, beside that of the latest ones.
@@ -68,20 +68,20 @@ def save_state(
     """
     folder = root / iteration_folder(run.step)
     temporary = root / f".{folder.name}.partial"
-    main_first(lambda: _make_empty(temporary))
+    rank0_first(lambda: _make_empty(temporary))
     state = _sharded_state(models, is_loading=False)
     state |= {"iteration": run.step, "checkpoint_version": 3.0, _RUN: asdict(run)}
     if args is not None:
         state["args"] = argparse.Namespace(**{**vars(args), "iteration": run.step})
     state |= {f"{prefix}{_SCHEDULE}": model.schedule.state_dict() for prefix, model in models.items()}
     try:
-        with told_when_full(root):
+        with convert_enospc(root):
             dist_checkpointing.save(state, str(temporary))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # what is left of it may be what fills the disk
         raise
     dist.barrier()
-    main_first(lambda: _announce(temporary, folder, best))
+    rank0_first(lambda: _announce(temporary, folder, best))
 
 
 def _make_empty(temporary: Path) -> None:
@@ -97,7 +97,7 @@ def remove_old(root: Path, keep: int) -> None:
         for old in _announced(root)[:-keep]:
             shutil.rmtree(old)
 
-    main_first(remove)
+    rank0_first(remove)
 
 
 def step_back(root: Path) -> None:
@@ -107,7 +107,7 @@ def step_back(root: Path) -> None:
         if before := _announced(root)[:-1]:
             write_atomically(root / TRACKER, _step_of(before[-1]))
 
-    main_first(announce)
+    rank0_first(announce)
 
 
 def _announced(root: Path) -> list[Path]:
@@ -189,9 +189,9 @@ def load_state(root: Path, models: Mapping[str, TrainableModel]) -> RunState:
 
 def _named(model: TrainableModel, prefix: str) -> list[tuple[str, torch.nn.Module]]:
     """Returns a model's chunks with the names that Megatron-LM gives them."""
-    chunks = unwrap_model(model.chunks)
-    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    return [(f"{prefix}{name}", chunk) for name, chunk in zip(names, chunks, strict=True)]
+    model_chunks = unwrap_model(model.model_chunks)
+    names = ["model"] if len(model_chunks) == 1 else [f"model{i}" for i in range(len(model_chunks))]
+    return [(f"{prefix}{name}", chunk) for name, chunk in zip(names, model_chunks, strict=True)]
 
 
 def _sharded_state(models: Mapping[str, TrainableModel], is_loading: bool) -> dict:

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from minitron_megatron.distillation.result import StepResult
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.gpus import peak_tflops
-from minitron_megatron.parallel.groups import Groups
 
 
 class Stopwatch:
@@ -42,11 +42,11 @@ class Stopwatch:
         return self._last - self._started
 
 
-def largest_over_ranks(values: dict[str, float], groups: Groups) -> dict[str, float]:
+def largest_over_ranks(values: dict[str, float], ctx: ParallelContext) -> dict[str, float]:
     """Returns each value's largest over all ranks. Collective."""
-    if groups.layout.world_size == 1:
+    if ctx.layout.world_size == 1:
         return values
-    largest = torch.tensor(list(values.values()), dtype=torch.float64, device=groups.device)
+    largest = torch.tensor(list(values.values()), dtype=torch.float64, device=ctx.device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return dict(zip(values, largest.tolist(), strict=True))
 
@@ -67,22 +67,22 @@ def loss_values(where: str, result: StepResult) -> dict[str, float]:
     return values
 
 
-def throughput_values(tokens_per_s: float, flops_per_token: float, groups: Groups) -> dict[str, float]:
+def throughput_values(tokens_per_s: float, flops_per_token: float, ctx: ParallelContext) -> dict[str, float]:
     """Returns the throughput of a step.
 
     Args:
         tokens_per_s: valid tokens over all ranks.
         flops_per_token: floating-point operations of all models.
-        groups: this rank's place.
+        ctx: this rank's place.
     """
-    ranks = groups.layout.world_size
+    ranks = ctx.layout.world_size
     tflops = tokens_per_s * flops_per_token / ranks / 1e12
     values = {
         "throughput/tokens_per_s": tokens_per_s,
         "throughput/tokens_per_s_per_rank": tokens_per_s / ranks,
         "throughput/tflops_per_rank": tflops,
     }
-    if groups.device.type == "cuda":
+    if ctx.device.type == "cuda":
         peak = peak_tflops(torch.cuda.get_device_name())
         if peak:
             values["throughput/mfu_pct"] = 100 * tflops / peak

@@ -8,19 +8,19 @@ import torch.distributed as dist
 
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.errors import ConfigError
-from minitron_megatron.parallel.collectives import failing_together, main_first
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.collectives import raise_on_all_ranks, rank0_first
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.training.step_metrics import largest_over_ranks
 from tests.ranks import run_on_ranks
 
 
 def of_one_rank(folder):
-    with process_groups(ParallelConfig(data=2)):
+    with parallel_context(ParallelConfig(data=2)):
         rank = dist.get_rank()
         backend = dist.group.WORLD._get_backend(torch.device("cpu"))
         found = {"timeout_s": backend.options._timeout.total_seconds(), "errors": []}
         worked = []
-        found["result"] = main_first(lambda: worked.append(rank) or {"made by": rank})
+        found["result"] = rank0_first(lambda: worked.append(rank) or {"made by": rank})
         found["worked"] = worked
 
         def wrong():
@@ -31,13 +31,13 @@ def of_one_rank(folder):
 
         for work in (wrong, defect):
             with pytest.raises((ConfigError, RuntimeError, UnicodeDecodeError)) as raised:
-                main_first(work)
+                rank0_first(work)
             found["errors"].append([type(raised.value).__name__, str(raised.value)])
-        with pytest.raises(ConfigError, match="of rank 1"), failing_together():
+        with pytest.raises(ConfigError, match="of rank 1"), raise_on_all_ranks():
             if rank == 1:
                 raise ConfigError(["of rank 1"])
         # The ranks are still in step.
-        assert main_first(lambda: "done") == "done"
+        assert rank0_first(lambda: "done") == "done"
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
@@ -65,9 +65,9 @@ def test_ranks_may_wait_longer_than_nccl_does_by_itself(ranks):
 
 
 def say_largest():
-    with process_groups(ParallelConfig(tensor=2)) as groups:
+    with parallel_context(ParallelConfig(tensor=2)) as ctx:
         values = {"one": dist.get_rank(), "other": 7 - dist.get_rank()}
-        assert largest_over_ranks(values, groups) == {"one": 1, "other": 7}
+        assert largest_over_ranks(values, ctx) == {"one": 1, "other": 7}
 
 
 def test_times_and_memory_are_those_of_the_rank_that_needs_most():

@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing import load_plain_tensors
 from megatron.core.utils import unwrap_model
 
 from minitron_megatron.checkpoint.convert import export
+from minitron_megatron.checkpoint.dist_reader import TEACHER, TRACKER, Checkpoint, iteration_folder, latest_folder
 from minitron_megatron.checkpoint.load import local_parameters
 from minitron_megatron.checkpoint.random_weights import RandomWeights
-from minitron_megatron.checkpoint.sharded import TEACHER, TRACKER, Checkpoint, iteration_folder, latest_folder
 from minitron_megatron.config.loss import (
     Balance,
     Divergence,
@@ -40,7 +40,7 @@ from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.errors import ConfigError, DataError, TrainingError
 from minitron_megatron.model.count import forward_flops_per_token
 from minitron_megatron.model.parameters import by_key, layer_key, parameters
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.tracking.metrics import read_metrics
 from minitron_megatron.training import distill, loop, saver, setup, state
 from minitron_megatron.training.loop import Trainer
@@ -104,8 +104,8 @@ def random_weights_of_a_rank(inputs, folder, parallel):
         network = Checkpoint(trainer.config.student).network
         found = [
             (layer_key(param), index, parameter.detach().clone())
-            for chunk in unwrap_model(trainer.models[""].chunks)
-            for parameter, param, index in local_parameters(chunk, network, trainer.groups)
+            for chunk in unwrap_model(trainer.models[""].model_chunks)
+            for parameter, param, index in local_parameters(chunk, network, trainer.ctx)
         ]
         torch.save(found, folder / f"{dist.get_rank()}.pt")
 
@@ -195,7 +195,7 @@ def test_a_run_with_every_kind_of_loss_goes_on_exactly_where_it_was_interrupted(
 
 def weights_of(run, step, prefix=""):
     """All weights in a checkpoint of a run, by key, as Megatron's library reads them."""
-    with process_groups(ParallelConfig()):
+    with parallel_context(ParallelConfig()):
         tensors = load_plain_tensors(str(run / "checkpoints" / iteration_folder(step)))
     parts = tuple(prefix + part for part in ("decoder.", "embedding.", "output_layer."))
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(parts)}
@@ -450,7 +450,7 @@ def test_a_checkpoint_stays_until_the_next_one_is_seen_to_work(inputs, tmp_path,
     def ruining(model):
         lr = step(model)
         if model.schedule.num_steps == 4:
-            next(iter(model.chunks[0].parameters())).data.fill_(torch.nan)
+            next(iter(model.model_chunks[0].parameters())).data.fill_(torch.nan)
         return lr
 
     config = replace(settings(inputs, tmp_path / "run"), steps=9, save_every=2, max_skipped_steps=3)

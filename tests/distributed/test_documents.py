@@ -71,33 +71,33 @@ def work(folder, name: str):
     from minitron_megatron.distillation.entries import loss_entries
     from minitron_megatron.distillation.live_teacher import LiveTeacher
     from minitron_megatron.distillation.step import DistillationStep
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
     from minitron_megatron.pruning.score_model import score_model
     from minitron_megatron.training.optimizer import setup_optimizer
     from tests.unit.pruning.direct import build_ours
 
     samples = alone() if name == "alone" else packed()
-    with process_groups(LAYOUTS[name]) as groups:
-        teacher_chunks, network = build_ours(hf_model(seed=1, **LLAMA), groups)
+    with parallel_context(LAYOUTS[name]) as ctx:
+        teacher_chunks, network = build_ours(hf_model(seed=1, **LLAMA), ctx)
         scoring = ScoreConfig(
             num_samples=len(samples),
             micro_batch=MICRO_BATCH,
             depth=DepthConfig(criteria=ON_TEXT, search=DepthSearch.GREEDY),
             target=TargetConfig(layers=2),
         )
-        scores = score_model(teacher_chunks, network, groups, samples, scoring)
-        chunks, network = build_ours(hf_model(seed=2, **LLAMA), groups, recompute=groups.layout.sequence)
+        scores = score_model(teacher_chunks, network, ctx, samples, scoring)
+        model_chunks, network = build_ours(hf_model(seed=2, **LLAMA), ctx, recompute=ctx.layout.sequence)
         for chunk in teacher_chunks:
             chunk.requires_grad_(False)
-        trained = setup_optimizer(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
-        entries = loss_entries(LossConfig(0.7, 0.4), LiveTeacher(teacher_chunks, groups, network.vocab_size))
-        step = DistillationStep(trained.chunks, entries, groups, network.vocab_size, chunk_tokens=7)
+        trained = setup_optimizer(model_chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, ctx)
+        entries = loss_entries(LossConfig(0.7, 0.4), LiveTeacher(teacher_chunks, ctx, network.vocab_size))
+        step = DistillationStep(trained.model_chunks, entries, ctx, network.vocab_size, chunk_tokens=7)
         trained.zero_grad()
         result = step.train(list(rank_batches(samples, 0, len(samples), MICRO_BATCH, 0, 1)))
         found = {
             "losses": (result.losses["kd_logits"], result.losses["lm"], result.num_tokens),
             "depth": scores.depth,
-            "gradients": local_gradients(chunks, network, groups),
+            "gradients": local_gradients(model_chunks, network, ctx),
             "network": network,
         }
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")

@@ -27,23 +27,25 @@ def work(folder, name):
     from minitron_megatron.distillation.objectives import CrossEntropy, Entry
     from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
     from minitron_megatron.parallel.schedule import output_weight, run_forward
     from minitron_megatron.training.optimizer import setup_optimizer
 
     found = {}
-    with process_groups(LAYOUTS[name]) as groups:
+    with parallel_context(LAYOUTS[name]) as ctx:
         for family, config in FAMILIES.items():
             model, batch = hf_model(**config), batch_of(config)
             network = network_from_config(config)
-            chunks = build_model(network, groups, DType.FP32)
-            load_weights(chunks, StateDict(network, model.state_dict()), groups)
-            hidden = run_forward(chunks, [batch], groups, lambda hidden, _: hidden)
-            logits = [(last @ output_weight(chunks[-1]).T).transpose(0, 1) for last in hidden]
-            trained = setup_optimizer(chunks, OptimizerConfig(warmup_steps=1), 4, DType.FP32, groups)
+            model_chunks = build_model(network, ctx, DType.FP32)
+            load_weights(model_chunks, StateDict(network, model.state_dict()), ctx)
+            hidden = run_forward(model_chunks, [batch], ctx, lambda hidden, _: hidden)
+            logits = [(last @ output_weight(model_chunks[-1]).T).transpose(0, 1) for last in hidden]
+            trained = setup_optimizer(model_chunks, OptimizerConfig(warmup_steps=1), 4, DType.FP32, ctx)
             trained.zero_grad()
-            DistillationStep(trained.chunks, [Entry(None, CrossEntropy())], groups, network.vocab_size).train([batch])
-            found[family] = logits, local_gradients(chunks, network, groups)
+            DistillationStep(trained.model_chunks, [Entry(None, CrossEntropy())], ctx, network.vocab_size).train(
+                [batch]
+            )
+            found[family] = logits, local_gradients(model_chunks, network, ctx)
         torch.save(found, folder / f"{dist.get_rank()}.pt")
 
 

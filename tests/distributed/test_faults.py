@@ -13,16 +13,16 @@ from tests.unit.pruning.direct import build_ours, samples_for, score_config
 
 def score_broken(folder, layout):
     """Score a network with a broken neuron of the second tensor rank, on the first stage of the pipeline."""
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
     from minitron_megatron.pruning.score_model import score_model
 
     model = hf_model(**LLAMA)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[40] = torch.inf
-    with process_groups(layout) as groups:
-        chunks, network = build_ours(model, groups)
+    with parallel_context(layout) as ctx:
+        model_chunks, network = build_ours(model, ctx)
         with pytest.raises(DataError) as raised:
-            score_model(chunks, network, groups, samples_for(model), score_config())
+            score_model(model_chunks, network, ctx, samples_for(model), score_config())
         (folder / str(dist.get_rank())).write_text(str(raised.value))
 
 

@@ -31,7 +31,7 @@ from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.parameters import PROJECTIONS
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.training.optimizer import setup_optimizer
 from tests.gradients import Gradients, close, local_gradients
 from tests.in_memory import StateDict
@@ -88,33 +88,35 @@ def samples():
 def work(folder, name):
     """Steps of every case in a layout, by one of its ranks. Some layouts run layers again in the backward pass."""
     found = {}
-    with process_groups(LAYOUTS[name]) as groups:
+    with parallel_context(LAYOUTS[name]) as ctx:
         for case, hidden in CASES.items():
             teacher, student = map(source_of, models(case))
             loss = LossConfig(0.7, 0.4, chunk_tokens=7, hidden=hidden)
-            teacher_chunks = build_model(teacher.network, groups, DType.FP32)
-            load_weights(teacher_chunks, teacher, groups)
-            chunks = build_model(student.network, groups, DType.FP32, recompute="interleaved" in name or "dp2" in name)
-            load_weights(chunks, student, groups)
+            teacher_chunks = build_model(teacher.network, ctx, DType.FP32)
+            load_weights(teacher_chunks, teacher, ctx)
+            model_chunks = build_model(
+                student.network, ctx, DType.FP32, recompute="interleaved" in name or "dp2" in name
+            )
+            load_weights(model_chunks, student, ctx)
             networks = student.network, teacher.network
-            add_projections(chunks, hidden, *networks, groups, seed=5)
-            distance = HiddenDistance(hidden, chunks, networks, groups)
-            trained = setup_optimizer(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+            add_projections(model_chunks, hidden, *networks, ctx, seed=5)
+            distance = HiddenDistance(hidden, model_chunks, networks, ctx)
+            trained = setup_optimizer(model_chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, ctx)
             vocab = student.network.vocab_size
-            entries = loss_entries(loss, LiveTeacher(teacher_chunks, groups, vocab), distance)
-            step = DistillationStep(trained.chunks, entries, groups, vocab, loss.chunk_tokens)
+            entries = loss_entries(loss, LiveTeacher(teacher_chunks, ctx, vocab), distance)
+            step = DistillationStep(trained.model_chunks, entries, ctx, vocab, loss.chunk_tokens)
             own = found[case] = {"steps": []}
             for number in range(STEPS):
                 batches = rank_batches(
-                    samples(), number * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, groups.data_rank, groups.layout.data
+                    samples(), number * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, ctx.data_rank, ctx.layout.data
                 )
                 trained.zero_grad()
                 result = step.train(list(batches))
                 if number == 0:
-                    own["gradients"] = local_gradients(chunks, student.network, groups)
+                    own["gradients"] = local_gradients(model_chunks, student.network, ctx)
                     own["projections"] = {
                         name: (projection.weight.detach().clone(), projection.weight.main_grad.clone())
-                        for chunk in chunks
+                        for chunk in model_chunks
                         for name, projection in getattr(chunk, PROJECTIONS, {}).items()
                     }
                 losses, of_pairs = result.losses, result.entries["kd_hidden"].pair_losses
@@ -252,27 +254,27 @@ def train_a_shared_projection(folder, name, layout):
     found = {}
     teacher, student = source_of(hf_model(seed=1, **{**LLAMA, "hidden_size": 1032})), source_of(hf_model(**LLAMA))
     networks = student.network, teacher.network
-    with process_groups(layout) as groups:
+    with parallel_context(layout) as ctx:
         for (case, hidden), settings in itertools.product(SHARING.items(), OPTIMIZERS):
-            teacher_chunks = build_model(teacher.network, groups, DType.FP32)
-            load_weights(teacher_chunks, teacher, groups)
-            chunks = build_model(student.network, groups, DType.FP32)
-            load_weights(chunks, student, groups)
-            add_projections(chunks, hidden, *networks, groups, seed=5)
-            distance = HiddenDistance(hidden, chunks, networks, groups)
+            teacher_chunks = build_model(teacher.network, ctx, DType.FP32)
+            load_weights(teacher_chunks, teacher, ctx)
+            model_chunks = build_model(student.network, ctx, DType.FP32)
+            load_weights(model_chunks, student, ctx)
+            add_projections(model_chunks, hidden, *networks, ctx, seed=5)
+            distance = HiddenDistance(hidden, model_chunks, networks, ctx)
             config = OptimizerConfig(lr=1e-2, warmup_steps=1, eps=1e-3, **settings)
-            trained = setup_optimizer(chunks, config, 9, DType.FP32, groups)
+            trained = setup_optimizer(model_chunks, config, 9, DType.FP32, ctx)
             vocab = student.network.vocab_size
-            entries = loss_entries(LossConfig(hidden=hidden), LiveTeacher(teacher_chunks, groups, vocab), distance)
-            step = DistillationStep(trained.chunks, entries, groups, vocab)
+            entries = loss_entries(LossConfig(hidden=hidden), LiveTeacher(teacher_chunks, ctx, vocab), distance)
+            step = DistillationStep(trained.model_chunks, entries, ctx, vocab)
             norms = []
             for number in range(3):
-                batches = rank_batches(samples(), 4 * number, 4, MICRO_BATCH, groups.data_rank, groups.layout.data)
+                batches = rank_batches(samples(), 4 * number, 4, MICRO_BATCH, ctx.data_rank, ctx.layout.data)
                 trained.zero_grad()
                 step.train(list(batches))
                 norms.append(trained.grad_norm())
                 trained.step()
-            own = [p.weight.detach().clone() for c in chunks for p in getattr(c, PROJECTIONS, {}).values()]
+            own = [p.weight.detach().clone() for c in model_chunks for p in getattr(c, PROJECTIONS, {}).values()]
             found[(case, *settings.values())] = own, norms
         torch.save(found, folder / f"{name}_{dist.get_rank()}.pt")
 

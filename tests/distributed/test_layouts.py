@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
-from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import (
     Aggregation,
@@ -89,7 +89,7 @@ def letters(text, add_special_tokens):
     return {"input_ids": [ord(letter) - 33 for letter in text]}
 
 
-def score_and_plan(chunks, network, groups, name: str, layout_name: str) -> dict:
+def score_and_plan(model_chunks, network, ctx, name: str, layout_name: str) -> dict:
     """Scores as tensors by name, and the plan that is made from them."""
     from minitron_megatron.pruning.make_plan import make_plan
     from minitron_megatron.pruning.score_model import score_model
@@ -104,9 +104,9 @@ def score_and_plan(chunks, network, groups, name: str, layout_name: str) -> dict
     )
     samples = Samples(CALIBRATION, SEQUENCE, network.vocab_size)
     # Under sequence parallelism these are padded, to a multiple of the tensor ranks.
-    multiple = groups.layout.tensor if groups.layout.sequence else 1
+    multiple = ctx.layout.tensor if ctx.layout.sequence else 1
     choices = ChoiceSamples(QUESTIONS, letters, multiple) if config.depth.choices else None
-    scores = score_model(chunks, network, groups, samples, config, choices)
+    scores = score_model(model_chunks, network, ctx, samples, config, choices)
     found = {"hidden": scores.hidden}
     found |= {f"{name}.{n}": one for name, values in scores.elements.items() for n, one in enumerate(values)}
     found |= {f"depth.{name}": values for name, values in scores.depth.items()}
@@ -121,39 +121,37 @@ def work(folder, layout: ParallelConfig):
     from minitron_megatron.distillation.live_teacher import LiveTeacher
     from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.model.build import build_model
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
     from minitron_megatron.training.optimizer import setup_optimizer
 
     teacher, student = Checkpoint(folder / "teacher/checkpoint"), Checkpoint(folder / "student")
-    with process_groups(layout) as groups:
-        teacher_chunks = build_model(teacher.network, groups, DType.FP32)
-        load_weights(teacher_chunks, teacher, groups)
+    with parallel_context(layout) as ctx:
+        teacher_chunks = build_model(teacher.network, ctx, DType.FP32)
+        load_weights(teacher_chunks, teacher, ctx)
         found = {
-            name: score_and_plan(teacher_chunks, teacher.network, groups, name, layout_name(layout))
+            name: score_and_plan(teacher_chunks, teacher.network, ctx, name, layout_name(layout))
             for name in scorings(layout)
         }
 
         # One layout runs whole layers again, which must not change anything either.
-        chunks = build_model(student.network, groups, DType.FP32, recompute=layout.data is not None)
-        load_weights(chunks, student, groups)
+        model_chunks = build_model(student.network, ctx, DType.FP32, recompute=layout.data is not None)
+        load_weights(model_chunks, student, ctx)
         teacher_chunks = [chunk.requires_grad_(False) for chunk in teacher_chunks]
         # Nor does it matter when gradients are added up.
         optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1, overlap=layout.data is not None)
-        trained = setup_optimizer(chunks, optimizer, 4, DType.FP32, groups)
+        trained = setup_optimizer(model_chunks, optimizer, 4, DType.FP32, ctx)
         vocab = student.network.vocab_size
-        entries = loss_entries(LOSS, LiveTeacher(teacher_chunks, groups, vocab))
-        step = DistillationStep(trained.chunks, entries, groups, vocab, LOSS.chunk_tokens)
+        entries = loss_entries(LOSS, LiveTeacher(teacher_chunks, ctx, vocab))
+        step = DistillationStep(trained.model_chunks, entries, ctx, vocab, LOSS.chunk_tokens)
         samples = Samples(2 * GLOBAL_BATCH, SEQUENCE, student.network.vocab_size, seed=3)
         found["steps"] = []
         for number in range(2):
             first = number * GLOBAL_BATCH
-            batches = list(
-                rank_batches(samples, first, GLOBAL_BATCH, MICRO_BATCH, groups.data_rank, groups.layout.data)
-            )
+            batches = list(rank_batches(samples, first, GLOBAL_BATCH, MICRO_BATCH, ctx.data_rank, ctx.layout.data))
             trained.zero_grad()
             result = step.train(batches)
             if number == 0:
-                gradients = local_gradients(chunks, student.network, groups)
+                gradients = local_gradients(model_chunks, student.network, ctx)
             found["steps"].append(
                 (
                     result.losses["kd_logits"],

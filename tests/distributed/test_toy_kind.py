@@ -270,7 +270,7 @@ def run(folder: Path, verb: str, *settings: str) -> None:
 
 
 def test_it_is_imported_counted_and_pruned_by_the_command(folder):
-    from minitron_megatron.checkpoint.sharded import Checkpoint
+    from minitron_megatron.checkpoint.dist_reader import Checkpoint
     from minitron_megatron.model.count import forward_flops_per_token, num_parameters
 
     imported, pruned = Checkpoint(folder / "imported"), Checkpoint(folder / "pruned")
@@ -341,26 +341,26 @@ LAYOUTS = {"one": (1, 1, 1), "tensor": (2, 1, 1), "pipeline": (1, 2, 1)}
 
 def _measure(layout: tuple[int, int, int], folder: Path, output: Path) -> None:
     """Logits, losses and gradients of the network in a layout, written by the rank that knows them."""
+    from minitron_megatron.checkpoint.dist_reader import Checkpoint
     from minitron_megatron.checkpoint.load import load_weights
-    from minitron_megatron.checkpoint.sharded import Checkpoint
     from minitron_megatron.config.schema import DType, ParallelConfig
     from minitron_megatron.model.build import build_model
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
     from minitron_megatron.parallel.schedule import output_weight, run_forward
 
     tensor, pipeline, data = layout
-    with process_groups(ParallelConfig(tensor=tensor, pipeline=pipeline, data=data)) as groups:
+    with parallel_context(ParallelConfig(tensor=tensor, pipeline=pipeline, data=data)) as ctx:
         checkpoint = Checkpoint(folder / "imported")
-        chunks = build_model(checkpoint.network, groups, DType.FP32)
-        load_weights(chunks, checkpoint, groups)
+        model_chunks = build_model(checkpoint.network, ctx, DType.FP32)
+        load_weights(model_chunks, checkpoint, ctx)
         tokens = torch.randint(0, 63, (2, 16), generator=torch.Generator().manual_seed(5))
         batch = {"tokens": tokens, "position_ids": torch.arange(16).expand(2, -1), "loss_mask": torch.ones(2, 16)}
-        hidden = run_forward(chunks, [batch], groups, lambda output, _: output)
-        if groups.is_last_stage:
-            logits = hidden[0] @ output_weight(chunks[-1]).T
+        hidden = run_forward(model_chunks, [batch], ctx, lambda output, _: output)
+        if ctx.is_last_stage:
+            logits = hidden[0] @ output_weight(model_chunks[-1]).T
             parts = [torch.empty_like(logits) for _ in range(tensor)]
-            torch.distributed.all_gather(parts, logits.contiguous(), group=groups.collection.tp)
-            if groups.tensor_rank == 0:
+            torch.distributed.all_gather(parts, logits.contiguous(), group=ctx.collection.tp)
+            if ctx.tensor_rank == 0:
                 torch.save(torch.cat(parts, dim=-1)[..., :64].transpose(0, 1), output)
 
 
@@ -398,13 +398,13 @@ def test_gradients_and_losses_of_distillation_are_equal_over_layouts(folder, tmp
 
 def test_generation_with_a_cache_is_that_of_whole_sequences(folder):
     """Greedy tokens are those that its own class gives, one whole sequence after another."""
+    from minitron_megatron.checkpoint.dist_reader import Checkpoint
     from minitron_megatron.checkpoint.load import load_weights
-    from minitron_megatron.checkpoint.sharded import Checkpoint
     from minitron_megatron.config.schema import DType, ParallelConfig
-    from minitron_megatron.evaluation.decoding import Decoding
     from minitron_megatron.evaluation.inference import Inference
+    from minitron_megatron.evaluation.sampling import SamplingParams
     from minitron_megatron.model.build import build_model
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
 
     toy, prompts = make_toy(), [[1, 2, 3], [7, 5, 2, 9, 4]]
     expected = []
@@ -414,12 +414,12 @@ def test_generation_with_a_cache_is_that_of_whole_sequences(folder):
             with torch.no_grad():
                 tokens.append(int(toy(torch.tensor([tokens]))[0, -1].argmax()))
         expected.append(tokens[len(prompt) :])
-    with process_groups(ParallelConfig()) as groups:
+    with parallel_context(ParallelConfig()) as ctx:
         checkpoint = Checkpoint(folder / "imported")
-        chunks = build_model(checkpoint.network, groups, DType.FP32)
-        load_weights(chunks, checkpoint, groups)
-        inference = Inference(chunks, groups, checkpoint.network, None, [], batch=2)
-        assert inference.generate(prompts, Decoding(8)) == expected
+        model_chunks = build_model(checkpoint.network, ctx, DType.FP32)
+        load_weights(model_chunks, checkpoint, ctx)
+        inference = Inference(model_chunks, ctx, checkpoint.network, None, [], batch=2)
+        assert inference.generate(prompts, SamplingParams(8)) == expected
 
 
 def test_a_kind_cannot_be_registered_twice():

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from minitron_megatron.checkpoint.dist_reader import NETWORK, Checkpoint
+from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.random_weights import RandomWeights
-from minitron_megatron.checkpoint.sharded import NETWORK, Checkpoint
-from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.loss import HiddenConfig, HiddenLoss, LossConfig, Projection
 from minitron_megatron.config.parallel import Builder
 from minitron_megatron.config.schema import (
@@ -30,7 +30,7 @@ from minitron_megatron.data.samples import rank_batches
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.parameters import layer_key, parameters
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from tests.gradients import Gradients, close, local_gradients
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, NEMOTRON, Samples, changed, unlike
@@ -75,49 +75,49 @@ except ImportError:  # before Megatron-Core 0.18
 def work(folder, layout: ParallelConfig, name: str):
     """Everything that is compared, by one rank of a layout."""
     checkpoint, teacher = Checkpoint(folder / "student"), Checkpoint(folder / "teacher")
-    with process_groups(layout) as groups:
-        chunks = build_model(checkpoint.network, groups, DType.FP32)
-        load_weights(chunks, checkpoint, groups)
-        results = {scoring: scores_and_plan(chunks, checkpoint.network, groups, scoring) for scoring in SCORINGS}
+    with parallel_context(layout) as ctx:
+        model_chunks = build_model(checkpoint.network, ctx, DType.FP32)
+        load_weights(model_chunks, checkpoint, ctx)
+        results = {scoring: scores_and_plan(model_chunks, checkpoint.network, ctx, scoring) for scoring in SCORINGS}
         if layout.virtual_pipeline is None and not layout.sequence:
-            results["made"] = generate(chunks, checkpoint.network, groups)
-        results |= learn(checkpoint, teacher, groups, folder / f"{name}_state")
+            results["made"] = generate(model_chunks, checkpoint.network, ctx)
+        results |= learn(checkpoint, teacher, ctx, folder / f"{name}_state")
         torch.save(results, folder / f"{name}_{dist.get_rank()}.pt")
 
 
-def scores_and_plan(chunks, network, groups, scoring: str) -> dict:
+def scores_and_plan(model_chunks, network, ctx, scoring: str) -> dict:
     from minitron_megatron.pruning.make_plan import make_plan
     from minitron_megatron.pruning.score_model import score_model
 
     depth, target = SCORINGS[scoring]
     config = ScoreConfig(num_samples=NUM_SAMPLES, micro_batch=MICRO_BATCH, depth=depth, target=target)
-    scores = score_model(chunks, network, groups, Samples(NUM_SAMPLES, 16, network.vocab_size), config)
+    scores = score_model(model_chunks, network, ctx, Samples(NUM_SAMPLES, 16, network.vocab_size), config)
     values = {"hidden": scores.hidden, **{f"depth.{name}": own for name, own in scores.depth.items()}}
     values |= {f"{name}.{n}": one for name, own in scores.elements.items() for n, one in enumerate(own)}
     values |= {f"rounds.{name}": own for name, own in scores.rounds.items()}
     return {"scores": values, "plan": asdict(make_plan(scores, target))}
 
 
-def generate(chunks, network, groups) -> list[list[int]]:
-    from minitron_megatron.evaluation.decoding import Decoding
+def generate(model_chunks, network, ctx) -> list[list[int]]:
     from minitron_megatron.evaluation.inference import Inference
+    from minitron_megatron.evaluation.sampling import SamplingParams
 
-    return Inference(chunks, groups, network, None, [], batch=2).generate(PROMPTS, Decoding(max_new_tokens=12))
+    return Inference(model_chunks, ctx, network, None, [], batch=2).generate(PROMPTS, SamplingParams(max_new_tokens=12))
 
 
-def learn(student, teacher, groups, state) -> dict:
+def learn(student, teacher, ctx, state) -> dict:
     """A step with every kind of loss, its gradients, and what the saved state gives when it is loaded again."""
     from minitron_megatron.training.state import RunState, load_state, save_state
 
-    layout = groups.layout
+    layout = ctx.layout
     samples = Samples(NUM_SAMPLES, 16, student.network.vocab_size, seed=3)
-    batches = list(rank_batches(samples, 0, NUM_SAMPLES, MICRO_BATCH, groups.data_rank, layout.data))
+    batches = list(rank_batches(samples, 0, NUM_SAMPLES, MICRO_BATCH, ctx.data_rank, layout.data))
     results = {}
     for attempt in ("first", "again"):
-        step, model = distillation_step(student, teacher, groups)
+        step, model = distillation_step(student, teacher, ctx)
         if attempt == "first":
             result = step.train(batches)
-            results["gradients"] = local_gradients([chunk.module for chunk in model.chunks], student.network, groups)
+            results["gradients"] = local_gradients([chunk.module for chunk in model.model_chunks], student.network, ctx)
             results["step"] = [*losses_of(result), model.grad_norm(), model.step()]
             save_state(state, RunState(step=1), {"": model})
         else:
@@ -131,7 +131,7 @@ def losses_of(result) -> list[float]:
     return [*result.losses.values(), *result.entries["kd_hidden"].pair_losses.values()]
 
 
-def distillation_step(student, teacher, groups):
+def distillation_step(student, teacher, ctx):
     """A step of the student beside its teacher, and the student's optimiser, its gradients at zero."""
     from minitron_megatron.distillation.entries import loss_entries
     from minitron_megatron.distillation.hidden import HiddenDistance
@@ -140,17 +140,17 @@ def distillation_step(student, teacher, groups):
     from minitron_megatron.distillation.step import DistillationStep
     from minitron_megatron.training.optimizer import setup_optimizer
 
-    teacher_chunks = build_model(teacher.network, groups, DType.FP32)
-    load_weights(teacher_chunks, teacher, groups)
-    chunks = build_model(student.network, groups, DType.FP32, recompute=groups.layout.sequence)
-    load_weights(chunks, student, groups)
+    teacher_chunks = build_model(teacher.network, ctx, DType.FP32)
+    load_weights(teacher_chunks, teacher, ctx)
+    model_chunks = build_model(student.network, ctx, DType.FP32, recompute=ctx.layout.sequence)
+    load_weights(model_chunks, student, ctx)
     networks = student.network, teacher.network
-    add_projections(chunks, LOSS.hidden, *networks, groups, seed=5)
-    model = setup_optimizer(chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, groups)
+    add_projections(model_chunks, LOSS.hidden, *networks, ctx, seed=5)
+    model = setup_optimizer(model_chunks, OptimizerConfig(lr=1e-3, warmup_steps=1), 4, DType.FP32, ctx)
     model.zero_grad()
-    live = LiveTeacher(teacher_chunks, groups, teacher.network.vocab_size)
-    entries = loss_entries(LOSS, live, HiddenDistance(LOSS.hidden, chunks, networks, groups))
-    return DistillationStep(model.chunks, entries, groups, student.network.vocab_size), model
+    live = LiveTeacher(teacher_chunks, ctx, teacher.network.vocab_size)
+    entries = loss_entries(LOSS, live, HiddenDistance(LOSS.hidden, model_chunks, networks, ctx))
+    return DistillationStep(model.model_chunks, entries, ctx, student.network.vocab_size), model
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -213,9 +213,9 @@ def test_nothing_depends_on_layout_and_builder(folder, single, name, builder):
 
 def test_generation_is_what_whole_sequences_predict(folder, single):
     checkpoint = Checkpoint(folder / "student")
-    with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        [model] = build_model(checkpoint.network, groups, DType.FP32)
-        load_weights([model], checkpoint, groups)
+    with parallel_context(ParallelConfig()) as ctx, torch.no_grad():
+        [model] = build_model(checkpoint.network, ctx, DType.FP32)
+        load_weights([model], checkpoint, ctx)
         for prompt, made in zip(PROMPTS, single["made"], strict=True):
             tokens = torch.tensor([prompt])
             for _ in range(12):
@@ -246,9 +246,9 @@ def _both(folder, output, builder, is_first: bool):
     """Two steps: the first one saved, the second one after it or after what was loaded."""
     from minitron_megatron.training.state import RunState, load_state, save_state
 
-    with process_groups(ParallelConfig(tensor=2, builder=builder)) as groups:
+    with parallel_context(ParallelConfig(tensor=2, builder=builder)) as ctx:
         student, teacher = Checkpoint(folder / "student"), Checkpoint(folder / "teacher")
-        step, model = distillation_step(student, teacher, groups)
+        step, model = distillation_step(student, teacher, ctx)
         samples = Samples(NUM_SAMPLES, 16, student.network.vocab_size, seed=3)
         batches = list(rank_batches(samples, 0, NUM_SAMPLES, MICRO_BATCH, 0, 1))
         if is_first:
@@ -261,5 +261,5 @@ def _both(folder, output, builder, is_first: bool):
         model.zero_grad()
         result = step.train(batches)
         values = [*result.losses.values(), *result.entries["kd_hidden"].pair_losses.values()]
-        if groups.is_main:
+        if ctx.is_main:
             (output / ("saved.json" if is_first else "loaded.json")).write_text(json.dumps(values))

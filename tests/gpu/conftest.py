@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from minitron_megatron.config.schema import ParallelConfig
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 
 
 def pytest_collection_modifyitems(items):
@@ -15,6 +15,6 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def groups():
-    with process_groups(ParallelConfig()) as groups:
-        yield groups
+def ctx():
+    with parallel_context(ParallelConfig()) as ctx:
+        yield ctx

@@ -33,34 +33,34 @@ def on_gpu(batch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers(groups, family):
+def test_logits_are_those_of_transformers(ctx, family):
     theirs = hf_model(**FAMILIES[family])
-    chunks, network = build_ours(theirs, groups)
+    model_chunks, network = build_ours(theirs, ctx)
     [batch] = rank_batches(Samples(BATCH, SEQUENCE, network.vocab_size), 0, BATCH, BATCH, 0, 1)
-    [hidden] = run_forward(chunks, [on_gpu(batch)], groups, on_output=lambda output, batch: output)
+    [hidden] = run_forward(model_chunks, [on_gpu(batch)], ctx, on_output=lambda output, batch: output)
     assert hidden.is_cuda
-    logits = (hidden @ output_weight(chunks[0]).T)[..., : network.vocab_size].transpose(0, 1).cpu()
+    logits = (hidden @ output_weight(model_chunks[0]).T)[..., : network.vocab_size].transpose(0, 1).cpu()
     with torch.no_grad():
         torch.testing.assert_close(logits, theirs(batch["tokens"]).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("frugal", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_is_that_of_autograd_on_transformers_models(groups, family, frugal):
+def test_a_step_is_that_of_autograd_on_transformers_models(ctx, family, frugal):
     """With activations recomputed, a distributed optimiser and overlapped communication, as in the recipes, or none."""
     teacher, student = hf_model(seed=1, **FAMILIES[family]), hf_model(seed=2, **FAMILIES[family])
-    teacher_chunks, _ = build_ours(teacher, groups)
-    chunks, network = build_ours(student, groups, recompute=frugal)
+    teacher_chunks, _ = build_ours(teacher, ctx)
+    model_chunks, network = build_ours(student, ctx, recompute=frugal)
     for chunk in teacher_chunks:
         chunk.requires_grad_(False)
     optimizer = OptimizerConfig(lr=1e-3, warmup_steps=1, distributed=frugal, overlap=frugal)
-    trained = setup_optimizer(chunks, optimizer, 4, DType.FP32, groups)
-    entries = loss_entries(LossConfig(0.7, 0.4), LiveTeacher(teacher_chunks, groups, network.vocab_size))
-    step = DistillationStep(trained.chunks, entries, groups, network.vocab_size, chunk_tokens=7)
+    trained = setup_optimizer(model_chunks, optimizer, 4, DType.FP32, ctx)
+    entries = loss_entries(LossConfig(0.7, 0.4), LiveTeacher(teacher_chunks, ctx, network.vocab_size))
+    step = DistillationStep(trained.model_chunks, entries, ctx, network.vocab_size, chunk_tokens=7)
     [batch] = rank_batches(Samples(BATCH, SEQUENCE, network.vocab_size), 0, BATCH, BATCH, 0, 1)
     trained.zero_grad()
     result = step.train([on_gpu(batch)])
-    found = Gradients(network, [local_gradients(chunks, network, groups)])
+    found = Gradients(network, [local_gradients(model_chunks, network, ctx)])
 
     with torch.no_grad():
         target = teacher(batch["tokens"]).logits.flatten(0, 1)
@@ -78,27 +78,27 @@ def test_a_step_is_that_of_autograd_on_transformers_models(groups, family, fruga
     assert step.train([on_gpu(batch)]).total < result.total
 
 
-def test_a_teacher_in_fp8_says_nearly_the_same(groups):
+def test_a_teacher_in_fp8_says_nearly_the_same(ctx):
     config = {**FAMILIES["llama"], "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
     theirs = hf_model(**config)
     network = network_from_config(config)
-    if fp8_problems(network, groups.layout, "teacher_fp8"):
+    if fp8_problems(network, ctx.layout, "teacher_fp8"):
         pytest.skip("no Transformer Engine here")
     [batch] = rank_batches(Samples(BATCH, SEQUENCE, network.vocab_size), 0, BATCH, BATCH, 0, 1)
     states = []
     for fp8 in (False, True):
-        chunks = build_model(network, groups, DType.BF16, fp8=fp8)
-        load_weights(chunks, StateDict(network, theirs.state_dict()), groups)
-        states += run_forward(chunks, [on_gpu(batch)], groups, on_output=lambda output, batch: output.float())
+        model_chunks = build_model(network, ctx, DType.BF16, fp8=fp8)
+        load_weights(model_chunks, StateDict(network, theirs.state_dict()), ctx)
+        states += run_forward(model_chunks, [on_gpu(batch)], ctx, on_output=lambda output, batch: output.float())
     difference = (states[1] - states[0]).norm() / states[0].norm()
     assert 1e-4 < difference < 0.1  # in FP8 indeed, whose e4m3 has 3 bits of mantissa
 
 
-def test_scores_are_those_of_hooks_on_a_transformers_model(groups):
+def test_scores_are_those_of_hooks_on_a_transformers_model(ctx):
     theirs = hf_model(**FAMILIES["llama"])
-    chunks, network = build_ours(theirs, groups)
+    model_chunks, network = build_ours(theirs, ctx)
     samples = samples_for(theirs)
-    scores = score_model(chunks, network, groups, samples, score_config())
+    scores = score_model(model_chunks, network, ctx, samples, score_config())
     seen = {}
     for number, layer in enumerate(theirs.model.layers):
         layer.mlp.down_proj.register_forward_pre_hook(lambda m, args, n=number: seen.update({n: args[0]}))
@@ -113,7 +113,7 @@ def test_scores_are_those_of_hooks_on_a_transformers_model(groups):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("divergence", list(Divergence))
-def test_losses_are_those_of_whole_logits(groups, divergence, dtype, tolerance):
+def test_losses_are_those_of_whole_logits(ctx, divergence, dtype, tolerance):
     case = Case(dtype=torch.float64, config=LogitsConfig(divergence=divergence))
     teacher = case.teacher
     # What the number format makes of the inputs is no fault of the loss.
@@ -124,13 +124,13 @@ def test_losses_are_those_of_whole_logits(groups, divergence, dtype, tolerance):
     case.hidden, case.weight, *of_teacher = (x.cuda() for x in inputs)
     case.teacher = Predictions(*of_teacher)
     case.labels, case.mask = case.labels.cuda(), case.mask.cuda()
-    found = case.linear(groups.collection.tp, 0.7, 0.4, 5)
+    found = case.linear(ctx.collection.tp, 0.7, 0.4, 5)
     assert found[0] == pytest.approx(expected[0], rel=tolerance)
     assert close(found[1].double().cpu(), expected[1], tolerance)
     assert close(found[2].double().cpu(), expected[2], tolerance)
 
 
-def test_the_losses_memory_does_not_grow_with_the_tokens(groups):
+def test_the_losses_memory_does_not_grow_with_the_tokens(ctx):
     """At 8,192 tokens the logits of one model alone would take 4 GiB in float32."""
     vocab, width, peaks = 131_072, 256, []
     for tokens in (2048, 8192):
@@ -141,7 +141,7 @@ def test_the_losses_memory_does_not_grow_with_the_tokens(groups):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         teacher = Predictions(teacher_hidden, teacher_weight)
-        loss, _ = linear_distillation_loss(hidden, weight, labels, mask, groups.collection.tp, vocab, teacher, 1.0, 0.0)
+        loss, _ = linear_distillation_loss(hidden, weight, labels, mask, ctx.collection.tp, vocab, teacher, 1.0, 0.0)
         loss.backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del hidden, weight, loss

@@ -82,28 +82,28 @@ def test_what_the_first_node_says_of_the_end_stands_though_another_loses_it(tmp_
 
 
 IN_THE_LOOP = """
-with process_groups(ParallelConfig()) as groups, watchdog(0.05) as moved:
+with parallel_context(ParallelConfig()) as ctx, watchdog(0.05) as heartbeat:
     for step in range(5):
-        if step == 3 and groups.data_rank == 1:
+        if step == 3 and ctx.data_rank == 1:
             elsewhere()
         dist.all_reduce(torch.ones(1))
-        moved()
+        heartbeat()
 """
 AT_DIFFERENT_TIMES = """
-with process_groups(ParallelConfig()) as groups, watchdog(0.05) as moved:
+with parallel_context(ParallelConfig()) as ctx, watchdog(0.05) as heartbeat:
     dist.all_reduce(torch.ones(1))
-    if groups.data_rank == 1:
+    if ctx.data_rank == 1:
         time.sleep(1.5)
-        moved()
+        heartbeat()
         elsewhere()
     dist.all_reduce(torch.ones(1))
 """
 WHILE_LOADING = """
-with process_groups(ParallelConfig(timeout_min=0.1)) as groups:
-    if groups.data_rank == 1:
-        main_first(None)
+with parallel_context(ParallelConfig(timeout_min=0.1)) as ctx:
+    if ctx.data_rank == 1:
+        rank0_first(None)
         elsewhere()
-    main_first(lambda: time.sleep(15))
+    rank0_first(lambda: time.sleep(15))
     dist.all_reduce(torch.ones(1))
 """
 # Both clocks start when both ranks are up: the launcher ends the slower one as soon as the faster one is out of time.
@@ -115,7 +115,7 @@ while len([*folder.glob("* is up")]) < 2:
 if os.environ["RANK"] == "1":
     with watchdog(0.1):
         elsewhere()
-with process_groups(ParallelConfig(timeout_min=0.1)):
+with parallel_context(ParallelConfig(timeout_min=0.1)):
     pass
 """
 HANGS = """
@@ -123,8 +123,8 @@ import os, time
 from pathlib import Path
 import torch, torch.distributed as dist
 from minitron_megatron.config.schema import ParallelConfig
-from minitron_megatron.parallel.collectives import main_first
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.collectives import rank0_first
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.parallel.watchdog import watchdog
 
 def elsewhere():

@@ -37,7 +37,7 @@ if __name__ == "__main__":
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from minitron_megatron.model.local import Norm
+    from minitron_megatron.model.torch_modules import Norm
 
     start = initialize.initialize_megatron
     training.initialize_megatron = lambda *args, **kwargs: start(*args, **{**kwargs, "allow_no_cuda": True})

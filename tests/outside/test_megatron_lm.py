@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from transformers import AutoModelForCausalLM
 
 from minitron_megatron.checkpoint.convert import export
-from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.schema import ExportConfig, PruneConfig, TargetConfig
 from minitron_megatron.pruning.prune import prune
 from tests.tiny import FAMILIES, hf_model, import_hf, random_scores

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron_megatron.checkpoint.convert import export
-from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.schema import ExportConfig, PruneConfig, TargetConfig
 from minitron_megatron.pruning.prune import prune
 from tests.tiny import FAMILIES, LLAMA, hf_model, import_hf, random_scores

@@ -226,7 +226,7 @@ class Attention(Sublayer):
         if specs.uses_te():
             own.self_attention.submodules.core_attention = specs.te_attention()
         else:
-            from minitron_megatron.model.local import CausalAttention, ColumnLinear, RowLinear
+            from minitron_megatron.model.torch_modules import CausalAttention, ColumnLinear, RowLinear
 
             parts = own.self_attention.submodules
             parts.core_attention = CausalAttention

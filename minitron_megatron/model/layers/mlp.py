@@ -162,7 +162,7 @@ class MLP(Sublayer):
         if not specs.uses_te():
             import torch
 
-            from minitron_megatron.model.local import ColumnLinear, GatedActivation, RecomputedLinear, RowLinear
+            from minitron_megatron.model.torch_modules import ColumnLinear, GatedActivation, RecomputedLinear, RowLinear
 
             parts = specs.submodules_of(own.mlp)
             parts.linear_fc1, parts.linear_fc2 = ColumnLinear, RowLinear

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minitron_megatron.checkpoint.convert import import_checkpoint
-from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.schema import ImportConfig
 from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError
 from minitron_megatron.model.families import network_from_config

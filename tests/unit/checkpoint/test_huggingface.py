@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitron_megatron.checkpoint.companions import copy_companions
 from minitron_megatron.checkpoint.convert import export, import_checkpoint
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
+from minitron_megatron.checkpoint.dist_writer import write_checkpoint
+from minitron_megatron.checkpoint.hf_assets import copy_hf_assets
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.schema import DType, ExportConfig, ImportConfig, ParallelConfig
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.parameters import parameters
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from tests.in_memory import StateDict, as_transformers_model
 from tests.tiny import LLAMA, NEMOTRON, QWEN2, QWEN3, SEED_OSS, hf_model, save_hf
 
@@ -142,16 +142,16 @@ def test_a_llama_whose_width_is_no_multiple_of_the_heads_is_exported_as_mistral(
     theirs = hf_model(**MISTRAL)
     network = network_from_config(theirs.config.to_dict())
     source = StateDict(network, theirs.state_dict())
-    copy_companions(save_hf(tmp_path / "llama", hf_model(**LLAMA)), tmp_path / "companions")
+    copy_hf_assets(save_hf(tmp_path / "llama", hf_model(**LLAMA)), tmp_path / "companions")
     write_checkpoint(tmp_path / "c", source, torch.float32, Manifest("checkpoint"), tmp_path / "companions")
     target = export(ExportConfig(str(tmp_path / "c"), str(tmp_path / "exported")))
     exported = AutoModelForCausalLM.from_pretrained(target)
     assert exported.config.model_type == "mistral"
     tokens = torch.randint(0, 101, (2, 20), generator=torch.Generator().manual_seed(0))
     assert torch.equal(logits(exported, tokens), logits(theirs, tokens))
-    with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        [ours] = build_model(network, groups, DType.FP32)
-        load_weights([ours], Checkpoint(tmp_path / "c"), groups)
+    with parallel_context(ParallelConfig()) as ctx, torch.no_grad():
+        [ours] = build_model(network, ctx, DType.FP32)
+        load_weights([ours], Checkpoint(tmp_path / "c"), ctx)
         found = ours(tokens, torch.arange(20).expand(2, -1), attention_mask=None)[..., :101]
     torch.testing.assert_close(found, logits(exported, tokens), rtol=1e-4, atol=1e-4)
 

@@ -10,7 +10,7 @@ from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from tests.tiny import LLAMA, without_sublayers
 
 NETWORK = network_from_config(LLAMA)
@@ -30,9 +30,9 @@ class Damaged(RandomWeights):
 
 @pytest.fixture
 def model():
-    with process_groups(ParallelConfig()) as groups:
-        [model] = build_model(NETWORK, groups, DType.FP32)
-        model.groups = groups
+    with parallel_context(ParallelConfig()) as ctx:
+        [model] = build_model(NETWORK, ctx, DType.FP32)
+        model.ctx = ctx
         yield model
 
 
@@ -40,7 +40,7 @@ def test_parameters_that_the_network_does_not_have_are_listed(model):
     model.decoder.gate = torch.nn.Parameter(torch.zeros(3))
     other = without_sublayers(NETWORK, 6, 7)
     with pytest.raises(UnsupportedModelError) as raised:
-        list(local_parameters(model, other, model.groups))
+        list(local_parameters(model, other, model.ctx))
     listed = str(raised.value).partition(": ")[2].split(", ")
     assert "decoder.gate" in listed and all(name == "decoder.gate" or ".layers.3." in name for name in listed)
 
@@ -48,7 +48,7 @@ def test_parameters_that_the_network_does_not_have_are_listed(model):
 def test_a_weight_that_is_no_number_is_named(model):
     expected = "some/checkpoint leaves weights that are no numbers: decoder.layers.2.mlp.linear_fc2.weight"
     with pytest.raises(CheckpointError, match=f"{expected}$"):
-        load_weights([model], Damaged(NETWORK, 1), model.groups)
+        load_weights([model], Damaged(NETWORK, 1), model.ctx)
 
 
 def test_a_weight_that_nobody_loads_is_named(model, monkeypatch):
@@ -57,7 +57,7 @@ def test_a_weight_that_nobody_loads_is_named(model, monkeypatch):
 
     monkeypatch.setattr(load, "local_parameters", all_but_one)
     with pytest.raises(CheckpointError, match="are no numbers: decoder.final_layernorm.weight$"):
-        load_weights([model], RandomWeights(NETWORK, 1), model.groups)
+        load_weights([model], RandomWeights(NETWORK, 1), model.ctx)
 
 
 def test_a_source_cannot_fill_a_weight_with_less_than_it_has(model):
@@ -66,4 +66,4 @@ def test_a_source_cannot_fill_a_weight_with_less_than_it_has(model):
             return super().read(param, index)[:1]
 
     with pytest.raises(AssertionError):
-        load_weights([model], Small(NETWORK, 1), model.groups)
+        load_weights([model], Small(NETWORK, 1), model.ctx)

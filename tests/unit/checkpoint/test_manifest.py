@@ -73,8 +73,8 @@ def test_a_finished_result_is_not_made_again(source, tmp_path):
     import_checkpoint(ImportConfig(str(source), str(output)))
     assert times(output) == before
     # Nor when both were moved: inputs are known by their content.
-    moved = shutil.copytree(source, tmp_path / "moved")
-    import_checkpoint(ImportConfig(str(moved), str(output)))
+    heartbeat = shutil.copytree(source, tmp_path / "moved")
+    import_checkpoint(ImportConfig(str(heartbeat), str(output)))
     assert times(output) == before
 
 

@@ -21,16 +21,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from minitron_megatron.checkpoint.convert import import_checkpoint
+from minitron_megatron.checkpoint.dist_reader import NETWORK, TRACKER, Checkpoint
+from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import NETWORK, TRACKER, Checkpoint
-from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.schema import DType, ImportConfig, ParallelConfig, PruneConfig, ScoreConfig, TargetConfig
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.parameters import layer_key, parameters
-from minitron_megatron.parallel.groups import current_groups, process_groups
+from minitron_megatron.parallel.context import current_context, parallel_context
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.score_model import score_model
 from tests.ranks import run_on_ranks
@@ -131,7 +131,7 @@ def load_and_run(imported, tensor: int) -> torch.Tensor:
 
 
 def work(folder, tensor: int) -> None:
-    with process_groups(ParallelConfig(tensor=tensor)):
+    with parallel_context(ParallelConfig(tensor=tensor)):
         weights = train_and_save(folder / f"tp{tensor}", tensor)
         logits = load_and_run(folder / "checkpoint", tensor)
         # Written by the ranks of a world that is there already, together.
@@ -203,11 +203,11 @@ def test_what_plain_megatron_saved_is_read(made, form, tensor):
 def test_what_plain_megatron_saved_is_scored_and_pruned(made, form, tmp_path):
     folder, _ = made
     checkpoint = Checkpoint(folder / f"tp2/{form}")
-    with process_groups(ParallelConfig()) as groups:
-        chunks = build_model(checkpoint.network, groups, DType.FP32)
-        load_weights(chunks, checkpoint, groups)
+    with parallel_context(ParallelConfig()) as ctx:
+        chunks = build_model(checkpoint.network, ctx, DType.FP32)
+        load_weights(chunks, checkpoint, ctx)
         settings = ScoreConfig(num_samples=4, micro_batch=2)
-        scores = score_model(chunks, checkpoint.network, groups, Samples(4, 16, 101), settings)
+        scores = score_model(chunks, checkpoint.network, ctx, Samples(4, 16, 101), settings)
     (tmp_path / "scores").mkdir()
     scores.write(tmp_path / "scores")
     Manifest("scores").write(tmp_path / "scores")
@@ -246,7 +246,7 @@ def plain_hybrid(monkeypatch):
         attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
     )
-    with process_groups(ParallelConfig()):
+    with parallel_context(ParallelConfig()):
         yield HybridModel(
             config=plain_config(1, torch.float32, num_layers=6, is_hybrid_model=True),
             hybrid_stack_spec=ModuleSpec(module=hybrid_block.HybridStack, submodules=layers),
@@ -287,9 +287,9 @@ def test_what_a_hybrid_model_of_plain_megatron_saved_is_read(plain_hybrid, tmp_p
     expected = logits_of(plain_hybrid, tokens)
     assert expected.std() > 0.3  # or the tolerance below would say little
     for source in (checkpoint, Checkpoint(tmp_path / "again")):
-        groups = current_groups()
-        [model] = build_model(network, groups, DType.FP32)
-        load_weights([model], source, groups)
+        ctx = current_context()
+        [model] = build_model(network, ctx, DType.FP32)
+        load_weights([model], source, ctx)
         assert isinstance(model, GPTModel)
         with torch.no_grad():
             logits = model(tokens, torch.arange(30).expand_as(tokens), None)

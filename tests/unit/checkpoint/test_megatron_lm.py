@@ -29,7 +29,7 @@ from torch.nn.functional import gelu, silu
 from transformers import AutoModelForCausalLM
 
 from minitron_megatron.checkpoint.convert import export
-from minitron_megatron.checkpoint.sharded import TRACKER, Checkpoint
+from minitron_megatron.checkpoint.dist_reader import TRACKER, Checkpoint
 from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.schema import (
     DataConfig,
@@ -46,7 +46,7 @@ from minitron_megatron.model.layers.mlp import Activation
 from minitron_megatron.model.megatron_args import network_of_args
 from minitron_megatron.model.network import Llama3RopeScaling
 from minitron_megatron.model.norms import NormKind
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.score import score
 from minitron_megatron.training.distill import distill
@@ -193,7 +193,7 @@ def train_and_save(root):
 def trained(tmp_path_factory):
     """A checkpoint of Megatron-LM, and what its model makes of `TOKENS`."""
     root = tmp_path_factory.mktemp("run") / "checkpoints"
-    with process_groups(ParallelConfig()):
+    with parallel_context(ParallelConfig()):
         model = train_and_save(root)
         folder = root / "iter_0000100"
         if not (folder / "common.pt").exists():  # where Megatron-Core 0.16 keeps the args, and 0.19 does not
@@ -246,7 +246,7 @@ def test_its_args_may_lie_among_the_tensors(trained, tmp_path):
     root = tmp_path / "run"
     (root / "iter_0000100").mkdir(parents=True)
     (root / TRACKER).write_text("100")
-    with process_groups(ParallelConfig()):
+    with parallel_context(ParallelConfig()):
         common = {"args": argparse.Namespace(**ARGS), "iteration": 100}
         state = {"model": plain_model(1, torch.float32).sharded_state_dict(), **common}
         if not hasattr(dist_checkpointing.serialization, "_legacy_common_state_exists"):  # an older release
@@ -279,7 +279,7 @@ def test_from_megatron_lm_to_a_smaller_hugging_face_model(trained, tokenizer, tm
     assert Checkpoint(pruned).network == network
     found = logits_of_folder(export(ExportConfig(str(pruned), str(tmp_path / "again"))))
     assert torch.equal(found, expected)
-    with process_groups(ParallelConfig()):
+    with parallel_context(ParallelConfig()):
         model = megatron_model(Checkpoint(pruned).megatron_args())
         state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(Checkpoint(pruned).folder))
         model.load_state_dict(state["model"], strict=True)
@@ -409,7 +409,7 @@ def test_args_that_tell_the_tokens_go_before_a_tokenizer(trained, tokenizer, tmp
 def test_megatron_lm_builds_by_the_args_what_was_imported(config, tmp_path):
     hf = hf_model(**config)
     checkpoint = Checkpoint(import_hf(tmp_path, hf))
-    with process_groups(ParallelConfig()), torch.no_grad():
+    with parallel_context(ParallelConfig()), torch.no_grad():
         model = megatron_model(checkpoint.megatron_args())
         state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint.folder))
         model.load_state_dict(state["model"], strict=True)

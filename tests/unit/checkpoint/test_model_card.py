@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from minitron_megatron.checkpoint.convert import export, import_checkpoint
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.manifest import Manifest, Parent
 from minitron_megatron.checkpoint.model_card import lineage
-from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import ExportConfig, ImportConfig, PruneConfig, TargetConfig
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.pruning.prune import prune

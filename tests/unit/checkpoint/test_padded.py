@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from minitron_megatron.checkpoint import shards
+from minitron_megatron.checkpoint import safetensors_writer
 from minitron_megatron.checkpoint.convert import export
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.padded import Padded, padded_network
 from minitron_megatron.checkpoint.random_weights import RandomWeights
-from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import DType, ExportConfig, ExportFormat, ParallelConfig, PruneConfig
 from minitron_megatron.errors import UnsupportedModelError
 from minitron_megatron.model.build import build_model
@@ -22,7 +22,7 @@ from minitron_megatron.model.layers.attention import Attention
 from minitron_megatron.model.layers.mlp import MLP
 from minitron_megatron.model.network import Network
 from minitron_megatron.model.parameters import parameters
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.prune import prune
 from tests.tiny import LLAMA, NETWORKS, hf_model, import_hf, unlike
@@ -77,9 +77,9 @@ def logits_of_folder(folder):
 
 
 def logits_of_ours(source):
-    with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        [model] = build_model(source.network, groups, DType.FP32)
-        load_weights([model], source, groups)
+    with parallel_context(ParallelConfig()) as ctx, torch.no_grad():
+        [model] = build_model(source.network, ctx, DType.FP32)
+        load_weights([model], source, ctx)
         return model(TOKENS, torch.arange(TOKENS.size(1)).expand_as(TOKENS), attention_mask=None)[..., :101]
 
 
@@ -170,7 +170,7 @@ def test_any_positions_are_read(config):
 
 def test_shards_and_blocks_cut_it_anywhere(made, tmp_path, monkeypatch):
     _, folder = made[1][40]
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(safetensors_writer, "BLOCK_BYTES", 1000)
     settings = ExportConfig(str(folder / "pruned"), str(tmp_path / "out"), 2e-5, format=ExportFormat.PADDED)
     assert torch.equal(logits_of_folder(export(settings)), logits_of_folder(folder / "exported"))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3

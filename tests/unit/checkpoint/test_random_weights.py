@@ -10,7 +10,7 @@ from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.parameters import parameters
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from tests.tiny import FAMILIES
 
 
@@ -19,9 +19,9 @@ def test_they_are_distributed_as_megatrons(config):
     sizes = dict(hidden_size=96, intermediate_size=200, vocab_size=1000)
     network = network_from_config({**config, **sizes})
     weights = RandomWeights(network, seed=1)
-    with process_groups(ParallelConfig()) as groups:
-        [model] = build_model(network, groups, DType.FP32)
-        for theirs, param, index in local_parameters(model, network, groups):
+    with parallel_context(ParallelConfig()) as ctx:
+        [model] = build_model(network, ctx, DType.FP32)
+        for theirs, param, index in local_parameters(model, network, ctx):
             ours = weights.read(param, index)
             assert ours.shape == theirs.shape
             if theirs.dim() == 1:

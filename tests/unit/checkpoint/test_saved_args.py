@@ -13,8 +13,8 @@ from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import RerunMode
 from megatron.core.transformer.enums import AttnBackend
 
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.saved_args import read_args
-from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import PruneConfig, TargetConfig
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.layers.mlp import Activation

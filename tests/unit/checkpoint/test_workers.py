@@ -9,7 +9,7 @@ import time
 import pytest
 
 from minitron_megatron.checkpoint.convert import export, import_checkpoint
-from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.schema import ExportConfig, ImportConfig, PruneConfig, TargetConfig
 from minitron_megatron.pruning.prune import prune
 from tests.ranks import run_on_ranks

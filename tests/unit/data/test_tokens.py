@@ -14,7 +14,7 @@ from minitron_megatron.data.encoding import num_workers, tokenizer_fingerprint
 from minitron_megatron.data.samples import heldout_samples, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.errors import DataError
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_each_side_fills_a_sequence_of_its_own(config, tokenizer_dir):
     assert len(heldout_samples(corpus, dataclasses.replace(config, sequence_length=heldout - 1))) == 1
     with pytest.raises(DataError, match=f"{heldout} held-out tokens, .* needs {heldout + 1}"):
         heldout_samples(corpus, dataclasses.replace(config, sequence_length=heldout))
-    with process_groups(ParallelConfig()):  # which takes no held-out tokens
+    with parallel_context(ParallelConfig()):  # which takes no held-out tokens
         assert training_samples(corpus, dataclasses.replace(config, sequence_length=heldout), 1)
     with pytest.raises(DataError, match=f"{train} training tokens, .* needs {train + 1}"):
         training_samples(corpus, dataclasses.replace(config, sequence_length=train), 1)

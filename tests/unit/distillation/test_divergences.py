@@ -15,7 +15,7 @@ from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig, 
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.distillation.linear_losses import Predictions
 from minitron_megatron.distillation.losses import distillation_loss
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from tests.ranks import run_on_ranks
 from tests.unit.distillation.cases import PADDED, TOKENS, VOCAB, Case
 
@@ -83,9 +83,9 @@ def assert_close(found, expected):
 def all_divergences(folder, num_ranks):
     """Everything that is compared, by one of some tensor-parallel ranks. With four, the last one's rows are padding."""
     found = {}
-    with process_groups(ParallelConfig(tensor=num_ranks)) as groups:
+    with parallel_context(ParallelConfig(tensor=num_ranks)) as ctx:
         for name, config in CONFIGS.items():
-            found[name] = Case(dtype=torch.float64, config=config).linear(groups.collection.tp, *WEIGHTS, 12)
+            found[name] = Case(dtype=torch.float64, config=config).linear(ctx.collection.tp, *WEIGHTS, 12)
         torch.save(found, folder / f"{dist.get_rank()}.pt")
 
 
@@ -127,8 +127,8 @@ def test_forward_kl_at_a_temperature_is_that_of_model_optimizer(temperature):
 
 def modelopts_kl_for_megatron(folder, num_ranks):
     """The loss of ModelOpt's plug-in on this rank's logits against ours, and the gradients of both."""
-    with process_groups(ParallelConfig(tensor=num_ranks)) as groups:
-        group = groups.collection.tp
+    with parallel_context(ParallelConfig(tensor=num_ranks)) as ctx:
+        group = ctx.collection.tp
         config = TransformerConfig(
             num_layers=1, hidden_size=num_ranks, num_attention_heads=num_ranks, tensor_model_parallel_size=num_ranks
         )
@@ -160,8 +160,8 @@ def test_kl_both_ways_is_modelopts_for_megatron(tmp_path, num_ranks):
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(name):
     case = Case(dtype=torch.float64, config=CONFIGS[name])
     case.teacher = Predictions(case.hidden, case.weight)
-    with process_groups(ParallelConfig()) as groups:
-        loss, of_hidden, of_weight, _ = case.linear(groups.collection.tp, 1.0, 0.0, 7)
+    with parallel_context(ParallelConfig()) as ctx:
+        loss, of_hidden, of_weight, _ = case.linear(ctx.collection.tp, 1.0, 0.0, 7)
     assert abs(loss) < 1e-6 and of_hidden.abs().max() < 1e-7 and of_weight.abs().max() < 1e-7
 
 
@@ -170,8 +170,8 @@ def test_predictions_that_have_nothing_in_common_have_finite_gradients(kind):
     case = Case(config=LogitsConfig(kind))
     case.hidden *= 100
     case.teacher.hidden.mul_(100)
-    with process_groups(ParallelConfig()) as groups:
-        loss, of_hidden, of_weight, _ = case.linear(groups.collection.tp, 1.0, 0.1, 7)
+    with parallel_context(ParallelConfig()) as ctx:
+        loss, of_hidden, of_weight, _ = case.linear(ctx.collection.tp, 1.0, 0.1, 7)
     assert torch.tensor(loss).isfinite() and of_hidden.isfinite().all() and of_weight.isfinite().all()
 
 

@@ -13,7 +13,7 @@ from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.distillation import hidden, linear_losses
 from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
 from minitron_megatron.distillation.losses import forward_kl
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from tests.ranks import run_on_ranks
 from tests.unit.distillation.cases import PADDED, STUDENT, VOCAB, Case
 
@@ -22,8 +22,8 @@ WEIGHTS = {"kd": (0.7, 0.0), "lm": (0.0, 0.4), "both": (0.7, 0.4)}
 
 @pytest.fixture
 def group():
-    with process_groups(ParallelConfig()) as groups:
-        yield groups.collection.tp
+    with parallel_context(ParallelConfig()) as ctx:
+        yield ctx.collection.tp
 
 
 def assert_close(found, expected):
@@ -211,9 +211,9 @@ def of_two_ranks(folder):
     where the vocabulary is 29, and partly so where it is 37. Work goes in blocks of three tokens."""
     found = {}
     linear_losses._CACHE_ELEMENTS = 3 * PADDED // 2
-    with process_groups(ParallelConfig(tensor=2)) as groups:
+    with parallel_context(ParallelConfig(tensor=2)) as ctx:
         for vocab, (name, weights) in itertools.product((29, 37, 64), WEIGHTS.items()):
-            found[vocab, name] = Case(vocab).linear(groups.collection.tp, *weights, 5)
+            found[vocab, name] = Case(vocab).linear(ctx.collection.tp, *weights, 5)
         torch.save(found, folder / f"{dist.get_rank()}.pt")
 
 

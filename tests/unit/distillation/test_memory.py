@@ -18,12 +18,12 @@ from minitron_megatron.distillation.nearest_layout import nearest_layout
 from minitron_megatron.distillation.step_time import estimate_step
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.fit import rank_parameters, sublayer_activations
 from minitron_megatron.model.layers.attention import Attention
 from minitron_megatron.model.layers.mlp import MLP, Activation
+from minitron_megatron.model.memory_estimate import rank_parameters, sublayer_activations
 from minitron_megatron.model.network import Network, layout_problems, transformer
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.parallel.gpus import GPUS
-from minitron_megatron.parallel.groups import process_groups
 from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.schedule import forward_hidden
 from minitron_megatron.training.optimizer import setup_optimizer
@@ -68,11 +68,11 @@ def test_state_is_that_of_megatrons_table(dtype, plain, distributed):
 def test_state_is_what_a_model_in_training_has(dtype, distributed):
     config = settings(dtype=dtype, optimizer=OptimizerConfig(warmup_steps=0, distributed=distributed))
     expected = estimate_memory(SMALL, None, config, Layout())
-    with process_groups(ParallelConfig()) as groups:
-        chunks = build_model(SMALL, groups, dtype)
-        trained = setup_optimizer(chunks, config.optimizer, 2, dtype, groups)
+    with parallel_context(ParallelConfig()) as ctx:
+        model_chunks = build_model(SMALL, ctx, dtype)
+        trained = setup_optimizer(model_chunks, config.optimizer, 2, dtype, ctx)
         trained.grad_norm(), trained.step()
-        weights = list(chunks[0].parameters())
+        weights = list(model_chunks[0].parameters())
         assert _bytes(weights) == expected.student_weights
         assert _bytes([weight.main_grad for weight in weights]) == expected.gradients
         [adam] = [part.optimizer for part in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer])]
@@ -105,8 +105,8 @@ def test_activations_are_those_that_a_model_keeps(switches, recompute, monkeypat
     def counted(pack, unpack):
         return hooks(lambda tensor: keep(pack(tensor)), unpack)
 
-    with process_groups(ParallelConfig()) as groups:
-        [model] = build_model(network, groups, config.dtype, recompute)
+    with parallel_context(ParallelConfig()) as ctx:
+        [model] = build_model(network, ctx, config.dtype, recompute)
         # The local layers have hooks of their own, which torch asks instead of those around them.
         monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", counted)
         with hooks(keep, lambda tensor: tensor):
@@ -146,12 +146,12 @@ def test_a_loss_takes_no_more_than_estimated(divergence, temperature):
     kd_weight, lm_weight = (1.0, 0.0) if divergence else (0.0, 1.0)
     narrow = SMALL.replace(hidden_size=width, vocab_size=vocab, padded_vocab_size=vocab)
     run = settings(tokens, micro_batch=1, dtype=DType.FP32, loss=LossConfig(kd_weight, lm_weight, logits=logits))
-    with process_groups(ParallelConfig()) as groups, _Peak() as peak:
+    with parallel_context(ParallelConfig()) as ctx, _Peak() as peak:
         hidden, weight = torch.randn(tokens, width).requires_grad_(), torch.randn(vocab, width).requires_grad_()
         teacher = Predictions(torch.randn(tokens, width), torch.randn(vocab, width)) if divergence else None
         before = peak.now
         labels, mask = torch.zeros(tokens, dtype=torch.long), torch.ones(tokens)
-        group = groups.collection.tp
+        group = ctx.collection.tp
         loss, _ = linear_distillation_loss(
             hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, tokens, logits
         )

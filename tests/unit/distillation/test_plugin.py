@@ -17,13 +17,13 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from minitron_megatron import DistillationStep, LiveTeacher, LossConfig, current_groups, loss_entries, network_of
+from minitron_megatron import DistillationStep, LiveTeacher, LossConfig, current_context, loss_entries, network_of
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.config.loss import HiddenConfig, LogitsConfig
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.errors import ConfigError
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from tests.ranks import run_on_ranks
 from tests.tiny import Samples
 
@@ -60,10 +60,10 @@ def wrap(model, **settings):
     return [DistributedDataParallel(config=model.config, ddp_config=ddp, module=model)]
 
 
-def step_of(student, teacher, groups, loss=None):
+def step_of(student, teacher, ctx, loss=None):
     """A step of a student with a teacher on one stage."""
-    entries = loss_entries(loss or LossConfig(), LiveTeacher([teacher], groups, VOCAB))
-    return DistillationStep(student, entries, groups, VOCAB)
+    entries = loss_entries(loss or LossConfig(), LiveTeacher([teacher], ctx, VOCAB))
+    return DistillationStep(student, entries, ctx, VOCAB)
 
 
 def micro_batches(replica=0, replicas=1, vocab=VOCAB):
@@ -101,7 +101,7 @@ class LoudWeights(RandomWeights):
 
 def loop_on_rank(folder, layout):
     """The loop of the documentation on one rank of a layout."""
-    with process_groups(layout) as place:
+    with parallel_context(layout) as place:
         parts = dict(
             first=place.is_first_stage,
             last=place.is_last_stage,
@@ -131,7 +131,7 @@ def test_the_documented_loop_does_not_depend_on_the_layout(tmp_path):
 
 
 def test_the_documented_loop_trains_like_a_direct_one():
-    with process_groups(ParallelConfig()):
+    with parallel_context(ParallelConfig()):
         student = wrap(own_model(32, 2))
         found = run_documented_loop(student, [own_model(48, 3)], micro_batches())
 
@@ -160,11 +160,11 @@ def test_the_documented_loop_trains_like_a_direct_one():
 def test_megatrons_wrapper_for_bf16_changes_nothing():
     """It hands out the last hidden state in float32, and a frozen teacher in it is not one to be trained."""
     found = []
-    with process_groups(ParallelConfig()) as groups:
+    with parallel_context(ParallelConfig()) as ctx:
         for wrapper in (lambda model: Float16Module(model.config, model), lambda model: model.bfloat16()):
             student, teacher = (wrapper(own_model(*size, bf16=True)) for size in ((32, 2), (48, 3)))
             teacher.requires_grad_(False)
-            step = step_of(wrap(student), teacher, groups, LossConfig(lm_weight=0.1))
+            step = step_of(wrap(student), teacher, ctx, LossConfig(lm_weight=0.1))
             result = step.train([next(micro_batches())])
             found.append((result.losses, [parameter.main_grad for parameter in student.parameters()]))
     (wrapped, gradients), (plain, expected) = found
@@ -178,25 +178,25 @@ def test_megatrons_wrapper_for_bf16_changes_nothing():
     [
         ({"calculate_per_token_loss": False}, False, "config.calculate_per_token_loss = False: losses are sums"),
         ({"finalize_model_grads_func": None}, False, "config.finalize_model_grads_func = None: set it to"),
-        ({}, True, "give current_groups.sequence=False"),
+        ({}, True, "give current_context.sequence=False"),
         ({"mtp_num_layers": 1}, False, "config.mtp_num_layers = 1: layers that predict several tokens"),
     ],
 )
 def test_a_model_whose_gradients_would_be_others_is_refused(changes, sequence, message):
-    with process_groups(ParallelConfig()):
+    with parallel_context(ParallelConfig()):
         student, teacher = wrap(own_model(32, 2, **changes)), own_model(48, 3)
-        step = step_of(student, teacher, current_groups(sequence))
+        step = step_of(student, teacher, current_context(sequence))
         with pytest.raises(ConfigError, match=message):
             step.train([next(micro_batches())])
 
 
 def test_parameters_that_arrive_while_layers_run_are_refused():
     """The output weight is used without its layer."""
-    with process_groups(ParallelConfig()):
+    with parallel_context(ParallelConfig()):
         student = wrap(
             own_model(32, 2), use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
         )
-        step = step_of(student, own_model(48, 3), current_groups())
+        step = step_of(student, own_model(48, 3), current_context())
         with pytest.raises(ConfigError, match="ddp_config.overlap_param_gather = True"):
             step.train([next(micro_batches())])
 
@@ -215,5 +215,5 @@ def test_parameters_that_arrive_while_layers_run_are_refused():
     ],
 )
 def test_a_loss_that_does_not_go_with_the_models_is_refused(loss, vocab, message):
-    with process_groups(ParallelConfig()), pytest.raises(ConfigError, match=message):
-        step_of(wrap(own_model(32, 2)), own_model(48, 3, vocab=vocab), current_groups(), loss)
+    with parallel_context(ParallelConfig()), pytest.raises(ConfigError, match=message):
+        step_of(wrap(own_model(32, 2)), own_model(48, 3, vocab=vocab), current_context(), loss)

@@ -22,7 +22,7 @@ from minitron_megatron.distillation.teachers import Wanted
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.parallel.schedule import run_forward
 from tests.gradients import close
 from tests.tiny import LLAMA, Samples
@@ -38,9 +38,9 @@ def rows(first, count=2):
     }
 
 
-def network(groups, seed):
+def network(ctx, seed):
     torch.manual_seed(seed)
-    [model] = build_model(network_from_config(LLAMA), groups, DType.FP32)
+    [model] = build_model(network_from_config(LLAMA), ctx, DType.FP32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -62,11 +62,11 @@ def whole_logits(model, batch):
 class StoredTeacher:
     """A teacher that runs no model in a step: it looks its last hidden states up by sample id."""
 
-    def __init__(self, model, groups, samples):
+    def __init__(self, model, ctx, samples):
         self.weight = model.output_layer.weight.detach()
         self.states, self.asked = {}, []
         for batch in samples:
-            [state] = run_forward([model], [batch], groups, on_output=lambda output, batch: output)
+            [state] = run_forward([model], [batch], ctx, on_output=lambda output, batch: output)
             self.states |= dict(zip(batch["sample_ids"].tolist(), state.unbind(1), strict=True))
 
     def prepare(self, wanted):
@@ -98,18 +98,18 @@ class _StoredTargets:
 def test_teachers_and_objectives_of_all_kinds_add_up():
     """Two teachers, one of which is not there, three divergences and the text, as autograd has it on whole logits."""
     reverse = LogitsConfig(DivergenceKind.REVERSE_KL)
-    with process_groups(ParallelConfig()) as groups:
-        model, twin, first, second = (network(groups, seed) for seed in (1, 1, 2, 3))
+    with parallel_context(ParallelConfig()) as ctx:
+        model, twin, first, second = (network(ctx, seed) for seed in (1, 1, 2, 3))
         student, batches = trained(model), [rows(0), rows(4)]
-        stored = StoredTeacher(second, groups, batches)
-        live = LiveTeacher([first.requires_grad_(False)], groups, VOCAB)
+        stored = StoredTeacher(second, ctx, batches)
+        live = LiveTeacher([first.requires_grad_(False)], ctx, VOCAB)
         entries = [
             Entry(live, Divergence(), 0.6),
             Entry(None, CrossEntropy(), lambda step: 0.1 * step),
             Entry(stored, Divergence(), 0.3, name="kd_stored"),
             Entry(live, Divergence(reverse), 0.2, name="kd_reverse"),
         ]
-        result = DistillationStep([student], entries, groups, VOCAB, chunk_tokens=7).train(batches, number=4)
+        result = DistillationStep([student], entries, ctx, VOCAB, chunk_tokens=7).train(batches, number=4)
         found = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
 
         count = sum(batch["loss_mask"].sum() for batch in batches)
@@ -143,8 +143,8 @@ def test_teachers_and_objectives_of_all_kinds_add_up():
 
 def test_the_teachers_time_is_that_of_its_kernels(monkeypatch):
     """They run on after the calls that start them have returned."""
-    with process_groups(ParallelConfig()) as groups:
-        teacher = LiveTeacher([network(groups, 1)], groups, VOCAB)
+    with parallel_context(ParallelConfig()) as ctx:
+        teacher = LiveTeacher([network(ctx, 1)], ctx, VOCAB)
         happened = []
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("waited"))
         monkeypatch.setattr(live_teacher, "run_forward", lambda *arguments, **options: happened.append("ran") or [])
@@ -154,8 +154,8 @@ def test_the_teachers_time_is_that_of_its_kernels(monkeypatch):
 
 
 def test_a_teacher_lets_go_of_states_that_nobody_wants():
-    with process_groups(ParallelConfig()) as groups:
-        teacher = LiveTeacher([network(groups, 1)], groups, VOCAB)
+    with parallel_context(ParallelConfig()) as ctx:
+        teacher = LiveTeacher([network(ctx, 1)], ctx, VOCAB)
         for wanted in (True, False):
             teacher.prepare(Wanted(predictions=wanted))
             with teacher.teach([rows(0)], training=False) as targets:
@@ -186,8 +186,8 @@ class Quiet:
     ],
 )
 def test_entries_that_make_no_step_are_named(entries, message):
-    with process_groups(ParallelConfig()) as groups, pytest.raises(ConfigError, match=message):
-        DistillationStep([Quiet()], entries, groups, VOCAB)
+    with parallel_context(ParallelConfig()) as ctx, pytest.raises(ConfigError, match=message):
+        DistillationStep([Quiet()], entries, ctx, VOCAB)
 
 
 def test_the_entries_of_settings():

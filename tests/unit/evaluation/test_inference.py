@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minitron_megatron.config.schema import DType, ParallelConfig
-from minitron_megatron.evaluation.decoding import Decoding
+from minitron_megatron.evaluation.sampling import SamplingParams
 from tests.tiny import LLAMA, NEMOTRON, hf_model, import_hf
 
 LLAMA3_ROPE = {
@@ -32,27 +32,27 @@ class Letters:
         return "".join(chr(33 + token) for token in tokens)
 
 
-def open_inference(checkpoint, groups, batch=3):
+def open_inference(checkpoint, ctx, batch=3):
+    from minitron_megatron.checkpoint.dist_reader import Checkpoint
     from minitron_megatron.checkpoint.load import load_weights
-    from minitron_megatron.checkpoint.sharded import Checkpoint
     from minitron_megatron.evaluation.inference import Inference
     from minitron_megatron.model.build import build_model
 
     checkpoint = Checkpoint(checkpoint)
-    chunks = build_model(checkpoint.network, groups, DType.FP32)
-    load_weights(chunks, checkpoint, groups)
-    return Inference(chunks, groups, checkpoint.network, Letters(), [END], batch)
+    model_chunks = build_model(checkpoint.network, ctx, DType.FP32)
+    load_weights(model_chunks, checkpoint, ctx)
+    return Inference(model_chunks, ctx, checkpoint.network, Letters(), [END], batch)
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request, tmp_path_factory):
     """A Megatron model and the transformers model that it was imported from."""
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
 
     model = hf_model(**MODELS[request.param])
     checkpoint = import_hf(tmp_path_factory.mktemp(request.param), model)
-    with process_groups(ParallelConfig()) as groups:
-        yield open_inference(checkpoint, groups), model
+    with parallel_context(ParallelConfig()) as ctx:
+        yield open_inference(checkpoint, ctx), model
 
 
 def expected_scores(model, items):
@@ -102,15 +102,15 @@ def dirty_memory():
 
 def test_greedy_continuations_are_those_of_transformers_one_by_one(pair, dirty_memory):
     ours, model = pair
-    found = ours.generate(sequences(), Decoding(max_new_tokens=25))
+    found = ours.generate(sequences(), SamplingParams(max_new_tokens=25))
     assert found == expected_continuations(model, sequences(), do_sample=False, max_new_tokens=25)
 
 
 def test_a_batch_gives_what_each_sequence_gives_by_itself(pair):
     ours, model = pair
-    items, decoding = scored(model), Decoding(max_new_tokens=10)
-    together = ours.score(items), ours.generate(sequences(), decoding)
-    alone = [ours.score([item])[0] for item in items], [ours.generate([p], decoding)[0] for p in sequences()]
+    items, params = scored(model), SamplingParams(max_new_tokens=10)
+    together = ours.score(items), ours.generate(sequences(), params)
+    alone = [ours.score([item])[0] for item in items], [ours.generate([p], params)[0] for p in sequences()]
     assert [total for total, _ in together[0]] == pytest.approx([total for total, _ in alone[0]], rel=1e-5)
     assert together[1] == alone[1]
 
@@ -137,7 +137,7 @@ def test_cached_hidden_states_are_those_of_the_whole_sequence(pair):
     from minitron_megatron.parallel.schedule import forward_hidden
 
     ours, _ = pair
-    [chunk] = ours.chunks
+    [chunk] = ours.model_chunks
     whole = torch.tensor([sequences(seed)[2] for seed in (1, 2)])
     positions = torch.arange(whole.size(1)).expand(2, -1)
     chunk.eval()
@@ -158,13 +158,13 @@ def test_cached_hidden_states_are_those_of_the_whole_sequence(pair):
 
 def test_a_sequence_ends_with_an_end_token_and_no_sooner_than_asked(pair):
     ours, model = pair
-    [free] = ours.generate([[5, 6, 7]], Decoding(max_new_tokens=12))
+    [free] = ours.generate([[5, 6, 7]], SamplingParams(max_new_tokens=12))
     end = free[4]
     before, ours.end_tokens = ours.end_tokens, [end]
     try:
         first = free.index(end)
-        assert ours.generate([[5, 6, 7]], Decoding(max_new_tokens=12)) == [free[: first + 1]]
-        [longer] = ours.generate([[5, 6, 7]], Decoding(max_new_tokens=12, min_new_tokens=12))
+        assert ours.generate([[5, 6, 7]], SamplingParams(max_new_tokens=12)) == [free[: first + 1]]
+        [longer] = ours.generate([[5, 6, 7]], SamplingParams(max_new_tokens=12, min_new_tokens=12))
     finally:
         ours.end_tokens = before
     assert len(longer) == 12 and end not in longer

@@ -146,13 +146,13 @@ def backends(folder):
 
     from minitron_megatron.data.tokens import load_tokenizer
     from minitron_megatron.evaluation.lm import MegatronLM
-    from minitron_megatron.parallel.groups import process_groups
+    from minitron_megatron.parallel.context import parallel_context
     from tests.unit.evaluation.test_inference import open_inference
 
     tokenizer = load_tokenizer(folder / "exported")
     model = AutoModelForCausalLM.from_pretrained(folder / "exported", dtype=torch.float32)
-    with process_groups(ParallelConfig()) as groups:
-        inference = open_inference(folder / "checkpoint", groups)
+    with parallel_context(ParallelConfig()) as ctx:
+        inference = open_inference(folder / "checkpoint", ctx)
         inference.tokenizer = tokenizer
         inference.end_tokens = [model.generation_config.eos_token_id]
 
@@ -199,6 +199,6 @@ def test_what_a_task_may_not_ask_for_is_named(backends, arguments, named):
 def test_sampling_is_what_the_task_or_the_model_says(backends):
     """transformers' own default is to draw from the 50 likeliest."""
     ours = backends[0]
-    drawn = ours._decoding({"do_sample": True, "temperature": 0.7, "max_gen_toks": 5, "top_p": 0.9})
+    drawn = ours._params({"do_sample": True, "temperature": 0.7, "max_gen_toks": 5, "top_p": 0.9})
     assert (drawn.sample, drawn.temperature, drawn.top_p, drawn.top_k, drawn.min_p) == (True, 0.7, 0.9, 50, None)
-    assert ours._decoding({"do_sample": False, "max_gen_toks": 5}).sample is False
+    assert ours._params({"do_sample": False, "max_gen_toks": 5}).sample is False

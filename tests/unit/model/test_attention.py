@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from minitron_megatron.model import local
+from minitron_megatron.model import torch_modules
 
 
 def inputs(seq: int, groups: int, share: int, head_dim: int = 16, batch: int = 2, spread: float = 1.0) -> list:
@@ -22,7 +22,7 @@ def inputs(seq: int, groups: int, share: int, head_dim: int = 16, batch: int = 2
 
 def ours(query, key, value, documents, scale):
     config = SimpleNamespace(context_parallel_size=1)
-    attention = local.CausalAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=scale)
+    attention = torch_modules.CausalAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=scale)
     return attention(query, key, value, documents)
 
 
@@ -91,12 +91,12 @@ def test_torchs_kernel_does_the_work(dtype):
 def test_neither_masks_nor_the_projection_are_kept_for_the_backward_pass(monkeypatch):
     masks = []
 
-    def remembered(*args, make=local._mask):
+    def remembered(*args, make=torch_modules._mask):
         mask = make(*args)
         masks.append(weakref.ref(mask))
         return mask
 
-    monkeypatch.setattr(local, "_mask", remembered)
+    monkeypatch.setattr(torch_modules, "_mask", remembered)
     # As in the model, key and value are parts of what one projection returns.
     projected = torch.randn(600, 2, 5, 16, requires_grad=True) * 2
     query, key, value = projected.split([3, 1, 1], dim=2)
@@ -112,11 +112,11 @@ def test_neither_masks_nor_the_projection_are_kept_for_the_backward_pass(monkeyp
 def test_no_block_outlives_the_output(monkeypatch):
     blocks = []
 
-    def remembered(share, *of_output, join=local._joined):
+    def remembered(share, *of_output, join=torch_modules._joined):
         blocks.extend(map(weakref.ref, of_output))
         return join(share, *of_output)
 
-    monkeypatch.setattr(local, "_joined", remembered)
+    monkeypatch.setattr(torch_modules, "_joined", remembered)
     qkv = [x.requires_grad_() for x in inputs(300, groups=2, share=3)]
     out = ours(*qkv, None, 0.25)
     assert all(block() is not None for block in blocks)

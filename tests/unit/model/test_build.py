@@ -14,7 +14,7 @@ from minitron_megatron.model import build, local
 from minitron_megatron.model.build import build_model, build_problems
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.network import layout_problems
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.parallel.layout import Layout
 from tests.in_memory import StateDict
 from tests.tiny import LLAMA, hf_model, unlike
@@ -29,9 +29,9 @@ def test_logits_are_those_of_transformers(config):
     network = network_from_config(theirs.config.to_dict())
     # Longer than the 16 positions up to which llama3's rotary scaling would hardly show.
     tokens = torch.randint(0, network.vocab_size, (2, 48), generator=torch.Generator().manual_seed(2))
-    with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        [ours] = build_model(network, groups, DType.FP32)
-        load_weights([ours], StateDict(network, theirs.state_dict()), groups)
+    with parallel_context(ParallelConfig()) as ctx, torch.no_grad():
+        [ours] = build_model(network, ctx, DType.FP32)
+        load_weights([ours], StateDict(network, theirs.state_dict()), ctx)
         logits = ours(tokens, torch.arange(48).expand(2, -1), attention_mask=None)
         assert not logits[..., network.vocab_size :].any()  # the rows that pad the vocabulary
         expected = theirs(tokens).logits
@@ -43,9 +43,9 @@ def test_logits_are_those_of_transformers(config):
 def test_what_norms_and_gated_mlps_make_is_made_again_and_not_kept(recompute, monkeypatch):
     network = network_from_config(LLAMA)
     tokens = torch.randint(0, network.vocab_size, (2, 8), generator=torch.Generator().manual_seed(2))
-    with process_groups(ParallelConfig()) as groups:
-        [model] = build_model(network, groups, DType.FP32, recompute)
-        load_weights([model], StateDict(network, hf_model(**LLAMA).state_dict()), groups)
+    with parallel_context(ParallelConfig()) as ctx:
+        [model] = build_model(network, ctx, DType.FP32, recompute)
+        load_weights([model], StateDict(network, hf_model(**LLAMA).state_dict()), ctx)
         passing, products = [], []
         for name, module in model.named_modules():
             if name.endswith(("linear_qkv", "linear_fc1", "linear_fc2")):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minitron_megatron.parallel.layout import Layout
-from minitron_megatron.parallel.schedule import in_calls, to_device
+from minitron_megatron.parallel.schedule import group_microbatches, to_device
 
 
 def micro_batch(first):
@@ -25,12 +25,12 @@ def test_sample_ids_stay_where_they_are_looked_up():
 
 @pytest.mark.parametrize("with_ids", [True, False])
 def test_what_fills_up_a_call_of_the_interleaved_schedule_is_no_sample(with_ids):
-    groups = SimpleNamespace(layout=Layout(pipeline=2, virtual_pipeline=2))
+    ctx = SimpleNamespace(layout=Layout(pipeline=2, virtual_pipeline=2))
     batches = [micro_batch(2 * number) for number in range(9)]
     if not with_ids:  # of a loop of somebody's own
         for batch in batches:
             del batch["sample_ids"]
-    first, last = in_calls(batches, groups)
+    first, last = group_microbatches(batches, ctx)
     assert len(first) == 8 and len(last) == 2
     real, padding = last
     assert real is batches[8] and real["loss_mask"].all()

@@ -26,12 +26,12 @@ NUM_SAMPLES, SEQUENCE, MICRO_BATCH = 7, 16, 2  # the last micro-batch is filled 
 AXES = ("hidden", "ffn", "heads")
 
 
-def build_ours(theirs, groups, recompute=False):
+def build_ours(theirs, ctx, recompute=False):
     """A transformers model as one of ours, on this rank."""
     network = network_from_config(theirs.config.to_dict())
-    chunks = build.build_model(network, groups, DType.FP32, recompute)
-    load_weights(chunks, StateDict(network, theirs.state_dict()), groups)
-    return chunks, network
+    model_chunks = build.build_model(network, ctx, DType.FP32, recompute)
+    load_weights(model_chunks, StateDict(network, theirs.state_dict()), ctx)
+    return model_chunks, network
 
 
 def samples_for(theirs) -> Samples:

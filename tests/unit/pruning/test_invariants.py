@@ -14,7 +14,7 @@ from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.layers.mlp import Activation
 from minitron_megatron.model.parameters import parameters
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.pruning.make_plan import make_plan
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.score_model import score_model
@@ -43,16 +43,16 @@ def source(request):
 
 
 @pytest.fixture(scope="module")
-def groups():
-    with process_groups(ParallelConfig()) as groups:
-        yield groups
+def ctx():
+    with parallel_context(ParallelConfig()) as ctx:
+        yield ctx
 
 
 @pytest.fixture
-def build(groups):
+def build(ctx):
     def build(source):
-        [model] = build_model(source.network, groups, DType.FP32)
-        load_weights([model], source, groups)
+        [model] = build_model(source.network, ctx, DType.FP32)
+        load_weights([model], source, ctx)
         return model
 
     return build
@@ -252,7 +252,7 @@ def test_two_plans_are_one_after_the_other(source, logits):
     "part, target",
     [("neurons", dict(ffn=42)), ("heads", dict(heads=9)), ("groups", dict(groups=2)), ("channels", dict(hidden=46))],
 )
-def test_what_nothing_reads_goes_first(source, build, groups, logits, part, target):
+def test_what_nothing_reads_goes_first(source, build, ctx, logits, part, target):
     """However large it is. A channel that nothing reads has its part in the norms, so that it is missed if it goes."""
     generator = np.random.default_rng(0)
     dead = {}
@@ -281,7 +281,7 @@ def test_what_nothing_reads_goes_first(source, build, groups, logits, part, targ
     model = build(source)
     samples = Samples(NUM_SAMPLES, SEQUENCE, 101)
     how = score_config(criterion=Criterion.ACTIVATION_WEIGHT, criteria=[])
-    plan = make_plan(score_model([model], source.network, groups, samples, how), TargetConfig(**target))
+    plan = make_plan(score_model([model], source.network, ctx, samples, how), TargetConfig(**target))
     if part == "channels":
         assert plan.hidden == [channel for channel in range(HIDDEN) if channel not in channels]
         return

@@ -9,9 +9,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 import minitron_megatron
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.schema import (
     DepthConfig,
     DepthCriterion,
@@ -23,7 +23,7 @@ from minitron_megatron.data.samples import training_samples
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.errors import ConfigError, UnsupportedModelError
 from minitron_megatron.model.network import Llama3RopeScaling
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.pruning.score import score
 from minitron_megatron.pruning.scores import Scores
 from tests.ranks import run_on_ranks
@@ -69,18 +69,18 @@ def build_own(first=True, last=True, **changes):
 
 def score_own(model, config):
     """Score such a model, or this rank's part of it, with the weights and the text of `config`."""
-    checkpoint, groups = Checkpoint(config.checkpoint), minitron_megatron.current_groups()
+    checkpoint, ctx = Checkpoint(config.checkpoint), minitron_megatron.current_context()
     network = minitron_megatron.network_of(model, vocab_size=101)
     assert network == checkpoint.network
-    load_weights([model], checkpoint, groups)
+    load_weights([model], checkpoint, ctx)
     corpus = prepare_corpus(config.data, checkpoint.huggingface_folder)
     samples = training_samples(corpus, config.data, NUM_SAMPLES)
-    return minitron_megatron.score_model([model], network, groups, samples, config)
+    return minitron_megatron.score_model([model], network, ctx, samples, config)
 
 
 def score_on_rank(config, output, layout, stages):
     """Score such a model on one rank of a job."""
-    with process_groups(layout) as place:
+    with parallel_context(layout) as place:
         model = build_own(
             first=place.is_first_stage,
             last=place.is_last_stage,
@@ -118,7 +118,7 @@ def test_somebodys_own_model_has_the_scores_of_the_verb(settings):
     depth = DepthConfig([DepthCriterion.LOSS, DepthCriterion.BLOCK_INFLUENCE])
     config = settings(depth=depth)
     expected = Scores.read(score(config))
-    with process_groups(ParallelConfig()):
+    with parallel_context(ParallelConfig()):
         model = build_own()
         before = list(model.named_modules())
         model.train()
@@ -134,11 +134,11 @@ def test_somebodys_own_model_has_the_scores_of_the_verb(settings):
 
 def test_somebodys_own_checkpoint_is_pruned_by_a_plan_of_its_live_model(settings, tmp_path):
     checkpoint = Checkpoint(settings().checkpoint)
-    with process_groups(ParallelConfig()):
-        model, groups = build_own(), minitron_megatron.current_groups()
-        load_weights([model], checkpoint, groups)
+    with parallel_context(ParallelConfig()):
+        model, ctx = build_own(), minitron_megatron.current_context()
+        load_weights([model], checkpoint, ctx)
         network = minitron_megatron.network_of(model, vocab_size=101)
-        scores = minitron_megatron.score_model([model], network, groups, Samples(8, 16, 101), settings(num_samples=8))
+        scores = minitron_megatron.score_model([model], network, ctx, Samples(8, 16, 101), settings(num_samples=8))
     plan = minitron_megatron.make_plan(scores, TargetConfig(ffn=0.5))
     plan.write_file(tmp_path / "plan.json")
     config = PruneConfig(str(checkpoint.root), str(tmp_path / "small"), plan=str(tmp_path / "plan.json"))
@@ -146,21 +146,21 @@ def test_somebodys_own_checkpoint_is_pruned_by_a_plan_of_its_live_model(settings
 
 
 def test_groups_that_are_not_those_of_the_model_are_refused(settings):
-    with process_groups(ParallelConfig()):
-        model, groups = build_own(), minitron_megatron.current_groups(sequence=True)
+    with parallel_context(ParallelConfig()):
+        model, ctx = build_own(), minitron_megatron.current_context(sequence=True)
         network = minitron_megatron.network_of(model, vocab_size=101)
-        with pytest.raises(ConfigError, match="sequence_parallel = False: give current_groups.sequence=False"):
-            minitron_megatron.score_model([model], network, groups, Samples(8, 16, 101), settings())
+        with pytest.raises(ConfigError, match="sequence_parallel = False: give current_context.sequence=False"):
+            minitron_megatron.score_model([model], network, ctx, Samples(8, 16, 101), settings())
 
 
 def test_a_layout_that_cannot_share_the_heads_is_refused(settings):
-    with process_groups(ParallelConfig()):
-        model, groups = build_own(), minitron_megatron.current_groups()
+    with parallel_context(ParallelConfig()):
+        model, ctx = build_own(), minitron_megatron.current_context()
         network = minitron_megatron.network_of(model, vocab_size=101)
-        layout = replace(groups.layout, tensor=4)
+        layout = replace(ctx.layout, tensor=4)
         with pytest.raises(ConfigError, match="num_heads = 6 does not divide by parallel.tensor = 4"):
             minitron_megatron.score_model(
-                [model], network, replace(groups, layout=layout), Samples(8, 16, 101), settings()
+                [model], network, replace(ctx, layout=layout), Samples(8, 16, 101), settings()
             )
 
 
@@ -169,7 +169,7 @@ def test_a_layout_that_cannot_share_the_heads_is_refused(settings):
 )
 def test_a_model_that_the_axis_table_does_not_describe_is_refused(changes):
     [name] = changes
-    with process_groups(ParallelConfig()), pytest.raises(UnsupportedModelError, match=f"config.{name} = "):
+    with parallel_context(ParallelConfig()), pytest.raises(UnsupportedModelError, match=f"config.{name} = "):
         model = build_own(num_moe_experts=changes.get("num_moe_experts"))
         setattr(model.config, name, changes[name])  # what makes no other modules here
         minitron_megatron.network_of(model)
@@ -177,7 +177,7 @@ def test_a_model_that_the_axis_table_does_not_describe_is_refused(changes):
 
 def test_scaled_rotary_frequencies_have_to_be_given():
     scaling = Llama3RopeScaling(8.0, 1.0, 4.0, 32)
-    with process_groups(ParallelConfig()):
+    with parallel_context(ParallelConfig()):
         model = build_own()
         rotary = model.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, 8.0, 1.0, 4.0, 32)

@@ -12,16 +12,16 @@ from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
 from minitron_megatron.checkpoint.convert import export
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import fingerprint
-from minitron_megatron.checkpoint.sharded import Checkpoint
 from minitron_megatron.config.parallel import Builder
 from minitron_megatron.config.schema import DType, ExportConfig, ParallelConfig, PruneConfig, TargetConfig
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model import build
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.count import forward_flops_per_token, num_parameters
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.scores import Scores
@@ -115,9 +115,9 @@ def test_a_pruned_model_is_the_same_here_and_exported(source, tmp_path):
         export(ExportConfig(str(tmp_path / "pruned"), str(tmp_path / "exported")))
     )
     assert exported.num_parameters() == num_parameters(pruned.network) == pruned.manifest.details["parameters"]
-    with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        [ours] = build_model(pruned.network, groups, DType.FP32)
-        load_weights([ours], pruned, groups)
+    with parallel_context(ParallelConfig()) as ctx, torch.no_grad():
+        [ours] = build_model(pruned.network, ctx, DType.FP32)
+        load_weights([ours], pruned, ctx)
         logits = ours(TOKENS, torch.arange(20).expand(2, -1), attention_mask=None)[..., :101]
         expected = exported(TOKENS).logits
     assert expected.std() > 0.1

@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing import ProcessExitedException
 
 import minitron_megatron
-from minitron_megatron.checkpoint.sharded import Checkpoint
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.schema import (
     Criterion,
     DataConfig,
@@ -25,12 +25,12 @@ from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.errors import ConfigError, DataError
 from minitron_megatron.model.network import layout_problems
 from minitron_megatron.model.parameters import parameters
-from minitron_megatron.pruning.ablation import Ablation
 from minitron_megatron.pruning.make_plan import make_plan
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.prune import prune
 from minitron_megatron.pruning.score import _part_way, score
 from minitron_megatron.pruning.scores import Scores
+from minitron_megatron.pruning.skip_runner import SkipRunner
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, changed, hf_model, import_hf
 from tests.unit.pruning.direct import by_axis, rounds_by_axis
@@ -65,7 +65,7 @@ class Counted:
     """Lets so many micro-batches run, and then does something else."""
 
     def __init__(self, limit, then):
-        self.limit, self.then, self.calls, self.run = limit, then, 0, Ablation.run
+        self.limit, self.then, self.calls, self.run = limit, then, 0, SkipRunner.run
 
     def __enter__(self):
         def run(ablation, *arguments):
@@ -74,11 +74,11 @@ class Counted:
             self.calls += 1
             return self.run(ablation, *arguments)
 
-        Ablation.run = run
+        SkipRunner.run = run
         return self
 
     def __exit__(self, *exception):
-        Ablation.run = self.run
+        SkipRunner.run = self.run
 
 
 def interrupt():

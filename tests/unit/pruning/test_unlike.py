@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
+from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.config.schema import (
     Aggregation,
     Criterion,
@@ -26,7 +26,7 @@ from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.parameters import parameters
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.pruning.make_plan import make_plan
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.prune import prune
@@ -288,25 +288,25 @@ def pair(request):
 
 
 @pytest.fixture(scope="module")
-def groups():
-    with process_groups(ParallelConfig()) as groups:
-        yield groups
+def ctx():
+    with parallel_context(ParallelConfig()) as ctx:
+        yield ctx
 
 
 @pytest.fixture(scope="module")
-def ours(pair, groups):
+def ours(pair, ctx):
     """The model that is left, by its own weights."""
     *_, source = pair
-    chunks = build_model(source.network, groups, DType.FP32)
-    load_weights(chunks, source, groups)
-    return chunks
+    model_chunks = build_model(source.network, ctx, DType.FP32)
+    load_weights(model_chunks, source, ctx)
+    return model_chunks
 
 
 @pytest.mark.parametrize("criterion", [Criterion.ACTIVATION, Criterion.WEIGHT, Criterion.ACTIVATION_WEIGHT])
-def test_elements_have_the_scores_that_they_have_where_the_others_are_silent(pair, ours, groups, criterion):
+def test_elements_have_the_scores_that_they_have_where_the_others_are_silent(pair, ours, ctx, criterion):
     theirs, plan, source = pair
     samples = samples_for(theirs)
-    found = score_model(ours, source.network, groups, samples, score_config(criterion=criterion, criteria=[]))
+    found = score_model(ours, source.network, ctx, samples, score_config(criterion=criterion, criteria=[]))
     activations = direct_activations(theirs, samples, Aggregation.MEAN, Aggregation.L2)
     by_sublayer = direct_weights(theirs, outgoing=criterion is Criterion.ACTIVATION_WEIGHT)
     weights = {
@@ -334,12 +334,12 @@ def test_elements_have_the_scores_that_they_have_where_the_others_are_silent(pai
 
 
 @pytest.mark.parametrize("unit", Unit)
-def test_leaving_out_a_unit_does_what_it_does_where_the_others_are_silent(pair, ours, groups, unit):
+def test_leaving_out_a_unit_does_what_it_does_where_the_others_are_silent(pair, ours, ctx, unit):
     theirs, plan, source = pair
     samples, network = samples_for(theirs), source.network
     criteria = [criterion for criterion in DepthCriterion if criterion is not DepthCriterion.ACCURACY]
     config = score_config(criterion=Criterion.WEIGHT, criteria=criteria, unit=unit)
-    found = score_model(ours, network, groups, samples, config).depth
+    found = score_model(ours, network, ctx, samples, config).depth
     units = network.layers if unit is Unit.LAYER else [(position,) for position in range(6)]
     assert network.layers == [(0, 1), (2,), (3,), (4, 5)]
     missing = {2, 5}

@@ -1,8 +1,8 @@
 import pytest
 
-from minitron_megatron.checkpoint.sharded import TRACKER, iteration_folder
+from minitron_megatron.checkpoint.dist_reader import TRACKER, iteration_folder
 from minitron_megatron.config.schema import ParallelConfig
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.training.state import _announce, remove_old, step_back
 
 
@@ -15,7 +15,7 @@ def test_the_latest_stay_whatever_an_interruption_left_behind(keep, left, tmp_pa
     partial = tmp_path / ".partial"
     partial.mkdir()
     _announce(partial, tmp_path / iteration_folder(150), best=False)
-    with process_groups(ParallelConfig()):
+    with parallel_context(ParallelConfig()):
         remove_old(tmp_path, keep)
     assert (tmp_path / TRACKER).read_text() == "150"
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == [iteration_folder(step) for step in left]
@@ -26,7 +26,7 @@ def test_what_the_tracker_names_stays_though_a_later_one_lies_behind_it(tmp_path
     for step in (50, 100, 200):
         (tmp_path / iteration_folder(step)).mkdir()
     (tmp_path / TRACKER).write_text("200")
-    with process_groups(ParallelConfig()):
+    with parallel_context(ParallelConfig()):
         step_back(tmp_path)
         assert (tmp_path / TRACKER).read_text() == "100"
         remove_old(tmp_path, 1)

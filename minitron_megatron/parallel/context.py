@@ -27,7 +27,7 @@ _AFTER_WATCHDOG_MIN = 1
 
 
 @dataclass(frozen=True)
-class Groups:
+class ParallelContext:
     """This rank's place in the layout.
 
     Attributes:
@@ -71,7 +71,7 @@ class Groups:
         return dist.get_rank() == 0
 
 
-def current_groups(sequence: bool = False) -> Groups:
+def current_context(sequence: bool = False) -> ParallelContext:
     """The layout of a job that has initialised Megatron-Core's `parallel_state` by itself.
 
     Args:
@@ -84,11 +84,11 @@ def current_groups(sequence: bool = False) -> Groups:
         virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         sequence=sequence,
     )
-    return Groups(layout, ProcessGroupCollection.use_mpu_process_groups())
+    return ParallelContext(layout, ProcessGroupCollection.use_mpu_process_groups())
 
 
 @contextmanager
-def process_groups(config: ParallelConfig) -> Iterator[Groups]:
+def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
     """Join the world that the launcher made (or a world of one), lay it out, and leave it at the end.
 
     The backend is NCCL where CUDA exists, else gloo. Ranks that wait for each other for `timeout_min` are ended by a
@@ -102,7 +102,7 @@ def process_groups(config: ParallelConfig) -> Iterator[Groups]:
     layout = Layout.from_config(config, world_size)
     timeout_min = config.timeout_min if world_size > 1 else None
     with watchdog(timeout_min), _joined(config, layout) as collection:
-        yield Groups(layout, collection, timeout_min)
+        yield ParallelContext(layout, collection, timeout_min)
 
 
 @contextmanager

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minitron_megatron.checkpoint import shards
-from minitron_megatron.checkpoint.shards import Tensor, cut_into_shards, write_shards
+from minitron_megatron.checkpoint import safetensors_writer
+from minitron_megatron.checkpoint.safetensors_writer import Tensor, cut_into_shards, write_shards
 
 SIZES = {"b": (30, 7), "a.weight": (5,), "layers.10.a": (1, 3), "layers.9.a": (11, 2), "B": (4, 3, 2)}
 
@@ -21,7 +21,7 @@ def tensor_of(values, name, blocks):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("block_bytes", [1, 70, 2**26])
 def test_files_are_those_of_safetensors(block_bytes, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(safetensors_writer, "BLOCK_BYTES", block_bytes)
     generator, blocks = torch.Generator().manual_seed(0), []
     values = {name: torch.randn(size, generator=generator).to(dtype) for name, size in SIZES.items()}
     split = {"one": ["b", "layers.10.a"], "two": ["layers.9.a", "a.weight", "B"]}
@@ -43,8 +43,8 @@ def test_shards_are_filled_up_to_their_size():
 
 
 def test_what_fails_in_one_thread_is_raised_and_stops_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(shards, "num_threads", lambda: 2)
+    monkeypatch.setattr(safetensors_writer, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(safetensors_writer, "num_threads", lambda: 2)
     blocks = []
 
     def fail(low, high):

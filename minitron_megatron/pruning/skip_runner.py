@@ -18,24 +18,24 @@ from torch import Tensor
 
 from minitron_megatron.model.build import first_position, held_sublayers
 from minitron_megatron.model.network import Network
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.cpu import in_blocks
-from minitron_megatron.parallel.groups import Groups
 from minitron_megatron.parallel.schedule import Batch, forward_hidden, output_weight, own_tokens
 from minitron_megatron.pruning.logit_change import compare_outputs
 
-Drops = frozenset[int]
-WHOLE: Drops = frozenset()
+Skipped = frozenset[int]
+WHOLE: Skipped = frozenset()
 
 _Held = tuple[tuple[int, ...], torch.nn.Module]
 """A layer of Megatron-Core's on this rank, behind the positions of its sublayers."""
 
 
-class Ablation:
+class SkipRunner:
     """Runs micro-batches through a network and through what is left of it when paths leave sublayers out.
 
     Args:
         network: the whole network.
-        groups: this rank's place.
+        ctx: this rank's place.
         base: what every path leaves out; Block Influence is relative to it.
         paths: what to leave out, each a superset of `base`.
         outputs: whether to run all paths to the end and compare their predictions.
@@ -45,22 +45,24 @@ class Ablation:
             behind the last sublayer that the path leaves out, `[path]` in float64. Each rank adds what no other adds.
     """
 
-    def __init__(self, network: Network, groups: Groups, base: Drops, paths: Sequence[Drops], outputs: bool):
+    def __init__(self, network: Network, ctx: ParallelContext, base: Skipped, paths: Sequence[Skipped], outputs: bool):
         self.network = network
-        self.groups = groups
+        self.ctx = ctx
         self.base = base
         self.paths = list(paths)
         self.outputs = outputs
-        self.cosine = torch.zeros(len(self.paths), dtype=torch.float64, device=groups.device)
+        self.cosine = torch.zeros(len(self.paths), dtype=torch.float64, device=ctx.device)
         self._ends = [max(path - base) for path in self.paths]
         # Where nothing has to run again, no layer's output is kept longer than it takes to look at it.
         self._only_looks = not outputs and not base and all(map(self._is_block, self.paths))
 
-    def run(self, chunks: Sequence[torch.nn.Module], batch: Batch, watching: AbstractContextManager) -> Tensor | None:
+    def run(
+        self, model_chunks: Sequence[torch.nn.Module], batch: Batch, watching: AbstractContextManager
+    ) -> Tensor | None:
         """Run one micro-batch through the whole network, and through every path.
 
         Args:
-            chunks: this rank's model.
+            model_chunks: this rank's model.
             batch: `tokens`, `labels`, `position_ids`, `loss_mask`, each `[batch, seq]`.
             watching: entered while the whole network runs, and only then.
 
@@ -68,10 +70,10 @@ class Ablation:
             on the last stage and if outputs are asked for, the comparison of `compare_outputs`, of the whole
             network and of the paths; else None.
         """
-        groups, last = self.groups, None
-        mask = own_tokens(batch["loss_mask"], groups)
-        num_stages = groups.layout.pipeline * groups.layout.virtual_pipeline
-        states: dict[Drops, Tensor] = {}
+        ctx, last = self.ctx, None
+        mask = own_tokens(batch["loss_mask"], ctx)
+        num_stages = ctx.layout.pipeline * ctx.layout.virtual_pipeline
+        states: dict[Skipped, Tensor] = {}
         runs: list[tuple] = []
 
         def advance(held: _Held, inputs: dict, output: Tensor) -> None:
@@ -81,11 +83,11 @@ class Ablation:
         def keep(*run) -> None:
             runs.append(run)
 
-        for number, chunk in enumerate(chunks):
-            stage = number * groups.layout.pipeline + groups.pipeline_rank
+        for number, chunk in enumerate(model_chunks):
+            stage = number * ctx.layout.pipeline + ctx.pipeline_rank
             held = list(held_sublayers(chunk, self.network))
-            virtual = number if len(chunks) > 1 else None
-            before = first_position(chunk, self.network, groups, virtual) - 1
+            virtual = number if len(model_chunks) > 1 else None
+            before = first_position(chunk, self.network, ctx, virtual) - 1
             states = {}
             if stage > 0:
                 dtype = chunk.config.pipeline_dtype or chunk.config.params_dtype
@@ -98,9 +100,9 @@ class Ablation:
             runs.clear()
             if stage < num_stages - 1:
                 self._send(states or {WHOLE: last}, held[-1][0][-1] if held else before)
-        if not self.outputs or not groups.is_last_stage:
+        if not self.outputs or not ctx.is_last_stage:
             return None
-        model = chunks[-1]
+        model = model_chunks[-1]
         weight = output_weight(model)
         hiddens = [last] + [model.decoder.final_layernorm(states[path]).to(weight.dtype) for path in self.paths]
         labels, counts = (batch[key].transpose(0, 1).flatten() for key in ("labels", "loss_mask"))
@@ -109,11 +111,11 @@ class Ablation:
             weight,
             labels,
             counts,
-            groups.collection.tp,
+            ctx.collection.tp,
             self.network.vocab_size,
         )
 
-    def _parts(self, position: int) -> list[Drops]:
+    def _parts(self, position: int) -> list[Skipped]:
         """What base and paths have left out up to `position`, where that is something. Each once, in a fixed order.
 
         A path whose outputs are of no interest ends behind the last sublayer that it leaves out.
@@ -121,7 +123,7 @@ class Ablation:
         alive = [path for path, end in zip(self.paths, self._ends, strict=True) if self.outputs or position <= end]
         return sorted({_up_to(path, position) for path in [self.base, *alive]} - {WHOLE}, key=sorted)
 
-    def _advance(self, held: _Held, inputs: dict, output: Tensor, states: dict[Drops, Tensor], mask: Tensor) -> dict:
+    def _advance(self, held: _Held, inputs: dict, output: Tensor, states: dict[Skipped, Tensor], mask: Tensor) -> dict:
         """The states behind a layer, by what has been left out, from those before it."""
         positions, _ = held
         behind = {WHOLE: output}
@@ -137,7 +139,7 @@ class Ablation:
                 self._behind(held, inputs, states, behind, _up_to(drops, end), end, after)
                 for drops in (self.base, path)
             )
-            if self.groups.layout.sequence or self.groups.tensor_rank == 0:
+            if self.ctx.layout.sequence or self.ctx.tensor_rank == 0:
                 self.cosine[number] += (_cosine(base, other) * mask).sum(dtype=torch.float64)
         return behind
 
@@ -145,9 +147,9 @@ class Ablation:
         self,
         held: _Held,
         inputs: dict,
-        states: dict[Drops, Tensor],
-        behind: dict[Drops, Tensor],
-        part: Drops,
+        states: dict[Skipped, Tensor],
+        behind: dict[Skipped, Tensor],
+        part: Skipped,
         end: int,
         after: list[int],
     ) -> Tensor:
@@ -174,36 +176,36 @@ class Ablation:
                 setattr(layer, name, module)
         return output[0] if isinstance(output, tuple) else output
 
-    def _is_block(self, path: Drops) -> bool:
+    def _is_block(self, path: Skipped) -> bool:
         """Whether a path leaves out layers as a whole that follow upon each other."""
         layers = sorted({self.network.layer_of(position) for position in path})
         whole = {position for layer in layers for position in self.network.layers[layer]}
         return path == whole and layers == list(range(layers[0], layers[-1] + 1))
 
-    def _receive(self, position: int, batch: Batch, dtype: torch.dtype) -> dict[Drops, Tensor]:
+    def _receive(self, position: int, batch: Batch, dtype: torch.dtype) -> dict[Skipped, Tensor]:
         """The states behind `position`, from the stage before this one."""
         parts, (size, sequence_length) = [WHOLE, *self._parts(position)], batch["tokens"].shape
-        if self.groups.layout.sequence:
-            sequence_length //= self.groups.layout.tensor
+        if self.ctx.layout.sequence:
+            sequence_length //= self.ctx.layout.tensor
         states = torch.empty(
-            len(parts), sequence_length, size, self.network.hidden_size, dtype=dtype, device=self.groups.device
+            len(parts), sequence_length, size, self.network.hidden_size, dtype=dtype, device=self.ctx.device
         )
-        dist.recv(states, self._neighbour(-1), self.groups.collection.pp)
+        dist.recv(states, self._neighbour(-1), self.ctx.collection.pp)
         return dict(zip(parts, states, strict=True))
 
-    def _send(self, states: dict[Drops, Tensor], position: int) -> None:
+    def _send(self, states: dict[Skipped, Tensor], position: int) -> None:
         """Send the states behind `position` to the next stage."""
         together = torch.stack([states[part] for part in [WHOLE, *self._parts(position)]])
-        dist.send(together, self._neighbour(1), self.groups.collection.pp)
+        dist.send(together, self._neighbour(1), self.ctx.collection.pp)
 
     def _neighbour(self, step: int) -> int:
-        group = self.groups.collection.pp
+        group = self.ctx.collection.pp
         return dist.get_global_rank(group, (group.rank() + step) % group.size())
 
     def _whole_sequence(self, hidden: Tensor) -> Tensor:
         """`[seq(/tp), batch, hidden]` to `[seq * batch, hidden]`."""
-        if self.groups.layout.sequence:
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.groups.collection.tp)
+        if self.ctx.layout.sequence:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.ctx.collection.tp)
         return hidden.flatten(0, 1)
 
 
@@ -216,7 +218,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def _up_to(path: Drops, position: int) -> Drops:
+def _up_to(path: Skipped, position: int) -> Skipped:
     return frozenset(p for p in path if p <= position)
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.checkpoint import writer
+from minitron_megatron.checkpoint import dist_writer
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
+from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.parameters import parameters, stacked_key
 from tests.in_memory import StateDict
@@ -62,7 +62,7 @@ def test_chunks_end_where_the_shares_of_tensor_parallel_ranks_do(source, tmp_pat
 
 @pytest.mark.parametrize("tensor_ranks", [1, 2])
 def test_no_chunk_is_larger_than_the_maximum(tensor_ranks, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(dist_writer, "CHUNK_BYTES", 2000)
     checkpoint = write(tmp_path / "c", source, tensor_ranks=tensor_ranks)
     for chunk in (chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks):
         num_bytes = 4 * math.prod(chunk.sizes)
@@ -100,7 +100,7 @@ class Failing:
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("defect"), KeyboardInterrupt()], ids=repr)
 def test_what_fails_in_one_thread_stops_all_and_is_raised_as_it_is(error, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "num_threads", lambda: 3)
+    monkeypatch.setattr(dist_writer, "num_threads", lambda: 3)
     before, failing = threading.active_count(), Failing(source, error)
     with pytest.raises(type(error)):
         write(tmp_path / "c", failing)
@@ -110,7 +110,7 @@ def test_what_fails_in_one_thread_stops_all_and_is_raised_as_it_is(error, source
 
 def test_one_chunk_is_read_while_another_is_written(source, tmp_path, monkeypatch):
     """The first write ends when something has been read behind its back."""
-    monkeypatch.setattr(writer, "num_threads", lambda: 2)
+    monkeypatch.setattr(dist_writer, "num_threads", lambda: 2)
     writing, read_meanwhile, save = threading.Event(), threading.Event(), torch.save
 
     class Watched(Failing):

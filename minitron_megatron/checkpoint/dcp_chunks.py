@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minitron_megatron.checkpoint.plain import PlainUnpickler, load_plain, open_archive
-from minitron_megatron.checkpoint.rows import bits, copy_rows, take_bits
+from minitron_megatron.checkpoint.row_io import bits, copy_rows, take_bits
+from minitron_megatron.checkpoint.safe_load import PlainUnpickler, load_plain, open_archive
 from minitron_megatron.errors import CheckpointError
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from minitron_megatron.config.schema import DType
 from minitron_megatron.model.count import num_parameters
-from minitron_megatron.model.fit import rank_parameters, sublayer_activations
 from minitron_megatron.model.layers.attention import Attention
 from minitron_megatron.model.layers.mlp import MLP, Activation
+from minitron_megatron.model.memory_estimate import rank_parameters, sublayer_activations
 from minitron_megatron.model.network import Network, transformer
 from minitron_megatron.model.norms import NormKind
 from minitron_megatron.parallel.layout import Layout
@@ -68,5 +68,7 @@ def test_a_gpt_layer_keeps_what_korthikanti_et_al_count(layout):
 
 
 def test_no_torch_is_needed():
-    code = "import sys, minitron_megatron.model.fit; sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
+    code = (
+        "import sys, minitron_megatron.model.memory_estimate; sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.checkpoint import chunks, rows
-from minitron_megatron.checkpoint.chunks import Chunk
-from minitron_megatron.checkpoint.rows import bits
+from minitron_megatron.checkpoint import dcp_chunks, row_io
+from minitron_megatron.checkpoint.dcp_chunks import Chunk
+from minitron_megatron.checkpoint.row_io import bits
 from minitron_megatron.errors import CheckpointError
 
 SIZE = (1, 40, 30)
@@ -45,14 +45,14 @@ def change_byte(chunk: Chunk, position: int) -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(row_io, "BLOCK_BYTES", 200)
 
 
 @pytest.fixture
 def read_by(monkeypatch):
     """Who was asked to read a chunk: bytes read directly, and tensors left to torch."""
     found = {"bytes": 0, "torch": 0}
-    fill, load = rows._fill, torch.load
+    fill, load = row_io._fill, torch.load
 
     def count_bytes(buffer, file):
         found["bytes"] += len(buffer)
@@ -63,7 +63,7 @@ def read_by(monkeypatch):
         assert kwargs["weights_only"]
         return load(*args, **kwargs)
 
-    monkeypatch.setattr(rows, "_fill", count_bytes)
+    monkeypatch.setattr(row_io, "_fill", count_bytes)
     monkeypatch.setattr(torch, "load", count_loads)
     return found
 
@@ -143,9 +143,9 @@ def test_another_tensor_than_the_index_says_is_refused(stored, named, tmp_path):
 
 
 def test_a_chunk_of_another_byte_order_is_left_to_torch(tmp_path, read_by, monkeypatch):
-    monkeypatch.setattr(chunks.sys, "byteorder", "big")
+    monkeypatch.setattr(dcp_chunks.sys, "byteorder", "big")
     with monkeypatch.context() as patch:
-        patch.setattr(chunks.sys, "byteorder", "little")
+        patch.setattr(dcp_chunks.sys, "byteorder", "little")
         chunk = chunk_in(tmp_path, tensor_of())
     with zipfile.ZipFile(io.BytesIO(chunk.path.read_bytes()[13:-12])) as archive:
         assert archive.read("archive/byteorder") == b"little"

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from minitron_megatron.parallel.cpu import in_blocks, spared
+from minitron_megatron.parallel.cpu import bypass_cpu_mode, in_blocks
 
 
 class _ForTwo:
@@ -113,7 +113,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-        with spared():
+        with bypass_cpu_mode():
             for x_part, out_part, scale_part in in_blocks(x, out, scale):
                 wide = x_part.float()
                 torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps), out=scale_part)
@@ -125,7 +125,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
         out, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        with spared():
+        with bypass_cpu_mode():
             for grad_part, x_part, scale_part, out_part in in_blocks(grad, x, scale, out):
                 normed = x_part.float() * scale_part
                 wide = grad_part.float()
@@ -160,7 +160,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         out = x.new_empty(*x.shape[:-1], x.size(-1) // 2)
-        with spared():
+        with bypass_cpu_mode():
             for x_part, out_part in in_blocks(x, out):
                 gate, up = x_part.chunk(2, dim=-1)
                 torch.mul(F.silu(gate), up, out=out_part)
@@ -170,7 +170,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         [x] = ctx.saved_tensors
         out = torch.empty_like(x)
-        with spared():
+        with bypass_cpu_mode():
             for grad_part, x_part, out_part in in_blocks(grad, x, out):
                 (gate, up), (grad_gate, grad_up) = x_part.chunk(2, dim=-1), out_part.chunk(2, dim=-1)
                 torch.ops.aten.silu_backward(grad_part * up, gate, grad_input=grad_gate)
@@ -246,7 +246,7 @@ class CausalAttention(MegatronModule):
         # Contiguous, for a view would keep the whole QKV projection alive for the backward pass.
         key, value = (x.permute(1, 2, 0, 3).contiguous() for x in (key, value))
         if not query.is_cuda:
-            with spared():
+            with bypass_cpu_mode():
                 return _attend_by_blocks(query, key, value, attention_mask, self.softmax_scale)
         if attention_mask is not None:
             attention_mask = (attention_mask[:, None, :, None] == attention_mask[:, None, None, :]).tril()

@@ -32,10 +32,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from minitron_megatron.checkpoint.dist_reader import HUGGINGFACE, RELEASE, TRACKER
 from minitron_megatron.checkpoint.manifest import Manifest, writing
-from minitron_megatron.checkpoint.sharded import HUGGINGFACE, RELEASE, TRACKER
 from minitron_megatron.checkpoint.source import TensorSource
-from minitron_megatron.disk import told_when_full
+from minitron_megatron.disk import convert_enospc
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.megatron_args import args_of_network
 from minitron_megatron.model.network import Network
@@ -125,7 +125,7 @@ def write_checkpoint(
 
         def write_share() -> list[_Place]:
             folder.mkdir(exist_ok=True)
-            with told_when_full(output):
+            with convert_enospc(output):
                 return _write_files(folder, workers.rank, _deal(jobs, workers.size)[workers.rank], source, dtype)
 
         places = [place for share in workers.run(write_share) for place in share]

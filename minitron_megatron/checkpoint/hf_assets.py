@@ -5,12 +5,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from minitron_megatron.checkpoint.plain import read_json
+from minitron_megatron.checkpoint.safe_load import read_json
 from minitron_megatron.errors import CheckpointError
 
 # What travels beside the weights, where it is there: the model card for what it says of the licence. Weights and code
 # never do.
-COMPANIONS = (
+HF_ASSETS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -41,9 +41,9 @@ def read_config(folder: Path) -> dict:
     return read_json(folder / "config.json", "the whole config of a model")
 
 
-def original_config(companions: Path) -> dict:
+def original_config(hf_assets: Path) -> dict:
     """The `config.json` that travels with a checkpoint; empty where none does."""
-    return read_config(companions) if (companions / "config.json").is_file() else {}
+    return read_config(hf_assets) if (hf_assets / "config.json").is_file() else {}
 
 
 def num_tokens(folder: Path, padded_vocab: int) -> int | None:
@@ -70,9 +70,9 @@ def num_tokens(folder: Path, padded_vocab: int) -> int | None:
     return found
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def copy_hf_assets(source: Path, target: Path) -> None:
     """Copy tokenizer and config, the small files beside the weights, into a new folder."""
     target.mkdir(parents=True)
-    for name in COMPANIONS:
+    for name in HF_ASSETS:
         if (source / name).is_file():
             shutil.copy(source / name, target / name)

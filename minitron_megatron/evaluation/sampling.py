@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass
-class Decoding:
+class SamplingParams:
     """How sequences are continued.
 
     Attributes:
@@ -33,28 +33,28 @@ class Decoding:
     seed: int = 1234
 
 
-class Chooser:
+class Sampler:
     """Chooses a batch's next tokens, the same ones wherever the logits are the same.
 
     Args:
-        decoding: how.
+        params: how.
         end_tokens: that end a sequence.
         batch_number: every batch draws differently.
         device: of the logits.
     """
 
-    def __init__(self, decoding: Decoding, end_tokens: list[int], batch_number: int, device: torch.device):
+    def __init__(self, params: SamplingParams, end_tokens: list[int], batch_number: int, device: torch.device):
         from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-        self.decoding, self.end_tokens = decoding, end_tokens
-        self.generator = torch.Generator(device).manual_seed(decoding.seed + batch_number)
+        self.params, self.end_tokens = params, end_tokens
+        self.generator = torch.Generator(device).manual_seed(params.seed + batch_number)
         warpers = {
-            TemperatureLogitsWarper: decoding.temperature,
-            TopKLogitsWarper: decoding.top_k or None,
-            TopPLogitsWarper: decoding.top_p,
-            MinPLogitsWarper: decoding.min_p,
+            TemperatureLogitsWarper: params.temperature,
+            TopKLogitsWarper: params.top_k or None,
+            TopPLogitsWarper: params.top_p,
+            MinPLogitsWarper: params.min_p,
         }
-        self.warpers = [kind(value) for kind, value in warpers.items() if decoding.sample and value is not None]
+        self.warpers = [kind(value) for kind, value in warpers.items() if params.sample and value is not None]
 
     def __call__(self, logits: Tensor, num_made: int) -> Tensor:
         """The next tokens `[batch]`.
@@ -63,26 +63,26 @@ class Chooser:
             logits: float32 `[batch, vocab]`; changed.
             num_made: tokens that were chosen before.
         """
-        if num_made < self.decoding.min_new_tokens:
+        if num_made < self.params.min_new_tokens:
             logits[:, self.end_tokens] = -torch.inf
-        if not self.decoding.sample:
+        if not self.params.sample:
             return logits.argmax(-1)
         for warper in self.warpers:
             logits = warper(None, logits)
         return torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0]
 
 
-class Ending:
+class StopCriteria:
     """Tells whether a sequence has ended.
 
     Args:
-        decoding: with the texts to stop at.
+        params: with the texts to stop at.
         end_tokens: that end a sequence.
         tokenizer: of transformers.
     """
 
-    def __init__(self, decoding: Decoding, end_tokens: list[int], tokenizer):
-        self.max_new_tokens, self.stop = decoding.max_new_tokens, [text for text in decoding.stop if text]
+    def __init__(self, params: SamplingParams, end_tokens: list[int], tokenizer):
+        self.max_new_tokens, self.stop = params.max_new_tokens, [text for text in params.stop if text]
         self.end_tokens, self.tokenizer = set(end_tokens), tokenizer
         # A token writes at least one byte, so that a text is complete within so many.
         self.num_tail = max((len(text.encode()) for text in self.stop), default=0) + 1

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.checkpoint import sharded, writer
-from minitron_megatron.checkpoint.chunks import Chunk
+from minitron_megatron.checkpoint import dist_reader, writer
+from minitron_megatron.checkpoint.dcp_chunks import Chunk
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
+from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.manifest import Manifest
-from minitron_megatron.checkpoint.sharded import Checkpoint
-from minitron_megatron.checkpoint.writer import write_checkpoint
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.parameters import parameters
@@ -186,14 +186,14 @@ ROUTER = "decoder.layers.mlp.router.weight"
         (lambda f: (f / "release/metadata.json").unlink(), "release is not whole: it has no metadata.json"),
         (lambda f: (f / "release/.metadata").unlink(), ".metadata cannot be read"),
         (lambda f: shutil.rmtree(f / "release"), "release is not whole"),
-        (lambda f: (f / sharded.TRACKER).unlink(), f"is not a checkpoint: it has no {sharded.TRACKER}"),
+        (lambda f: (f / dist_reader.TRACKER).unlink(), f"is not a checkpoint: it has no {dist_reader.TRACKER}"),
         (
-            lambda f: (f / sharded.TRACKER).write_text("newest"),
+            lambda f: (f / dist_reader.TRACKER).write_text("newest"),
             "says 'newest': expected the number",
         ),
-        (lambda f: (f / sharded.TRACKER).write_text("0"), "iter_0000000 is not whole"),
+        (lambda f: (f / dist_reader.TRACKER).write_text("0"), "iter_0000000 is not whole"),
         (lambda f: (f / "release/mp_rank_00").mkdir(), "release is in Megatron-LM's old format"),
-        (lambda f: (f / sharded.TRACKER).write_text("3"), "iter_0000003 is not whole"),
+        (lambda f: (f / dist_reader.TRACKER).write_text("3"), "iter_0000003 is not whole"),
         (lambda f: shutil.rmtree(f), "does not exist: name the folder of a checkpoint"),
         (
             lambda f: [(f / name).unlink() for name in ("manifest.json", "release/common.pt")],

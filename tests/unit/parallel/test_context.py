@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from minitron_megatron.config.schema import ParallelConfig
-from minitron_megatron.parallel.groups import _local_device, process_groups
+from minitron_megatron.parallel.context import _local_device, parallel_context
 
 
 @pytest.mark.parametrize("local_rank, visible, expected", [("3", 8, 3), ("3", 1, 0), (None, 8, 0)])
@@ -19,5 +19,5 @@ def test_a_rank_takes_a_gpu_that_it_sees(local_rank, visible, expected, monkeypa
 )
 def test_gpus_that_are_left_over_are_told_of(visible, told, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    with caplog.at_level("INFO", "minitron_megatron"), process_groups(ParallelConfig()):
+    with caplog.at_level("INFO", "minitron_megatron"), parallel_context(ParallelConfig()):
         assert [message.partition(";")[0] for message in caplog.messages] == told

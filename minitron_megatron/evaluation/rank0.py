@@ -14,7 +14,7 @@ Call = Callable[..., Any]
 
 
 @watchdog(None)  # calls have their limit, and what rank 0 does between them takes its time
-def driven(inference: Inference, work: Callable[[Call], T]) -> T | None:
+def run_on_rank0(inference: Inference, work: Callable[[Call], T]) -> T | None:
     """Run `work` on rank 0. It gets a function `call(method, *arguments)`, which calls a method of `inference` on every
     rank, so that all take the same calls in the same order, whatever `work` reads, draws or decides.
 
@@ -24,7 +24,7 @@ def driven(inference: Inference, work: Callable[[Call], T]) -> T | None:
     Raises:
         UserError: of `work`, on every rank. (A rank that fails otherwise ends, and the launcher ends the others.)
     """
-    if not inference.groups.is_main:
+    if not inference.ctx.is_main:
         while (call := _share(None)) is not None:
             if isinstance(call, UserError):
                 raise call

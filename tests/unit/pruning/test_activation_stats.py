@@ -11,7 +11,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from minitron_megatron.config.schema import Aggregation, AxisConfig, Criterion, DepthCriterion, Neurons, ParallelConfig
 from minitron_megatron.errors import DataError
 from minitron_megatron.model import specs
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.pruning.activation_stats import ActivationStats
 from minitron_megatron.pruning.score_model import score_model
 from tests.tiny import FAMILIES, hf_model
@@ -32,9 +32,9 @@ def theirs(request):
 
 
 @pytest.fixture
-def groups():
-    with process_groups(ParallelConfig()) as groups:
-        yield groups
+def ctx():
+    with parallel_context(ParallelConfig()) as ctx:
+        yield ctx
 
 
 def direct_scores(theirs, samples, over_tokens, over_sequences, neurons="ffn"):
@@ -57,16 +57,16 @@ def assert_same(scores, expected):
 
 @pytest.mark.parametrize("over_sequences", Aggregation, ids=lambda how: f"batch {how.value}")
 @pytest.mark.parametrize("over_tokens", Aggregation, ids=lambda how: f"sequence {how.value}")
-def test_scores_are_those_of_a_direct_version(theirs, groups, over_tokens, over_sequences):
-    chunks, network = build_ours(theirs, groups)
+def test_scores_are_those_of_a_direct_version(theirs, ctx, over_tokens, over_sequences):
+    model_chunks, network = build_ours(theirs, ctx)
     samples = samples_for(theirs)
     how = score_config(sequence_aggregation=over_tokens, batch_aggregation=over_sequences, criteria=[])
-    scores = score_model(chunks, network, groups, samples, how)
+    scores = score_model(model_chunks, network, ctx, samples, how)
     assert_same(scores, direct_scores(theirs, samples, over_tokens, over_sequences))
 
 
-def test_axes_may_be_scored_each_in_its_own_way(theirs, groups):
-    chunks, network = build_ours(theirs, groups)
+def test_axes_may_be_scored_each_in_its_own_way(theirs, ctx):
+    model_chunks, network = build_ours(theirs, ctx)
     samples = samples_for(theirs)
     how = score_config(
         hidden=AxisConfig(batch_aggregation=Aggregation.VARIANCE),
@@ -74,7 +74,7 @@ def test_axes_may_be_scored_each_in_its_own_way(theirs, groups):
         heads=AxisConfig(sequence_aggregation=Aggregation.VARIANCE, batch_aggregation=Aggregation.MEAN),
         criteria=[],
     )
-    scores = score_model(chunks, network, groups, samples, how)
+    scores = score_model(model_chunks, network, ctx, samples, how)
     outgoing = torch.stack([layer.mlp.down_proj.weight.double().norm(dim=0) for layer in theirs.model.layers])
     expected = {
         "hidden": direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.VARIANCE)["hidden"],
@@ -89,9 +89,9 @@ def test_axes_may_be_scored_each_in_its_own_way(theirs, groups):
         ffn=AxisConfig(Criterion.WEIGHT),
         criteria=[],
     )
-    mixed = score_model(chunks, network, groups, samples, how)
-    alone = score_model(chunks, network, groups, samples, score_config(criterion=Criterion.WEIGHT, criteria=[]))
-    chance = score_model(chunks, network, groups, samples, score_config(criterion=Criterion.RANDOM, criteria=[]))
+    mixed = score_model(model_chunks, network, ctx, samples, how)
+    alone = score_model(model_chunks, network, ctx, samples, score_config(criterion=Criterion.WEIGHT, criteria=[]))
+    chance = score_model(model_chunks, network, ctx, samples, score_config(criterion=Criterion.RANDOM, criteria=[]))
     scores, alone, chance = map(by_axis, (mixed, alone, chance))
     assert torch.equal(scores["ffn"], alone["ffn"]) and torch.equal(scores["hidden"], chance["hidden"])
     plain = direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.L2)
@@ -129,15 +129,15 @@ def fused_norms(plain):
     return layer_modules
 
 
-def test_norms_inside_projections_are_scored_too(theirs, groups, monkeypatch):
+def test_norms_inside_projections_are_scored_too(theirs, ctx, monkeypatch):
     monkeypatch.setattr(specs, "layer_modules", fused_norms(specs.layer_modules))
-    chunks, network = build_ours(theirs, groups)
-    for layer in chunks[0].decoder.layers:
+    model_chunks, network = build_ours(theirs, ctx)
+    for layer in model_chunks[0].decoder.layers:
         assert isinstance(layer.input_layernorm, IdentityOp) and isinstance(layer.pre_mlp_layernorm, IdentityOp)
         assert isinstance(layer.self_attention.linear_qkv, FusedLinear)
         assert isinstance(layer.mlp.linear_fc1, FusedLinear)
     samples = samples_for(theirs)
-    scores = score_model(chunks, network, groups, samples, score_config())
+    scores = score_model(model_chunks, network, ctx, samples, score_config())
     assert_same(scores, direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.L2))
 
 
@@ -145,10 +145,10 @@ def hooks_in(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_the_hooks_are_gone_afterwards_whatever_happens(theirs, groups):
-    [model], network = build_ours(theirs, groups)
+def test_the_hooks_are_gone_afterwards_whatever_happens(theirs, ctx):
+    [model], network = build_ours(theirs, ctx)
     before = hooks_in(model)
-    stats = ActivationStats([model], network, groups, dict.fromkeys(AXES, Aggregation.MEAN))
+    stats = ActivationStats([model], network, ctx, dict.fromkeys(AXES, Aggregation.MEAN))
     with pytest.raises(ZeroDivisionError), stats:
         # Two norms and two projections of each of 4 layers, and the final norm.
         assert hooks_in(model) == before + 4 * 4 + 1
@@ -156,31 +156,31 @@ def test_the_hooks_are_gone_afterwards_whatever_happens(theirs, groups):
     assert hooks_in(model) == before
 
 
-def test_scoring_twice_gives_the_same(theirs, groups):
-    chunks, network = build_ours(theirs, groups)
+def test_scoring_twice_gives_the_same(theirs, ctx):
+    model_chunks, network = build_ours(theirs, ctx)
     samples, config = samples_for(theirs), score_config(micro_batch=3)
-    first, second = (score_model(chunks, network, groups, samples, config) for _ in range(2))
+    first, second = (score_model(model_chunks, network, ctx, samples, config) for _ in range(2))
     assert first.depth.keys() == second.depth.keys() == {"block_influence"}
     for found, again in ((by_axis(first), by_axis(second)), (first.depth, second.depth)):
         assert all(torch.equal(found[name], again[name]) for name in found)
-    assert hooks_in(chunks[0]) == 0
+    assert hooks_in(model_chunks[0]) == 0
 
 
 @pytest.mark.parametrize("over_tokens", [Aggregation.MEAN, Aggregation.VARIANCE], ids=lambda how: how.value)
-def test_neurons_may_be_scored_before_their_activation(theirs, groups, over_tokens):
-    chunks, network = build_ours(theirs, groups)
+def test_neurons_may_be_scored_before_their_activation(theirs, ctx, over_tokens):
+    model_chunks, network = build_ours(theirs, ctx)
     samples = samples_for(theirs)
     how = score_config(neurons=Neurons.BEFORE, sequence_aggregation=over_tokens)
-    found = score_model(chunks, network, groups, samples, how)
+    found = score_model(model_chunks, network, ctx, samples, how)
     assert_same(found, direct_scores(theirs, samples, over_tokens, Aggregation.L2, "before"))
     after = direct_scores(theirs, samples, over_tokens, Aggregation.L2)["ffn"]
     assert (by_axis(found)["ffn"] - after).abs().max() > 0.1 * after.abs().max()
 
 
-def test_weight_magnitudes_are_norms_of_the_tensors(theirs, groups):
-    chunks, network = build_ours(theirs, groups)
+def test_weight_magnitudes_are_norms_of_the_tensors(theirs, ctx):
+    model_chunks, network = build_ours(theirs, ctx)
     found = score_model(
-        chunks, network, groups, samples_for(theirs), score_config(criterion=Criterion.WEIGHT, criteria=[])
+        model_chunks, network, ctx, samples_for(theirs), score_config(criterion=Criterion.WEIGHT, criteria=[])
     )
     expected = direct_weights(theirs, outgoing=False)
     torch.testing.assert_close(found.hidden, expected["hidden"].square().sum(0).sqrt())
@@ -188,10 +188,12 @@ def test_weight_magnitudes_are_norms_of_the_tensors(theirs, groups):
     torch.testing.assert_close(by_axis(found)["heads"], expected["heads"].view(4, 2, 3))
 
 
-def test_activations_times_weights_are_products_of_both(theirs, groups):
-    chunks, network = build_ours(theirs, groups)
+def test_activations_times_weights_are_products_of_both(theirs, ctx):
+    model_chunks, network = build_ours(theirs, ctx)
     samples = samples_for(theirs)
-    found = by_axis(score_model(chunks, network, groups, samples, score_config(criterion=Criterion.ACTIVATION_WEIGHT)))
+    found = by_axis(
+        score_model(model_chunks, network, ctx, samples, score_config(criterion=Criterion.ACTIVATION_WEIGHT))
+    )
     weights = direct_weights(theirs, outgoing=True)
     activations = direct_scores(theirs, samples, Aggregation.MEAN, Aggregation.L2)
     hidden = (activations["of_norms"] * weights["hidden"]).sum(0)
@@ -201,10 +203,12 @@ def test_activations_times_weights_are_products_of_both(theirs, groups):
     torch.testing.assert_close(found["heads"], heads, rtol=1e-4, atol=1e-5)
 
 
-def test_random_scores_follow_from_the_seed_alone(theirs, groups):
-    chunks, network = build_ours(theirs, groups)
+def test_random_scores_follow_from_the_seed_alone(theirs, ctx):
+    model_chunks, network = build_ours(theirs, ctx)
     first, same, other = (
-        score_model(chunks, network, groups, samples_for(theirs), score_config(criterion=Criterion.RANDOM, **settings))
+        score_model(
+            model_chunks, network, ctx, samples_for(theirs), score_config(criterion=Criterion.RANDOM, **settings)
+        )
         for settings in ({"seed": 1}, {"seed": 1, "micro_batch": 5}, {"seed": 2})
     )
     for name, found in by_axis(first).items():
@@ -213,11 +217,12 @@ def test_random_scores_follow_from_the_seed_alone(theirs, groups):
     assert by_axis(first)["heads"].shape == (4, 2, 3) and first.depth.keys() == {"block_influence"}
 
 
-def test_a_calibration_set_may_be_smaller_than_it_was_asked_to_be(theirs, groups):
-    chunks, network = build_ours(theirs, groups)
+def test_a_calibration_set_may_be_smaller_than_it_was_asked_to_be(theirs, ctx):
+    model_chunks, network = build_ours(theirs, ctx)
     samples = samples_for(theirs)
     found, expected = (
-        score_model(chunks, network, groups, samples, score_config(num_samples=count)) for count in (1024, len(samples))
+        score_model(model_chunks, network, ctx, samples, score_config(num_samples=count))
+        for count in (1024, len(samples))
     )
     for name in AXES:
         assert torch.equal(by_axis(found)[name], by_axis(expected)[name])
@@ -233,29 +238,29 @@ def test_a_calibration_set_may_be_smaller_than_it_was_asked_to_be(theirs, groups
         (lambda network: network.layers[3].mlp.down_proj, "activations of the final norm (hidden) are not finite"),
     ],
 )
-def test_activations_that_are_not_finite_name_layer_and_batch(theirs, groups, place, named):
+def test_activations_that_are_not_finite_name_layer_and_batch(theirs, ctx, place, named):
     broken = copy.deepcopy(theirs)
     samples = samples_for(theirs)
     with torch.no_grad():
         place(broken.model).weight[3, 5] = torch.inf
-    chunks, network = build_ours(broken, groups)
+    model_chunks, network = build_ours(broken, ctx)
     with pytest.raises(DataError) as raised:
-        score_model(chunks, network, groups, samples, score_config())
+        score_model(model_chunks, network, ctx, samples, score_config())
     assert named in str(raised.value) and "in samples 0 to 1: score in another dtype" in str(raised.value)
 
 
-def test_a_sample_whose_activations_are_not_finite_is_named(theirs, groups):
+def test_a_sample_whose_activations_are_not_finite_is_named(theirs, ctx):
     broken = copy.deepcopy(theirs)
     samples = samples_for(theirs)
     samples.tokens[samples.tokens == 5] = 6
     samples.tokens[4, 3] = 5
     with torch.no_grad():
         broken.model.embed_tokens.weight[5] = torch.inf
-    chunks, network = build_ours(broken, groups)
+    model_chunks, network = build_ours(broken, ctx)
     with pytest.raises(DataError, match=r"activations of layer 0 \(hidden\) are not finite in samples 4 to 5: score"):
-        score_model(chunks, network, groups, samples, score_config())
+        score_model(model_chunks, network, ctx, samples, score_config())
     with pytest.raises(DataError, match=r"are not finite in samples 3 to 5: score"):
-        score_model(chunks, network, groups, samples, score_config(micro_batch=3))
+        score_model(model_chunks, network, ctx, samples, score_config(micro_batch=3))
     # Without watching activations, it is what follows from them.
     for criterion, what in ((DepthCriterion.BLOCK_INFLUENCE, r"without sublayers \[0, 1\]"), (DepthCriterion.LOSS, "")):
         how = score_config(criterion=Criterion.WEIGHT, criteria=[criterion])
@@ -263,4 +268,4 @@ def test_a_sample_whose_activations_are_not_finite_is_named(theirs, groups):
         first = 0 if theirs.config.tie_word_embeddings and criterion is DepthCriterion.LOSS else 4
         message = f"of the network ?{what}.* are not finite in samples {first} to {first + 1}: score in"
         with pytest.raises(DataError, match=message):
-            score_model(chunks, network, groups, samples, how)
+            score_model(model_chunks, network, ctx, samples, how)

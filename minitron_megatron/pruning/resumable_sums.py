@@ -13,18 +13,18 @@ from torch import Tensor
 
 from minitron_megatron.data.samples import Samples, rank_batches
 from minitron_megatron.errors import DataError
-from minitron_megatron.parallel.collectives import main_first, sum_over
-from minitron_megatron.parallel.groups import Groups
+from minitron_megatron.parallel.collectives import rank0_first, sum_over
+from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import Batch, to_device
 
 
-class PartialSums:
+class ResumableSums:
     """Adds up over samples what ranks find, and keeps it in a file on the way.
 
     The file holds the sums of all ranks, so that an interrupted run may go on in another layout.
 
     Args:
-        groups: this rank's place.
+        ctx: this rank's place.
         micro_batch: sequences per forward pass and rank.
         file: where sums are kept; None keeps them nowhere.
         content: what the sums are of; a file of something else is ignored.
@@ -32,9 +32,9 @@ class PartialSums:
     """
 
     def __init__(
-        self, groups: Groups, micro_batch: int, file: Path | None = None, content: str = "", save_every: int = 64
+        self, ctx: ParallelContext, micro_batch: int, file: Path | None = None, content: str = "", save_every: int = 64
     ):
-        self.groups = groups
+        self.ctx = ctx
         self.micro_batch = micro_batch
         self.file = file
         self.content = content
@@ -42,7 +42,7 @@ class PartialSums:
         self._done: dict[str, int] = {}
         self._sums: dict[str, dict[str, Tensor]] = {}
         if file is not None:  # on one rank, for a file system may show others an older one
-            self._done, self._sums = main_first(self._load)
+            self._done, self._sums = rank0_first(self._load)
 
     def over(
         self,
@@ -73,19 +73,17 @@ class PartialSums:
             DataError: something is not finite. Every rank, in any layout, names the first place in the first such
                 micro-batch; no sums with it are kept.
         """
-        layout, collection = self.groups.layout, self.groups.collection
+        layout, collection = self.ctx.layout, self.ctx.collection
         parallel = (collection.tp, collection.pp, collection.dp)
         per_step = self.micro_batch * layout.data
         first = self._done.get(name, 0)
         total = self._sums.get(name, {key: torch.zeros_like(value, device="cpu") for key, value in sums.items()})
         advance(first // per_step)
-        batches = rank_batches(
-            samples, first, num_samples - first, self.micro_batch, self.groups.data_rank, layout.data
-        )
+        batches = rank_batches(samples, first, num_samples - first, self.micro_batch, self.ctx.data_rank, layout.data)
         faults: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, start=1):
             last = min(first + per_step, num_samples)
-            [batch] = to_device([batch], self.groups.device)
+            [batch] = to_device([batch], self.ctx.device)
             faults[f"samples {first} to {last - 1}"] = add(batch)
             advance(1)
             first = last
@@ -103,11 +101,11 @@ class PartialSums:
 
     def remove(self) -> None:
         """Remove the file: the work is done."""
-        if self.file is not None and self.groups.is_main:
+        if self.file is not None and self.ctx.is_main:
             self.file.unlink(missing_ok=True)
 
     def _save(self) -> None:
-        if self.file is None or not self.groups.is_main:
+        if self.file is None or not self.ctx.is_main:
             return
         tensors = {f"{name}.{key}": value for name, sums in self._sums.items() for key, value in sums.items()}
         temporary = self.file.with_name(f"{self.file.name}.new")

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from minitron_megatron.checkpoint.bridge import RUN_CONFIG, args_of_bridge
-from minitron_megatron.checkpoint.chunks import Chunk, StoredObject
-from minitron_megatron.checkpoint.companions import num_tokens
+from minitron_megatron.checkpoint.dcp_chunks import Chunk, StoredObject
+from minitron_megatron.checkpoint.hf_assets import num_tokens
 from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest
-from minitron_megatron.checkpoint.plain import PlainUnpickler, load_plain, read_json
-from minitron_megatron.checkpoint.rows import bits
+from minitron_megatron.checkpoint.megatron_bridge import RUN_CONFIG, args_of_bridge
+from minitron_megatron.checkpoint.row_io import bits
+from minitron_megatron.checkpoint.safe_load import PlainUnpickler, load_plain, read_json
 from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError, UserError
 from minitron_megatron.model.axes import Param

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 
 from minitron_megatron.config.schema import ParallelConfig
-from minitron_megatron.model.documents import documents_apart
-from minitron_megatron.model.local import CausalAttention
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.model.te_varlen_attention import documents_apart
+from minitron_megatron.model.torch_modules import CausalAttention
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.parallel.schedule import output_weight, run_forward
 from tests.distributed.test_documents import documents, packed
 from tests.tiny import FAMILIES, hf_model
@@ -79,10 +79,10 @@ def test_one_document_is_not_packed(row):
 def test_logits_of_packed_documents_are_those_of_each_alone(family):
     theirs = hf_model(**FAMILIES[family])
     batch = {key: torch.stack([row[key] for row in packed()]) for key in packed()[0]}
-    with process_groups(ParallelConfig()) as groups, torch.no_grad():
-        chunks, network = build_ours(theirs, groups)
-        [hidden] = run_forward(chunks, [batch], groups, on_output=lambda output, batch: output)
-        found = (hidden @ output_weight(chunks[0]).T)[..., : network.vocab_size].transpose(0, 1)
+    with parallel_context(ParallelConfig()) as ctx, torch.no_grad():
+        model_chunks, network = build_ours(theirs, ctx)
+        [hidden] = run_forward(model_chunks, [batch], ctx, on_output=lambda output, batch: output)
+        found = (hidden @ output_weight(model_chunks[0]).T)[..., : network.vocab_size].transpose(0, 1)
         for logits, row in zip(found, documents()):
             for own, document in zip(logits.split([len(d) for d in row]), row):
                 torch.testing.assert_close(own, theirs(document[None]).logits[0], rtol=1e-5, atol=1e-5)

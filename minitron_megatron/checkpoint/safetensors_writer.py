@@ -16,8 +16,8 @@ from threading import Event
 
 import torch
 
-from minitron_megatron.checkpoint.rows import bits
-from minitron_megatron.checkpoint.writer import num_threads
+from minitron_megatron.checkpoint.dist_writer import num_threads
+from minitron_megatron.checkpoint.row_io import bits
 from minitron_megatron.progress import progress
 
 BLOCK_BYTES = 64 * 2**20

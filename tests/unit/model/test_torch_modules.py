@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minitron_megatron.model import local
+from minitron_megatron.model import torch_modules
 
 
 def config(normalization, zero_centered=False):
@@ -21,7 +21,7 @@ def test_rms_norm_and_its_gradients_are_those_of_torch(dtype):
     x, weight, grad = torch.randn(5, 3, 16, dtype=dtype), torch.randn(16), torch.randn(5, 3, 16, dtype=dtype)
     found, expected = ([x.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2))
     given = found[0].detach().clone()
-    local.normalize(*found, None, config("RMSNorm")).backward(grad)
+    torch_modules.normalize(*found, None, config("RMSNorm")).backward(grad)
     F.rms_norm(expected[0].float(), (16,), expected[1], 1e-5).to(dtype).backward(grad)
     torch.testing.assert_close(found[0].grad, expected[0].grad)
     torch.testing.assert_close(found[1].grad, expected[1].grad)
@@ -40,6 +40,6 @@ def test_layer_norm_gets_one_number_format(monkeypatch):
         return plain(x, shape, weight, bias, eps)
 
     monkeypatch.setattr(F, "layer_norm", layer_norm)
-    found = local.normalize(x, weight, bias, config("LayerNorm", zero_centered=True))
+    found = torch_modules.normalize(x, weight, bias, config("LayerNorm", zero_centered=True))
     assert found.dtype is torch.bfloat16
     torch.testing.assert_close(found, expected)

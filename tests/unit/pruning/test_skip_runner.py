@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from minitron_megatron.config.schema import Criterion, DepthCriterion, DepthSearch, ParallelConfig, TargetConfig, Unit
 from minitron_megatron.data.choices import ChoiceSamples, Question
 from minitron_megatron.errors import ConfigError
-from minitron_megatron.parallel.groups import process_groups
+from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.pruning.make_plan import make_plan
 from minitron_megatron.pruning.score_model import score_model
 from tests.tiny import FAMILIES, hf_model, save_hf
@@ -27,14 +27,14 @@ def theirs(request):
 
 
 @pytest.fixture(scope="module")
-def groups():
-    with process_groups(ParallelConfig()) as groups:
-        yield groups
+def ctx():
+    with parallel_context(ParallelConfig()) as ctx:
+        yield ctx
 
 
 @pytest.fixture(scope="module")
-def ours(theirs, groups):
-    return build_ours(theirs, groups)
+def ours(theirs, ctx):
+    return build_ours(theirs, ctx)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,14 @@ def samples(theirs):
 
 
 @pytest.fixture
-def score(ours, groups, samples):
+def score(ours, ctx, samples):
     """Scores by depth; of width nothing is asked, which needs no look at activations."""
 
     def score(target=None, choices=None, **settings):
-        chunks, network = ours
+        model_chunks, network = ours
         config = score_config(**{"criteria": ON_TEXT, "criterion": Criterion.WEIGHT, **settings})
         config.target = TargetConfig(**target or {})
-        return score_model(chunks, network, groups, samples, config, choices)
+        return score_model(model_chunks, network, ctx, samples, config, choices)
 
     return score
 
