@@ -14,9 +14,9 @@ LEAST_FREE_GB = 10
 
 def make_cases(work: Path, layers: int) -> dict[str, Case]:
     """Write the folder `huggingface` and the checkpoint `checkpoint`."""
+    from minitron_megatron.artifacts.manifest import Manifest
     from minitron_megatron.checkpoint.convert import import_checkpoint
     from minitron_megatron.checkpoint.huggingface import write_huggingface
-    from minitron_megatron.checkpoint.manifest import Manifest
     from minitron_megatron.config.schema import ExportConfig, ImportConfig
     from minitron_megatron.model.count import num_parameters
 

@@ -17,7 +17,7 @@ def make_cases(work: Path, layers: int) -> dict[str, Case]:
     """Write the checkpoint `source` and the folder `scores`."""
     import torch
 
-    from minitron_megatron.checkpoint.manifest import Manifest
+    from minitron_megatron.artifacts.manifest import Manifest
     from minitron_megatron.config.schema import ParallelConfig, PruneConfig, TargetConfig
     from minitron_megatron.model.count import num_parameters
     from minitron_megatron.pruning.scores import Scores

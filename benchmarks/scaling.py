@@ -110,7 +110,7 @@ def measure(rank: int, ranks: int, port: int, axis: str, repeats: int) -> tuple[
         )
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(VOCAB, (MICRO_BATCHES, MICRO_BATCH, LENGTH + 1), generator=generator)
-        own = tokens[ctx.data_rank :: ctx.layout.data]
+        own = tokens[ctx.data_rank :: ctx.layout.replicas]
         batches = [
             {
                 "tokens": batch[:, :-1].contiguous(),
@@ -197,8 +197,8 @@ def expected_bytes(teacher, student, layout, ctx) -> float:
     """
     from minitron_megatron.model.count import num_parameters
 
-    tokens, state = TOKENS / layout.data, 2
-    if layout.data > 1:
+    tokens, state = TOKENS / layout.replicas, 2
+    if layout.replicas > 1:
         return 4 * num_parameters(student)
     if layout.tensor > 1:
         layers = tokens * state * (2 * teacher.num_layers * teacher.hidden + 4 * student.num_layers * student.hidden)

@@ -21,7 +21,6 @@ from minitron_megatron.config.verbs import DISTRIBUTED, SHARED, VERBS, verb_func
 from minitron_megatron.errors import PREEMPTED, ConfigError, Preempted, UserError
 from minitron_megatron.launch.local import ROLE, run_ranks
 from minitron_megatron.launch.world import ranks_to_start, slurm_environment
-from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.process import adopt, set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -103,7 +102,7 @@ def _start(verb: str, arguments: list[str], settings: Any) -> int:
     if "RANK" not in os.environ and ranks_to_start(verb, settings) > 1:
         return run_ranks(ranks_to_start(verb, settings), [verb, *arguments])
     if verb in DISTRIBUTED:
-        Layout.from_config(settings.parallel, world_size)
+        settings.parallel.in_world(world_size)
     elif world_size > 1 and verb not in SHARED:
         raise ConfigError([f"{verb} runs in one process, and here are {world_size}: start it without a launcher"])
     set_up_logging(is_first=int(os.environ.get("RANK", 0)) == 0)

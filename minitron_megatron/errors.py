@@ -47,12 +47,8 @@ class DiskSpaceError(UserError):
     """The target disk cannot hold what is about to be written."""
 
 
-class WorkerError(UserError):
-    """Another of the processes that share one piece of work failed."""
-
-
-class LostWorkerError(WorkerError):
-    """Another of the processes that share one piece of work was ended from outside."""
+class LostWorkerError(UserError):
+    """One of the processes that share one piece of work was ended from outside."""
 
     exit_status = 1  # the same settings may do the next time
 

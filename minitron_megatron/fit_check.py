@@ -13,7 +13,6 @@ from minitron_megatron.launch.jobs import Job, Stages
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.network import Network, layout_problems
 from minitron_megatron.parallel.gpus import GPUS
-from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.pruning.target import resolve_target
 
 Networks = dict[str, Network]
@@ -53,7 +52,7 @@ def check_fit(
             told.append(f"{job.name}: not checked whether it fits, for {' and '.join(unknown)} cannot be read here")
             continue
         student, teacher = networks[settings.student], networks.get(settings.teacher or "")
-        layout = Layout.from_config(settings.parallel, job.ranks)
+        layout = settings.parallel.in_world(job.ranks)
         found = [p for network in filter(None, (student, teacher)) for p in layout_problems(network, layout, job.name)]
         if found:
             problems += found

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from minitron_megatron.artifacts.files import write_atomically, write_json
+from minitron_megatron.artifacts.manifest import MANIFEST
 from minitron_megatron.config.compose import Stages, resolve_stages, to_yaml
 from minitron_megatron.config.schema import CompressConfig
 from minitron_megatron.config.verbs import verb_function
@@ -35,7 +37,7 @@ def compress(config: CompressConfig) -> Path:
     run_dir = Path(config.run_dir)
     stages = resolve_stages(config)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(config))
+    write_atomically(run_dir / "config.yaml", to_yaml(config))
     # Seconds of stages that were skipped this time are those of the run that made them.
     path = run_dir / SECONDS
     seconds = json.loads(path.read_text()) if path.exists() else {}
@@ -46,7 +48,7 @@ def compress(config: CompressConfig) -> Path:
         _run(run_dir, name, verb, settings)
         if _newest(Path(settings.output)) != before:
             seconds[name] = time.perf_counter() - started
-            path.write_text(json.dumps(seconds, indent=2) + "\n")
+            write_json(path, seconds)
     finish(config, stages)
     return run_dir
 
@@ -95,5 +97,5 @@ def _run(run_dir: Path, name: str, verb: str, settings) -> None:
 
 def _newest(output: Path) -> int | None:
     """When a stage's output was finished, if it was."""
-    manifest = output / "manifest.json"
+    manifest = output / MANIFEST
     return manifest.stat().st_mtime_ns if manifest.exists() else None

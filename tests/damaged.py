@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint.convert import import_checkpoint
 from minitron_megatron.checkpoint.dist_reader import Checkpoint, require_plain
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.config.schema import ImportConfig, TargetConfig

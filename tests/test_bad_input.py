@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from minitron_megatron import cli
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint import convert, huggingface, manifest
 from minitron_megatron.checkpoint.dist_reader import TRACKER, Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.evaluation import evaluate
 from minitron_megatron.model import build
 from minitron_megatron.pruning import prune, score

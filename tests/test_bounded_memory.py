@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint import row_io
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.config.schema import PruneConfig, TargetConfig
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.layers.attention import Attention

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.cli import main
 from minitron_megatron.launching import ACTIONS
 from minitron_megatron.tracking.metrics import read_metrics

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.config.schema import ImportConfig
 from minitron_megatron.model.network import Network
 from minitron_megatron.pruning.scores import Scores, scored_axes

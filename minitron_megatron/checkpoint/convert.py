@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minitron_megatron.artifacts.manifest import Manifest, Parent
+from minitron_megatron.artifacts.output import is_done
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.gguf import open_gguf
 from minitron_megatron.checkpoint.hf_assets import copy_hf_assets, num_tokens, original_config
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder, write_huggingface
-from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done
 from minitron_megatron.checkpoint.model_card import model_card
 from minitron_megatron.checkpoint.padded import Padded
 from minitron_megatron.checkpoint.source import TensorSource
@@ -58,7 +59,7 @@ def export(config: ExportConfig) -> Path:
         CheckpointError: the checkpoint is not whole, or has no tokenizer and is given none.
         DiskSpaceError: the disk is or gets full.
         UnsupportedModelError: no family of transformers has its network.
-        WorkerError: another rank failed or was ended.
+        LostWorkerError: another rank was ended from outside.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
     hf_assets = Path(config.huggingface) if config.huggingface else hf_assets_of(checkpoint)

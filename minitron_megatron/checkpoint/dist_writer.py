@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from minitron_megatron.artifacts.manifest import Manifest
+from minitron_megatron.artifacts.output import writing
 from minitron_megatron.checkpoint.dist_reader import HUGGINGFACE, RELEASE, TRACKER
-from minitron_megatron.checkpoint.manifest import Manifest, writing
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.disk import convert_enospc
 from minitron_megatron.model.axes import Param
@@ -113,7 +114,7 @@ def write_checkpoint(
 
     Raises:
         DiskSpaceError: the disk is or gets full.
-        WorkerError: another rank failed or was ended.
+        LostWorkerError: another rank was ended from outside.
     """
     network = source.network
     manifest.network = network.to_dict()

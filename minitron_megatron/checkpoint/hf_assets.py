@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from minitron_megatron.checkpoint.safe_load import read_json
+from minitron_megatron.artifacts.files import read_json
 from minitron_megatron.errors import CheckpointError
 
 # What travels beside the weights, where it is there: the model card for what it says of the licence. Weights and code

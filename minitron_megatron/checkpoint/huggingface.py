@@ -13,11 +13,12 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from minitron_megatron.artifacts.files import read_json
+from minitron_megatron.artifacts.manifest import Manifest
+from minitron_megatron.artifacts.output import writing
 from minitron_megatron.checkpoint.hf_assets import HF_ASSETS, original_config, read_config
-from minitron_megatron.checkpoint.manifest import Manifest, writing
 from minitron_megatron.checkpoint.model_card import CARD
 from minitron_megatron.checkpoint.row_io import bits, copy_rows
-from minitron_megatron.checkpoint.safe_load import read_json
 from minitron_megatron.checkpoint.safetensors_writer import Tensor, cut_into_shards, write_shards
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.disk import convert_enospc
@@ -178,7 +179,7 @@ def write_huggingface(
 
     Raises:
         DiskSpaceError: the disk is or gets full.
-        WorkerError: another rank failed or was ended.
+        LostWorkerError: another rank was ended from outside.
     """
     config = config_from_network(source.network, original_config(hf_assets))
     # transformers 5 writes `dtype`; earlier readers know `torch_dtype`.

@@ -1,6 +1,5 @@
 """The model card of an exported network: what it is, what it was made from and how, and what was measured of it."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,9 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from minitron_megatron.checkpoint.manifest import EVALUATION, MANIFEST, Manifest, Parent
+from minitron_megatron.artifacts.files import read_json
+from minitron_megatron.artifacts.lineage import makers_first, origin_of
+from minitron_megatron.artifacts.manifest import EVALUATION, Manifest, Parent
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.facts import network_facts
@@ -36,21 +37,13 @@ class Step:
     manifest: Manifest
 
 
-def lineage(result: Parent) -> list[Step]:
+def steps_to(result: Parent) -> list[Step]:
     """The stages that led to a result, first to last, as far back as their outputs are where they were."""
-    steps: dict[str, Step] = {}
-
-    def visit(parent: Parent) -> None:
-        folder = Path(parent.path)
-        if parent.fingerprint in steps or not (folder / MANIFEST).is_file():
-            return
-        manifest = Manifest.read(folder)
-        for earlier in manifest.parents:
-            visit(earlier)
-        steps[parent.fingerprint] = Step(_what_was_done(manifest), parent.fingerprint, manifest)
-
-    visit(result)
-    return list(steps.values())
+    return [
+        Step(_what_was_done(origin.manifest), origin.parent.fingerprint, origin.manifest)
+        for origin in makers_first([origin_of(result)])
+        if origin.manifest
+    ]
 
 
 def _what_was_done(manifest: Manifest) -> str:
@@ -73,7 +66,7 @@ def model_card(checkpoint: Parent, network: Network, hf_assets: Path) -> str:
     Raises:
         CheckpointError: the front matter of the source's card cannot be read.
     """
-    steps = lineage(checkpoint)
+    steps = steps_to(checkpoint)
     first = next((step for step in steps if step.name == "imported"), None)
     source = Path(first.manifest.parents[0].path) if first else None
     front = ModelCardData(
@@ -140,12 +133,12 @@ def _evaluations(checkpoint: Path, steps: list[Step]) -> list[str]:
     run = checkpoint.parent.parent if checkpoint.name in ("checkpoints", "best") else checkpoint.parent
     losses, tasks = [], []
     for file in sorted(run.glob(f"*/{EVALUATION}")):
-        [model] = [parent for parent in Manifest.read(file.parent).parents if parent.role == "model"]
-        if name := names.get(model.fingerprint):
-            found = json.loads(file.read_text())
-            text = found["heldout"]
+        model = Manifest.read(file.parent).parent("model")
+        if model and (name := names.get(model.fingerprint)):
+            evaluation = read_json(file, "an evaluation")
+            text = evaluation["heldout"]
             losses.append((name, f"{text['loss']:.4f}", f"{text['perplexity']:,.2f}", f"{text['num_tokens']:,}"))
-            for task, values in found["tasks"].items():
+            for task, values in evaluation["tasks"].items():
                 shots = "" if values["num_fewshot"] is None else str(values["num_fewshot"])
                 for metric, measured in values["metrics"].items():
                     error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.4f}"

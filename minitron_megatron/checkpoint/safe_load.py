@@ -4,33 +4,10 @@ Memory is bounded by the size of a file, not by what it says of itself.
 """
 
 import io
-import json
 import pickle
 import zipfile
-from pathlib import Path
 
 import torch
-
-from minitron_megatron.errors import CheckpointError
-
-
-def read_json(path: Path, what: str) -> dict:
-    """A JSON object.
-
-    Args:
-        path: of the file.
-        what: it should be, for the error.
-
-    Raises:
-        CheckpointError: it cannot be read, or is something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not {what}: {e}") from e
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not {what}: it holds a {type(values).__name__} and should hold an object")
-    return values
 
 
 class PlainUnpickler(pickle._Unpickler):

@@ -1,9 +1,10 @@
 """How ranks are laid out: what each verb has a use for, so that none takes a setting that it ignores."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from minitron_megatron.config.checks import at_least
+from minitron_megatron.errors import raise_if_any
 
 
 class Builder(str, Enum):
@@ -28,6 +29,11 @@ class ModelParallelConfig:
     pipeline: int = 1
     builder: Builder | None = field(default=None, kw_only=True)
 
+    @property
+    def stages(self) -> int:
+        """Parts that the list of layers is cut into, over all pipeline ranks."""
+        return self.pipeline
+
     def problems(self, where: str = "parallel.") -> list[str]:
         """What is wrong with the settings by themselves."""
         return [*at_least(where, "tensor", self.tensor, 1), *at_least(where, "pipeline", self.pipeline, 1)]
@@ -39,11 +45,28 @@ class InferenceParallelConfig(ModelParallelConfig):
 
     Attributes:
         data: replicas; null means all that the world has (one, when started by hand).
-        timeout_min: ranks that wait for each other for so many minutes are ended, with their stacks in the log.
+        timeout_min: abort after this many minutes without progress; every rank's stack goes to the log.
     """
 
     data: int | None = None
     timeout_min: float = field(default=30.0, kw_only=True)
+
+    def in_world(self, num_ranks: int) -> "ParallelConfig":
+        """The layout in a world of `num_ranks`, with the number of its replicas.
+
+        Raises:
+            ConfigError: the world is not tensor x pipeline x data ranks.
+        """
+        model_ranks = self.tensor * self.pipeline
+        data = self.data or max(1, num_ranks // model_ranks)
+        needed = model_ranks * data
+        problem = (
+            f"parallel.tensor x pipeline x data = {self.tensor} x {self.pipeline} x {data} = {needed} ranks, but the "
+            f"world has {num_ranks}: start {needed} ranks or change the layout"
+        )
+        raise_if_any([problem] if needed != num_ranks else [])
+        own = {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        return ParallelConfig(**{**own, "data": data})
 
     def problems(self, where: str = "parallel.") -> list[str]:
         problems = [*super().problems(where), *at_least(where, "data", self.data, 1)]
@@ -61,6 +84,15 @@ class TargetParallelConfig(ModelParallelConfig):
     """
 
     virtual_pipeline: int | None = None
+
+    @property
+    def model_chunks(self) -> int:
+        """Stages per pipeline rank."""
+        return self.virtual_pipeline or 1
+
+    @property
+    def stages(self) -> int:
+        return self.pipeline * self.model_chunks
 
     def problems(self, where: str = "parallel.") -> list[str]:
         problems = [*super().problems(where), *at_least(where, "virtual_pipeline", self.virtual_pipeline, 2)]
@@ -81,6 +113,15 @@ class ParallelConfig(TargetParallelConfig, InferenceParallelConfig):
     """
 
     sequence: bool = False
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel ranks, once the world is known (see `in_world`); one, if it is not."""
+        return self.data or 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.replicas
 
     def problems(self, where: str = "parallel.") -> list[str]:
         problems = super().problems(where)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from minitron_megatron.artifacts.manifest import Parent
 from minitron_megatron.data.builtin import builtin_documents
 from minitron_megatron.data.indexed import is_indexed
 from minitron_megatron.data.tables import is_dataset, read_dataset, read_parquet
@@ -49,6 +50,15 @@ def documents(text: list[str], text_field: str = "text") -> Iterator[Document]:
     text_paths(text)
     found = chain.from_iterable(_source(name, text_field) for name in text)
     return (document for document in found if document.is_chat or document.text.strip())
+
+
+def text_parents(text: list[str]) -> list[Parent]:
+    """The files and folders that the documents of `DataConfig.text` come from, as inputs of a result.
+
+    Raises:
+        DataError: one does not exist.
+    """
+    return [Parent.of(f"text {number}", path) for number, path in enumerate(text_paths(text), start=1)]
 
 
 def text_paths(text: list[str]) -> list[Path]:

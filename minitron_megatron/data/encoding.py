@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minitron_megatron.data.chat import render_chat
 from minitron_megatron.data.corpus import Document
-from minitron_megatron.errors import DataError, WorkerError
+from minitron_megatron.errors import DataError, LostWorkerError
 
 _BATCH = 64  # documents per tokenizer call, enough to keep its threads busy
 # A process takes seconds to start, in which the tokenizer's own threads do about as much.
@@ -105,7 +105,7 @@ def encode(
 
     Raises:
         DataError: see `Encoder`.
-        WorkerError: a process was ended from outside.
+        LostWorkerError: a process was ended from outside.
     """
     documents = iter(documents)
     batches = iter(lambda: list(islice(documents, _BATCH)), [])
@@ -126,7 +126,7 @@ def encode(
             while pending:
                 yield from _finished(pending)
         except BrokenProcessPool as error:
-            raise WorkerError(
+            raise LostWorkerError(
                 f"one of the data.workers = {workers} processes that tokenise was ended from outside: see whether the "
                 f"memory was enough, and run it again"
             ) from error

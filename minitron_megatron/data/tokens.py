@@ -17,9 +17,7 @@ that text is read once.
 import hashlib
 import json
 import logging
-import shutil
 import sys
-import uuid
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +30,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from transformers import PreTrainedTokenizerBase
 
 from minitron_megatron import __version__
+from minitron_megatron.artifacts.files import replacing, write_json
+from minitron_megatron.artifacts.manifest import MANIFEST
 from minitron_megatron.config.schema import DataConfig
 from minitron_megatron.data.corpus import Document, documents, file_stats
 from minitron_megatron.data.encoding import encode, load_tokenizer, num_token_ids, num_workers, tokenizer_fingerprint
@@ -112,7 +112,7 @@ def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
         DataError: a source, the tokenizer or the corpus is not whole, there are fewer than two documents, or tokens of
             another tokenizer.
         DiskSpaceError: the disk of the cache is full.
-        WorkerError: a process that tokenised was ended from outside.
+        LostWorkerError: a process that tokenised was ended from outside.
     """
     fingerprint = tokenizer_fingerprint(tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -272,30 +272,26 @@ def _folder(config: DataConfig, settings: dict) -> Path:
 @contextmanager
 def _making(folder: Path, config: DataConfig, settings: dict) -> Iterator[tuple[Path, dict]]:
     """Yields a folder beside `folder`, which it becomes in one step, and the counts of its files, to be filled."""
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     logger.info("preparing tokens in %s", folder)
     counts: dict[str, dict[str, int]] = {}
     with convert_enospc(folder):
-        partial.mkdir(parents=True)
         try:
-            yield partial, counts
-            made_of = {"text": config.text, **settings}
-            details = {"fingerprint": folder.name, "files": counts}
-            manifest = {"kind": "corpus", "config": made_of, "details": details, "version": __version__}
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            try:
-                partial.rename(folder)
-            except OSError:
-                if not folder.exists():  # else another process was faster, and its corpus is the same one
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            with replacing(folder) as partial:
+                partial.mkdir(parents=True)
+                yield partial, counts
+                made_of = {"text": config.text, **settings}
+                details = {"fingerprint": folder.name, "files": counts}
+                manifest = {"kind": "corpus", "config": made_of, "details": details, "version": __version__}
+                write_json(partial / MANIFEST, manifest)
+        except OSError:
+            if not folder.exists():  # else another process was faster, and its corpus is the same one
+                raise
 
 
 def _read(folder: Path) -> list[TokenFiles]:
     """The token files of a folder, those that are held out last."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         found = []
         for name, counts in manifest["details"]["files"].items():
             read_index(folder / name, contiguous=False)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from minitron_megatron.config.loss import EMBEDDING
+from minitron_megatron.config.parallel import ParallelConfig
 from minitron_megatron.config.schema import DistillConfig, DType
 from minitron_megatron.model.memory_estimate import (
     DTYPE_BYTES,
@@ -16,7 +17,6 @@ from minitron_megatron.model.memory_estimate import (
 )
 from minitron_megatron.model.network import Network
 from minitron_megatron.parallel.gpus import GPU
-from minitron_megatron.parallel.layout import Layout
 
 GIB = 2**30
 
@@ -72,7 +72,7 @@ class Memory:
         return self.total <= gpu.memory_gib * GIB
 
 
-def estimate_memory(student: Network, teacher: Network | None, config: DistillConfig, layout: Layout) -> Memory:
+def estimate_memory(student: Network, teacher: Network | None, config: DistillConfig, layout: ParallelConfig) -> Memory:
     """Estimates the memory on a GPU of the pipeline stage that needs the most.
 
     Args:
@@ -84,13 +84,13 @@ def estimate_memory(student: Network, teacher: Network | None, config: DistillCo
     return max(stages, key=lambda memory: memory.total)
 
 
-def num_micro_batches(config: DistillConfig, layout: Layout) -> int:
+def num_micro_batches(config: DistillConfig, layout: ParallelConfig) -> int:
     """Micro-batches of one replica in one step."""
-    return -(-config.global_batch // (config.micro_batch * layout.data))
+    return -(-config.global_batch // (config.micro_batch * layout.replicas))
 
 
 def _stage_memory(
-    student: Network, teacher: Network | None, config: DistillConfig, layout: Layout, stage: int
+    student: Network, teacher: Network | None, config: DistillConfig, layout: ParallelConfig, stage: int
 ) -> Memory:
     is_last = stage == layout.pipeline - 1
     size = DTYPE_BYTES[config.dtype]
@@ -124,14 +124,14 @@ def _batch_size(config: DistillConfig) -> tuple[int, int]:
     return config.micro_batch, config.data.sequence_length
 
 
-def _optimizer(network: Network, dtype: DType, config: DistillConfig, layout: Layout, stage: int) -> int:
+def _optimizer(network: Network, dtype: DType, config: DistillConfig, layout: ParallelConfig, stage: int) -> int:
     """Two moments, and main weights beside weights that are not in float32."""
     per_parameter = (2 if dtype is DType.FP32 else 3) * FLOAT32_BYTES
-    replicas = layout.data if config.optimizer.distributed else 1
+    replicas = layout.replicas if config.optimizer.distributed else 1
     return -(-rank_parameters(network, layout, stage) * per_parameter // replicas)
 
 
-def _activations(network: Network, dtype: DType, config: DistillConfig, layout: Layout, stage: int) -> int:
+def _activations(network: Network, dtype: DType, config: DistillConfig, layout: ParallelConfig, stage: int) -> int:
     """What a stage keeps of all micro-batches whose backward pass is still to come, and one layer that is run again."""
     size = _batch_size(config)
     stream, model_chunks = residual_stream_bytes(network, *size, layout, dtype), stage_layers(network, layout, stage)
@@ -146,18 +146,18 @@ def _activations(network: Network, dtype: DType, config: DistillConfig, layout: 
     return _chunks_in_flight(config, layout, stage) * kept // len(model_chunks) + again
 
 
-def _chunks_in_flight(config: DistillConfig, layout: Layout, stage: int) -> int:
+def _chunks_in_flight(config: DistillConfig, layout: ParallelConfig, stage: int) -> int:
     """Forward passes of a model chunk that a stage is ahead of its backward passes, at most.
 
     One forward, one backward (2104.04473, section 2.2), with Megatron-Core's warm-up where stages are interleaved.
     """
-    ahead, model_chunks = layout.pipeline - stage, layout.virtual_pipeline
+    ahead, model_chunks = layout.pipeline - stage, layout.model_chunks
     if model_chunks > 1:
         ahead = 2 * (ahead - 1) + (model_chunks - 1) * layout.pipeline + 1
     return min(num_micro_batches(config, layout) * model_chunks, ahead)
 
 
-def _loss(student: Network, teacher: Network | None, config: DistillConfig, layout: Layout) -> int:
+def _loss(student: Network, teacher: Network | None, config: DistillConfig, layout: ParallelConfig) -> int:
     """What `linear_distillation_loss` takes while it runs or while its backward pass does, whichever is more."""
     teacher = teacher if config.loss.kd_logits_weight else None
     tokens = config.micro_batch * config.data.sequence_length
@@ -176,7 +176,9 @@ def _loss(student: Network, teacher: Network | None, config: DistillConfig, layo
     return weight * FLOAT32_BYTES + states + max(block, weight * size)
 
 
-def _teacher_states(student: Network, teacher: Network, config: DistillConfig, layout: Layout, stage: int) -> int:
+def _teacher_states(
+    student: Network, teacher: Network, config: DistillConfig, layout: ParallelConfig, stage: int
+) -> int:
     """The teacher's last hidden states on the last stage, and those that hidden states are compared with on each."""
     count = int(stage == layout.pipeline - 1 and config.loss.kd_logits_weight > 0)
     hidden = config.loss.hidden

@@ -5,18 +5,18 @@ import math
 from collections.abc import Iterator
 from itertools import product
 
+from minitron_megatron.config.parallel import ParallelConfig
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.distillation.memory import Memory, estimate_memory
 from minitron_megatron.model.network import Network, layout_problems
 from minitron_megatron.parallel.gpus import GPU
-from minitron_megatron.parallel.layout import Layout
 
 
 def nearest_layout(
     student: Network,
     teacher: Network | None,
     config: DistillConfig,
-    layout: Layout,
+    layout: ParallelConfig,
     gpu: GPU,
     gpus_per_node: int,
 ) -> tuple[dict[str, int | bool], Memory] | None:
@@ -29,7 +29,7 @@ def nearest_layout(
     Returns:
         settings by their dotted names, none where it fits already, and the memory with them; None if nothing helps.
     """
-    for pipeline in _doublings(layout.pipeline, len(student.layers) // layout.virtual_pipeline):
+    for pipeline in _doublings(layout.pipeline, len(student.layers) // layout.model_chunks):
         for tensor in _doublings(layout.tensor, gpus_per_node):
             candidate = _with_ranks(layout, tensor, pipeline, config.data.sequence_length)
             if any(layout_problems(network, candidate) for network in (student, teacher) if network):
@@ -48,20 +48,20 @@ def _doublings(first: int, last: int) -> Iterator[int]:
         yield first
 
 
-def _with_ranks(layout: Layout, tensor: int, pipeline: int, sequence_length: int) -> Layout:
+def _with_ranks(layout: ParallelConfig, tensor: int, pipeline: int, sequence_length: int) -> ParallelConfig:
     # A larger tensor group without sequence parallelism would keep all norms and residuals on each of its ranks.
     sequence = layout.sequence or (tensor > layout.tensor and sequence_length % tensor == 0)
     more = tensor * pipeline // (layout.tensor * layout.pipeline)
-    data = layout.data // math.gcd(layout.data, more)  # a divisor, so that the global batch still divides
+    data = layout.replicas // math.gcd(layout.replicas, more)  # a divisor, so that the global batch still divides
     return dataclasses.replace(layout, tensor=tensor, pipeline=pipeline, data=data, sequence=sequence)
 
 
-def _cheaper(config: DistillConfig, layout: Layout) -> list[DistillConfig]:
+def _cheaper(config: DistillConfig, layout: ParallelConfig) -> list[DistillConfig]:
     """The settings as they are, and every way to save memory in the same layout, fewest changes first."""
     halvings = [halving for halving in range(config.micro_batch.bit_length()) if config.micro_batch % 2**halving == 0]
     ways = product(
         [False] if config.recompute else [False, True],
-        [False] if config.optimizer.distributed or layout.data == 1 else [False, True],
+        [False] if config.optimizer.distributed or layout.replicas == 1 else [False, True],
         halvings,
     )
     # Of as many changes, those to recomputation come before those to the optimizer and to the micro-batch.
@@ -77,7 +77,9 @@ def _cheaper(config: DistillConfig, layout: Layout) -> list[DistillConfig]:
     ]
 
 
-def _changes(old: DistillConfig, old_layout: Layout, new: DistillConfig, layout: Layout) -> dict[str, int | bool]:
+def _changes(
+    old: DistillConfig, old_layout: ParallelConfig, new: DistillConfig, layout: ParallelConfig
+) -> dict[str, int | bool]:
     values = {
         "recompute": (old.recompute, new.recompute),
         "optimizer.distributed": (old.optimizer.distributed, new.optimizer.distributed),
@@ -88,5 +90,5 @@ def _changes(old: DistillConfig, old_layout: Layout, new: DistillConfig, layout:
         },
     }
     if old.parallel.data is not None:  # else it is what the world has
-        values["parallel.data"] = old.parallel.data, layout.data
+        values["parallel.data"] = old.parallel.data, layout.replicas
     return {name: after for name, (before, after) in values.items() if after != before}

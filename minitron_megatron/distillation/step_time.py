@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
+from minitron_megatron.config.parallel import ParallelConfig
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.distillation.memory import num_micro_batches
 from minitron_megatron.model.count import forward_flops_per_token
 from minitron_megatron.model.network import Network
 from minitron_megatron.parallel.gpus import GPU
-from minitron_megatron.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def estimate_step(
     student: Network,
     teacher: Network | None,
     config: DistillConfig,
-    layout: Layout,
+    layout: ParallelConfig,
     gpu: GPU,
     utilization: float = 0.4,
     price: float | None = None,
@@ -55,7 +55,7 @@ def estimate_step(
     if teacher and config.loss.needs_teacher:
         teacher_passes = passes if config.teacher_lr else 1
         flops_per_token += teacher_passes * forward_flops_per_token(teacher, config.data.sequence_length)
-    bubble = (layout.pipeline - 1) / (num_micro_batches(config, layout) * layout.virtual_pipeline)
+    bubble = (layout.pipeline - 1) / (num_micro_batches(config, layout) * layout.model_chunks)
     seconds = tokens * flops_per_token * (1 + bubble) / (layout.world_size * gpu.tflops * 1e12 * utilization)
     gpu_hours = seconds * config.steps * layout.world_size / 3600
     return StepTime(seconds, tokens / seconds, gpu_hours, None if price is None else price * gpu_hours)

@@ -10,12 +10,13 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from minitron_megatron.config.loss import EMBEDDING, LAYER
+from minitron_megatron.config.parallel import ParallelConfig
 from minitron_megatron.distillation.teachers import Tap
 from minitron_megatron.model.build import layers_of
 from minitron_megatron.model.layers import KINDS
 from minitron_megatron.parallel.collectives import gather_objects
 from minitron_megatron.parallel.context import ParallelContext
-from minitron_megatron.parallel.layout import Layout, layers_per_stage
+from minitron_megatron.parallel.layout import layers_per_stage
 
 ModuleOutput = Tensor | tuple[Tensor, Tensor | None]
 """A state, or a state and the bias that is still to be added to it."""
@@ -46,7 +47,7 @@ def state_of(output: ModuleOutput) -> Tensor:
     return state if bias is None else state + bias
 
 
-def pipeline_rank_of(tap: Tap, num_layers: int, layout: Layout) -> int:
+def pipeline_rank_of(tap: Tap, num_layers: int, layout: ParallelConfig) -> int:
     """Returns the pipeline rank that has a state, of a network of so many transformer layers."""
     point, layer = tap
     if point == EMBEDDING:

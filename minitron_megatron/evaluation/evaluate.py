@@ -1,6 +1,5 @@
 """The verb `evaluate`: held-out loss, generation and tasks, of a checkpoint or a Hugging Face folder."""
 
-import json
 import math
 import statistics
 import sys
@@ -13,11 +12,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from minitron_megatron.artifacts.files import write_json
+from minitron_megatron.artifacts.manifest import EVALUATION, Manifest, Parent
+from minitron_megatron.artifacts.output import is_done, writing
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import EVALUATION, Manifest, Parent, is_done, write_atomically, writing
 from minitron_megatron.config.compose import to_plain
-from minitron_megatron.config.schema import EvaluateConfig, ParallelConfig
+from minitron_megatron.config.schema import EvaluateConfig
+from minitron_megatron.data.corpus import text_parents
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.data.samples import Samples, heldout_samples, rank_batches
 from minitron_megatron.data.tokens import prepare_corpus
@@ -59,22 +61,18 @@ def evaluate(config: EvaluateConfig) -> Path:
         DataError: there is no held-out text, or no data of a task.
     """
     path, output = Path(config.model), Path(config.output)
-    ranks = config.parallel
-    layout = ParallelConfig(
-        ranks.tensor, ranks.pipeline, ranks.data, timeout_min=ranks.timeout_min, builder=ranks.builder
-    )
     is_folder = (path / "config.json").is_file()
     checkpoint = None if is_folder else Checkpoint(path)
     problems = task_problems(config)
-    raise_if_any(problems + (build_problems(checkpoint.network, layout, "model") if checkpoint else []))
+    raise_if_any(problems + (build_problems(checkpoint.network, config.parallel, "model") if checkpoint else []))
     parents = [Parent.of("model", checkpoint.root if checkpoint else path)]
-    parents += Parent.of_text(config.data.text)
+    parents += text_parents(config.data.text)
     parents += [Parent.of("task_dir", Path(config.task_dir))] if config.task_dir else []
     network = checkpoint.network.to_dict() if checkpoint else None
     manifest = Manifest("evaluation", network, parents, to_plain(config), verb="evaluate")
     if is_done(output, manifest):
         return output
-    with parallel_context(layout) as ctx:
+    with parallel_context(config.parallel) as ctx:
         if is_folder and ctx.layout.world_size > 1:
             raise CheckpointError(f"model = {path} is a Hugging Face folder, which runs on one rank: import it first")
         hf_assets = checkpoint.huggingface_folder if checkpoint else path
@@ -88,7 +86,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         if ctx.is_main:
             result = {"model": str(path), "name": path.name, **found}
             with writing(output, manifest) as folder:
-                write_atomically(folder / EVALUATION, json.dumps(result, indent=2) + "\n")
+                write_json(folder / EVALUATION, result)
             if found["tasks"]:
                 # Output that goes into a file has no width, and broken lines cannot be searched.
                 Console(width=None if sys.stdout.isatty() else 200).print(task_table(found["tasks"]))
@@ -182,9 +180,9 @@ def _megatron_loss(
 ) -> tuple[float, int]:
     """Mean cross-entropy per held-out token, in nats, and the number of tokens."""
     step = DistillationStep(model_chunks, [Entry(None, CrossEntropy())], ctx, vocab)
-    batches = rank_batches(samples, 0, len(samples), config.micro_batch, ctx.data_rank, ctx.layout.data)
+    batches = rank_batches(samples, 0, len(samples), config.micro_batch, ctx.data_rank, ctx.layout.replicas)
     results = []
-    num_batches = -(-len(samples) // (config.micro_batch * ctx.layout.data))
+    num_batches = -(-len(samples) // (config.micro_batch * ctx.layout.replicas))
     with watchdog(ctx.timeout_min) as heartbeat, progress("evaluate", num_batches) as advance:
         for call in group_microbatches(batches, ctx):
             results.append(step.evaluate(to_device(call, ctx.device)))

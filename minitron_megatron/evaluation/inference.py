@@ -99,7 +99,7 @@ class Inference:
         def generate(batches: list[list[int]]) -> list[list[list[int]]]:
             return [self._generate([prompts[index] for index in batch], batch, params) for batch in batches]
 
-        of_rank = -(-len(prompts) // (self.batch * self.ctx.layout.data))
+        of_rank = -(-len(prompts) // (self.batch * self.ctx.layout.replicas))
         size = self.batch * min(of_rank, _BATCHES_TOGETHER)
         return self._in_batches("generate", [len(prompt) for prompt in prompts], size, 1, generate)
 
@@ -115,7 +115,7 @@ class Inference:
         # The longest first: what takes too much memory fails at once.
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        own = batches[self.ctx.data_rank :: self.ctx.layout.data]
+        own = batches[self.ctx.data_rank :: self.ctx.layout.replicas]
         found: dict[int, T] = {}
         with watchdog(self.ctx.timeout_min) as heartbeat, progress(title, len(own)) as advance:
             for start in range(0, len(own), per_call):

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from megatron.core.utils import unwrap_model
 
 from minitron_megatron.config.common import DType
-from minitron_megatron.config.parallel import Builder, ModelParallelConfig
+from minitron_megatron.config.parallel import Builder, ModelParallelConfig, ParallelConfig
 from minitron_megatron.errors import UnsupportedModelError, raise_if_any
 from minitron_megatron.model.layers import DENSE, Slot, Sublayer
 from minitron_megatron.model.layers.sublayer import LayerModules
@@ -29,7 +29,7 @@ from minitron_megatron.model.network import Llama3RopeScaling, Network, layout_p
 from minitron_megatron.model.norms import NormKind
 from minitron_megatron.model.specs import layer_submodules, norm_module, uses_te
 from minitron_megatron.parallel.context import ParallelContext
-from minitron_megatron.parallel.layout import Layout, layers_per_stage
+from minitron_megatron.parallel.layout import layers_per_stage
 
 TORCH_DTYPES = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
 
@@ -38,7 +38,7 @@ _NORMS = {NormKind.RMSNORM: "RMSNorm", NormKind.LAYERNORM: "LayerNorm"}
 _FP8_MULTIPLE = 16
 
 
-def build_problems(network: Network, layout: Layout | ModelParallelConfig, where: str = "network") -> list[str]:
+def build_problems(network: Network, layout: ModelParallelConfig, where: str = "network") -> list[str]:
     """Why a network cannot be built in a layout here, one sentence each."""
     problems = layout_problems(network, layout, where)
     mixed = _mixed_layers(network)
@@ -53,7 +53,7 @@ def build_problems(network: Network, layout: Layout | ModelParallelConfig, where
     return problems
 
 
-def fp8_problems(network: Network, layout: Layout | ModelParallelConfig, where: str) -> list[str]:
+def fp8_problems(network: Network, layout: ModelParallelConfig, where: str) -> list[str]:
     """Why the matrix products of a network cannot be computed in FP8 here, one sentence each."""
     if not uses_te():
         return [f"{where} = true takes CUDA and Transformer Engine, which are not here: set it to false"]
@@ -91,7 +91,7 @@ def build_model(
     """
     raise_if_any(build_problems(network, ctx.layout))
     config = _network_config(network, ctx.layout, dtype, recompute, fp8)
-    num_chunks = ctx.layout.virtual_pipeline
+    num_chunks = ctx.layout.model_chunks
     model_chunks = []
     for chunk in range(num_chunks):
         vp_stage = chunk if num_chunks > 1 else None
@@ -121,7 +121,7 @@ def build_model(
     return model_chunks
 
 
-def builds_hybrid(network: Network, layout: Layout) -> bool:
+def builds_hybrid(network: Network, layout: ParallelConfig) -> bool:
     """Whether HybridModel builds a network in a layout, and not GPTModel."""
     return layout.builder is Builder.HYBRID or bool(_mixed_layers(network))
 
@@ -232,7 +232,7 @@ def _mixed_layers(network: Network) -> list[str]:
     return reasons
 
 
-def _layers_of_stages(network: Network, layout: Layout) -> list[range]:
+def _layers_of_stages(network: Network, layout: ParallelConfig) -> list[range]:
     """Numbers of the transformer layers on every stage, in the order of the network."""
     ends, stages = 0, []
     for count in layers_per_stage(len(network.layers), layout.stages):
@@ -241,9 +241,11 @@ def _layers_of_stages(network: Network, layout: Layout) -> list[range]:
     return stages
 
 
-def _network_config(network: Network, layout: Layout, dtype: DType, recompute: bool, fp8: bool) -> TransformerConfig:
+def _network_config(
+    network: Network, layout: ParallelConfig, dtype: DType, recompute: bool, fp8: bool
+) -> TransformerConfig:
     """Megatron-Core's configuration of a network in a layout. Sizes that differ by layer are those of the first one."""
-    interleaved = layout.virtual_pipeline > 1
+    interleaved = layout.model_chunks > 1
     hybrid = builds_hybrid(network, layout)
     stages = [
         sum(len(network.layers[number]) for number in stage) if hybrid else len(stage)
@@ -264,7 +266,7 @@ def _network_config(network: Network, layout: Layout, dtype: DType, recompute: b
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         # Megatron's notation of what each stage holds: embedding, transformer layers, loss.
         pipeline_model_parallel_layout=f"E{'|'.join('t' * count for count in stages)}L",
         is_hybrid_model=hybrid,

@@ -9,42 +9,43 @@ import math
 from collections.abc import Iterator
 from itertools import accumulate
 
+from minitron_megatron.config.parallel import ParallelConfig
 from minitron_megatron.config.schema import DType
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.layers import Sublayer
 from minitron_megatron.model.network import Network
 from minitron_megatron.model.parameters import parameters
-from minitron_megatron.parallel.layout import Layout, layers_per_stage
+from minitron_megatron.parallel.layout import layers_per_stage
 
 DTYPE_BYTES = {DType.BF16: 2, DType.FP16: 2, DType.FP32: 4}
 FLOAT32_BYTES = 4
 
 
-def rank_parameters(network: Network, layout: Layout, stage: int) -> int:
+def rank_parameters(network: Network, layout: ParallelConfig, stage: int) -> int:
     """Parameters on a rank of one pipeline stage, with the rows that pad the vocabulary."""
     return sum(_held(network, layout, stage))
 
 
-def largest_weight(network: Network, layout: Layout, stage: int) -> int:
+def largest_weight(network: Network, layout: ParallelConfig, stage: int) -> int:
     """Parameters of the largest weight on a rank of one pipeline stage, the output projection's left out."""
     return max(_held(network, layout, stage, outputs=False))
 
 
-def stage_layers(network: Network, layout: Layout, stage: int) -> list[range]:
+def stage_layers(network: Network, layout: ParallelConfig, stage: int) -> list[range]:
     """Numbers of the transformer layers on a pipeline rank, model chunk by model chunk."""
     ends = list(accumulate(layers_per_stage(len(network.layers), layout.stages), initial=0))
     return [range(ends[part], ends[part + 1]) for part in range(stage, layout.stages, layout.pipeline)]
 
 
 def residual_stream_bytes(
-    network: Network, micro_batch: int, sequence_length: int, layout: Layout, dtype: DType
+    network: Network, micro_batch: int, sequence_length: int, layout: ParallelConfig, dtype: DType
 ) -> int:
     """Bytes of the residual stream of one micro-batch on a rank; see `sublayer_activations`."""
     return micro_batch * sequence_length * network.hidden_size * DTYPE_BYTES[dtype] // _stream_ranks(layout)
 
 
 def layer_activations(
-    network: Network, number: int, micro_batch: int, sequence_length: int, layout: Layout, dtype: DType
+    network: Network, number: int, micro_batch: int, sequence_length: int, layout: ParallelConfig, dtype: DType
 ) -> int:
     """Bytes that a transformer layer keeps of one micro-batch; see `sublayer_activations`."""
     own = [network.sublayers[position] for position in network.layers[number]]
@@ -53,7 +54,7 @@ def layer_activations(
 
 
 def largest_layer_activations(
-    network: Network, micro_batch: int, sequence_length: int, layout: Layout, dtype: DType
+    network: Network, micro_batch: int, sequence_length: int, layout: ParallelConfig, dtype: DType
 ) -> int:
     """Bytes that the layer which keeps the most keeps of one micro-batch; see `sublayer_activations`."""
     size = micro_batch, sequence_length
@@ -61,7 +62,7 @@ def largest_layer_activations(
 
 
 def sublayer_activations(
-    network: Network, sublayer: Sublayer, micro_batch: int, sequence_length: int, layout: Layout, dtype: DType
+    network: Network, sublayer: Sublayer, micro_batch: int, sequence_length: int, layout: ParallelConfig, dtype: DType
 ) -> int:
     """Bytes that a sublayer keeps of one micro-batch for its backward pass, on a rank.
 
@@ -82,7 +83,7 @@ def sublayer_activations(
     return norm + sublayer.activation_bytes(network, micro_batch, sequence_length, layout.tensor, size)
 
 
-def _held(network: Network, layout: Layout, stage: int, outputs: bool = True) -> Iterator[int]:
+def _held(network: Network, layout: ParallelConfig, stage: int, outputs: bool = True) -> Iterator[int]:
     """Elements of each parameter that a rank of a stage holds."""
     layers = {number for chunk in stage_layers(network, layout, stage) for number in chunk}
     for param in parameters(network):
@@ -92,12 +93,12 @@ def _held(network: Network, layout: Layout, stage: int, outputs: bool = True) ->
             yield math.prod(param.shape) // (layout.tensor if param.split else 1)
 
 
-def _is_on(param: Param, network: Network, layout: Layout, stage: int) -> bool:
+def _is_on(param: Param, network: Network, layout: ParallelConfig, stage: int) -> bool:
     """Whether a stage has a parameter that is of no layer. A tied table is on both ends."""
     is_last = stage == layout.pipeline - 1
     return (stage == 0 or (is_last and network.tie_embeddings)) if param.is_embedding else is_last
 
 
-def _stream_ranks(layout: Layout) -> int:
+def _stream_ranks(layout: ParallelConfig) -> int:
     """Ranks that share the residual stream."""
     return layout.tensor if layout.sequence else 1

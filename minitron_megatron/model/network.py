@@ -25,7 +25,6 @@ from minitron_megatron.model.checks import (
 from minitron_megatron.model.layers import KINDS, Slot, Sublayer
 from minitron_megatron.model.layers.sublayer import alike
 from minitron_megatron.model.norms import NormKind
-from minitron_megatron.parallel.layout import Layout
 
 _PATTERN = "pattern"
 # Today's field by the name that it had in files of earlier versions, in which sizes and switches of all sublayers stood
@@ -275,7 +274,7 @@ def transformer(num_layers: int, layer: Iterable[Sublayer]) -> tuple[Sublayer, .
     return tuple(layer) * num_layers
 
 
-def layout_problems(network: Network, layout: Layout | ModelParallelConfig, where: str = "network") -> list[str]:
+def layout_problems(network: Network, layout: ModelParallelConfig, where: str = "network") -> list[str]:
     """What of a network a layout cannot split, one sentence each."""
     problems = []
     for sublayer, positions in network.alike():
@@ -286,12 +285,10 @@ def layout_problems(network: Network, layout: Layout | ModelParallelConfig, wher
             f"{where}.padded_vocab_size = {network.padded_vocab_size} does not divide by parallel.tensor = "
             f"{layout.tensor}: choose a tensor size that divides it"
         )
-    virtual_pipeline = getattr(layout, "virtual_pipeline", None) or 1
-    stages = layout.pipeline * virtual_pipeline
-    if len(network.layers) < stages:
+    if len(network.layers) < layout.stages:
         problems.append(
-            f"{where} has {len(network.layers)} layers, too few for the {stages} stages of parallel.pipeline x "
-            f"virtual_pipeline = {layout.pipeline} x {virtual_pipeline}: lower one of the two"
+            f"{where} has {len(network.layers)} layers, too few for the {layout.stages} stages of parallel.pipeline x "
+            f"virtual_pipeline = {layout.pipeline} x {layout.stages // layout.pipeline}: lower one of the two"
         )
     return problems
 

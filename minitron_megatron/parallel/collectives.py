@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,29 +14,38 @@ T = TypeVar("T")
 
 
 @contextmanager
-def raise_on_all_ranks() -> Iterator[None]:
+def raise_on_all_ranks(gather: Callable[[Any], list] | None = None) -> Iterator[None]:
     """A block that every rank enters, and that fails on all of them if it fails on one, so that none waits for it.
+
+    Args:
+        gather: gives what every rank hands over, by rank; over the world by default.
 
     Raises:
         UserError: of the first rank that has one.
         RuntimeError: another rank found a defect; that rank raises the defect itself.
     """
-    own = None
+    own: Exception | None = None
     try:
         yield
     except Exception as error:  # raised below, when all ranks know of it
         own = error
     # Any other error may not survive the way to another process.
-    told = own if own is None or isinstance(own, UserError) else f"rank {dist.get_rank()} failed: {own!r}"
-    found = [error for error in gather_objects(told, dist.group.WORLD) if error is not None]
+    report = own if own is None or isinstance(own, UserError) else f"rank {dist.get_rank()} failed: {own!r}"
+    try:
+        reports = (gather or _gather_over_world)(report)
+    except Exception:
+        if own is None:
+            raise
+        raise own from None
     if own is not None:
         raise own
-    if found:
-        raise found[0] if isinstance(found[0], UserError) else RuntimeError(found[0])
+    for other in reports:
+        if other is not None:
+            raise other if isinstance(other, UserError) else RuntimeError(other)
 
 
 def rank0_first(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 alone, which may take long, as tokenising does. Its result, which must be small, reaches
+    """Runs `work` on rank 0 alone, which may take long, as tokenising does. Its result, which must be small, reaches
     every rank, and so does its error."""
     result: list = [None]
     with watchdog(None), raise_on_all_ranks():
@@ -74,3 +83,7 @@ def gather_objects(value: T, group: dist.ProcessGroup) -> list[T]:
     values: list = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def _gather_over_world(value: T) -> list[T]:
+    return gather_objects(value, dist.group.WORLD)

@@ -12,10 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.config.parallel import InferenceParallelConfig, ParallelConfig
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.parallel.cpu import install_cpu_backend
-from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.watchdog import watchdog
 
 logger = logging.getLogger(__name__)
@@ -31,13 +30,13 @@ class ParallelContext:
     """This rank's place in the layout.
 
     Attributes:
-        layout: sizes of every axis.
+        layout: sizes of every axis, for the world that there is.
         collection: Megatron-Core's process groups (`tp`, `pp`, `dp`, `embd`, ...).
         timeout_min: ranks that wait for each other for so many minutes are ended; None where nobody waits, or
             somebody's own job sees to it.
     """
 
-    layout: Layout
+    layout: ParallelConfig
     collection: ProcessGroupCollection
     timeout_min: float | None = None
 
@@ -77,18 +76,18 @@ def current_context(sequence: bool = False) -> ParallelContext:
     Args:
         sequence: whether its models use sequence parallelism.
     """
-    layout = Layout(
+    layout = ParallelConfig(
         tensor=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
         data=parallel_state.get_data_parallel_world_size(),
-        virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         sequence=sequence,
     )
     return ParallelContext(layout, ProcessGroupCollection.use_mpu_process_groups())
 
 
 @contextmanager
-def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
+def parallel_context(config: InferenceParallelConfig) -> Iterator[ParallelContext]:
     """Join the world that the launcher made (or a world of one), lay it out, and leave it at the end.
 
     The backend is NCCL where CUDA exists, else gloo. Ranks that wait for each other for `timeout_min` are ended by a
@@ -99,14 +98,14 @@ def parallel_context(config: ParallelConfig) -> Iterator[ParallelContext]:
     """
     install_cpu_backend()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    layout = Layout.from_config(config, world_size)
+    layout = config.in_world(world_size)
     timeout_min = config.timeout_min if world_size > 1 else None
-    with watchdog(timeout_min), _joined(config, layout) as collection:
+    with watchdog(timeout_min), _joined(layout) as collection:
         yield ParallelContext(layout, collection, timeout_min)
 
 
 @contextmanager
-def _joined(config: ParallelConfig, layout: Layout) -> Iterator[ProcessGroupCollection]:
+def _joined(layout: ParallelConfig) -> Iterator[ProcessGroupCollection]:
     owns_world, world_size = not dist.is_initialized(), layout.world_size
     if torch.cuda.is_available():
         torch.cuda.set_device(_local_device())
@@ -117,14 +116,14 @@ def _joined(config: ParallelConfig, layout: Layout) -> Iterator[ProcessGroupColl
         else:
             _meet(backend)
     replicas = torch.cuda.device_count() // (layout.tensor * layout.pipeline)
-    if replicas > layout.data:
+    if replicas > layout.replicas:
         logger.info("parallel.data=%d would use all GPUs of this machine; %d of them are used", replicas, world_size)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
-            virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-            distributed_timeout_minutes=config.timeout_min + _AFTER_WATCHDOG_MIN,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+            distributed_timeout_minutes=layout.timeout_min + _AFTER_WATCHDOG_MIN,
         )
         # Nothing here draws from it: there is no dropout, and weights are loaded. Megatron-Core wants it all the same.
         tensor_parallel.model_parallel_cuda_manual_seed(1234)

@@ -119,7 +119,7 @@ def group_microbatches(batches: Iterable[Batch], ctx: ParallelContext) -> Iterat
     per_call = 1 if layout.pipeline == 1 else 4 * layout.pipeline
     batches = iter(batches)
     while call := list(islice(batches, per_call)):
-        if layout.virtual_pipeline > 1:
+        if layout.model_chunks > 1:
             call += [_padding_like(call[-1])] * (-len(call) % layout.pipeline)
         yield call
 

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from minitron_megatron.errors import LostWorkerError, UserError, WorkerError
-from minitron_megatron.parallel.collectives import gather_objects
+from minitron_megatron.errors import LostWorkerError
+from minitron_megatron.parallel.collectives import gather_objects, raise_on_all_ranks
 
 T = TypeVar("T")
 
@@ -40,29 +40,24 @@ class Workers:
             what it returned on each of them, by rank.
 
         Raises:
-            WorkerError: it failed on another worker; `LostWorkerError` if that worker is gone. What fails on this one
-                is raised as it is.
+            UserError: of the first worker that has one.
+            LostWorkerError: a worker is gone.
+            RuntimeError: another worker found a defect. What fails on this one is raised as it is.
         """
         if self.size == 1:
             return [work()]
-        result, error, told = None, None, None
-        try:
+        with raise_on_all_ranks(self._gather):
             result = work()
-        except Exception as e:
-            error, told = e, str(e) if isinstance(e, UserError) else f"rank {self.rank} failed: {e!r}"
+        return self._gather(result)
+
+    def _gather(self, value: T) -> list[T]:
         try:
-            outcomes = _in_a_thread(lambda: gather_objects((result, told), self.group))
+            return _in_a_thread(lambda: gather_objects(value, self.group))
         except RuntimeError as e:
-            raise error or LostWorkerError(
+            raise LostWorkerError(
                 f"one of the {self.size} processes that share this work was ended from outside: see whether the memory "
                 f"was enough, and run it again"
             ) from e
-        if error:
-            raise error
-        for _, message in outcomes:
-            if message is not None:
-                raise WorkerError(message)
-        return [result for result, _ in outcomes]
 
     def run_on_main(self, work: Callable[[], object]) -> None:
         """Run `work` on the first worker alone, while the others wait."""

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minitron_megatron.checkpoint.manifest import write_atomically
-from minitron_megatron.checkpoint.safe_load import read_json
+from minitron_megatron.artifacts.files import read_json, write_atomically
 from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.model.axes import HIDDEN, Kept
 from minitron_megatron.model.layers import PrunableAxis

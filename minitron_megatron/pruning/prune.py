@@ -4,8 +4,9 @@ import itertools
 import logging
 from pathlib import Path
 
+from minitron_megatron.artifacts.manifest import Manifest, Parent
+from minitron_megatron.artifacts.output import is_done
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import PruneConfig
 from minitron_megatron.errors import CheckpointError, raise_if_any

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minitron_megatron.artifacts.files import replacing
 from minitron_megatron.data.samples import Samples, rank_batches
 from minitron_megatron.errors import DataError
 from minitron_megatron.parallel.collectives import rank0_first, sum_over
@@ -75,11 +76,13 @@ class ResumableSums:
         """
         layout, collection = self.ctx.layout, self.ctx.collection
         parallel = (collection.tp, collection.pp, collection.dp)
-        per_step = self.micro_batch * layout.data
+        per_step = self.micro_batch * layout.replicas
         first = self._done.get(name, 0)
         total = self._sums.get(name, {key: torch.zeros_like(value, device="cpu") for key, value in sums.items()})
         advance(first // per_step)
-        batches = rank_batches(samples, first, num_samples - first, self.micro_batch, self.ctx.data_rank, layout.data)
+        batches = rank_batches(
+            samples, first, num_samples - first, self.micro_batch, self.ctx.data_rank, layout.replicas
+        )
         faults: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, start=1):
             last = min(first + per_step, num_samples)
@@ -108,10 +111,9 @@ class ResumableSums:
         if self.file is None or not self.ctx.is_main:
             return
         tensors = {f"{name}.{key}": value for name, sums in self._sums.items() for key, value in sums.items()}
-        temporary = self.file.with_name(f"{self.file.name}.new")
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"content": self.content, "done": json.dumps(self._done)})
-        temporary.replace(self.file)
+        with replacing(self.file) as temporary:
+            save_file(tensors, temporary, metadata={"content": self.content, "done": json.dumps(self._done)})
 
     def _load(self) -> tuple[dict[str, int], dict[str, dict[str, Tensor]]]:
         """How many samples are done, and their sums, by the names of both; nothing if the file is of something else."""

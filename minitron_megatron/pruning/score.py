@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_megatron.artifacts.manifest import Manifest, Parent
+from minitron_megatron.artifacts.output import is_done, writing
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import Manifest, Parent, is_done, writing
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import ScoreConfig
 from minitron_megatron.data.choices import ChoiceSamples, read_questions
+from minitron_megatron.data.corpus import text_parents
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.data.samples import training_samples
 from minitron_megatron.data.tokens import prepare_corpus
@@ -57,7 +59,7 @@ def score(config: ScoreConfig) -> Path:
     raise_if_any(build_problems(checkpoint.network, config.parallel, "checkpoint"))
     questions = read_questions(Path(config.depth.choices)) if config.depth.choices else None
     settings, ways = _settings_that_count(config, checkpoint)
-    parents = [Parent.of("checkpoint", checkpoint.root), *Parent.of_text(config.data.text)]
+    parents = [Parent.of("checkpoint", checkpoint.root), *text_parents(config.data.text)]
     if config.depth.choices:
         parents.append(Parent.of("choices", Path(config.depth.choices)))
     manifest = Manifest("scores", checkpoint.network.to_dict(), parents, settings, verb="score")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from minitron_megatron.config.parallel import ModelParallelConfig
 from minitron_megatron.config.schema import AxisConfig, Criterion, DepthCriterion, ScoreConfig
 from minitron_megatron.data.choices import ChoiceSamples
 from minitron_megatron.data.samples import Samples
@@ -15,7 +16,6 @@ from minitron_megatron.errors import ConfigError, DataError, raise_if_any
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.network import Network, layout_problems
 from minitron_megatron.parallel.context import ParallelContext
-from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.schedule import Batch
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
@@ -63,7 +63,7 @@ def score_model(
     """
     depth = replace(config.depth, choices=None if choices is None else config.depth.choices or "choices")
     problems = replace(config, depth=depth).problems()
-    raise_if_any(problems + layout_problems(network, Layout(tensor=ctx.layout.tensor)))
+    raise_if_any(problems + layout_problems(network, ModelParallelConfig(ctx.layout.tensor)))
     model = model_chunks[0].config
     if model.sequence_parallel != ctx.layout.sequence:
         raise ConfigError(
@@ -143,7 +143,7 @@ class _Calibration:
 
     def num_steps(self, num_sweeps: int, watch: bool) -> int:
         """Micro-batches of all passes, one of which may watch activations."""
-        per_step = self.config.micro_batch * self.ctx.layout.data
+        per_step = self.config.micro_batch * self.ctx.layout.replicas
         of_samples, of_choices = -(-self.num_samples // per_step), -(-len(self.choices or ()) // per_step)
         over_samples = num_sweeps if self.compares else 0
         return max(over_samples, int(watch)) * of_samples + num_sweeps * of_choices

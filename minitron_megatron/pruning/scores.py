@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_megatron.checkpoint.manifest import MANIFEST
+from minitron_megatron.artifacts.manifest import MANIFEST
 from minitron_megatron.config.schema import Aggregation, DepthSearch, Unit
 from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.model.axes import HIDDEN

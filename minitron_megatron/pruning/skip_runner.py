@@ -72,7 +72,7 @@ class SkipRunner:
         """
         ctx, last = self.ctx, None
         mask = own_tokens(batch["loss_mask"], ctx)
-        num_stages = ctx.layout.pipeline * ctx.layout.virtual_pipeline
+        num_stages = ctx.layout.stages
         states: dict[Skipped, Tensor] = {}
         runs: list[tuple] = []
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.parameters import parameters

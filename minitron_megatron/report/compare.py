@@ -1,6 +1,5 @@
 """The verb `compare`: evaluations side by side, and how much of the first model each other one recovers."""
 
-import json
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minitron_megatron.checkpoint.manifest import write_atomically
+from minitron_megatron.artifacts.files import write_atomically, write_json
 from minitron_megatron.config.schema import CompareConfig
 from minitron_megatron.evaluation.tasks import show
 from minitron_megatron.report.results import Evaluation
@@ -84,7 +83,7 @@ def compare(config: CompareConfig) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / MARKDOWN, _markdown(header(evaluations), measures, notes))
         values = {"models": [e.name for e in evaluations], "measures": [asdict(m) for m in measures], "notes": notes}
-        write_atomically(output / JSON, json.dumps(values, indent=2) + "\n")
+        write_json(output / JSON, values)
 
 
 def header(evaluations: list[Evaluation]) -> list[str]:

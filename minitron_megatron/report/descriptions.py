@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from minitron_megatron.artifacts.manifest import EVALUATION, MANIFEST
 from minitron_megatron.checkpoint.dist_reader import TRACKER, Checkpoint
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
-from minitron_megatron.checkpoint.manifest import EVALUATION, MANIFEST
 from minitron_megatron.config.schema import DepthSearch, Unit
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import HIDDEN

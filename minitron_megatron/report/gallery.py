@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest
+from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
 from minitron_megatron.config.schema import DepthSearch
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.layers import PrunableAxis, Sublayer
@@ -110,7 +110,8 @@ def scores_of(folder: Path) -> Scores | None:
 def _folder_of_scores(folder: Path) -> Path | None:
     if not (folder / MANIFEST).is_file():
         return None
-    return next((Path(p.path).resolve() for p in Manifest.read(folder).parents if p.role == "scores"), None)
+    scores = Manifest.read(folder).parent("scores")
+    return Path(scores.path).resolve() if scores else None
 
 
 def _drawn_axes(scores: Scores) -> list[tuple[type[Sublayer], PrunableAxis]]:

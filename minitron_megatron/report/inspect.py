@@ -9,7 +9,8 @@ from rich.padding import Padding
 from rich.text import Text
 from rich.tree import Tree
 
-from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, Parent, fingerprint
+from minitron_megatron.artifacts.lineage import Origin, State, origins_of
+from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
 from minitron_megatron.config.schema import InspectConfig
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.report.descriptions import describe
@@ -51,7 +52,7 @@ def inspect(config: InspectConfig) -> None:
         if not network.has_equal_layers:
             _print_section(console, f"layers {name}".rstrip(), layer_table(network))
     if manifest:
-        _print_section(console, "made from", _lineage(Text(str(path)), manifest, set()))
+        _print_section(console, "made from", _lineage(Text(str(path)), origins_of(manifest)))
         settings = yaml.safe_dump(manifest.config, sort_keys=False, width=120)
         _print_section(console, "settings", Text(settings.rstrip()))
     if pair:
@@ -84,22 +85,13 @@ def _print_section(console: Console, title: str, content: RenderableType) -> Non
     console.print(Padding(content, (0, 0, 0, 2), expand=False))
 
 
-def _lineage(label: Text, manifest: Manifest, seen: set[str]) -> Tree:
+def _lineage(label: Text, origins: list[Origin]) -> Tree:
     """The inputs of a result, and theirs, as long as they are where they were."""
     tree = Tree(label)
-    for parent in manifest.parents:
-        tree.add(_origin(parent, seen))
+    for origin in origins:
+        parent = origin.parent
+        label = Text(f"{parent.role}: {parent.path} ").append(parent.fingerprint[:12], style="dim")
+        if origin.state is not State.SAME:
+            label.append(f"  {origin.state.value}", style="yellow")
+        tree.add(_lineage(label, origin.origins))
     return tree
-
-
-def _origin(parent: Parent, seen: set[str]) -> Tree:
-    path = Path(parent.path)
-    label = Text(f"{parent.role}: {path} ").append(parent.fingerprint[:12], style="dim")
-    if not path.exists():
-        return Tree(label.append("  not there any more", style="yellow"))
-    if fingerprint(path) != parent.fingerprint:
-        return Tree(label.append("  changed since", style="yellow"))
-    if parent.fingerprint in seen or not (path / MANIFEST).is_file():
-        return Tree(label)
-    seen.add(parent.fingerprint)
-    return _lineage(label, Manifest.read(path), seen)

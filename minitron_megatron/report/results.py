@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minitron_megatron.checkpoint.manifest import EVALUATION
+from minitron_megatron.artifacts.manifest import EVALUATION
 from minitron_megatron.errors import CheckpointError
 
 _FIELDS = {"model", "parameters", "parameters_without_embeddings", "heldout", "generation"}

@@ -5,7 +5,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from minitron_megatron.checkpoint.manifest import Manifest, Parent, write_atomically
+from minitron_megatron.artifacts.files import write_atomically
+from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.config.schema import TrackingConfig
 from minitron_megatron.errors import UserError
 from minitron_megatron.tracking.trackers import STEP, TensorBoard, Wandb, start_trackers

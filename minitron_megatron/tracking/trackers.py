@@ -10,8 +10,11 @@ import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from minitron_megatron.checkpoint.manifest import MANIFEST, Manifest, Parent, write_atomically
+from minitron_megatron.artifacts.files import write_atomically
+from minitron_megatron.artifacts.lineage import Origin, makers_first, origin_of, origins_of
+from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.config.schema import Tracker, TrackingConfig
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.tracking.provenance import provenance
@@ -40,7 +43,7 @@ class Wandb:
             import wandb
         except ImportError as e:
             raise _does_not_start(Tracker.WANDB, tracking, e, "pip install wandb") from e
-        self._wandb, self._parents = wandb, manifest.parents
+        self._wandb, self._manifest = wandb, manifest
         path = folder / WANDB_ID
         if not path.exists():
             write_atomically(path, uuid.uuid4().hex[:8])
@@ -81,9 +84,10 @@ class Wandb:
         for values in lines:
             if values[STEP] > seen:
                 self.log(values)
-        for role, parent in _ancestors(self._parents):
+        for origin in makers_first(origins_of(self._manifest)):
+            artifact = self._artifact(origin)
             # `use_artifact` waits for the server, and refuses to work offline; this is what it does before it waits.
-            self._run._log_artifact(self._artifact(role, parent), is_user_created=True, use_after_commit=True)
+            self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 
     def log(self, values: dict[str, float]) -> None:
         self._run.log(values)
@@ -99,19 +103,19 @@ class Wandb:
         self._run.log({**numbers, "evaluations": table})
 
     def log_output(self, output: Parent) -> None:
-        self._run.log_artifact(self._artifact(output.role, output))
+        self._run.log_artifact(self._artifact(origin_of(output)))
 
     def finish(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
 
-    def _artifact(self, role: str, parent: Parent):
+    def _artifact(self, origin: Origin) -> Any:
         """Returns a reference to files that stay where they are, under a name that is the same in every run that sees
         them."""
+        parent, manifest = origin.parent, origin.manifest
         path = Path(parent.path).resolve()
-        manifest = _manifest_of(path)
         folder = path.parent.name if path.name == "checkpoints" else path.name
         metadata = {
-            "role": role,
+            "role": parent.role,
             "path": str(path),
             "fingerprint": parent.fingerprint,
             "parents": {p.role: p.fingerprint for p in manifest.parents} if manifest else {},
@@ -196,25 +200,6 @@ def _does_not_start(tracker: Tracker, tracking: TrackingConfig, error: Exception
         settings += f" with tracking.mode = {tracking.mode}"
     reason = " ".join(str(error).split())  # of several lines, and a problem is one
     return ConfigError([f"{settings}: {tracker.value} does not start ({reason}): {fix}, or leave it out"])
-
-
-def _ancestors(parents: list[Parent]) -> Iterator[tuple[str, Parent]]:
-    """Yields role and place of everything that something was made from, and what that was made from, each once.
-
-    What has been moved since is known by its fingerprint, but not what it was made from.
-    """
-    seen, waiting = set(), list(parents)
-    while waiting:
-        parent = waiting.pop(0)
-        if parent.fingerprint not in seen:
-            seen.add(parent.fingerprint)
-            yield parent.role, parent
-            manifest = _manifest_of(Path(parent.path))
-            waiting += manifest.parents if manifest else []
-
-
-def _manifest_of(path: Path) -> Manifest | None:
-    return Manifest.read(path) if (path / MANIFEST).is_file() else None
 
 
 def _as_text(values: dict) -> str:

@@ -9,18 +9,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from minitron_megatron.artifacts.files import write_atomically
+from minitron_megatron.artifacts.manifest import MANIFEST, Manifest, Parent
+from minitron_megatron.artifacts.output import conflict_message, writing
 from minitron_megatron.checkpoint.dist_reader import HUGGINGFACE, Checkpoint
 from minitron_megatron.checkpoint.hf_assets import copy_hf_assets
-from minitron_megatron.checkpoint.manifest import (
-    MANIFEST,
-    Manifest,
-    Parent,
-    conflict_message,
-    write_atomically,
-    writing,
-)
 from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.schema import DistillConfig
+from minitron_megatron.data.corpus import text_parents
 from minitron_megatron.data.encoding import tokenizer_fingerprint
 from minitron_megatron.data.samples import Samples, heldout_samples, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
@@ -68,10 +64,10 @@ def distill(config: DistillConfig) -> Path:
     _require_fit(config, student, teacher)
     output = Path(config.output)
     parents = [Parent.of("student", student.root), *([Parent.of("teacher", teacher.root)] if teacher else [])]
-    parents += Parent.of_text(config.data.text)
+    parents += text_parents(config.data.text)
     manifest = Manifest("run", student.network.to_dict(), parents, to_plain(config), verb="distill")
     with parallel_context(config.parallel) as ctx:
-        raise_if_any(config.batch_problems(ctx.layout.data))
+        raise_if_any(config.batch_problems(ctx.layout.replicas))
         if rank0_first(lambda: _is_finished(output, manifest)):
             return output
         corpus = rank0_first(lambda: prepare_corpus(config.data, student.huggingface_folder))

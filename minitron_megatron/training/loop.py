@@ -161,7 +161,7 @@ class Trainer:
     def _next_batches(self) -> list[Batch]:
         """Returns this rank's micro-batches of the next step, on its device."""
         count, first = self.config.global_batch, self.run.step * self.config.global_batch
-        data_rank, data_size = self.ctx.data_rank, self.ctx.layout.data
+        data_rank, data_size = self.ctx.data_rank, self.ctx.layout.replicas
         batches = rank_batches(self.samples, first, count, self.config.micro_batch, data_rank, data_size)
         return to_device(batches, self.ctx.device)
 
@@ -269,7 +269,7 @@ def validate(
         heartbeat: called after every few micro-batches.
     """
     count = min(len(heldout), config.validate_batches * config.global_batch)
-    batches = rank_batches(heldout, 0, count, config.micro_batch, ctx.data_rank, ctx.layout.data)
+    batches = rank_batches(heldout, 0, count, config.micro_batch, ctx.data_rank, ctx.layout.replicas)
     results = []
     for call in group_microbatches(batches, ctx):
         results.append(step.evaluate(to_device(call, ctx.device), number))

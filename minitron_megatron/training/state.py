@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
+from minitron_megatron.artifacts.files import publish, write_atomically
 from minitron_megatron.checkpoint.dist_reader import TRACKER, iteration_folder, latest_folder, require_plain
-from minitron_megatron.checkpoint.manifest import write_atomically
 from minitron_megatron.disk import convert_enospc
 from minitron_megatron.parallel.collectives import rank0_first
 from minitron_megatron.training.optimizer import TrainableModel
@@ -128,7 +128,7 @@ def _announce(temporary: Path, folder: Path, best: bool) -> None:
     root, step = folder.parent, _step_of(folder)
     if folder.exists():
         shutil.rmtree(folder)  # not announced, so left by a run that ended between these lines
-    os.replace(temporary, folder)
+    publish(temporary, folder)
     if best:  # first: a run that ends between the two makes this step again
         _announce_best(folder, step)
     write_atomically(root / TRACKER, step)
@@ -149,7 +149,7 @@ def _announce_best(folder: Path, step: str) -> None:
     write_atomically(new / TRACKER, step)
     if best.exists():
         os.replace(best, old)
-    os.replace(new, best)
+    publish(new, best)
     shutil.rmtree(old, ignore_errors=True)
 
 

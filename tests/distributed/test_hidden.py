@@ -108,7 +108,7 @@ def work(folder, name):
             own = found[case] = {"steps": []}
             for number in range(STEPS):
                 batches = rank_batches(
-                    samples(), number * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, ctx.data_rank, ctx.layout.data
+                    samples(), number * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, ctx.data_rank, ctx.layout.replicas
                 )
                 trained.zero_grad()
                 result = step.train(list(batches))
@@ -130,7 +130,7 @@ class Run:
 
     def __init__(self, folder, name):
         layout = LAYOUTS[name]
-        num_ranks = layout.tensor * layout.pipeline * (layout.data or 1)
+        num_ranks = layout.tensor * layout.pipeline * layout.replicas
         run_on_ranks(num_ranks, work, folder, name)
         self.ranks = [torch.load(folder / f"{name}_{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
@@ -269,7 +269,7 @@ def train_a_shared_projection(folder, name, layout):
             step = DistillationStep(trained.model_chunks, entries, ctx, vocab)
             norms = []
             for number in range(3):
-                batches = rank_batches(samples(), 4 * number, 4, MICRO_BATCH, ctx.data_rank, ctx.layout.data)
+                batches = rank_batches(samples(), 4 * number, 4, MICRO_BATCH, ctx.data_rank, ctx.layout.replicas)
                 trained.zero_grad()
                 step.train(list(batches))
                 norms.append(trained.grad_norm())

@@ -147,7 +147,7 @@ def work(folder, layout: ParallelConfig):
         found["steps"] = []
         for number in range(2):
             first = number * GLOBAL_BATCH
-            batches = list(rank_batches(samples, first, GLOBAL_BATCH, MICRO_BATCH, ctx.data_rank, ctx.layout.data))
+            batches = list(rank_batches(samples, first, GLOBAL_BATCH, MICRO_BATCH, ctx.data_rank, ctx.layout.replicas))
             trained.zero_grad()
             result = step.train(batches)
             if number == 0:
@@ -191,7 +191,7 @@ def models(request, tmp_path_factory):
 
 
 def _write_random_scores(checkpoint, folder):
-    from minitron_megatron.checkpoint.manifest import Manifest
+    from minitron_megatron.artifacts.manifest import Manifest
 
     folder.mkdir()
     scores_by_chance(Checkpoint(checkpoint).network, seed=5).write(folder)
@@ -203,7 +203,7 @@ class Run:
 
     def __init__(self, folder, name: str):
         self.layout = layout = LAYOUTS[name]
-        num_ranks = layout.tensor * layout.pipeline * (layout.data or 1)
+        num_ranks = layout.tensor * layout.pipeline * layout.replicas
         run_on_ranks(num_ranks, work, folder, layout)
         self.ranks = [torch.load(folder / f"{name}_{r}.pt", weights_only=False) for r in range(num_ranks)]
         self.network = Checkpoint(folder / "student").network

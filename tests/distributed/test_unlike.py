@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint.dist_reader import NETWORK, Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.config.loss import HiddenConfig, HiddenLoss, LossConfig, Projection
 from minitron_megatron.config.parallel import Builder
@@ -111,7 +111,7 @@ def learn(student, teacher, ctx, state) -> dict:
 
     layout = ctx.layout
     samples = Samples(NUM_SAMPLES, 16, student.network.vocab_size, seed=3)
-    batches = list(rank_batches(samples, 0, NUM_SAMPLES, MICRO_BATCH, ctx.data_rank, layout.data))
+    batches = list(rank_batches(samples, 0, NUM_SAMPLES, MICRO_BATCH, ctx.data_rank, layout.replicas))
     results = {}
     for attempt in ("first", "again"):
         step, model = distillation_step(student, teacher, ctx)
@@ -184,7 +184,7 @@ CASES = [("1x1", builder) for builder in BUILDERS[1:]] + [(name, builder) for na
 @pytest.mark.parametrize("name, builder", CASES, ids=[f"{name}-{builder.value}" for name, builder in CASES])
 def test_nothing_depends_on_layout_and_builder(folder, single, name, builder):
     layout = replace(LAYOUTS.get(name, ParallelConfig()), builder=builder)
-    num_ranks = layout.tensor * layout.pipeline * (layout.data or 1)
+    num_ranks = layout.tensor * layout.pipeline * layout.replicas
     run_on_ranks(num_ranks, work, folder, layout, f"{name}_{builder.value}")
     ranks = [torch.load(folder / f"{name}_{builder.value}_{r}.pt", weights_only=False) for r in range(num_ranks)]
     for rank in ranks:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.checkpoint import dist_reader, writer
+from minitron_megatron.artifacts.manifest import Manifest
+from minitron_megatron.checkpoint import dist_reader, dist_writer
 from minitron_megatron.checkpoint.dcp_chunks import Chunk
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.parameters import parameters
@@ -51,7 +51,7 @@ def some(generator, size):
 
 @pytest.mark.parametrize("chunk_bytes", [400, 1000, 2**28], ids=["two rows", "five rows", "all rows"])
 def test_any_positions_are_read_from_any_chunks(chunk_bytes, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(dist_writer, "CHUNK_BYTES", chunk_bytes)
     write_checkpoint(tmp_path / "c", source, torch.float32, Manifest("checkpoint"), None)
     checkpoint, generator = Checkpoint(tmp_path / "c"), np.random.default_rng(0)
     embedding = checkpoint.tensors["embedding.word_embeddings.weight"]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint import dist_writer
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.parameters import parameters, stacked_key
 from tests.in_memory import StateDict

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.config.compose import read_settings, resolve_stages, to_plain
 from minitron_megatron.config.schema import (

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint.convert import export, import_checkpoint
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.hf_assets import copy_hf_assets
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.config.schema import DType, ExportConfig, ImportConfig, ParallelConfig
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.build import build_model

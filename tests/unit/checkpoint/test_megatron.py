@@ -20,12 +20,12 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint.convert import import_checkpoint
 from minitron_megatron.checkpoint.dist_reader import NETWORK, TRACKER, Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.config.schema import DType, ImportConfig, ParallelConfig, PruneConfig, ScoreConfig, TargetConfig
 from minitron_megatron.model.build import build_model
 from minitron_megatron.model.families import network_from_config

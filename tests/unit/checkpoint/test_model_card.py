@@ -7,10 +7,10 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
+from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.checkpoint.convert import export, import_checkpoint
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest, Parent
-from minitron_megatron.checkpoint.model_card import lineage
+from minitron_megatron.checkpoint.model_card import steps_to
 from minitron_megatron.config.schema import ExportConfig, ImportConfig, PruneConfig, TargetConfig
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.pruning.prune import prune
@@ -111,7 +111,7 @@ def test_a_source_that_says_nothing_gets_no_licence(run, tmp_path):
 )
 def test_a_step_is_named_by_its_verb(manifest, name, tmp_path):
     manifest.write(tmp_path)
-    assert [step.name for step in lineage(Parent.of("checkpoint", tmp_path))] == [name]
+    assert [step.name for step in steps_to(Parent.of("checkpoint", tmp_path))] == [name]
 
 
 def test_a_damaged_card_is_named(run, tmp_path):

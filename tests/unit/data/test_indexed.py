@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from transformers import AutoTokenizer
 
-from minitron_megatron.checkpoint.manifest import Parent
 from minitron_megatron.config.schema import DataConfig
+from minitron_megatron.data.corpus import text_parents
 from minitron_megatron.data.indexed import is_indexed, read_index
 from minitron_megatron.data.samples import heldout_samples, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
@@ -117,10 +117,10 @@ def test_weights_find_their_sources(tmp_path, config, tokenizer_dir, rows, stori
 
 def test_a_run_knows_its_token_files(tmp_path, config, rows):
     write(tmp_path / "own", [[row] for row in rows])
-    parents = Parent.of_text(config.text)
+    parents = text_parents(config.text)
     assert [parent.path for parent in parents] == [f"{tmp_path}/own.bin", f"{tmp_path}/own.idx"]
     write(tmp_path / "own", [[row[::-1]] for row in rows])
-    assert Parent.of_text(config.text)[0].fingerprint != parents[0].fingerprint
+    assert text_parents(config.text)[0].fingerprint != parents[0].fingerprint
 
 
 @pytest.mark.parametrize("token", [284, 60000])

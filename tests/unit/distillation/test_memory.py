@@ -24,7 +24,6 @@ from minitron_megatron.model.memory_estimate import rank_parameters, sublayer_ac
 from minitron_megatron.model.network import Network, layout_problems, transformer
 from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.parallel.gpus import GPUS
-from minitron_megatron.parallel.layout import Layout
 from minitron_megatron.parallel.schedule import forward_hidden
 from minitron_megatron.training.optimizer import setup_optimizer
 from tests.tiny import changed
@@ -58,16 +57,16 @@ def test_state_is_that_of_megatrons_table(dtype, plain, distributed):
     """Bytes per parameter, from the guide to the distributed optimizer in Megatron-Core's documentation."""
     for shared, expected in ((False, plain), (True, distributed)):
         config = settings(dtype=DType(dtype), optimizer=OptimizerConfig(distributed=shared))
-        memory = estimate_memory(SMALL, None, config, Layout(data=4))
+        memory = estimate_memory(SMALL, None, config, ParallelConfig(data=4))
         state = memory.student_weights + memory.gradients + memory.optimizer
-        assert state == expected * rank_parameters(SMALL, Layout(), 0)
+        assert state == expected * rank_parameters(SMALL, ParallelConfig(), 0)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.FP32])
 def test_state_is_what_a_model_in_training_has(dtype, distributed):
     config = settings(dtype=dtype, optimizer=OptimizerConfig(warmup_steps=0, distributed=distributed))
-    expected = estimate_memory(SMALL, None, config, Layout())
+    expected = estimate_memory(SMALL, None, config, ParallelConfig())
     with parallel_context(ParallelConfig()) as ctx:
         model_chunks = build_model(SMALL, ctx, dtype)
         trained = setup_optimizer(model_chunks, config.optimizer, 2, dtype, ctx)
@@ -116,10 +115,12 @@ def test_activations_are_those_that_a_model_keeps(switches, recompute, monkeypat
     measured = sum(storage.nbytes() for storage in kept.values())
     assert output.requires_grad
 
-    expected = estimate_memory(network, None, config, Layout()).activations
+    expected = estimate_memory(network, None, config, ParallelConfig()).activations
     if recompute:  # the layer that is run again in the backward pass is not there yet
         layer = network.sublayers[:2]
-        expected -= sum(sublayer_activations(network, sublayer, 2, 256, Layout(), config.dtype) for sublayer in layer)
+        expected -= sum(
+            sublayer_activations(network, sublayer, 2, 256, ParallelConfig(), config.dtype) for sublayer in layer
+        )
     else:
         # The CPU's layers make again what norms and gated activations return, and with SwiGLU the MLP's first product;
         # Transformer Engine's keep it. And their SwiGLU is one function, which keeps no factor of its product.
@@ -135,7 +136,7 @@ def test_the_loss_takes_what_it_took_on_an_h100():
     """The GPU's table in docs/benchmarks.md: bf16, 256 wide, chunks of 512 tokens; here with its sizes."""
     for vocab, gib in ((32768, 0.30), (131072, 1.13), (262144, 2.25)):
         narrow = SMALL.replace(hidden_size=256, vocab_size=vocab, padded_vocab_size=vocab)
-        loss = estimate_memory(narrow, narrow, settings(1024, micro_batch=1), Layout()).loss
+        loss = estimate_memory(narrow, narrow, settings(1024, micro_batch=1), ParallelConfig()).loss
         assert loss / GIB == pytest.approx(gib, rel=0.06)
 
 
@@ -156,39 +157,39 @@ def test_a_loss_takes_no_more_than_estimated(divergence, temperature):
             hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, tokens, logits
         )
         loss.backward()
-    measured, expected = peak.most - before, estimate_memory(narrow, narrow, run, Layout()).loss
+    measured, expected = peak.most - before, estimate_memory(narrow, narrow, run, ParallelConfig()).loss
     assert measured <= expected + 128 * tokens  # a few values per token
 
 
 def test_a_teacher_costs_what_is_done_with_it():
     """Trained, it takes what it would as a student of the text; not looked at, it is not loaded."""
     run = settings(recompute=True, teacher_lr=1e-5)
-    beside = estimate_memory(STUDENT, TEACHER, run, Layout())
-    alone = estimate_memory(TEACHER, None, run, Layout())
+    beside = estimate_memory(STUDENT, TEACHER, run, ParallelConfig())
+    alone = estimate_memory(TEACHER, None, run, ParallelConfig())
     assert beside.teacher_activations == alone.activations + alone.loss
     text = LossConfig(kd_logits_weight=0.0, lm_weight=1.0, logits=LogitsConfig(temperature=2.0))
-    assert estimate_memory(STUDENT, TEACHER, replace(run, loss=text), Layout()) == estimate_memory(
-        STUDENT, None, replace(run, loss=text), Layout()
+    assert estimate_memory(STUDENT, TEACHER, replace(run, loss=text), ParallelConfig()) == estimate_memory(
+        STUDENT, None, replace(run, loss=text), ParallelConfig()
     )
 
 
 def test_micro_batches_on_their_way_and_the_ends_of_a_pipeline():
     run = settings(8192, global_batch=64, micro_batch=1)
-    four = estimate_memory(STUDENT, TEACHER, run, Layout(pipeline=4))
-    alone = estimate_memory(STUDENT, TEACHER, run, Layout())
+    four = estimate_memory(STUDENT, TEACHER, run, ParallelConfig(pipeline=4))
+    alone = estimate_memory(STUDENT, TEACHER, run, ParallelConfig())
     assert four.stage == 0 and four.loss == four.teacher_states == 0
     assert four.activations == alone.activations + 3 * 8192 * 3072 * 2  # four times a quarter; and what is handed on
     assert alone.teacher_states == 64 * 8192 * 4096 * 2
-    few = estimate_memory(STUDENT, TEACHER, replace(run, global_batch=2), Layout(pipeline=4))
+    few = estimate_memory(STUDENT, TEACHER, replace(run, global_batch=2), ParallelConfig(pipeline=4))
     assert few.activations == four.activations // 2
-    interleaved = estimate_memory(STUDENT, TEACHER, run, Layout(pipeline=4, virtual_pipeline=2))
+    interleaved = estimate_memory(STUDENT, TEACHER, run, ParallelConfig(pipeline=4, virtual_pipeline=2))
     # 2205.05198, section 4.2.3: L(1 + (p - 1) / (p v)) layers of activations; and what twice as many chunks hand on.
     assert interleaved.activations == pytest.approx(alone.activations * (1 + 3 / 8), rel=0.02)
 
 
 def test_a_step_of_a_dense_model_is_six_flops_per_parameter_and_token():
     run = settings(128, global_batch=64, micro_batch=1, steps=100)
-    h100, layout = GPUS["h100"], Layout(data=8)
+    h100, layout = GPUS["h100"], ParallelConfig(data=8)
     step = estimate_step(TEACHER, None, run, layout, h100, utilization=0.5, price=2.0)
     flops = 6 * (num_parameters(TEACHER) - 128256 * 4096) * 64 * 128
     assert step.seconds == pytest.approx(flops / (8 * 989.4e12 * 0.5), rel=0.01)
@@ -196,17 +197,17 @@ def test_a_step_of_a_dense_model_is_six_flops_per_parameter_and_token():
     assert estimate_step(TEACHER, None, replace(run, recompute=True), layout, h100, 0.5).seconds == pytest.approx(
         step.seconds * 4 / 3
     )
-    both = estimate_step(TEACHER, TEACHER, run, Layout(pipeline=8), h100, 0.5)
+    both = estimate_step(TEACHER, TEACHER, run, ParallelConfig(pipeline=8), h100, 0.5)
     assert both.seconds == pytest.approx(step.seconds * 4 / 3 * (1 + 7 / 64))
 
 
 def test_one_h100_is_too_small_for_the_papers_pair_and_the_nearest_layout_is_not():
     h100 = GPUS["h100"]
-    assert not estimate_memory(STUDENT, TEACHER, LLAMA_RUN, Layout()).fits(h100)
-    changes, memory = nearest_layout(STUDENT, TEACHER, LLAMA_RUN, Layout(), h100, gpus_per_node=8)
+    assert not estimate_memory(STUDENT, TEACHER, LLAMA_RUN, ParallelConfig()).fits(h100)
+    changes, memory = nearest_layout(STUDENT, TEACHER, LLAMA_RUN, ParallelConfig(), h100, gpus_per_node=8)
     assert memory.fits(h100)
     assert changes == {"recompute": True, "parallel.tensor": 2, "parallel.sequence": True}
-    layout = Layout(tensor=2, sequence=True)
+    layout = ParallelConfig(tensor=2, sequence=True)
     assert not layout_problems(STUDENT, layout) + layout_problems(TEACHER, layout)
     changed = replace(LLAMA_RUN, recompute=True)
     assert estimate_memory(STUDENT, TEACHER, changed, layout) == memory
@@ -215,30 +216,33 @@ def test_one_h100_is_too_small_for_the_papers_pair_and_the_nearest_layout_is_not
 
 def test_the_nearest_layout_takes_one_change_before_two_and_ranks_from_replicas():
     h100, run = GPUS["h100"], settings(4096, global_batch=64, micro_batch=4)
-    found = nearest_layout(STUDENT, TEACHER, LLAMA_RUN, Layout(tensor=2, pipeline=4), h100, gpus_per_node=8)
+    found = nearest_layout(STUDENT, TEACHER, LLAMA_RUN, ParallelConfig(tensor=2, pipeline=4), h100, gpus_per_node=8)
     assert found[0] == {"recompute": True}
     replicas = replace(run, parallel=ParallelConfig(data=8))
-    changes, _ = nearest_layout(STUDENT, TEACHER, replicas, Layout(data=8), h100, gpus_per_node=8)
+    changes, _ = nearest_layout(STUDENT, TEACHER, replicas, ParallelConfig(data=8), h100, gpus_per_node=8)
     assert changes == {"recompute": True, "optimizer.distributed": True}
-    changes, _ = nearest_layout(STUDENT, TEACHER, replicas, Layout(data=8), GPUS["a100-40gb"], gpus_per_node=8)
+    changes, _ = nearest_layout(STUDENT, TEACHER, replicas, ParallelConfig(data=8), GPUS["a100-40gb"], gpus_per_node=8)
     assert changes["parallel.tensor"] * changes["parallel.data"] == 8
     three = replace(run, parallel=ParallelConfig(data=3))
-    changes, _ = nearest_layout(STUDENT, TEACHER, three, Layout(data=3), GPUS["a100-40gb"], gpus_per_node=8)
+    changes, _ = nearest_layout(STUDENT, TEACHER, three, ParallelConfig(data=3), GPUS["a100-40gb"], gpus_per_node=8)
     assert "parallel.tensor" in changes and "parallel.data" not in changes  # six GPUs or more for three replicas
     # Of three query groups, tensor parallelism of a power of two cannot take any.
     three = [changed(network, num_heads=24, num_query_groups=3) for network in (STUDENT, TEACHER)]
-    changes, _ = nearest_layout(*three, run, Layout(), h100, gpus_per_node=8)
+    changes, _ = nearest_layout(*three, run, ParallelConfig(), h100, gpus_per_node=8)
     assert "parallel.tensor" not in changes and changes["parallel.pipeline"] > 1
-    assert nearest_layout(STUDENT, TEACHER.replace(hidden_size=2**20), run, Layout(), h100, gpus_per_node=8) is None
+    assert (
+        nearest_layout(STUDENT, TEACHER.replace(hidden_size=2**20), run, ParallelConfig(), h100, gpus_per_node=8)
+        is None
+    )
 
 
 def docs_rows() -> list[str]:
     """The rows of the table in docs/clusters.md."""
     rows = []
     layouts = {
-        "data 8, `recompute=true`": (Layout(data=8), True),
-        "tensor 2, data 4, sequence": (Layout(tensor=2, data=4, sequence=True), False),
-        "tensor 2, pipeline 2, data 2, sequence": (Layout(tensor=2, pipeline=2, data=2, sequence=True), False),
+        "data 8, `recompute=true`": (ParallelConfig(data=8), True),
+        "tensor 2, data 4, sequence": (ParallelConfig(tensor=2, data=4, sequence=True), False),
+        "tensor 2, pipeline 2, data 2, sequence": (ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True), False),
     }
     for name, (layout, recompute) in layouts.items():
         optimizer = OptimizerConfig(distributed=True)

@@ -114,7 +114,7 @@ def loop_on_rank(folder, layout):
         for model in (student, teacher):
             network = network_of(model, vocab_size=VOCAB)
             load_weights([model], LoudWeights(network, seed=len(network.layers)), place)
-        replicas = place.layout.data
+        replicas = place.layout.replicas
         found = run_documented_loop(wrap(student), [teacher], micro_batches(place.data_rank, replicas), replicas)
         torch.save(found, folder / f"{layout.tensor}_{layout.pipeline}_{dist.get_rank()}.pt")
 

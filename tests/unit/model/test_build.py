@@ -10,12 +10,11 @@ import torch
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.config.common import DType
 from minitron_megatron.config.parallel import Builder, ParallelConfig
-from minitron_megatron.model import build, local
+from minitron_megatron.model import build, torch_modules
 from minitron_megatron.model.build import build_model, build_problems
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.network import layout_problems
 from minitron_megatron.parallel.context import parallel_context
-from minitron_megatron.parallel.layout import Layout
 from tests.in_memory import StateDict
 from tests.tiny import LLAMA, hf_model, unlike
 from tests.unit.model.configs import CONFIGS
@@ -52,13 +51,13 @@ def test_what_norms_and_gated_mlps_make_is_made_again_and_not_kept(recompute, mo
                 module.register_forward_pre_hook(lambda module, args: passing.append(weakref.ref(args[0])))
             if name.endswith("linear_fc1"):
                 module.register_forward_hook(lambda module, args, outputs: passing.append(weakref.ref(outputs[0])))
-        product = local.ColumnParallelLinear.forward
+        product = torch_modules.ColumnParallelLinear.forward
 
         def counted(*args, **kwargs):
             products.append(args[0])
             return product(*args, **kwargs)
 
-        monkeypatch.setattr(local.ColumnParallelLinear, "forward", counted)
+        monkeypatch.setattr(torch_modules.ColumnParallelLinear, "forward", counted)
 
         def run() -> list[torch.Tensor]:
             model.zero_grad()
@@ -72,7 +71,7 @@ def test_what_norms_and_gated_mlps_make_is_made_again_and_not_kept(recompute, mo
         assert len(passing) == 4 * len(network.layers) * (1 + recompute)
         # Queries, keys and values, and an MLP's first product; this one, or both with the layer, once more.
         assert len(products) == (4 if recompute else 3) * len(network.layers) + 1
-        monkeypatch.setattr(local, "recomputed", lambda function, *args: function(*args))
+        monkeypatch.setattr(torch_modules, "recomputed", lambda function, *args: function(*args))
         expected = run()
     assert alive[0] == 0
     assert recompute or alive[1] == 4 * len(network.layers)
@@ -81,7 +80,7 @@ def test_what_norms_and_gated_mlps_make_is_made_again_and_not_kept(recompute, mo
 
 def test_a_layout_that_does_not_fit_the_network_lists_every_problem():
     network = network_from_config({**LLAMA, "intermediate_size": 45, "num_hidden_layers": 3})
-    assert build_problems(network, Layout(tensor=3, pipeline=2, virtual_pipeline=2)) == [
+    assert build_problems(network, ParallelConfig(tensor=3, pipeline=2, virtual_pipeline=2)) == [
         "network.attention.num_query_groups = 2 does not divide by parallel.tensor = 3: choose a tensor size that "
         "divides it, or that it divides",
         "network.padded_vocab_size = 128 does not divide by parallel.tensor = 3: choose a tensor size that divides it",
@@ -115,12 +114,12 @@ def test_several_tensor_ranks_share_a_query_group_where_they_can(num_heads, head
     network = network_from_config(
         {**LLAMA, "num_attention_heads": num_heads, "head_dim": head_dim, "intermediate_size": 48}
     )
-    assert layout_problems(network, Layout(tensor=tensor)) == ([problem] if problem else [])
+    assert layout_problems(network, ParallelConfig(tensor=tensor)) == ([problem] if problem else [])
 
 
 def test_sizes_of_one_layer_that_the_layout_cannot_split_name_the_layer():
     network = unlike(network_from_config(LLAMA))
-    assert build_problems(network, Layout(tensor=4, pipeline=5), "target") == [
+    assert build_problems(network, ParallelConfig(tensor=4, pipeline=5), "target") == [
         "target.layer 0.attention.num_heads = 6 does not divide by parallel.tensor = 4: choose a tensor size that "
         "divides it",
         "target.layer 2.attention.num_heads = 2 does not divide by parallel.tensor = 4: choose a tensor size that "
@@ -134,10 +133,12 @@ def test_a_builder_that_this_megatron_core_does_not_have_is_said_with_the_releas
     monkeypatch.setattr(build, "find_spec", lambda name: None)
     monkeypatch.setattr(megatron.core, "__version__", "0.16.1")
     network = network_from_config(LLAMA)
-    assert not build_problems(unlike(network), Layout())  # which GPTModel builds
+    assert not build_problems(unlike(network), ParallelConfig())  # which GPTModel builds
     mixed = network.replace(sublayers=(network.sublayers[0], dataclasses.replace(network.sublayers[1], bias=True)))
     missing = "megatron-core 0.16.1 has none: install megatron-core 0.18 or newer, with Python 3.12"
-    assert build_problems(mixed, Layout()) == [
+    assert build_problems(mixed, ParallelConfig()) == [
         f"network: layer 0 has sublayers of unlike add_bias_linear, which takes HybridModel, and {missing}"
     ]
-    assert build_problems(network, Layout(builder=Builder.HYBRID)) == [f"parallel.builder = hybrid, and {missing}"]
+    assert build_problems(network, ParallelConfig(builder=Builder.HYBRID)) == [
+        f"parallel.builder = hybrid, and {missing}"
+    ]

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from minitron_megatron.config.parallel import ParallelConfig
 from minitron_megatron.config.schema import DType
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.layers.attention import Attention
@@ -12,7 +13,6 @@ from minitron_megatron.model.layers.mlp import MLP, Activation
 from minitron_megatron.model.memory_estimate import rank_parameters, sublayer_activations
 from minitron_megatron.model.network import Network, transformer
 from minitron_megatron.model.norms import NormKind
-from minitron_megatron.parallel.layout import Layout
 from tests.tiny import changed
 
 SMALL = Network(
@@ -28,11 +28,11 @@ SMALL = Network(
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(),
-        Layout(tensor=2),
-        Layout(tensor=8),
-        Layout(pipeline=3),
-        Layout(tensor=4, pipeline=2, virtual_pipeline=2),
+        ParallelConfig(),
+        ParallelConfig(tensor=2),
+        ParallelConfig(tensor=8),
+        ParallelConfig(pipeline=3),
+        ParallelConfig(tensor=4, pipeline=2, virtual_pipeline=2),
     ],
     ids=str,
 )
@@ -51,7 +51,7 @@ def test_the_ranks_hold_all_weights_once_but_for_those_that_each_must_have(layou
     assert held == expected
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=4, sequence=True)], ids=str)
+@pytest.mark.parametrize("layout", [ParallelConfig(), ParallelConfig(tensor=4, sequence=True)], ids=str)
 def test_a_gpt_layer_keeps_what_korthikanti_et_al_count(layout):
     """2205.05198, table 2, tensor and sequence parallelism with selective recomputation: sbh * 34 / t."""
     s, b, h, a, t = 2048, 4, 6144, 64, layout.tensor

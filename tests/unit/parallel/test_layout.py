@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitron_megatron.config.schema import InferenceParallelConfig, ParallelConfig
-from minitron_megatron.parallel.layout import Layout, layers_per_stage
+from minitron_megatron.parallel.layout import layers_per_stage
 
 
 @pytest.mark.parametrize(
@@ -36,5 +36,7 @@ def test_stages_and_ranks_are_as_even_as_can_be(pipeline, virtual_pipeline, spar
 
 
 def test_a_layout_is_of_what_its_settings_have():
-    assert Layout.from_config(InferenceParallelConfig(2, 2), 12) == Layout(2, 2, 3)
-    assert Layout.from_config(ParallelConfig(2, 2, virtual_pipeline=3, sequence=True), 4) == Layout(2, 2, 1, 3, True)
+    assert InferenceParallelConfig(2, 2, timeout_min=5.0).in_world(12) == ParallelConfig(2, 2, 3, timeout_min=5.0)
+    layout = ParallelConfig(2, 2, virtual_pipeline=3, sequence=True).in_world(4)
+    assert layout == ParallelConfig(2, 2, 1, 3, True)
+    assert (layout.replicas, layout.world_size, layout.stages) == (1, 4, 6)

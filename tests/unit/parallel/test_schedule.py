@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minitron_megatron.parallel.layout import Layout
+from minitron_megatron.config.parallel import ParallelConfig
 from minitron_megatron.parallel.schedule import group_microbatches, to_device
 
 
@@ -25,7 +25,7 @@ def test_sample_ids_stay_where_they_are_looked_up():
 
 @pytest.mark.parametrize("with_ids", [True, False])
 def test_what_fills_up_a_call_of_the_interleaved_schedule_is_no_sample(with_ids):
-    ctx = SimpleNamespace(layout=Layout(pipeline=2, virtual_pipeline=2))
+    ctx = SimpleNamespace(layout=ParallelConfig(pipeline=2, virtual_pipeline=2))
     batches = [micro_batch(2 * number) for number in range(9)]
     if not with_ids:  # of a loop of somebody's own
         for batch in batches:

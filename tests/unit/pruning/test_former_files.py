@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.config.schema import TargetConfig, Unit
 from minitron_megatron.model.layers.attention import Attention
 from minitron_megatron.model.layers.mlp import MLP

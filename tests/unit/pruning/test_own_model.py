@@ -9,9 +9,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 import minitron_megatron
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.config.schema import (
     DepthConfig,
     DepthCriterion,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.config.schema import DepthCriterion, DepthSearch, ParallelConfig, TargetConfig, Unit
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model.families import network_from_config

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.config.schema import ParallelConfig, TargetConfig, Unit
 from minitron_megatron.errors import ConfigError

@@ -11,10 +11,10 @@ import torch
 from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
+from minitron_megatron.artifacts.manifest import fingerprint
 from minitron_megatron.checkpoint.convert import export
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import fingerprint
 from minitron_megatron.config.parallel import Builder
 from minitron_megatron.config.schema import DType, ExportConfig, ParallelConfig, PruneConfig, TargetConfig
 from minitron_megatron.errors import CheckpointError, ConfigError

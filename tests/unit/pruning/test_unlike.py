@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.huggingface import hf_tensors, read_hf_tensor
 from minitron_megatron.checkpoint.load import load_weights
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.config.schema import (
     Aggregation,
     Criterion,

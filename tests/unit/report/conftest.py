@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from minitron_megatron.artifacts.manifest import Manifest, Parent
+from minitron_megatron.artifacts.output import writing
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest, Parent, writing
 from minitron_megatron.config.schema import TargetConfig
 from minitron_megatron.model.layers.attention import Attention
 from minitron_megatron.model.layers.mlp import MLP

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from minitron_megatron.checkpoint.manifest import Manifest
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.report.html import duration, write_report
 
 VOID = {"meta", "img", "br"}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest
 from minitron_megatron.config.schema import DepthSearch, InspectConfig, Unit
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.pruning.ranges import to_ranges

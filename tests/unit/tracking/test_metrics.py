@@ -12,7 +12,7 @@ import wandb
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minitron_megatron.checkpoint.manifest import Manifest, Parent
+from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.config.schema import Tracker, TrackingConfig
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.tracking.metrics import Metrics, read_metrics

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minitron_megatron import cli
+from minitron_megatron.artifacts.manifest import Manifest, Parent, fingerprint
+from minitron_megatron.artifacts.output import writing
 from minitron_megatron.checkpoint import huggingface
 from minitron_megatron.checkpoint.convert import export, import_checkpoint
-from minitron_megatron.checkpoint.manifest import Manifest, Parent, fingerprint, writing
 from minitron_megatron.config.schema import DType, ExportConfig, ImportConfig
 from minitron_megatron.errors import ConfigError, DiskSpaceError
 from tests.tiny import LLAMA, hf_model, save_hf

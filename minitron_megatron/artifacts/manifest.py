@@ -4,29 +4,15 @@
 """
 
 import hashlib
-import json
-import logging
-import os
-import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
 from minitron_megatron import __version__
-from minitron_megatron.checkpoint.safe_load import read_json
+from minitron_megatron.artifacts.files import read_json, write_json
 from minitron_megatron.config.changes import content, defaults, differences
 from minitron_megatron.config.reader import show
 from minitron_megatron.config.schema import SCHEMAS
-from minitron_megatron.data.corpus import text_paths
-from minitron_megatron.disk import convert_enospc, require_space
-from minitron_megatron.errors import CheckpointError, ConfigError
-from minitron_megatron.parallel.workers import ALONE, Workers
-from minitron_megatron.process import handling
-
-logger = logging.getLogger(__name__)
+from minitron_megatron.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 # What an evaluation measured, beside its manifest.
@@ -51,15 +37,6 @@ class Parent:
     @classmethod
     def of(cls, role: str, path: Path) -> "Parent":
         return cls(role, str(path), fingerprint(path))
-
-    @classmethod
-    def of_text(cls, text: list[str]) -> list["Parent"]:
-        """The files and folders that the documents of `DataConfig.text` come from.
-
-        Raises:
-            DataError: one does not exist.
-        """
-        return [cls.of(f"text {number}", path) for number, path in enumerate(text_paths(text), start=1)]
 
 
 @dataclass
@@ -86,7 +63,11 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder` in one step."""
-        write_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=2) + "\n")
+        write_json(folder / MANIFEST, asdict(self))
+
+    def parent(self, role: str) -> Parent | None:
+        """The input that had a role, if there is one."""
+        return next((parent for parent in self.parents if parent.role == role), None)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -113,7 +94,7 @@ class Manifest:
         """
         former = {"network": values["shape"]} if "shape" in values else {}  # as earlier versions called it
         given = {name: value for name, value in values.items() if name != "shape"}
-        found = cls(**{**given, **former, "parents": [Parent(**parent) for parent in values.get("parents", [])]})
+        manifest = cls(**{**given, **former, "parents": [Parent(**parent) for parent in values.get("parents", [])]})
         kinds = {
             "kind": str,
             "network": dict | None,
@@ -123,9 +104,9 @@ class Manifest:
             "verb": str | None,
         }
         for name, kind in kinds.items():
-            if not isinstance(getattr(found, name), kind):
-                raise TypeError(f"{name} = {show(getattr(found, name))}")
-        return found
+            if not isinstance(getattr(manifest, name), kind):
+                raise TypeError(f"{name} = {show(getattr(manifest, name))}")
+        return manifest
 
     @property
     def cache_key(self) -> tuple[str, dict[str, str], dict[str, object]]:
@@ -150,16 +131,6 @@ class Manifest:
         return [*kinds, *inputs, *(f"{key} was {show(old)} and is {show(new)}" for key, old, new in values)]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file in one step; a reader sees the old or the new text, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
 def fingerprint(path: Path) -> str:
     """A hash of a file's or folder's content that is cheap for any size.
 
@@ -177,86 +148,3 @@ def fingerprint(path: Path) -> str:
                 f.seek(start)
                 digest.update(f.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def conflict_message(output: Path, changes: list[str]) -> str:
-    """The problem of an output that holds a result which differs in `changes` from the one that is asked for."""
-    return (
-        f"output = {output} holds a result of other settings or inputs ({'; '.join(changes)}): go back to those, "
-        f"choose another output or remove this one"
-    )
-
-
-def is_done(output: Path, manifest: Manifest) -> bool:
-    """Whether `output` already holds what `manifest` describes.
-
-    Raises:
-        ConfigError: it holds something else, which is never overwritten.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    if not (output / MANIFEST).exists():
-        raise ConfigError([f"output = {output} exists and is not a finished result: choose another or remove it"])
-    if changes := Manifest.read(output).changes(manifest):
-        raise ConfigError([conflict_message(output, changes)])
-    logger.info("%s is there already with the same inputs: skipped", output)
-    return True
-
-
-@contextmanager
-def writing(output: Path, manifest: Manifest, num_bytes: int = 0, workers: Workers = ALONE) -> Iterator[Path]:
-    """Write a result folder so that it appears whole or not at all.
-
-    Yields a temporary folder beside `output`. When the block ends, the manifest is added and the folder
-    renamed to `output`; when it fails, or the process is told to end (SIGTERM), the folder is removed.
-
-    Args:
-        output: the folder to make; it must not exist, or be empty.
-        manifest: of the result.
-        num_bytes: what will be written, to be refused before any work if the disk is too small.
-        workers: who write it together. What fails in the block must fail on all of them.
-
-    Raises:
-        DiskSpaceError: the disk is or gets full.
-    """
-    temporary = output.with_name(f".{output.name}.partial")
-
-    def begin() -> None:
-        require_space(output.parent, num_bytes)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-
-    def finish() -> None:
-        # The manifest says that all is there, after a power loss as well.
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as f:
-                    os.fsync(f.fileno())
-        manifest.write(temporary)
-        if output.exists():
-            output.rmdir()
-        os.replace(temporary, output)
-
-    # By whoever is left, for the first worker may be the one that was ended.
-    with _removed_at_the_end(temporary), convert_enospc(output):
-        workers.run_on_main(begin)
-        yield temporary
-        workers.run_on_main(finish)
-
-
-@contextmanager
-def _removed_at_the_end(folder: Path) -> Iterator[None]:
-    """Remove `folder` when the block ends. SIGTERM, which launchers send to the ranks that are left, ends it, too."""
-    is_ending = False
-
-    def end(number: int, frame: FrameType | None) -> None:
-        if not is_ending:
-            raise SystemExit(128 + number)
-
-    with handling((signal.SIGTERM,), end):
-        try:
-            yield
-        finally:
-            is_ending = True
-            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,80 @@
+"""Files and folders that appear whole or not at all, and small files of JSON."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minitron_megatron.errors import CheckpointError
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Gives a file or folder its final name in one step, once all of it is on the disk.
+
+    Args:
+        temporary: what was written, on the same file system.
+        path: its name from now on. A file or an empty folder there is replaced.
+    """
+    for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+        if file.is_file():
+            _sync(file)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Writes a file or folder so that a reader sees the old one or the new one, never a part.
+
+    Yields a path beside `path`. What the block writes there takes its name at the end, or is removed if it fails.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield temporary
+        publish(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small text file; a reader sees the old or the new text, never a part."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes a small file of JSON like `write_atomically`."""
+    write_atomically(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict:
+    """Reads a JSON object.
+
+    Args:
+        path: of the file.
+        what: it should be, for the error.
+
+    Raises:
+        CheckpointError: it cannot be read, or is something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} is not {what}: {e}") from e
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not {what}: it holds a {type(values).__name__} and should hold an object")
+    return values
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
