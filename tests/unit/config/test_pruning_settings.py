@@ -110,7 +110,7 @@ def test_scorings(settings, message):
         (dict(scores="scores"), "target changes nothing: set at least one of its sizes"),
         (
             dict(plan="plan.json", scores="scores", target=TargetConfig(ffn=8), merge_heads=True),
-            "plan = plan.json says already what stays: leave out scores and target and merge_heads; a dry run may have",
+            "plan = plan.json already says what stays: leave out scores and target and merge_heads; a dry run may have",
         ),
         (dict(plan="plan.json", workers=0), "workers = 0"),
     ],
