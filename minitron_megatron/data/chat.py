@@ -13,7 +13,7 @@ _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], where: str) -> tuple[list[int], list[int]]:
-    """The tokens of a conversation, and which of them the assistant has said.
+    """Returns the tokens of a conversation, and which of them are the assistant's.
 
     A template that marks answers with `{% generation %}` says it itself. Otherwise an answer is what rendering the
     conversation up to it adds to rendering what comes before, with the prompt to answer.
@@ -37,10 +37,10 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], where:
         )
     try:
         if _MARKS_ANSWERS.search(tokenizer.get_chat_template()):
-            found = tokenizer.apply_chat_template(
+            rendered = tokenizer.apply_chat_template(
                 messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=_QUIETLY
             )
-            tokens, mask = found["input_ids"], found["assistant_masks"]
+            tokens, mask = rendered["input_ids"], rendered["assistant_masks"]
         else:
             tokens, mask = _by_prefixes(tokenizer, messages, where)
     except (TemplateError, TypeError, KeyError, ValueError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from minitron_megatron.errors import DataError
 
@@ -29,7 +30,7 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read a file of questions.
+    """Reads a file of questions.
 
     Raises:
         DataError: the file is missing or empty, or a line of it is no question; the line is named.
@@ -79,7 +80,7 @@ class ChoiceSamples:
         DataError: a choice adds no token to its context.
     """
 
-    def __init__(self, questions: list[Question], tokenizer, multiple: int):
+    def __init__(self, questions: list[Question], tokenizer: PreTrainedTokenizerBase, multiple: int):
         self.questions = questions
         self.rows: list[tuple[list[int], int]] = []
         for question in questions:
@@ -109,7 +110,7 @@ class ChoiceSamples:
         }
 
     def accuracy(self, losses: Tensor) -> float:
-        """Share of the questions whose right choice is the likeliest.
+        """Returns the share of questions whose right choice is the most likely.
 
         Args:
             losses: of every sample, summed over the tokens of its choice, in nats `[sample]`.

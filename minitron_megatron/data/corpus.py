@@ -39,7 +39,7 @@ class Document:
 
 
 def documents(text: list[str], text_field: str = "text") -> Iterator[Document]:
-    """The documents of all sources, in the order of the list. Documents without a word are left out.
+    """Yields the documents of all sources, in the order of the list. Empty documents are skipped.
 
     Args:
         text, text_field: as in `DataConfig`.
@@ -48,12 +48,12 @@ def documents(text: list[str], text_field: str = "text") -> Iterator[Document]:
         DataError: a source does not exist or cannot be read, or a row of one is no document.
     """
     text_paths(text)
-    found = chain.from_iterable(_source(name, text_field) for name in text)
-    return (document for document in found if document.is_chat or document.text.strip())
+    all_documents = chain.from_iterable(_source(name, text_field) for name in text)
+    return (document for document in all_documents if document.is_chat or document.text.strip())
 
 
 def text_parents(text: list[str]) -> list[Parent]:
-    """The files and folders that the documents of `DataConfig.text` come from, as inputs of a result.
+    """Returns the files and folders of `DataConfig.text` as inputs of a result.
 
     Raises:
         DataError: one does not exist.
@@ -62,7 +62,7 @@ def text_parents(text: list[str]) -> list[Parent]:
 
 
 def text_paths(text: list[str]) -> list[Path]:
-    """The files and folders among the sources.
+    """Returns the files and folders among the sources.
 
     Raises:
         DataError: one does not exist.
@@ -83,12 +83,12 @@ def text_paths(text: list[str]) -> list[Path]:
 
 
 def file_stats(text: list[str]) -> list[tuple[str, int, int]]:
-    """Path, size and time in nanoseconds of every file that `documents` reads, and of those beside them."""
+    """Returns path, size and mtime in nanoseconds of every file that `documents` reads, and of those beside them."""
     stats = []
     for path in text_paths(text):
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-        found = [(str(file.absolute()), file.stat()) for file in files]
-        stats += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+        own = [(str(file.absolute()), file.stat()) for file in files]
+        stats += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in own]
     return stats
 
 
@@ -131,7 +131,7 @@ def _text_file(file: Path) -> Iterator[Document]:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, object]]:
-    """Place and value of every line."""
+    """Yields place and value of every line."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -143,7 +143,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, object]]:
 
 
 def _rows(rows: Iterable[tuple[str, object]], text_field: str) -> Iterator[Document]:
-    """The documents of rows, each with its text or its messages."""
+    """Yields the documents of rows, each with its text or its messages."""
     for where, row in rows:
         if not isinstance(row, dict):
             raise _no_document(where, f"{type(row).__name__} instead of fields", text_field)
@@ -167,8 +167,8 @@ def _messages(value: object, where: str) -> list[dict]:
     return [{name: part for name, part in row.items() if part is not None} for row in rows]
 
 
-def _no_document(where: str, found: str, text_field: str = "text") -> DataError:
+def _no_document(where: str, problem: str, text_field: str = "text") -> DataError:
     return DataError(
-        f'{where}: not a document ({found}): every line must be {{{json.dumps(text_field)}: "..."}} or '
+        f'{where}: not a document ({problem}): every line must be {{{json.dumps(text_field)}: "..."}} or '
         f'{{"messages": [...]}}; data.text_field says what the text is called'
     )

@@ -27,12 +27,12 @@ _CHARACTERS_PER_WORKER = 2**24
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a Hugging Face folder, without running any code that lies there."""
+    """Loads the tokenizer in a Hugging Face folder, without running any code from there."""
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
-    """Hash of a tokenizer: equal for two folders only if they give every text the same tokens.
+    """Returns a hash of a tokenizer: equal for two folders only if they tokenise every text alike.
 
     Raises:
         DataError: the folder holds no `tokenizer.json`.
@@ -47,12 +47,12 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest token id."""
+    """Returns one more than the largest token id."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def num_workers(asked: int | None, num_characters: int) -> int:
-    """How many processes tokenise so much text, where the settings leave it open: up to one per core."""
+    """Returns the number of tokenizer processes: as asked, or by the amount of text, at most one per core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return asked or max(1, min(cores, num_characters // _CHARACTERS_PER_WORKER))
 
@@ -70,7 +70,7 @@ class Encoder:
         self.dtype = dtype
 
     def __call__(self, batch: list[Document]) -> list[np.ndarray]:
-        """The rows of some documents.
+        """Returns the rows of some documents.
 
         Raises:
             DataError: the chat template and a conversation do not go together.
@@ -95,7 +95,7 @@ class Encoder:
 def encode(
     documents: Iterable[Document], tokenizer_dir: Path, dtype: type[np.integer], workers: int
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """Every document and its row, in the order of the documents, whatever the number of processes.
+    """Yields every document with its row, in the order of the documents, whatever the number of processes.
 
     Args:
         documents: read as far ahead as the processes need them.

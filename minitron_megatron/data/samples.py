@@ -36,7 +36,7 @@ class Samples(Protocol):
 
 
 def training_samples(corpus: Corpus, config: DataConfig, num_samples: int) -> "TrainingSamples":
-    """Megatron-Core's own shuffled samples of the training tokens, over as many epochs as it takes.
+    """Returns Megatron-Core's own shuffled samples of the training tokens, over as many epochs as needed.
 
     Several token files are blended by Megatron-Core as well: a sample is of one of them, and of each there are as many
     as its weight says. Every rank of an initialised `torch.distributed` has to call it: the first one writes the order
@@ -77,7 +77,7 @@ def training_samples(corpus: Corpus, config: DataConfig, num_samples: int) -> "T
 
 
 def _fingerprint(corpus: Corpus, side: str, config: DataConfig, order: Mapping[str, object]) -> str:
-    """A hash over everything that decides which tokens sample i has, and which of them count."""
+    """Returns a hash of everything that decides the tokens of sample i, and which of them count."""
     content = {
         "corpus": corpus.fingerprint,
         "side": side,
@@ -89,7 +89,7 @@ def _fingerprint(corpus: Corpus, side: str, config: DataConfig, order: Mapping[s
 
 
 def _surplus(weights: list[float], num_samples: int) -> float:
-    """How many samples more than its share each part of a blend needs, so that none runs out.
+    """Returns by how much each part of a blend must exceed its share of the samples, so that none runs out.
 
     Megatron-Core rounds every part's share up, fills the blend to their sum and then takes parts by their weights.
     """
@@ -124,7 +124,7 @@ class TrainingSamples:
 
 
 def _document_lengths(dataset: GPTDataset, index: int) -> list[int]:
-    """Tokens of each document in the window of a sample."""
+    """Returns the number of tokens of each document in the window of a sample."""
     index = dataset.shuffle_index[index]
     (first, begin), (last, end) = dataset.sample_index[index].tolist(), dataset.sample_index[index + 1].tolist()
     lengths = dataset.dataset.sequence_lengths[dataset.document_index[first : last + 1]].astype(np.int64)
@@ -134,7 +134,7 @@ def _document_lengths(dataset: GPTDataset, index: int) -> list[int]:
 
 
 def _sample(window: Tensor, counts: Tensor, lengths: list[int] | None) -> dict[str, Tensor]:
-    """A sample from a window of tokens.
+    """Makes a sample from a window of tokens.
 
     Args:
         window: `[sequence + 1]`, negative where a token is not learned.
@@ -157,7 +157,7 @@ def _sample(window: Tensor, counts: Tensor, lengths: list[int] | None) -> dict[s
 
 
 def heldout_samples(corpus: Corpus, config: DataConfig, num_samples: int | None = None) -> "HeldoutSamples":
-    """The held-out tokens as windows in which every token but the first is predicted exactly once.
+    """Returns the held-out tokens as windows in which every token but the first is predicted exactly once.
 
     Args:
         corpus: the tokens.
@@ -216,7 +216,7 @@ class HeldoutSamples:
         return _sample(torch.from_numpy(window), counts, lengths)
 
     def _parts(self, first: int, end: int) -> Iterator[np.ndarray]:
-        """The documents between two places, the first and the last one cut off there.
+        """Yields the documents between two positions; the first and the last one are cut there.
 
         The caller copies: the arrays read a file map that Megatron-Core closes with the dataset.
         """
@@ -233,7 +233,7 @@ class HeldoutSamples:
 def rank_batches(
     dataset: Samples, first: int, count: int, micro_batch: int, data_rank: int, data_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """One data-parallel rank's micro-batches of samples `first` to `first + count`.
+    """Yields one data-parallel rank's micro-batches of samples `first` to `first + count`.
 
     Row j of micro-batch m on rank d is sample `first + (m * data_size + d) * micro_batch + j`. Where the
     range or the dataset ends earlier the row repeats the last sample with a loss mask of zeros and `PADDING` as its id,

@@ -90,7 +90,7 @@ class Corpus:
         return sum(files.num_tokens for files in self.heldout)
 
     def num_sequences(self, length: int) -> int:
-        """How many training sequences there are without repeating any; the last one needs a token more."""
+        """Returns the number of training sequences without repetition; the last one needs one more token."""
         total = sum(self.weights)
         counts = ((files.num_tokens - 1) // length for files in self.train)
         if len(self.train) == 1:
@@ -99,7 +99,7 @@ class Corpus:
 
 
 def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
-    """Tokenise and split the documents, or find that this was done before.
+    """Tokenises and splits the documents, or reuses the result of an earlier run.
 
     Several processes may call it at once: each does the work by itself and the first to finish wins. Let
     one go first where that work is large.
@@ -155,7 +155,7 @@ def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
 def _prepare_text(
     parts: list[list[str]], config: DataConfig, tokenizer_dir: Path, tokenizer: PreTrainedTokenizerBase, settings: dict
 ) -> Path:
-    """The folder with the documents of all parts, each with training files of its own."""
+    """Returns the folder with the documents of all parts, each with training files of its own."""
     link = _link(parts, config, tokenizer, settings)
     if link.exists():
         return link.resolve()
@@ -201,7 +201,7 @@ def _prepare_text(
 
 
 def _link(parts: list[list[str]], config: DataConfig, tokenizer: PreTrainedTokenizerBase, settings: dict) -> Path:
-    """Where a link to the folder is put, named by what can be known of the documents without reading them."""
+    """Returns the path of a link to the folder, named by what is known of the documents without reading them."""
     stats = [file_stats(part) for part in parts]
     read_as = [config.text_field, str(tokenizer.chat_template), sys.version]  # the last for Python's own prose
     return _folder(config, settings | {"parts": parts, "stats": stats, "read_as": read_as})
@@ -214,27 +214,27 @@ def _point(link: Path, folder: Path) -> None:
 
 
 def _prepare_indexed(prefix: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, settings: dict) -> Path:
-    """The folder with the split of a corpus that somebody else has tokenised. Its tokens stay where they are."""
+    """Returns the folder with the split of a pre-tokenised corpus. Its tokens stay where they are."""
     read_index(prefix)
     stats = [Path(f"{prefix}.{suffix}").stat() for suffix in ("bin", "idx")]
     settings = settings | {"prefix": str(prefix), "files": [[stat.st_size, stat.st_mtime_ns] for stat in stats]}
     folder = _folder(config, settings)
     if not folder.exists():
-        found = scan_documents(prefix, config.seed, num_token_ids(tokenizer), tokenizer.eos_token_id)
-        is_heldout = np.isin(found.keys, _heldout_keys(found.keys, config, str(prefix)))
+        corpus = scan_documents(prefix, config.seed, num_token_ids(tokenizer), tokenizer.eos_token_id)
+        is_heldout = np.isin(corpus.keys, _heldout_keys(corpus.keys, config, str(prefix)))
         with _making(folder, config, settings) as (partial, counts):
-            counts["train"] = found.write(partial / "train", ~is_heldout)
-            counts[_HELDOUT] = found.write(partial / _HELDOUT, is_heldout)
+            counts["train"] = corpus.write(partial / "train", ~is_heldout)
+            counts[_HELDOUT] = corpus.write(partial / _HELDOUT, is_heldout)
     return folder
 
 
 def _split_key(document: Document, seed: int) -> int:
-    """A document's place in the seed's order of all possible documents; equal ones share one."""
+    """Hashes a document to its place in the order of the split; equal documents share one."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{document.text}".encode()).digest()[:8], "big")
 
 
 def _heldout_keys(keys: np.ndarray, config: DataConfig, source: str) -> np.ndarray:
-    """The keys of the held-out documents: the first `heldout_pct` of the distinct ones."""
+    """Returns the keys of the held-out documents: the first `heldout_pct` of the distinct ones."""
     distinct = np.unique(keys)
     if not len(distinct):
         raise DataError(f"data.text = {source} has no text in it: name other files")
@@ -271,7 +271,7 @@ def _folder(config: DataConfig, settings: dict) -> Path:
 
 @contextmanager
 def _making(folder: Path, config: DataConfig, settings: dict) -> Iterator[tuple[Path, dict]]:
-    """Yields a folder beside `folder`, which it becomes in one step, and the counts of its files, to be filled."""
+    """Yields a temporary folder that becomes `folder` in one step, and a dict for the counts of its files."""
     logger.info("preparing tokens in %s", folder)
     counts: dict[str, dict[str, int]] = {}
     with convert_enospc(folder):
@@ -289,13 +289,13 @@ def _making(folder: Path, config: DataConfig, settings: dict) -> Iterator[tuple[
 
 
 def _read(folder: Path) -> list[TokenFiles]:
-    """The token files of a folder, those that are held out last."""
+    """Returns the token files of a folder, the held-out ones last."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        found = []
+        token_files = []
         for name, counts in manifest["details"]["files"].items():
             read_index(folder / name, contiguous=False)
-            found.append(TokenFiles(str(folder / name), counts["tokens"], counts["documents"]))
+            token_files.append(TokenFiles(str(folder / name), counts["tokens"], counts["documents"]))
     except (OSError, DataError, ValueError, KeyError) as error:
         raise DataError(f"{folder} is not a whole corpus, {error}: delete it") from error
-    return found
+    return token_files

@@ -1,12 +1,13 @@
 """A Megatron model that scores and continues sequences of tokens, in batches and in any layout."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from minitron_megatron.evaluation.sampling import Sampler, SamplingParams, StopCriteria
 from minitron_megatron.model.kv_cache import key_value_cache
@@ -44,7 +45,7 @@ class Inference:
         model_chunks: Sequence[torch.nn.Module],
         ctx: ParallelContext,
         network: Network,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         end_tokens: list[int],
         batch: int,
     ):
@@ -54,7 +55,7 @@ class Inference:
         self.batch = batch
 
     def score(self, sequences: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        """How likely sequences end as they do.
+        """Scores how likely sequences end as they do.
 
         Args:
             sequences: tokens, and how many of the last ones are scored.
@@ -81,13 +82,13 @@ class Inference:
         # A pipeline is kept busy by several batches at a time.
         per_call = 1 if self.ctx.layout.pipeline == 1 else 4 * self.ctx.layout.pipeline
         of_inputs = self._in_batches("score", list(map(len, inputs)), self.batch, per_call, score)
-        found: dict[int, tuple[float, bool]] = {}
+        scores_of: dict[int, tuple[float, bool]] = {}
         for indices, scores in zip(same.values(), of_inputs, strict=True):
-            found.update(zip(indices, scores, strict=True))
-        return [found[index] for index in range(len(sequences))]
+            scores_of.update(zip(indices, scores, strict=True))
+        return [scores_of[index] for index in range(len(sequences))]
 
     def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[list[int]]:
-        """Continue sequences.
+        """Continues sequences.
 
         Args:
             prompts: of at least one token each.
@@ -111,36 +112,36 @@ class Inference:
         per_call: int,
         work: Callable[[list[list[int]]], Sequence[Iterable[T]]],
     ) -> list[T]:
-        """What `work` finds for items of these lengths, whose indices it is given in batches of like lengths."""
+        """Runs `work` on batches of items of similar length, given as indices, and returns its results by item."""
         # The longest first: what takes too much memory fails at once.
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         own = batches[self.ctx.data_rank :: self.ctx.layout.replicas]
-        found: dict[int, T] = {}
+        own_results: dict[int, T] = {}
         with watchdog(self.ctx.timeout_min) as heartbeat, progress(title, len(own)) as advance:
             for start in range(0, len(own), per_call):
                 call = own[start : start + per_call]
                 # All but the last stage may find nothing.
                 for indices, results in zip(call, work(call), strict=False):
-                    found.update(zip(indices, results, strict=False))
+                    own_results.update(zip(indices, results, strict=False))
                 heartbeat()
                 advance(len(call))
-        everywhere = {
-            index: result for part in gather_objects(found, dist.group.WORLD) for index, result in part.items()
-        }
+        world = dist.group.WORLD
+        assert world is not None, "torch.distributed is initialised"
+        everywhere = {index: result for part in gather_objects(own_results, world) for index, result in part.items()}
         return [everywhere[index] for index in range(len(lengths))]
 
-    def _run(self, batches: list[Batch], on_output: Callable[[Tensor, Batch], T], **options) -> list[T]:
+    def _run(self, batches: list[Batch], on_output: Callable[[Tensor, Batch], T], **options: Any) -> list[T]:
         batches = to_device(batches, self.ctx.device)
         return run_forward(self.model_chunks, batches, self.ctx, on_output, **options)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Last hidden states `[token, hidden]` to float32 logits `[token, vocab]`, on the last stage."""
+        """Projects last hidden states `[token, hidden]` to float32 logits `[token, vocab]`, on the last stage."""
         logits = F.linear(hidden, output_weight(self.model_chunks[-1]))
         return gather_dim(logits, self.ctx.collection.tp, dim=1)[:, : self.network.vocab_size].float()
 
     def _score(self, hidden: Tensor, batch: Batch) -> list[list[tuple[float, bool]]]:
-        """The scores of the sequences of each of a batch's rows, from the last hidden states `[seq, batch, hidden]`."""
+        """Scores the sequences of each row of a batch, from last hidden states `[seq, batch, hidden]`."""
         num_sequences = len(batch["row_of_sequence"])
         total = torch.zeros(num_sequences, dtype=torch.float64, device=hidden.device)
         misses = torch.zeros_like(total)
@@ -149,14 +150,14 @@ class Inference:
             logits = self._logits(hidden[positions, rows])
             misses.index_add_(0, numbers, (logits.argmax(-1) != labels).double())
             total.index_add_(0, numbers, -F.cross_entropy(logits, labels, reduction="none").double())
-        found: list[list[tuple[float, bool]]] = [[] for _ in range(hidden.size(1))]
+        of_rows: list[list[tuple[float, bool]]] = [[] for _ in range(hidden.size(1))]
         scores = zip(batch["row_of_sequence"].tolist(), total.tolist(), misses.tolist(), strict=True)
         for row, log_prob, missed in scores:
-            found[row].append((log_prob, missed == 0))
-        return found
+            of_rows[row].append((log_prob, missed == 0))
+        return of_rows
 
     def _generate(self, prompts: list[list[int]], numbers: list[int], params: SamplingParams) -> list[list[int]]:
-        """The continuations of prompts, which go on together. Each batch of them draws by its first one's number."""
+        """Continues several batches of prompts together. Each batch is sampled with the number of its first prompt."""
         device = self.ctx.device
         samplers = [Sampler(params, self.end_tokens, number, device) for number in numbers[:: self.batch]]
         ends = StopCriteria(params, self.end_tokens, self.tokenizer)
@@ -168,8 +169,8 @@ class Inference:
             rows = torch.arange(len(batch["last"]), device=device)
             return self._logits(hidden[batch["last"], rows])
 
-        def next_tokens(batches: list[Batch], **options) -> Tensor:
-            """The tokens that follow `[sequences]`, on every rank."""
+        def next_tokens(batches: list[Batch], **options: Any) -> Tensor:
+            """Returns the next tokens `[sequences]`, on every rank."""
             tokens = torch.empty_like(lengths)
             # All but the last stage have a place for them.
             if logits := self._run(batches, last_logits, **options):
@@ -212,7 +213,7 @@ class Inference:
 
 
 def _padded(sequences: Sequence[Sequence[int]], size: int, length: int) -> Batch:
-    """Sequences as one batch, filled up on the right and at the bottom."""
+    """Pads sequences to one batch, on the right and with rows at the bottom."""
     tokens = torch.zeros(size, length, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = torch.tensor(sequence)
@@ -220,18 +221,20 @@ def _padded(sequences: Sequence[Sequence[int]], size: int, length: int) -> Batch
 
 
 def _targets(rows: list[list[tuple[list[int], int]]]) -> Batch:
-    """What is to be predicted where in a batch: the last tokens of the sequences of each of its rows.
+    """Returns the scored tokens of a batch: the last tokens of the sequences of each of its rows.
 
     Returns:
         `rows`, `positions`, `labels` and `sequences` (the number within the batch) of every scored token `[token]`, and
         `row_of_sequence` `[sequence]`.
     """
-    found: list[tuple[int, int, int, int]] = []
+    targets: list[tuple[int, int, int, int]] = []
     row_of_sequence: list[int] = []
     for row, sequences in enumerate(rows):
         for tokens, count in sequences:
-            found += [(row, at - 1, tokens[at], len(row_of_sequence)) for at in range(len(tokens) - count, len(tokens))]
+            targets += [
+                (row, at - 1, tokens[at], len(row_of_sequence)) for at in range(len(tokens) - count, len(tokens))
+            ]
             row_of_sequence.append(row)
-    columns = torch.tensor(found).unbind(1)
+    columns = torch.tensor(targets).unbind(1)
     names = ("rows", "positions", "labels", "sequences")
     return {**dict(zip(names, columns, strict=True)), "row_of_sequence": torch.tensor(row_of_sequence)}

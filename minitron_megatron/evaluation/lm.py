@@ -88,7 +88,7 @@ class MegatronLM(TemplateLM):
         return texts
 
     def _params(self, settings: dict) -> SamplingParams:
-        """What a task's `generation_kwargs` ask for.
+        """Converts a task's `generation_kwargs`.
 
         Raises:
             ConfigError: more than there is.

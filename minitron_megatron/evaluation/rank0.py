@@ -11,6 +11,8 @@ from minitron_megatron.parallel.watchdog import watchdog
 
 T = TypeVar("T")
 Call = Callable[..., Any]
+_Request = tuple[str, tuple[Any, ...]]
+"""Name and arguments of a method."""
 
 
 @watchdog(None)  # calls have their limit, and what rank 0 does between them takes its time
@@ -25,14 +27,14 @@ def run_on_rank0(inference: Inference, work: Callable[[Call], T]) -> T | None:
         UserError: of `work`, on every rank. (A rank that fails otherwise ends, and the launcher ends the others.)
     """
     if not inference.ctx.is_main:
-        while (call := _share(None)) is not None:
-            if isinstance(call, UserError):
-                raise call
-            method, arguments = call
+        while (request := _share(None)) is not None:
+            if isinstance(request, UserError):
+                raise request
+            method, arguments = request
             getattr(inference, method)(*arguments)
         return None
 
-    def call(method: str, *arguments) -> Any:
+    def call(method: str, *arguments: Any) -> Any:
         _share((method, arguments))
         return getattr(inference, method)(*arguments)
 
@@ -45,8 +47,8 @@ def run_on_rank0(inference: Inference, work: Callable[[Call], T]) -> T | None:
     return result
 
 
-def _share(value: T) -> T:
-    """Rank 0's value."""
+def _share(value: _Request | UserError | None) -> _Request | UserError | None:
+    """Returns rank 0's value on every rank."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]

@@ -1,9 +1,15 @@
 """How tokens are chosen from logits, and when a text ends."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -57,7 +63,7 @@ class Sampler:
         self.warpers = [kind(value) for kind, value in warpers.items() if params.sample and value is not None]
 
     def __call__(self, logits: Tensor, num_made: int) -> Tensor:
-        """The next tokens `[batch]`.
+        """Chooses the next tokens `[batch]`.
 
         Args:
             logits: float32 `[batch, vocab]`; changed.
@@ -81,14 +87,14 @@ class StopCriteria:
         tokenizer: of transformers.
     """
 
-    def __init__(self, params: SamplingParams, end_tokens: list[int], tokenizer):
+    def __init__(self, params: SamplingParams, end_tokens: list[int], tokenizer: PreTrainedTokenizerBase):
         self.max_new_tokens, self.stop = params.max_new_tokens, [text for text in params.stop if text]
         self.end_tokens, self.tokenizer = set(end_tokens), tokenizer
         # A token writes at least one byte, so that a text is complete within so many.
         self.num_tail = max((len(text.encode()) for text in self.stop), default=0) + 1
 
     def __call__(self, made: list[int]) -> bool:
-        """Whether the tokens that were made end with the last one."""
+        """Returns whether the sequence ends with the last of the generated tokens."""
         if len(made) >= self.max_new_tokens or made[-1] in self.end_tokens:
             return True
         if not self.stop:
