@@ -207,18 +207,18 @@ def with_other(command, key, value):
         (
             f"{PRUNE} target.ffn=[30,44,31,2] parallel.tensor=2",
             1,
-            ["target.layer 2.mlp.ffn_hidden_size = 31 does not divide by parallel.tensor = 2"],
+            ["target.ffn = 31 in layer 2 does not divide by parallel.tensor = 2"],
         ),
         (f"{PRUNE} target.heads=3", 1, ["target.heads = 3 is not a multiple of the 2 query groups"]),
         (
             f"{PRUNE} target.ffn=31 parallel.tensor=2",
             1,
-            ["target.mlp.ffn_hidden_size = 31 does not divide by parallel.tensor = 2"],
+            ["target.ffn = 31 does not divide by parallel.tensor = 2"],
         ),
         (
             f"{SCORE} depth.search=greedy target.layers=1",
             1,
-            ["depth.protect_last = 1 leave 2 of 4 layers, of which 3 shall go: protect less"],
+            ["depth.protect_last = 1 leave 2 of 4 layers, and the target drops 3: protect less"],
         ),
         (f"{SCORE} depth.search=block target.layers=4", 1, ["depth.search = block, and target leaves no layer out"]),
         (
@@ -252,7 +252,7 @@ def with_other(command, key, value):
         (
             f"{EVALUATE} tasks=[arc_easy] task_dir=@nowhere",
             1,
-            ["nowhere is no folder: name one with the YAML files of tasks"],
+            ["nowhere is not a folder: name one with the YAML files of tasks"],
         ),
         ("compare evaluations=[@teacher-checkpoint,@nowhere]", 1, ["teacher-checkpoint is not an evaluation: it has"]),
         ("import source=@nowhere output=out", 1, ["nowhere does not exist: name a Hugging Face folder or a .gguf"]),
