@@ -42,7 +42,7 @@ _STYLES: list[dict[str, Any]] = [
 
 
 def depth_importance(scores: Scores, plan: Plan | None = None) -> Figure:
-    """What leaving out each unit does, or each block, or one unit after another; what the plan drops is marked.
+    """Draws what skipping each unit, each block, or one unit after another does, and marks what the plan drops.
 
     Args:
         scores: with at least one depth criterion.
@@ -102,7 +102,7 @@ class _Units:
             self.xlabel = f"first layer of the block of {self.settings.drop}"
 
     def draw(self, axes: Axes, values: np.ndarray) -> None:
-        """Draw values of one criterion `[unit]`; what was not measured leaves a gap."""
+        """Draws values of one criterion `[unit]`; what was not measured leaves a gap."""
         greedy, block = (self.settings.search is search for search in (DepthSearch.GREEDY, DepthSearch.BLOCK))
         styled = [(own, style) for (_, own), style in zip(self.kinds, cycle(_STYLES))]
         if greedy:
@@ -130,7 +130,7 @@ class _Units:
 
 
 def _scale(axes: Axes) -> None:
-    """Logarithmic where values are of different sizes, and linear around zero where some are not positive."""
+    """Chooses a logarithmic scale for values of different magnitudes, linear around zero if some are not positive."""
     drawn = np.concatenate([line.get_ydata() for line in axes.lines])
     drawn = drawn[np.isfinite(drawn)]
     sizes = np.abs(drawn)

@@ -45,7 +45,7 @@ class Description:
 
 
 def describe(path: Path) -> Description:
-    """Describe what lies at `path`, which is a folder or the file that tells what its folder is.
+    """Describes what lies at `path`: a folder, or the file that identifies its folder.
 
     Raises:
         CheckpointError: nothing that is known, or not whole.
@@ -78,7 +78,7 @@ def _checkpoint(folder: Path) -> Description:
 
 
 def _storage(checkpoint: Checkpoint) -> str:
-    """How the weights lie on disk: a chunk is what one rank of the layout that wrote them had of a tensor, or less."""
+    """Describes how the weights lie on disk: a chunk is at most one rank's part of a tensor."""
     tensors = checkpoint.weights.values()
     chunks = [chunk for tensor in tensors for chunk in tensor.chunks]
     num_bytes, num_files = sum(chunk.length for chunk in chunks), len({chunk.path for chunk in chunks})
@@ -111,7 +111,7 @@ def _scores(folder: Path) -> Description:
 
 
 def _depth_facts(scores: Scores) -> dict[str, str]:
-    """What was left out, how, and the units that are missed least."""
+    """Describes what was skipped, how, and which units are the least important."""
     depth = scores.depth_settings
     search = {
         DepthSearch.SINGLE: f"each {depth.unit.value} by itself",
@@ -137,7 +137,7 @@ def _depth_facts(scores: Scores) -> dict[str, str]:
 
 
 def _unit_names(scores: Scores, units: list[int]) -> str:
-    """Layers by their numbers, sublayers with those of their layers."""
+    """Names layers by number, and sublayers by their layer."""
     if scores.depth_settings.unit is Unit.LAYER:
         return ", ".join(map(str, units))
     return ", ".join(map(scores.network.describe, units))
@@ -174,7 +174,7 @@ def _plan(path: Path) -> Description:
 
 
 def _dropped(plan: Plan) -> dict[str, str]:
-    """Layers that go as a whole, or else the sublayers of every kind, by the numbers of their layers."""
+    """Lists the layers that are dropped as a whole, or else the dropped sublayers of every kind by layer."""
     source, kept = plan.source, set(plan.sublayers)
     layers = [number for number, positions in enumerate(source.layers) if kept.isdisjoint(positions)]
     if sum(len(source.layers[number]) for number in layers) == len(source.sublayers) - len(kept):

@@ -39,7 +39,7 @@ class Picture:
 
 
 def draw(folder: Path, scores: Scores | None = None, plan: Plan | None = None) -> list[Path]:
-    """Write the figures of scores, of a plan, or of a plan and the scores it was made from, as PNG files.
+    """Writes the figures of scores, of a plan, or of a plan and its scores, as PNG files.
 
     Returns:
         the files, in `folder`, which is made if it is not there.
@@ -48,7 +48,7 @@ def draw(folder: Path, scores: Scores | None = None, plan: Plan | None = None) -
 
 
 def write_pictures(pictures: list[Picture], folder: Path) -> list[Path]:
-    """Write `NAME.png` of every picture into `folder`, and say where they are."""
+    """Writes `NAME.png` of every picture into `folder`, and returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{picture.name}.png" for picture in pictures]
     for picture, path in zip(pictures, paths, strict=True):
@@ -57,7 +57,7 @@ def write_pictures(pictures: list[Picture], folder: Path) -> list[Path]:
 
 
 def gallery(stages: list[Stage], evaluations: list[Evaluation]) -> list[Picture]:
-    """Every figure for which the stages left the data, the result first."""
+    """Draws every figure for which the stages left the data, the result first."""
     pictures = []
     if evaluations:
         pictures.append(Picture("before_after", before_after(evaluations), _BEFORE_AFTER))
@@ -75,13 +75,13 @@ def gallery(stages: list[Stage], evaluations: list[Evaluation]) -> list[Picture]
 
 
 def loss_pictures(runs: dict[str, Path]) -> list[Picture]:
-    """The losses of training runs, by the run's name; nothing if none has made a step."""
+    """Draws the losses of training runs, by the run's name; nothing before the first step."""
     lines = {name: read_metrics(folder) for name, folder in runs.items() if (folder / metrics.FILE).is_file()}
     return [Picture("loss", loss_curves(lines), _LOSS)] if any(lines.values()) else []
 
 
 def pruning_pictures(scores: Scores | None, plan: Plan | None = None, prefix: str = "") -> list[Picture]:
-    """The figures of scores, of a plan, or of both, what stays first.
+    """Draws the figures of scores, of a plan, or of both, beginning with what is kept.
 
     Args:
         scores, plan: what is known.
@@ -102,7 +102,7 @@ def pruning_pictures(scores: Scores | None, plan: Plan | None = None, prefix: st
 
 
 def scores_of(folder: Path) -> Scores | None:
-    """The scores that the plan in `folder` was made from, if they are where they were."""
+    """Reads the scores that the plan in `folder` was made from, if they are still there."""
     scores = _folder_of_scores(folder)
     return Scores.read(scores) if scores and (scores / MANIFEST).is_file() else None
 
@@ -115,7 +115,7 @@ def _folder_of_scores(folder: Path) -> Path | None:
 
 
 def _drawn_axes(scores: Scores) -> list[tuple[type[Sublayer], PrunableAxis]]:
-    """The axes with scores, each followed by the one around it, unless every element of that has one alone within."""
+    """Returns the scored axes, each followed by its outer axis, unless that has one element within each of its own."""
     drawn, network = [], scores.network
     for kind, axis in scored_axes(network):
         drawn.append((kind, axis))
@@ -126,7 +126,7 @@ def _drawn_axes(scores: Scores) -> list[tuple[type[Sublayer], PrunableAxis]]:
 
 
 def _axis_caption(scores: Scores, kind: type[Sublayer], axis: PrunableAxis) -> str:
-    """What to see in the figure of an axis."""
+    """Returns the caption of the figure of an axis."""
     element, outer = axis.elements, kind.outer(axis)
     if axis not in kind.scored():
         inner = next(other for other in kind.prunable if kind.outer(other) == axis)

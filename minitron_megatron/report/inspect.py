@@ -20,7 +20,7 @@ from minitron_megatron.report.network_tables import comparison, fact_table, laye
 
 
 def inspect(config: InspectConfig) -> None:
-    """Print what lies at a path: kind, network, counts, origin and settings; if asked for, write its figures.
+    """Prints what lies at a path: kind, network, counts, origin and settings; writes its figures on request.
 
     Raises:
         CheckpointError: it is nothing that this project writes, or not whole, or it and `other` are no networks.
@@ -68,13 +68,13 @@ def _size(path: Path) -> int:
 
 
 def _manifest(folder: Path) -> Manifest | None:
-    """What is written about a folder; a run that is not finished has it beside its checkpoints."""
+    """Reads the manifest of a folder; an unfinished run has it beside its checkpoints."""
     places = [place for place in (folder, folder / "checkpoints") if (place / MANIFEST).is_file()]
     return Manifest.read(places[0]) if places else None
 
 
 def _sequence_length(manifest: Manifest | None) -> int | None:
-    """Of the text that a result was made with, if it was made with text."""
+    """Returns the sequence length that a result was made with, if any."""
     return manifest.config.get("data", {}).get("sequence_length") if manifest else None
 
 
@@ -86,7 +86,7 @@ def _print_section(console: Console, title: str, content: RenderableType) -> Non
 
 
 def _lineage(label: Text, origins: list[Origin]) -> Tree:
-    """The inputs of a result, and theirs, as long as they are where they were."""
+    """Returns the inputs of a result, and theirs, as far as they are still in place."""
     tree = Tree(label)
     for origin in origins:
         parent = origin.parent

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from minitron_megatron.artifacts.files import write_atomically
 from minitron_megatron.artifacts.manifest import Manifest, Parent
@@ -32,14 +33,15 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, tracking: TrackingConfig, manifest: Manifest):
-        self._folder, self._file = folder, None
+        self._folder = folder
+        self._file: TextIO | None = None
         self._trackers = start_trackers(folder, tracking, manifest)
         self._warned: set[str] = set()
 
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._file is not None:
             self._file.close()
         self._tell(lambda tracker: tracker.finish(failed=exception[0] is not None))
@@ -55,6 +57,7 @@ class Metrics:
 
     def log(self, values: dict[str, float]) -> None:
         """Writes one line. `progress/step` must be among the values."""
+        assert self._file is not None, "go_on comes first"
         self._file.write(json.dumps(values) + "\n")
         self._tell(lambda tracker: tracker.log(values))
 

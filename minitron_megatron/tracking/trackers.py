@@ -51,7 +51,7 @@ class Wandb:
             self._run = wandb.init(
                 project=tracking.project,
                 name=tracking.name or folder.name,
-                mode=tracking.mode,
+                mode=tracking.mode,  # type: ignore[arg-type]  # one of these words, which `problems` checks
                 id=path.read_text(),
                 resume="allow",
                 dir=folder,
@@ -167,7 +167,7 @@ class TensorBoard:
         self._writer.close()
 
 
-_KINDS = {Tracker.WANDB: Wandb, Tracker.TENSORBOARD: TensorBoard}
+_KINDS: dict[Tracker, type[Wandb] | type[TensorBoard]] = {Tracker.WANDB: Wandb, Tracker.TENSORBOARD: TensorBoard}
 
 
 def start_trackers(folder: Path, tracking: TrackingConfig, manifest: Manifest) -> list[Wandb | TensorBoard]:
@@ -176,10 +176,10 @@ def start_trackers(folder: Path, tracking: TrackingConfig, manifest: Manifest) -
     Raises:
         ConfigError: one of them does not start.
     """
-    started = []
+    started: list[Wandb | TensorBoard] = []
     try:
-        for tracker in tracking.trackers:
-            started.append(_KINDS[tracker](folder, tracking, manifest))
+        for kind in tracking.trackers:
+            started.append(_KINDS[kind](folder, tracking, manifest))
     except ConfigError:
         for tracker in started:
             tracker.finish(failed=True)

@@ -124,7 +124,12 @@ def _run(
     run = load_state(checkpoints, setup.models)
     if run.step:
         logger.info("going on after step %d", run.step)
-    rank0_first(lambda: metrics.go_on(run.step))
+
+    def begin_log() -> None:
+        if metrics:
+            metrics.go_on(run.step)
+
+    rank0_first(begin_log)
     args = args_of_network(student.megatron_args(), student.network)
     args.tensor_model_parallel_size = ctx.layout.tensor
     args.pipeline_model_parallel_size = ctx.layout.pipeline
@@ -217,7 +222,9 @@ def _prepare(output: Path, config: DistillConfig, student: Checkpoint, manifest:
     if not (checkpoints / MANIFEST).exists():
         # What is kept stays until the next one is whole, and the best one may be none of the latest.
         count = config.keep_checkpoints + 1 + bool(config.validate_every)
-        trained = [student] if config.teacher_lr is None else [student, Checkpoint(config.teacher)]
+        trained = [student]
+        if config.teacher and config.teacher_lr is not None:
+            trained.append(Checkpoint(config.teacher))
         num_bytes = count * _BYTES_PER_PARAMETER * sum(num_parameters(checkpoint.network) for checkpoint in trained)
         with writing(checkpoints, dataclasses.replace(manifest, kind="checkpoint"), num_bytes) as folder:
             copy_hf_assets(student.huggingface_folder, folder / HUGGINGFACE)

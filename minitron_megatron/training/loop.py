@@ -122,11 +122,12 @@ class Trainer:
     @property
     def _is_validation_due(self) -> bool:
         every = self.config.validate_every
-        return bool(every) and (self.run.step % every == 0 or self._is_last)
+        return bool(every and (self.run.step % every == 0 or self._is_last))
 
     def _make_step(self) -> _Outcome:
         """Makes the next step, and gathers its numbers."""
-        watch, run, values = Stopwatch(), self.run, {}
+        watch, run = Stopwatch(), self.run
+        values: dict[str, float] = {}
         batches = self._next_batches()
         watch.lap("data")
         if self.step.teachers and run.step == 0:
@@ -243,7 +244,7 @@ class Trainer:
                     f"optimizer.lr or another dtype"
                 )
             logger.warning(problem)
-        is_due = bool(config.save_every) and run.step % config.save_every == 0 and not is_suspect
+        is_due = bool(config.save_every and run.step % config.save_every == 0) and not is_suspect
         if self._is_last or outcome.is_best or outcome.is_stopping or is_due:
             heartbeat()
             self.saver.save(run, outcome.is_best, self._is_last, loss is not None, is_suspect)

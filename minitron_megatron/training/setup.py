@@ -54,14 +54,15 @@ def set_up(
     models, live_teacher, hidden = {}, None, None
     if teacher:
         teacher_chunks = _load_teacher(config, teacher, ctx)
-        is_trained = config.teacher_lr is not None
-        flops += (3 if is_trained else 1) * forward_flops_per_token(teacher.network, config.data.sequence_length)
+        flops += (1 if config.teacher_lr is None else 3) * forward_flops_per_token(
+            teacher.network, config.data.sequence_length
+        )
         if config.loss.hidden.weight:
             networks = student.network, teacher.network
             add_projections(model_chunks, config.loss.hidden, *networks, ctx, config.seed)  # before the optimiser
             hidden = HiddenDistance(config.loss.hidden, model_chunks, networks, ctx)
-        if is_trained:
-            models[TEACHER] = _trainable_teacher(config, teacher, teacher_chunks, ctx)
+        if config.teacher_lr is not None:
+            models[TEACHER] = _trainable_teacher(config, config.teacher_lr, teacher, teacher_chunks, ctx)
             teacher_chunks = models[TEACHER].model_chunks
         live_teacher = LiveTeacher(teacher_chunks, ctx, vocab, chunk_tokens)
     models = {"": setup_optimizer(model_chunks, config.optimizer, config.steps, config.dtype, ctx), **models}
@@ -86,9 +87,9 @@ def _load_teacher(config: DistillConfig, teacher: Checkpoint, ctx: ParallelConte
 
 
 def _trainable_teacher(
-    config: DistillConfig, teacher: Checkpoint, model_chunks: list[GPTModel], ctx: ParallelContext
+    config: DistillConfig, lr: float, teacher: Checkpoint, model_chunks: list[GPTModel], ctx: ParallelContext
 ) -> TrainableModel:
-    """Gives the teacher an optimiser with the student's settings, scaled to `teacher_lr`."""
-    share = config.teacher_lr / config.optimizer.lr
-    settings = dataclasses.replace(config.optimizer, lr=config.teacher_lr, min_lr=share * config.optimizer.min_lr)
+    """Gives the teacher an optimiser with the student's settings, scaled to a peak learning rate of its own."""
+    share = lr / config.optimizer.lr
+    settings = dataclasses.replace(config.optimizer, lr=lr, min_lr=share * config.optimizer.min_lr)
     return setup_optimizer(model_chunks, settings, config.steps, _teacher_dtype(config, teacher), ctx)

@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from minitron_megatron.artifacts.files import publish, write_atomically
@@ -187,16 +188,16 @@ def load_state(root: Path, models: Mapping[str, TrainableModel]) -> RunState:
     return RunState(**loaded[_RUN])
 
 
-def _named(model: TrainableModel, prefix: str) -> list[tuple[str, torch.nn.Module]]:
+def _named(model: TrainableModel, prefix: str) -> list[tuple[str, MegatronModule]]:
     """Returns a model's chunks with the names that Megatron-LM gives them."""
     model_chunks = unwrap_model(model.model_chunks)
     names = ["model"] if len(model_chunks) == 1 else [f"model{i}" for i in range(len(model_chunks))]
     return [(f"{prefix}{name}", chunk) for name, chunk in zip(names, model_chunks, strict=True)]
 
 
-def _sharded_state(models: Mapping[str, TrainableModel], is_loading: bool) -> dict:
+def _sharded_state(models: Mapping[str, TrainableModel], is_loading: bool) -> dict[str, Any]:
     """Returns weights and optimisers as Megatron-Core's sharded tensors."""
-    state = {}
+    state: dict[str, Any] = {}
     for prefix, model in models.items():
         own = {name: chunk.sharded_state_dict(prefix=prefix) for name, chunk in _named(model, prefix)}
         state |= own
