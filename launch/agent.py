@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from types import FrameType
 
 import psutil
 
@@ -22,7 +23,7 @@ _FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
 def main(arguments: list[str]) -> int:
     asked: list[int] = []
 
-    def forward(number: int, _) -> None:
+    def forward(number: int, _: FrameType | None) -> None:
         asked.append(number)
         for rank in psutil.Process().children():
             rank.send_signal(number)

@@ -42,7 +42,7 @@ class Job:
 
 
 def jobs_of(stages: Stages, cluster: ClusterConfig, with_report: bool) -> list[Job]:
-    """The jobs of stages, in their order, and one for the report of a recipe.
+    """Returns a job for every stage, in order, and one for the report of a recipe.
 
     A stage on several ranks fills its nodes, or takes a part of one.
 
@@ -76,12 +76,12 @@ def jobs_of(stages: Stages, cluster: ClusterConfig, with_report: bool) -> list[J
 
 
 def file_stem(number: int, name: str) -> str:
-    """The stem of a stage's files, by its place in the order."""
+    """Returns the stem of a stage's files, from its place in the order."""
     return f"{number:02d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}"
 
 
 def ranks_of(verb: str, settings: Any, cluster: ClusterConfig) -> int:
-    """Ranks of a stage: as many as its layout says, or all of the nodes asked for where it leaves that open."""
+    """Returns the number of ranks of a stage: that of its layout, or all of cluster.nodes if parallel.data is null."""
     if verb in DISTRIBUTED and settings.parallel.data is None and cluster.nodes:
         model = required_ranks(settings.parallel)
         return max(1, cluster.nodes * cluster.ranks_per_node // model) * model

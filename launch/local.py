@@ -12,7 +12,7 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run_ranks(num_ranks: int, arguments: list[str]) -> int:
-    """Run `minitron ARGUMENTS` as `num_ranks` ranks here and wait for them.
+    """Runs `minitron ARGUMENTS` on `num_ranks` local ranks and waits for them.
 
     Signals sent to this process reach the ranks once: they get a session of their own, so that a terminal's
     Ctrl-C does not reach them by itself as well.

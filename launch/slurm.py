@@ -13,7 +13,7 @@ ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUE
 
 
 def require_slurm() -> None:
-    """Raise `ConfigError` where sbatch is not installed."""
+    """Raises `ConfigError` if sbatch is not installed."""
     if shutil.which("sbatch") is None:
         raise ConfigError(
             ["cluster.kind = slurm, but there is no sbatch on the PATH: launch from a login node, or set cluster=local"]
@@ -21,7 +21,7 @@ def require_slurm() -> None:
 
 
 def submit_chain(scripts: list[Path], folder: Path, is_array: bool, on_id: Callable[[Path, str], None]) -> None:
-    """Submit scripts so that each begins when the one before has succeeded.
+    """Submits scripts so that each starts when the previous one has succeeded.
 
     In a sweep a run's stage waits for the same run's stage before it. A job that waits for one that failed is
     cancelled. Where not all can be submitted, those that were are cancelled.
@@ -53,14 +53,14 @@ def submit_chain(scripts: list[Path], folder: Path, is_array: bool, on_id: Calla
 
 
 def states(ids: list[str]) -> dict[str, list[tuple[str, str]]]:
-    """State and reason of the jobs that Slurm still knows, by id; several for the tasks of an array.
+    """Returns state and reason of the jobs that Slurm still knows, by id; several for the tasks of an array.
 
     Raises:
         ConfigError: Slurm does not answer.
     """
-    found: dict[str, list[tuple[str, str]]] = {}
+    by_id: dict[str, list[tuple[str, str]]] = {}
     if not ids:
-        return found
+        return by_id
     command = ["squeue", "--noheader", "--states=all", "--format=%F|%T|%r", f"--jobs={','.join(ids)}"]
     done = subprocess.run(command, capture_output=True, text=True)
     # Ids that Slurm has forgotten are an error to it, and leave nothing to read.
@@ -68,17 +68,17 @@ def states(ids: list[str]) -> dict[str, list[tuple[str, str]]]:
         raise ConfigError([f"squeue does not say how jobs {', '.join(ids)} are: {done.stderr.strip()}"])
     for line in done.stdout.splitlines():
         job, state, reason = line.split("|", 2)
-        found.setdefault(job, []).append((state, reason))
-    return found
+        by_id.setdefault(job, []).append((state, reason))
+    return by_id
 
 
 def cancel(ids: list[str]) -> None:
-    """Cancel jobs; what is over already stays as it is."""
+    """Cancels jobs, except those that are over."""
     if ids:
         subprocess.run(["scancel", "--quiet", *ids], capture_output=True)
 
 
 def known_partitions() -> set[str]:
-    """Names of the partitions that there are."""
+    """Returns the names of all partitions."""
     done = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True)
     return set(re.findall(r"\S+", done.stdout))
