@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from minitron_megatron import cli
+from minitron_megatron.artifacts import output
 from minitron_megatron.artifacts.manifest import Manifest
-from minitron_megatron.checkpoint import convert, huggingface, manifest
+from minitron_megatron.checkpoint import convert, huggingface
 from minitron_megatron.checkpoint.dist_reader import TRACKER, Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.evaluation import evaluate
@@ -371,7 +372,7 @@ def test_a_disk_that_gets_full_ends_a_run_that_can_go_on_later(inputs, refused, 
     try:
         command = f"{DISTILL} data.sequence_length=32 steps=3 save_every=1 optimizer.warmup_steps=1 dtype=fp32"
         command = with_other(command, "output", f"{disk}/run")
-        monkeypatch.setattr(manifest, "require_space", lambda folder, num_bytes: None)
+        monkeypatch.setattr(output, "require_space", lambda folder, num_bytes: None)
         # Room for one checkpoint of the student, some 450 kB with its optimiser, and not for the next beside it.
         (disk / "others").write_bytes(bytes(1_400_000))
         assert f"the disk of {disk}/run/checkpoints is full: free some space and run it again" in refused(command)

@@ -201,7 +201,7 @@ def test_lineage_is_artifacts_by_reference(tmp_path):
         metrics.log_output("distilled", output)
     [session] = sessions(tmp_path / "distilled")
     found = {a.name.rpartition("-")[0]: a for a in artifacts(session)}
-    assert list(found) == ["pruned", "teacher", "scores", "distilled"]
+    assert list(found) == ["teacher", "scores", "pruned", "distilled"]  # each after what it was made from
     assert {name for name, a in found.items() if a.use_after_commit} == {"pruned", "teacher", "scores"}
     metadata = {name: json.loads(a.metadata) for name, a in found.items()}
     ours = {name: values["fingerprint"] for name, values in metadata.items()}
