@@ -1,7 +1,7 @@
-"""What is checked on every node before the ranks start: `python -m minitron_megatron.launch.preflight`.
+"""Checks every node before the ranks start: `python -m minitron_megatron.launch.preflight`.
 
-One task per node. A node leaves `NODE.ok` or `NODE.bad` in the folder of the checks; where all are right, they meet.
-What is wrong with one is said in the job's log, under its name.
+Runs as one task per node. Each node writes `NODE.ok` or `NODE.bad` to the folder of the checks; if all are ok, they do
+an all-reduce. Problems go to the job's log, with the name of the node.
 """
 
 import importlib
@@ -18,20 +18,20 @@ from minitron_megatron.launch.version import digest
 
 MIN_FREE_GIB = 1.0
 MEETING_S = 300
-"""So long a node waits for the others, whose file system may be cold."""
+"""Seconds that a node waits for the others, which may have cold file systems."""
 
 
 def main(checks: str, run_dir: str, expected_digest: str, num_gpus: str) -> int:
     """Checks this node, and whether it reaches the others.
 
     Args:
-        checks: folder that all nodes see.
+        checks: folder that all nodes share.
         run_dir: folder of the run.
         expected_digest: of the code that the run was launched with.
-        num_gpus: GPUs that this node must have.
+        num_gpus: number of GPUs that this node must have.
 
     Returns:
-        exit status: 0 if all is well with this node.
+        exit status: 0 if this node has no problem.
     """
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     problems = [*code_problems(expected_digest), *folder_problems(Path(run_dir)), *gpu_problems(int(num_gpus))]
@@ -66,7 +66,7 @@ def gpu_problems(num_gpus: int) -> list[str]:
     """Returns a problem for each GPU that is missing or does not compute."""
     if not num_gpus:
         return []
-    torch = importlib.import_module("torch")  # by name, for this package must not need it
+    torch = importlib.import_module("torch")  # by name, because this package must not import it
     if torch.cuda.device_count() < num_gpus:
         return [f"has {torch.cuda.device_count()} GPUs, and the job takes {num_gpus}"]
     problems = []
@@ -119,7 +119,7 @@ def meeting_problems(on_gpus: bool) -> list[str]:
         one = torch.ones(1, device="cuda" if on_gpus else "cpu")
         dist.all_reduce(one)
         dist.destroy_process_group()
-        # The store lives in the first process, which leaves last.
+        # The first process hosts the store, so it leaves last.
         store.set(f"left/{rank}", "")
         if rank == 0:
             store.wait([f"left/{other}" for other in range(num_nodes)], wait)

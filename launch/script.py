@@ -1,4 +1,4 @@
-"""The script of a job: a pure function from settings to text."""
+"""Renders the script of a job: a pure function from settings to text."""
 
 import re
 import shlex
@@ -16,13 +16,13 @@ def render(
     """Renders the batch script of a job.
 
     Args:
-        job: what it runs.
-        cluster: where.
+        job: the job.
+        cluster: its settings.
         run_dir: folder of the run, or of the sweep.
-        work_dir: where relative paths of the settings begin.
-        python: the interpreter.
+        work_dir: base of relative paths in the settings.
+        python: interpreter.
         digest: of the code that every node must have.
-        num_runs: runs of a sweep, one per task of a job array; None for a single run.
+        num_runs: number of runs of a sweep, one per task of a job array; None for a single run.
     """
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

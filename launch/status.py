@@ -1,4 +1,4 @@
-"""How far the jobs of a run have come: Slurm's word, the job's own, and the last line of its metrics."""
+"""Status of the jobs of a run: from Slurm, the job's own files, and the last line of its metrics."""
 
 import json
 from collections import Counter
@@ -48,7 +48,7 @@ def _state(run: Path, job: Job, launched: Launched, known: list[tuple[str, str]]
         return ", ".join(f"{count} {state.lower()}" for state, count in Counter(s for s, _ in known).items()), restarts
     if launched.cancelled:
         return "cancelled", restarts
-    # A job that Slurm no longer knows has ended without a word.
+    # A job that Slurm no longer knows ended without recording its state.
     return ("ended" if own == "running" and not known else own) or "not started", restarts
 
 

@@ -1,4 +1,4 @@
-"""Which code this is, so that every node can be held to the one that a run was launched with."""
+"""Identifies the code, to check that every node has the one that a run was launched with."""
 
 import functools
 import hashlib
@@ -38,5 +38,5 @@ def revision() -> str | None:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout of somebody else's
+    except (OSError, subprocess.CalledProcessError):  # git is missing, or refuses a checkout of another user
         return None

@@ -1,4 +1,4 @@
-"""Which world of ranks a process belongs to, from its environment alone."""
+"""Determines the world of ranks of a process from its environment."""
 
 import re
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ def ranks_to_start(verb: str, settings: Any) -> int:
 def slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns torch's environment variables for a process that srun started as one of several tasks; else nothing.
 
-    A batch script has SLURM_PROCID and SLURM_NTASKS too, but is no rank: only srun's tasks have a
-    SLURM_STEP_NUM_TASKS. What is set already stays.
+    A batch script also has SLURM_PROCID and SLURM_NTASKS, but is not a rank: only srun's tasks have
+    SLURM_STEP_NUM_TASKS. Variables that are already set are kept.
     """
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in environ or "SLURM_PROCID" not in environ or int(tasks) < 2:
@@ -34,7 +34,7 @@ def slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": tasks,
         "LOCAL_RANK": environ["SLURM_LOCALID"],
         "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]),
-        # By job, since jobs may share a node; below 32768, where Linux begins to hand out ports by itself.
+        # Derived from the job id, since jobs may share a node; below 32768, where Linux's ephemeral ports begin.
         "MASTER_PORT": str(12000 + int(environ["SLURM_JOB_ID"]) % 20000),
     }
     return {name: value for name, value in variables.items() if name not in environ}

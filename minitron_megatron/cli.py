@@ -43,11 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(verb, overrides, options, file)
     except UserError as error:
-        _tell(verb, error)
+        _print_error(verb, error)
         return error.exit_status
     except Preempted as stop:
         logger.info("%s", stop)
-        _leave_word(str(stop), PREEMPTED)
+        _write_error_file(str(stop), PREEMPTED)
         return PREEMPTED
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -127,7 +127,7 @@ def _overview() -> str:
     )
 
 
-def _tell(verb: str | None, error: UserError) -> None:
+def _print_error(verb: str | None, error: UserError) -> None:
     """Prints an error once, whatever the number of ranks that raise it.
 
     The launcher prints errors that only other ranks than the first raise. Ranks started by `run_ranks` leave all of
@@ -135,13 +135,13 @@ def _tell(verb: str | None, error: UserError) -> None:
     """
     start = f"minitron {verb}: " if verb else "minitron: "
     message = "\n".join(start + line for line in str(error).splitlines())
-    has_launcher = _leave_word(message, error.exit_status)
+    has_launcher = _write_error_file(message, error.exit_status)
     left_to_launcher = has_launcher and (os.environ.get("ROLE_NAME") == ROLE or os.environ.get("RANK", "0") != "0")
     if not left_to_launcher:
         print(message, file=sys.stderr)
 
 
-def _leave_word(message: str, status: int) -> bool:
+def _write_error_file(message: str, status: int) -> bool:
     """Tells the launcher, if there is one, why this rank ends.
 
     torch's elastic launcher and the script of a Slurm job give every rank a file for this. Otherwise a launcher, which

@@ -1,4 +1,4 @@
-"""Whether the training stages of a run fit their GPUs, and what they cost, before anything is launched."""
+"""Checks before a launch whether the training stages fit their GPUs, and estimates their cost."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from minitron_megatron.parallel.gpus import GPU, GPUS
 from minitron_megatron.pruning.target import resolve_target
 
 Networks = dict[str, Network]
-"""Each network that is known, by its folder."""
+"""Known networks by folder."""
 
 
 def check_fit(
@@ -27,11 +27,11 @@ def check_fit(
     Args:
         stages: by name.
         jobs: with the ranks of each stage.
-        cluster: whose GPUs; with none named nothing is checked.
-        recipe: what the stages are of, if they are; its `architecture` stands for a source that is not here.
+        cluster: with the GPU model; null checks nothing.
+        recipe: of the stages, if any; its `architecture` replaces a source that cannot be read here.
 
     Returns:
-        what to tell the user, and the problems of stages that do not fit.
+        notes for the user, and the problems of stages that do not fit.
 
     Raises:
         UserError: a network is not supported, or cannot be pruned to the target.
@@ -56,7 +56,7 @@ def _check_job(
     """Estimates memory, time and cost of a training stage.
 
     Returns:
-        what to tell the user, and its problems.
+        notes for the user, and its problems.
     """
     folders = [settings.student, *([settings.teacher] if settings.teacher else [])]
     if unknown := [folder for folder in folders if folder not in networks]:

@@ -40,7 +40,7 @@ OWN = ("cluster", "dry_run")
 """Settings of the launch itself; all others, plugins included, are of what is launched."""
 
 LAUNCHED = [verb for verb in VERBS if verb not in ("compare", "inspect")]
-"""What can be launched."""
+"""Verbs that can be launched."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
     )
     checked = [check_fit(run.stages, jobs, config.cluster, run.recipe) for run in runs]
     raise_if_any(list(dict.fromkeys(problem for _, problems in checked for problem in problems)))
-    for line in dict.fromkeys(line for told, _ in checked for line in told):
+    for line in dict.fromkeys(line for notes, _ in checked for line in notes):
         print(line, file=sys.stderr)
     if config.dry_run:
         print("\n".join(_planned(launched, base, runs, config.cluster)))

@@ -180,7 +180,7 @@ def with_other(command, key, value):
         (
             f"{DISTILL} teacher_lr=1 loss.kd_logits_weight=0 loss.lm_weight=1",
             1,
-            ["teacher_lr = 1.0 trains a teacher that no loss looks at: set loss.kd_logits_weight above 0"],
+            ["teacher_lr = 1.0 trains a teacher that no loss uses: set loss.kd_logits_weight above 0"],
         ),
         (f"{DISTILL} teacher_lr=1 teacher_dtype=fp16", 1, ["teacher_lr = 1.0 trains the teacher", "teacher_dtype"]),
         (

@@ -1,4 +1,4 @@
-"""The prose in Python's standard library: text that is there on every machine."""
+"""The prose in Python's standard library: a corpus that every machine has."""
 
 import ast
 import sys
@@ -9,16 +9,16 @@ from pydoc_data.topics import topics
 
 # A shorter docstring is a label rather than prose, and would weigh the corpus towards fragments.
 _MIN_DOCSTRING = 80
-# Test suites hold hardly any prose. The rest is what Linux distributions strip or package apart (Debian's
-# python3-tk, python3-distutils, python3-venv ...), so that it is missing on some machines.
+# Test suites hold hardly any prose. Linux distributions strip or split off the rest (Debian's python3-tk,
+# python3-distutils, python3-venv ...), so it is missing on some machines.
 _SKIPPED = {"test", "tests", "idlelib", "turtledemo", "tkinter", "distutils", "lib2to3", "ensurepip", "macholib"}
 
 
 def builtin_documents() -> Iterator[str]:
     """Yields the Python standard library's prose: the topics of `help()`, then the docstrings of each module.
 
-    The source files are parsed, not imported. A text that occurs twice is given once. The result depends
-    on the Python version alone.
+    The source files are parsed, not imported. Repeated texts are yielded once. The result depends only on the Python
+    version.
     """
     seen = set()
     for _, topic in sorted(topics.items()):

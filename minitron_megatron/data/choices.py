@@ -17,10 +17,10 @@ class Question:
 
     Attributes:
         context: the text before the choices.
-        choices: its possible continuations; a space between them and the context belongs to them, on whichever side
-            it is written, for tokenizers join it to the word that follows.
-        answer: index of the right one.
-        where: file and line that it stands in.
+        choices: possible continuations. A space between context and choice counts to the choice, on whichever side it
+            is written, because tokenizers join it to the following word.
+        answer: index of the right choice.
+        where: file and line, for errors.
     """
 
     context: str
@@ -33,7 +33,7 @@ def read_questions(path: Path) -> list[Question]:
     """Reads a file of questions.
 
     Raises:
-        DataError: the file is missing or empty, or a line of it is no question; the line is named.
+        DataError: the file is missing or empty, or a line is malformed; the message names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # JSON's texts may hold other ends of lines
@@ -66,12 +66,12 @@ def _read_line(where: str, line: str) -> Question:
 
 
 class ChoiceSamples:
-    """A sample per choice: context and choice, with the tokens of the choice alone to be predicted.
+    """A sample per choice: context and choice, where only the tokens of the choice are predicted.
 
     Args:
         questions: see `read_questions`.
         tokenizer: of transformers.
-        multiple: sequences are padded to a multiple of so many tokens.
+        multiple: pad sequences to a multiple of this many tokens.
 
     Attributes:
         sequence_length: of every sample.

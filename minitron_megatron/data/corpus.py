@@ -22,7 +22,7 @@ class Document:
 
     Attributes:
         content: text, or the messages of a conversation, each with a `role`.
-        where: file and line that it stands in.
+        where: file and line, for errors.
     """
 
     content: str | list[dict]
@@ -34,7 +34,7 @@ class Document:
 
     @property
     def text(self) -> str:
-        """What tells it from others."""
+        """The content as text."""
         return self.content if isinstance(self.content, str) else json.dumps(self.content, sort_keys=True)
 
 
@@ -45,7 +45,7 @@ def documents(text: list[str], text_field: str = "text") -> Iterator[Document]:
         text, text_field: as in `DataConfig`.
 
     Raises:
-        DataError: a source does not exist or cannot be read, or a row of one is no document.
+        DataError: a source does not exist or cannot be read, or a row is malformed.
     """
     text_paths(text)
     all_documents = chain.from_iterable(_source(name, text_field) for name in text)
@@ -113,8 +113,10 @@ def _path_documents(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """Files and folders in a folder, in the order of whole paths. Names with a leading dot are no text, and links to
-    folders could lead around in circles."""
+    """Returns files and folders in a folder, in the order of whole paths.
+
+    Skips names with a leading dot, and links to folders, which could form cycles.
+    """
     below = [path for path in folder.iterdir() if not path.name.startswith(".")]
     below = [path for path in below if path.is_file() or (path.is_dir() and not path.is_symlink())]
     return sorted(below, key=lambda path: path.as_posix() + "/" * path.is_dir())

@@ -3,7 +3,7 @@
     PREFIX.idx   9 bytes MMIDIDX\\0\\0, uint64 version, uint8 dtype code, uint64 sequences S, uint64 D,
                  int32 lengths [S] in tokens, int64 pointers [S] in bytes, int64 documents [D], as ends of sequences
 
-Megatron-Core maps both as they are, so that everything is checked here first.
+Megatron-Core maps both without checks, so everything is checked here first.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
-# Megatron-Core's codes of whole numbers; 6 and 7 are floats.
+# Megatron-Core's integer dtype codes; 6 and 7 are floats.
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _BLOCK = 2**20  # entries that are checked at a time
 
@@ -36,14 +36,14 @@ def is_indexed(name: str) -> bool:
 
 @dataclass
 class Index:
-    """What an `.idx` file says, mapped and not read.
+    """An `.idx` file, memory-mapped.
 
     Attributes:
         prefix: of both files.
         dtype: of the tokens.
         lengths: int32 `[sequence]`, in tokens.
         pointers: int64 `[sequence]`, in bytes.
-        documents: int64 `[document + 1]`, the sequence that each document begins with, and their number.
+        documents: int64 `[document + 1]`, the first sequence of each document, and the number of sequences.
     """
 
     prefix: Path
@@ -62,11 +62,10 @@ def read_index(prefix: Path, contiguous: bool = True) -> Index:
 
     Args:
         prefix: path of both files, without `.idx` and `.bin`.
-        contiguous: whether the sequences have to fill the `.bin` file, one behind the other, as Megatron's tools write
-            them.
+        contiguous: whether the sequences must fill the `.bin` file without gaps, as Megatron's tools write them.
 
     Raises:
-        DataError: one of the two is missing, or they are not a whole pair.
+        DataError: a file is missing or damaged, or the two do not match.
     """
     file = Path(f"{prefix}.idx")
     try:
@@ -154,7 +153,7 @@ def _check_documents(index: Index) -> None:
 
 @dataclass
 class Documents:
-    """The documents of a tokenised corpus, those without a token left out.
+    """The documents of a tokenised corpus, without empty ones.
 
     Attributes:
         index: of the corpus.
@@ -172,7 +171,7 @@ class Documents:
         """Writes token files of some documents, one sequence each, whose `.bin` is a link to the corpus.
 
         Returns:
-            how many `documents`, `tokens` and `bytes` they have.
+            the number of `documents`, `tokens` and `bytes`.
         """
         lengths, pointers = self.lengths[chosen], self.pointers[chosen]
         code = next(code for code, name in _DTYPES.items() if np.dtype(name) == self.index.dtype)
@@ -192,11 +191,11 @@ def scan_documents(prefix: Path, seed: int, num_ids: int, eos: int) -> Documents
     Args:
         prefix: of its files.
         seed: of the keys.
-        num_ids: token ids are below it.
-        eos: the end-of-sequence token, with which documents should end.
+        num_ids: upper bound of the token ids, exclusive.
+        eos: end-of-sequence token that documents should end with.
 
     Raises:
-        DataError: the files are damaged, or have a token that the tokenizer has not.
+        DataError: the files are damaged, or a token id is not the tokenizer's.
     """
     index = read_index(prefix)
     bounds = np.zeros(len(index.lengths) + 1, dtype=np.int64)

@@ -42,7 +42,7 @@ def read_parquet(file: Path, fields: list[str]) -> Iterator[Row]:
         DataError: it is not a Parquet file, or pyarrow is not installed.
     """
     parquet = _pyarrow("pyarrow.parquet", file)
-    with _told(file), parquet.ParquetFile(file) as table:
+    with _convert_arrow_errors(file), parquet.ParquetFile(file) as table:
         names = [name for name in fields if name in table.schema_arrow.names]
         yield from _rows(file, table.iter_batches(_BATCH_ROWS, columns=names))
 
@@ -67,7 +67,11 @@ def read_dataset(folder: Path, fields: list[str]) -> Iterator[Row]:
         if not isinstance(name, str) or Path(name).name != name:
             raise DataError(f"{folder / _STATE} names {name!r}, which is not a file in its folder")
         file = folder / name
-        with _told(file), pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as table:
+        with (
+            _convert_arrow_errors(file),
+            pyarrow.memory_map(str(file)) as source,
+            pyarrow.ipc.open_stream(source) as table,
+        ):
             known = [field for field in fields if field in table.schema.names]
             batches = (batch.select(known) for batch in table)
             yield from _rows(file, (part for batch in batches for part in _slices(batch)))
@@ -97,7 +101,7 @@ def _pyarrow(module: str, source: Path) -> ModuleType:
 
 
 @contextmanager
-def _told(file: Path) -> Iterator[None]:
+def _convert_arrow_errors(file: Path) -> Iterator[None]:
     """Turns pyarrow's errors about a file into a DataError."""
     import pyarrow
 

@@ -54,16 +54,15 @@ def evaluate(config: EvaluateConfig) -> Path:
     """Measures a model on held-out text and on tasks.
 
     A Megatron checkpoint runs under Megatron-Core in the layout of the settings, a Hugging Face folder under
-    transformers, on one rank. Virtual pipeline stages and sequence parallelism are for training, which keeps
-    activations: a model that only runs forward goes without them.
+    transformers on one rank. Inference needs neither virtual pipeline stages nor sequence parallelism.
 
     Returns:
         the folder with `evaluation.json`.
 
     Raises:
-        CheckpointError: the model is neither, or not whole.
-        ConfigError: a layout or a task does not suit the model.
-        DataError: there is no held-out text, or no data of a task.
+        CheckpointError: the model is neither of these, or not whole.
+        ConfigError: the layout does not fit the model, or a task does not exist.
+        DataError: the held-out text or the data of a task is missing.
     """
     path, output = Path(config.model), Path(config.output)
     is_folder = (path / "config.json").is_file()
@@ -93,7 +92,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             with writing(output, manifest) as folder:
                 write_json(folder / EVALUATION, result)
             if measured["tasks"]:
-                # Output that goes into a file has no width, and broken lines cannot be searched.
+                # A file has no width, and wrapped lines cannot be searched.
                 Console(width=None if sys.stdout.isatty() else 200).print(task_table(measured["tasks"]))
     return output
 
@@ -165,7 +164,7 @@ def _measure_folder(
     if tasks:
         from lm_eval.models.huggingface import HFLM
 
-        # In the model's own number format log-probabilities of likely tokens would all be the same.
+        # In half precision the log-probabilities of likely tokens would round to the same number.
         lm = HFLM(model, "causal", tokenizer=tokenizer, batch_size=config.micro_batch, softmax_dtype="float32")
         measured["tasks"] = tasks.run(lm)
     return measured
@@ -205,7 +204,7 @@ def _transformers_loss(model: PreTrainedModel, samples: Samples, config: Evaluat
         for batch in rank_batches(samples, 0, len(samples), config.micro_batch, 0, 1):
             [batch] = to_device([batch], model.device)
             logits = model(batch["tokens"], **_documents(batch)).logits
-            # A sequence at a time: float32 logits of a whole batch would be gigabytes.
+            # One sequence at a time: float32 logits of a whole batch would take gigabytes.
             for row, labels, mask in zip(logits, batch["labels"], batch["loss_mask"], strict=True):
                 loss = torch.nn.functional.cross_entropy(row.float(), labels, reduction="none")
                 total += float((loss * mask).sum(dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""A Megatron model that scores and continues sequences of tokens, in batches and in any layout."""
+"""Inference with a Megatron model: scores and continues sequences of tokens, in batches and in any layout."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -21,23 +21,23 @@ from minitron_megatron.progress import progress
 
 T = TypeVar("T")
 
-# So many tokens' full-vocabulary logits exist at a time, in float32.
-_CHUNK_TOKENS = 256
-# A new token costs a pass over all weights, however many sequences share it: so many batches of prompts go on together.
+# Full-vocabulary logits are computed in float32 for this many tokens at a time.
+_BLOCK_TOKENS = 256
+# Every decoding step reads all weights, however many sequences share it, so several batches of prompts decode together.
 _BATCHES_TOGETHER = 4
 
 
 class Inference:
-    """A model that only runs forward. Every rank makes the same calls in the same order, and gets all results.
+    """A model for inference. All ranks make the same calls in the same order, and get all results.
 
     Args:
         model_chunks: this rank's model, without virtual pipeline stages.
         ctx: this rank's place, without sequence parallelism.
         network: the whole network.
         tokenizer: of transformers.
-        end_tokens: that end a sequence.
-        batch: sequences per forward pass and rank. Of generation that is the prompts; up to four times as many go on
-            together.
+        end_tokens: tokens that end a sequence.
+        batch: sequences per forward pass and rank. Generation prefills this many prompts at a time, and decodes up to
+            four times as many together.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class Inference:
         """Scores how likely sequences end as they do.
 
         Args:
-            sequences: tokens, and how many of the last ones are scored.
+            sequences: tokens, and how many of the last ones to score.
 
         Returns:
-            of each, the sum of the log-probabilities of the scored tokens, given all tokens before them, in nats; and
-            whether each of them is the likeliest one.
+            for each, the sum of the log-probabilities of the scored tokens, given all tokens before them, in nats; and
+            whether greedy decoding would choose all of them.
         """
 
-        # Sequences that differ in their last token alone, as short choices do, are one to the model.
+        # Sequences that differ only in their last token, as short choices do, share one input.
         same: dict[tuple[int, ...], list[int]] = {}
         for index, (tokens, _) in enumerate(sequences):
             same.setdefault(tuple(tokens[:-1]), []).append(index)
@@ -79,7 +79,7 @@ class Inference:
                 filled.append({**_padded([inputs[i] for i in batch], size, length), **targets})
             return self._run(filled, self._score)
 
-        # A pipeline is kept busy by several batches at a time.
+        # Several batches at a time keep a pipeline busy.
         per_call = 1 if self.ctx.layout.pipeline == 1 else 4 * self.ctx.layout.pipeline
         of_inputs = self._in_batches("score", list(map(len, inputs)), self.batch, per_call, score)
         scores_of: dict[int, tuple[float, bool]] = {}
@@ -92,9 +92,10 @@ class Inference:
 
         Args:
             prompts: of at least one token each.
+            params: how to sample and when to stop.
 
         Returns:
-            the new tokens of each, up to and with the one that ends it.
+            the new tokens of each, including the one that ends it.
         """
 
         def generate(batches: list[list[int]]) -> list[list[list[int]]]:
@@ -113,7 +114,7 @@ class Inference:
         work: Callable[[list[list[int]]], Sequence[Iterable[T]]],
     ) -> list[T]:
         """Runs `work` on batches of items of similar length, given as indices, and returns its results by item."""
-        # The longest first: what takes too much memory fails at once.
+        # The longest first, so that running out of memory happens at once.
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         own = batches[self.ctx.data_rank :: self.ctx.layout.replicas]
@@ -121,15 +122,15 @@ class Inference:
         with watchdog(self.ctx.timeout_min) as heartbeat, progress(title, len(own)) as advance:
             for start in range(0, len(own), per_call):
                 call = own[start : start + per_call]
-                # All but the last stage may find nothing.
+                # Only the last stage has results.
                 for indices, results in zip(call, work(call), strict=False):
                     own_results.update(zip(indices, results, strict=False))
                 heartbeat()
                 advance(len(call))
         world = dist.group.WORLD
         assert world is not None, "torch.distributed is initialised"
-        everywhere = {index: result for part in gather_objects(own_results, world) for index, result in part.items()}
-        return [everywhere[index] for index in range(len(lengths))]
+        all_results = {index: result for part in gather_objects(own_results, world) for index, result in part.items()}
+        return [all_results[index] for index in range(len(lengths))]
 
     def _run(self, batches: list[Batch], on_output: Callable[[Tensor, Batch], T], **options: Any) -> list[T]:
         batches = to_device(batches, self.ctx.device)
@@ -146,7 +147,7 @@ class Inference:
         total = torch.zeros(num_sequences, dtype=torch.float64, device=hidden.device)
         misses = torch.zeros_like(total)
         targets = (batch["rows"], batch["positions"], batch["labels"], batch["sequences"])
-        for rows, positions, labels, numbers in zip(*(part.split(_CHUNK_TOKENS) for part in targets), strict=True):
+        for rows, positions, labels, numbers in zip(*(part.split(_BLOCK_TOKENS) for part in targets), strict=True):
             logits = self._logits(hidden[positions, rows])
             misses.index_add_(0, numbers, (logits.argmax(-1) != labels).double())
             total.index_add_(0, numbers, -F.cross_entropy(logits, labels, reduction="none").double())
@@ -172,7 +173,7 @@ class Inference:
         def next_tokens(batches: list[Batch], **options: Any) -> Tensor:
             """Returns the next tokens `[sequences]`, on every rank."""
             tokens = torch.empty_like(lengths)
-            # All but the last stage have a place for them.
+            # The other stages only receive them.
             if logits := self._run(batches, last_logits, **options):
                 parts = torch.cat(logits).split(self.batch)
                 tokens = torch.cat([choose(part, num_made) for choose, part in zip(samplers, parts, strict=True)])
@@ -186,7 +187,7 @@ class Inference:
             batches = []
             for start in starts:
                 part, last = prompts[start : start + size], lengths[start : start + size] - 1
-                # The stages of a pipeline expect batches of one length.
+                # Pipeline stages expect batches of one length.
                 length = longest if self.ctx.layout.pipeline > 1 else int(last.max()) + 1
                 batches.append({**_padded(part, size, length), "last": last})
             beginning = iter(starts)
@@ -208,7 +209,7 @@ class Inference:
                     "position_ids": positions[:, None],
                     "last": torch.zeros_like(lengths),
                 }
-                # The cache's attention names no device, which the model's own may do.
+                # Unlike the model's own attention, that of the cache never names a CUDA device.
                 tokens = next_tokens([batch], within=bypass_cpu_mode)
 
 

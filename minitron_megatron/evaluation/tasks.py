@@ -71,7 +71,7 @@ class Tasks:
 
         Returns:
             for each task and group, `num_fewshot`, `num_samples` (questions), `version` and `metrics`: by name,
-            `value`, `stderr` (None where lm-eval has no formula) and `higher_is_better` (None where it does not say).
+            `value`, `stderr` (None where lm-eval has no formula) and `higher_is_better` (None where unknown).
         """
         from lm_eval import simple_evaluate
 

@@ -45,7 +45,7 @@ class DepthSearcher:
         }
         self.rounds: dict[str, Tensor] = {}
         self.base: Skipped = WHOLE
-        self.tried: list[int] = []
+        self.candidates: list[int] = []
         self.paths: list[Skipped] = []
         if not self.scores:
             return
@@ -75,13 +75,13 @@ class DepthSearcher:
             effects: by criterion, `[path]`.
         """
         for name, values in effects.items():
-            self.scores[name][self.tried] = values
+            self.scores[name][self.candidates] = values
         self.paths = []
         if not self._is_greedy:
             return
         decide = effects[self.deciding].tolist()
         # Among equals the last, as in a plan.
-        gone = min(zip(decide, self.tried, strict=True), key=lambda one: (one[0], -one[1]))[1]
+        gone = min(zip(decide, self.candidates, strict=True), key=lambda one: (one[0], -one[1]))[1]
         self.free.remove(gone)
         self.base |= self.units[gone]
         self.left[self._kind(gone)] -= 1
@@ -97,8 +97,8 @@ class DepthSearcher:
     def _next(self) -> None:
         length = self.settings.drop if self.settings.search is DepthSearch.BLOCK else 1
         free = {number for number in self.free if self.left.get(self._kind(number), 1) > 0}
-        self.tried = [number for number in sorted(free) if free.issuperset(range(number, number + length))]
-        self.paths = [self.base.union(*self.units[number : number + length]) for number in self.tried]
+        self.candidates = [number for number in sorted(free) if free.issuperset(range(number, number + length))]
+        self.paths = [self.base.union(*self.units[number : number + length]) for number in self.candidates]
 
     def _kind(self, number: int) -> str:
         """Returns the name of a unit's kind."""

@@ -58,7 +58,7 @@ def score(config: ScoreConfig) -> Path:
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
     raise_if_any(build_problems(checkpoint.network, config.parallel, "checkpoint"))
     questions = read_questions(Path(config.depth.choices)) if config.depth.choices else None
-    settings, ways = _settings_that_count(config, checkpoint)
+    settings, round_targets = _relevant_settings(config, checkpoint)
     parents = [Parent.of("checkpoint", checkpoint.root), *text_parents(config.data.text)]
     if config.depth.choices:
         parents.append(Parent.of("choices", Path(config.depth.choices)))
@@ -84,11 +84,18 @@ def score(config: ScoreConfig) -> Path:
             ctx,
             config.micro_batch,
             output.with_name(f".{output.name}.sums"),
-            json.dumps([parents[0].fingerprint, corpus.fingerprint, manifest.cache_key, [way.sizes for way in ways]]),
+            json.dumps(
+                [
+                    parents[0].fingerprint,
+                    corpus.fingerprint,
+                    manifest.cache_key,
+                    [round_target.sizes for round_target in round_targets],
+                ]
+            ),
             config.save_every,
         )
         scores = _score_in_rounds(config, checkpoint, manifest, ctx, samples, choices, resumable)
-        scores.settings = _described(config, corpus.fingerprint)
+        scores.settings = _description(config, corpus.fingerprint)
         if ctx.is_main:
             with writing(output, manifest) as folder:
                 scores.write(folder)
@@ -96,7 +103,7 @@ def score(config: ScoreConfig) -> Path:
     return output
 
 
-def _settings_that_count(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[dict[str, Any], list[Target]]:
+def _relevant_settings(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[dict[str, Any], list[Target]]:
     """Returns the settings that scores depend on, and the target of each round but the last.
 
     Raises:
@@ -110,14 +117,14 @@ def _settings_that_count(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[d
     # As numbers, because another layout may round the same fraction differently.
     settings["target"] = resolve_target(checkpoint.network, config.target, config.parallel).sizes
     DepthSearcher(checkpoint.network, config)  # raises now if the target cannot be searched for
-    ways = [_part_way(config, checkpoint, number) for number in range(1, config.rounds)]
-    for number, way in enumerate(ways, start=1):
-        if left := way.network_of(checkpoint.network):
+    round_targets = [_round_target(config, checkpoint, number) for number in range(1, config.rounds)]
+    for number, round_target in enumerate(round_targets, start=1):
+        if left := round_target.network_of(checkpoint.network):
             raise_if_any(build_problems(left, config.parallel, f"what round {number} leaves"))
-    return settings, ways
+    return settings, round_targets
 
 
-def _described(config: ScoreConfig, corpus: str) -> dict[str, Any]:
+def _description(config: ScoreConfig, corpus: str) -> dict[str, Any]:
     """Returns how scores were made, for display."""
     return {
         **{
@@ -160,7 +167,7 @@ def _score_in_rounds(
         return latest
     scores, plan = _of_first_round(latest), None
     for number in range(2, config.rounds + 1):
-        step = plan_for(latest, _part_way(config, checkpoint, number - 1))
+        step = plan_for(latest, _round_target(config, checkpoint, number - 1))
         plan = plan.then(step) if plan else step
         if config.save_rounds:
             folder, made_from = _round(Path(config.output), manifest, number - 1)
@@ -171,7 +178,7 @@ def _score_in_rounds(
     return scores
 
 
-def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int) -> Target:
+def _round_target(config: ScoreConfig, checkpoint: Checkpoint, number: int) -> Target:
     """Returns the target of one of several rounds, between the source and the final target.
 
     `target.keep_layers` is applied in the first round.

@@ -171,7 +171,7 @@ class SkipRunner:
         names = [self.network.sublayers[position].slot.module for position in without]
         left_out = {name: getattr(layer, name) for name in names}
         for name in left_out:
-            setattr(layer, name, _Nothing())
+            setattr(layer, name, _ZeroOutput())
         try:
             output = layer(**{**inputs, "hidden_states": state})
         finally:
@@ -225,7 +225,7 @@ def _up_to(path: Skipped, position: int) -> Skipped:
     return frozenset(p for p in path if p <= position)
 
 
-class _Nothing(torch.nn.Module):
+class _ZeroOutput(torch.nn.Module):
     """A sublayer that adds nothing to the residual stream."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:

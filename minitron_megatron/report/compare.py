@@ -1,4 +1,4 @@
-"""The verb `compare`: evaluations side by side, and how much of the first model each other one recovers."""
+"""The verb `compare`: shows evaluations side by side, and how much of the first model the others recover."""
 
 import sys
 from collections import Counter
@@ -23,8 +23,8 @@ class Value:
 
     Attributes:
         value: the number.
-        stderr: its standard error, where one is known.
-        recovery: share of the teacher's that is left, in percent; None where no number is the better one.
+        stderr: its standard error, if known.
+        recovery: share of the teacher's number, in percent; None if neither higher nor lower is better.
     """
 
     value: float
@@ -38,12 +38,12 @@ class Value:
 
 @dataclass
 class Measure:
-    """One number of every model, in their order; None for a model of which it is not known.
+    """One number of every model, in order; None where it is unknown.
 
     Attributes:
-        name: what it is.
+        name: of the number.
         values: of the models.
-        digits: that are worth showing.
+        digits: decimals to show.
     """
 
     name: str
@@ -59,7 +59,7 @@ def compare(config: CompareConfig) -> None:
     """Shows earlier evaluations side by side; the first one is the teacher's.
 
     Raises:
-        CheckpointError: a folder is no evaluation.
+        CheckpointError: a folder is not an evaluation.
     """
     folders = [Path(folder) for folder in config.evaluations]
     count = Counter(folder.name for folder in folders)
@@ -73,7 +73,7 @@ def compare(config: CompareConfig) -> None:
         table.add_column(Text(column), justify="right" if number else "left")
     for measure in measures:
         table.add_row(*map(Text, measure.cells))
-    # Output that goes into a file has no width, and broken lines cannot be searched.
+    # A file has no width, and wrapped lines cannot be searched.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(table)
     for note in notes:

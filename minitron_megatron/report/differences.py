@@ -1,4 +1,4 @@
-"""What tells the weights of two networks apart."""
+"""Compares the weights of two networks."""
 
 import math
 from collections.abc import Iterator
@@ -16,19 +16,19 @@ from minitron_megatron.model.network import Network
 from minitron_megatron.model.parameters import layer_key, parameters, stacked_key
 from minitron_megatron.progress import progress
 
-# Of one tensor, as many as are in memory at a time.
+# Number of a tensor's elements that are compared at a time.
 _ELEMENTS = 2**22
 
 
 @dataclass
 class Difference:
-    """How far a parameter of two networks is apart.
+    """The difference of a parameter between two networks.
 
     Attributes:
         name: of the parameter, the same in every layer.
-        largest: absolute difference over all elements and layers; NaN if one of the two has NaN where it differs.
-        layer: number of the transformer layer where it is; None outside the layers, and where nothing differs.
-        num_layers: how many layers differ at all; 1 outside the layers.
+        largest: largest absolute difference over all elements and layers; NaN if either has NaN where they differ.
+        layer: transformer layer of that element; None outside the layers, or if nothing differs.
+        num_layers: number of layers that differ; 1 outside the layers.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Figures of how important channels and the elements of sublayers are, and of where a plan cuts.
+"""Draws the importance of channels and of the elements of sublayers, and where a plan cuts.
 
-Every function returns a figure and leaves no state behind. Where the plan is optional and not given, nothing is cut.
+Every function returns a figure and leaves no state behind. Without a plan no cut is drawn.
 """
 
 from itertools import pairwise
@@ -34,19 +34,19 @@ from minitron_megatron.pruning.kept_shares import kept_elements, kept_hidden_sha
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.scores import Scores, descending
 
-_FAINT = 0.01  # of the layer's largest score: smaller ones have one colour
+_FAINT = 0.01  # share of the layer's largest score; smaller ones have the same colour
 
 
 def axis_importance(scores: Scores, setting: str, plan: Plan | None = None) -> Figure:
     """Draws the elements of an axis, a row for each sublayer that has it, relative to that sublayer's largest score.
 
-    Few elements are drawn by their place and by their rank, with a dot on those that go; many by their rank, with a
-    line where the plan cuts. Of an axis around another one, an element is as important as the sum of what lies within.
+    Few elements are drawn by position and by rank, with a dot on those that the plan drops; many only by rank, with a
+    line where the plan cuts. The score of an outer element is the sum over its elements.
 
     Args:
         scores: of the network.
         setting: of the axis, as in `target.*`; at least one sublayer of the network has it.
-        plan: what stays; if it is not given, nothing is cut.
+        plan: draws its cut.
     """
     rows = _Rows(scores, setting, plan)
     return _by_place_and_rank(rows) if max(rows.sizes) <= FEW else _by_rank(rows)
@@ -71,17 +71,17 @@ def hidden_importance(scores: Scores, plan: Plan | None = None) -> Figure:
 
 
 class _Rows:
-    """An axis of all sublayers that have it. Lists have an entry for each, arrays the shape of its scores.
+    """An axis over all sublayers that have it. Lists have an entry for each, arrays the shape of its scores.
 
     Attributes:
-        axis, outer: the axis, and the one that it lies within, if any.
+        axis, outer: the axis, and its outer axis, if any.
         title: `Neurons of each MLP`.
         layers: numbers of the transformer layers.
         shapes: of the scores.
         sizes: numbers of elements.
-        relative: scores, divided by the sublayer's largest; zeros stay.
+        relative: scores divided by the sublayer's largest; zeros stay.
         scores, rounds: what elements are ranked by.
-        kept: whether each element stays; None if nothing is cut.
+        kept: whether each element is kept; None without a plan.
     """
 
     def __init__(self, scores: Scores, setting: str, plan: Plan | None):
@@ -130,11 +130,11 @@ def _by_rank(rows: _Rows) -> Figure:
     within = rows.outer.elements if rows.outer else "layer"
     tidy(axes, f"rank of the {rows.axis.elements} within its {within}", "layer")
     _scale(image, [_FAINT, 0.1, 1], ["≤ 1%", "10%", "100%"])
-    if min(lengths) < longest:  # what is blank is not just faint
+    if min(lengths) < longest:  # tells blank from faint
         axes.vlines(lengths, np.arange(num_rows) - 0.5, np.arange(num_rows) + 0.5, color=MUTED, linewidth=0.8)
     if rows.kept is None:
         return figure
-    cuts = np.array([kept.sum(-1).max() for kept in rows.kept])  # 0 of a sublayer that goes as a whole
+    cuts = np.array([kept.sum(-1).max() for kept in rows.kept])  # 0 for a dropped sublayer
     axes.barh(np.arange(num_rows), lengths - cuts, left=cuts, height=1, color="white", alpha=0.6)
     lines = np.flatnonzero((cuts > 0) & (cuts < lengths))
     if len(lines):

@@ -1,4 +1,4 @@
-"""The report of a recipe: one HTML file that needs nothing beside it, and its figures as PNG files."""
+"""Writes the report of a recipe: one self-contained HTML file, and its figures as PNG files."""
 
 import base64
 from pathlib import Path
@@ -37,7 +37,7 @@ def write_report(run_dir: Path, title: str, stages: list[Stage]) -> Path:
     Args:
         run_dir: folder of the recipe's run.
         title: headline of the report.
-        stages: all that have run, in order.
+        stages: all stages that have run, in order.
 
     Returns:
         path of the HTML file.

@@ -1,4 +1,4 @@
-"""The verb `inspect`: what a folder is, how large, and where it comes from, on the screen."""
+"""The verb `inspect`: prints what a folder is, its size and its lineage."""
 
 import sys
 from pathlib import Path
@@ -23,8 +23,8 @@ def inspect(config: InspectConfig) -> None:
     """Prints what lies at a path: kind, network, counts, origin and settings; writes its figures on request.
 
     Raises:
-        CheckpointError: it is nothing that this project writes, or not whole, or it and `other` are no networks.
-        ConfigError: figures are asked for, and it has none.
+        CheckpointError: it is not a result of this project, or not whole, or it and `other` are not networks.
+        ConfigError: figures are requested, and it has none.
     """
     path = Path(config.path)
     description = describe(path)
@@ -38,7 +38,7 @@ def inspect(config: InspectConfig) -> None:
             ]
         )
     manifest = _manifest(path if path.is_dir() else path.parent)
-    # Output that goes into a file has no width, and broken lines cannot be searched.
+    # A file has no width, and wrapped lines cannot be searched.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(Text(f"{path}: {description.kind}", style="bold"))
     facts = {**description.facts, "on disk": f"{_size(path):,} bytes"}

@@ -1,4 +1,4 @@
-"""Tables of networks for a terminal: sizes and costs side by side, unlike layers, and what tells two apart."""
+"""Tables of networks for a terminal: sizes and costs side by side, unequal layers, and differences."""
 
 from itertools import zip_longest
 
@@ -31,8 +31,8 @@ def network_table(networks: dict[str, Network], sequence_length: int | None) -> 
     """Returns a table of sizes, counts, costs and switches, a column for each network.
 
     Args:
-        networks: by what they are.
-        sequence_length: that operations are counted for, in tokens; None for the longest that each was made for.
+        networks: by role.
+        sequence_length: tokens to count FLOPs for; None for the maximum of each network.
     """
     table = Table(box=None, show_header=len(networks) > 1, pad_edge=False)
     table.add_column()

@@ -1,4 +1,4 @@
-"""Figure of what a plan keeps: a map of the channels, and layer by layer of the sublayers and their elements."""
+"""Draws what a plan keeps: a map of the channels, and layer by layer of the sublayers and their elements."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,13 +28,13 @@ from minitron_megatron.pruning.scores import Scores, scored_axes
 def kept_map(plan: Plan, scores: Scores | None = None) -> Figure:
     """Draws what is kept of the network: channels, and layer by layer the sublayers and the elements of their axes.
 
-    Elements that are chosen within those of another axis are drawn one by one where they are few. Of others a bar is
-    the share of the sublayer's scores that the kept ones hold, or, without scores, their share of the number.
+    Elements within an outer axis are drawn one by one if they are few. For others a bar is the share of the sublayer's
+    scores that the kept elements hold or, without scores, their share of the number.
     """
     rows = _sublayer_rows(plan)
     axes = [_Axis(plan, kind, axis) for kind, axis in scored_axes(plan.source)]
     ratios = [0.4, 0.25 * len(rows), *(axis.height for axis in axes)]
-    figure = new_figure("What stays", 1.9 + sum(ratios))
+    figure = new_figure("What the plan keeps", 1.9 + sum(ratios))
     channels, strip, *panels = figure.subplots(len(ratios), gridspec_kw={"height_ratios": ratios})
     _draw_channels(channels, plan)
     _draw_sublayers(strip, plan, rows)
@@ -55,11 +55,11 @@ def has_bars(network: Network, kind: type[Sublayer], axis: PrunableAxis) -> bool
 
 
 class _Axis:
-    """A panel for an axis of all sublayers that have it. Lists have an entry for each.
+    """A panel for an axis over all sublayers that have it. Lists have an entry for each.
 
     Attributes:
         layers: numbers of the transformer layers.
-        kept: whether each element stays, in the shape of the scores.
+        kept: whether each element is kept, in the shape of the scores.
         height: of the panel, in inches.
     """
 
@@ -73,7 +73,7 @@ class _Axis:
 
     @property
     def counts(self) -> str:
-        """How many elements of the sublayers that stay are kept: `6 of 10`."""
+        """How many elements the kept sublayers keep: `6 of 10`."""
         return f"{span(kept.sum() for kept in self.kept if kept.any())} of {span(kept.size for kept in self.kept)}"
 
     def draw(self, panel: Axes, scores: Scores | None) -> None:

@@ -1,4 +1,4 @@
-"""What the stages of a recipe left behind, in the form in which tables and figures want it."""
+"""Results of a recipe's stages, in the form that tables and figures need."""
 
 import json
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ class Stage:
 
     Attributes:
         name: of the stage, e.g. `evaluate_teacher`.
-        verb: what it did.
-        output: the folder it wrote.
-        seconds: how long it took; None if it was skipped because it was done.
+        verb: of the stage.
+        output: its folder.
+        seconds: its duration; None if it was done before.
     """
 
     name: str
@@ -29,18 +29,18 @@ class Stage:
 
 @dataclass
 class Evaluation:
-    """What was measured of one model.
+    """The evaluation of one model.
 
     Attributes:
-        name: short, for people: `teacher` for the stage `evaluate_teacher`.
+        name: short name: `teacher` for the stage `evaluate_teacher`.
         made_by: verb of the stage that made the model; None if no stage did.
         parameters: of the model.
         parameters_without_embeddings: without embedding table and output projection.
         loss: held-out, in nats per token.
         perplexity: held-out.
-        num_tokens: that the two are a mean over.
-        generation: `tokens_per_s`, `num_tokens`, `prompt` and `text`, if any was asked for.
-        tasks: what lm-eval measured, by task: see `evaluation.tasks.Tasks.run`.
+        num_tokens: number of tokens that the two are a mean over.
+        generation: `tokens_per_s`, `num_tokens`, `prompt` and `text`; None if not requested.
+        tasks: lm-eval results by task: see `evaluation.tasks.Tasks.run`.
     """
 
     name: str
@@ -91,13 +91,13 @@ def read_evaluation(folder: Path) -> dict:
     """Reads a folder's `evaluation.json`.
 
     Raises:
-        CheckpointError: there is none, or it is not of an evaluation, or not whole.
+        CheckpointError: it is missing, not of an evaluation, or not whole.
     """
     path = folder / EVALUATION
     if not path.is_file():
         raise CheckpointError(f"{folder} is not an evaluation: it has no {EVALUATION}; name an output of `evaluate`")
     try:
-        # Earlier releases knew no tasks.
+        # Earlier releases had no tasks.
         values = {"tasks": {}} | json.loads(path.read_text())
     except ValueError as e:
         raise CheckpointError(f"{path} is not JSON: {e}") from e
@@ -147,7 +147,7 @@ def find_result(evaluations: list[Evaluation]) -> Evaluation | None:
 def recoveries(evaluations: list[Evaluation]) -> list[float | None]:
     """Returns for each model the share of the gap between the worst pruned model and the teacher that it closes.
 
-    None for the teacher, for pruned models, which make the gap, and where a model before them is missing.
+    None for the teacher, for pruned models, which define the gap, and if either is missing.
     """
     shares: list[float | None] = []
     for i, evaluation in enumerate(evaluations):

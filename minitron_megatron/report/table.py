@@ -1,4 +1,4 @@
-"""The table of a recipe's models: size, held-out loss, speed, and how much of what pruning lost is back."""
+"""The table of a recipe's models: size, held-out loss, speed, and how much of the loss of pruning is recovered."""
 
 from rich.table import Table
 from rich.text import Text

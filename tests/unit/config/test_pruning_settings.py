@@ -73,7 +73,7 @@ LOSS, ACCURACY = DepthCriterion.LOSS, DepthCriterion.ACCURACY
         ),
         (
             dict(depth=DepthConfig(search=DepthSearch.BLOCK, unit=Unit.SUBLAYER), target=TargetConfig(mlp=2)),
-            "depth.search = block is of whole layers: set depth.unit=layer",
+            "depth.search = block skips whole layers: set depth.unit=layer",
         ),
         (dict(depth=DepthConfig(criteria=[LOSS, LOSS])), "depth.criteria = ['loss', 'loss']: names one twice"),
         (
