@@ -14,8 +14,9 @@ from typing import Any
 from rich.console import Console
 
 from minitron_megatron.config.cluster import ClusterConfig, ClusterKind, LaunchConfig
-from minitron_megatron.config.compose import as_used, as_value, compose, read_settings, resolve_stages, sweep, to_plain
+from minitron_megatron.config.compose import as_used, compose, read_settings, resolve_stages, sweep, to_plain
 from minitron_megatron.config.reader import near
+from minitron_megatron.config.text import as_value
 from minitron_megatron.config.verbs import VERBS
 from minitron_megatron.errors import PREEMPTED, ConfigError, raise_if_any
 from minitron_megatron.fit_check import check_fit

@@ -25,6 +25,7 @@ from minitron_megatron.config.fields import hints, values
 from minitron_megatron.config.plugins import load_plugins
 from minitron_megatron.config.reader import Reader, near, show
 from minitron_megatron.config.schema import SCHEMAS, CompressConfig
+from minitron_megatron.config.text import keep_text, quote_text
 from minitron_megatron.errors import ConfigError, raise_if_any
 
 GROUPS = ("experiment", "correction", "cluster")
@@ -88,7 +89,7 @@ def load_named_plugins(verb: str, overrides: list[str]) -> None:
 def _with_plugins(verb: str, overrides: list[str], problems: list[str]) -> DictConfig:
     """Imports all plugins and composes the overrides with Hydra. Adds problems of single overrides to `problems`."""
     raise_if_any(load_plugins([]))  # those that are installed
-    texts = [text for override in overrides for text in _read_override(override, problems)]
+    texts = [text for override in overrides for text in _read_override(quote_text(verb, override), problems)]
     try:
         node = _composed(verb, texts)
         if names := _named_plugins(node):
@@ -201,13 +202,6 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
 
 
-def as_value(text: str) -> str:
-    """Quotes any text as the value of an override."""
-    # In Hydra a backslash is special only before a quote.
-    escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + match[2].replace('"', '\\"'), text)
-    return f'"{escaped}"'
-
-
 def sweep(overrides: list[str]) -> list[list[str]]:
     """Returns every combination of overrides with several values, as in `a=1,2`; the last one varies fastest.
 
@@ -240,10 +234,12 @@ def read_settings(verb: str, path: Path) -> Any:
     """
     try:
         node = OmegaConf.load(path)
-    except (OSError, yaml.YAMLError) as error:
+        written = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError([f"--config {path} cannot be read: {error}"]) from None
     if not isinstance(node, DictConfig):
         raise ConfigError([f"--config {path} holds no settings: write them as `minitron {verb} ... --cfg` does"])
+    keep_text(verb, node, written)
     raise_if_any(load_plugins(_named_plugins(node)))
     return _read(verb, node, [])
 

@@ -3,7 +3,6 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from minitron_megatron.config.compose import (
-    as_value,
     compose,
     read_settings,
     resolve_stages,
@@ -21,6 +20,7 @@ from minitron_megatron.config.schema import (
     ScoreConfig,
     TargetConfig,
 )
+from minitron_megatron.config.text import as_value
 from minitron_megatron.errors import ConfigError
 
 pytestmark = pytest.mark.oldest
@@ -92,7 +92,7 @@ def test_null_counts_as_given_where_the_schema_allows_it():
         ("micro_batch=0", "micro_batch = 0: must be at least 1"),
         ("dtype=${nope}", "dtype = ${nope}: Interpolation key 'nope' not found"),
         ("num_samples", "'num_samples' cannot be read: write key=value, and quote special characters: 'key=\"a=b\"'"),
-        ("output=a=b", "'output=a=b' cannot be read: write key=value, and quote special characters: 'key=\"a=b\"'"),
+        ("steps=a=b", "'steps=a=b' cannot be read: write key=value, and quote special characters: 'key=\"a=b\"'"),
         (
             "data.text=a,b",
             "'data.text=a,b' is several values: give one, or a list in brackets, as in data.text=[a,b]",
