@@ -1,0 +1,153 @@
+"""One writer for one output: a lease that a dead holder does not keep, on shared file systems and between machines.
+
+The lease is a small file beside the output. Its holder renews it every few seconds; whoever finds one watches whether
+it is renewed. No clock of another machine is believed, and no lock of the operating system, which shared file systems
+may not pass on.
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from minitron_megatron.artifacts.files import write_json
+from minitron_megatron.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+RENEW_S = 5.0
+"""Between two renewals."""
+
+WATCH_S = 30.0
+"""A lease that is not renewed for so long has lost its holder."""
+
+
+@contextmanager
+def lease(output: Path) -> Iterator[None]:
+    """Holds the lease of `output` while the block runs.
+
+    Raises:
+        ConfigError: another process writes there; the error says which one, where, and since when.
+    """
+    file = output.with_name(f".{output.name}.lease")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    own = {
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "processes": _process_table(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "renewals": 0,
+    }
+    while not _create(file, own):
+        _wait_for_its_end(file, output)
+    released = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(file, own, released), daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        released.set()
+        renewing.join()
+        if _read(file).get("id") == own["id"]:
+            file.unlink(missing_ok=True)
+
+
+def _create(file: Path, own: dict) -> bool:
+    """Makes the lease, unless there is one."""
+    temporary = file.with_name(f"{file.name}.{own['id']}")
+    write_json(temporary, own)
+    try:
+        os.link(temporary, file)  # fails if it exists, on network file systems as well
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        try:
+            descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return False
+        os.close(descriptor)
+        write_json(file, own)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _renew(file: Path, own: dict, released: threading.Event) -> None:
+    while not released.wait(RENEW_S):
+        own["renewals"] += 1
+        with suppress(OSError):  # a disk that is full for a while; the output's own writes say so
+            write_json(file, own)
+
+
+def _wait_for_its_end(file: Path, output: Path) -> None:
+    """Returns once the lease is gone, or was taken away from a holder that is dead.
+
+    Raises:
+        ConfigError: its holder lives.
+    """
+    before = _read(file)
+    if before.get("processes") == _process_table():
+        if _is_alive(before):
+            raise ConfigError([_problem(output, before)])
+    else:
+        logger.warning("%s: looking for up to %.0f s whether it still runs", _problem(output, before), WATCH_S)
+        deadline = time.monotonic() + WATCH_S
+        while time.monotonic() < deadline and (now := _read(file)) == before:
+            time.sleep(0.5)
+        if not file.exists():
+            return
+        if now != before:
+            raise ConfigError([_problem(output, now)])
+    _take_away(file, before)
+
+
+def _take_away(file: Path, dead: dict) -> None:
+    """Removes the lease of a dead holder, unless somebody else has done it and holds one of its own by now."""
+    aside = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
+    try:
+        file.rename(aside)
+    except FileNotFoundError:
+        return
+    if _read(aside) != dead:
+        with suppress(OSError):
+            os.link(aside, file)
+    aside.unlink(missing_ok=True)
+
+
+def _process_table() -> str:
+    """Names where a process number means the same process: this boot of this machine, and container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def _is_alive(holder: dict) -> bool:
+    try:
+        return abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1
+    except (psutil.Error, KeyError):
+        return False
+
+
+def _read(file: Path) -> dict:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _problem(output: Path, holder: dict) -> str:
+    where = ", ".join(f"{name} {holder.get(name, '?')}" for name in ("host", "pid", "since"))
+    return f"output = {output} is being written by another process ({where}): wait for it, end it or choose another one"
