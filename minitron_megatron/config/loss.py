@@ -211,7 +211,7 @@ class LossConfig:
         part = min((step - 1) / max(last - 1, 1), 1.0) if step < last else 1.0
         if self.lm_schedule is Schedule.COSINE:
             part = (1 - math.cos(math.pi * part)) / 2
-        assert self.lm_weight_end is not None  # or `problems` has something to say
+        assert self.lm_weight_end is not None  # otherwise `problems` reports it
         weight = self.lm_weight + part * (self.lm_weight_end - self.lm_weight)
         return replace(self, lm_weight=weight, lm_weight_end=None, lm_schedule=Schedule.CONSTANT)
 

@@ -23,7 +23,9 @@ class PluginConfig:
             Installed packages with an entry point in the group `minitron_megatron.plugins` are always imported.
     """
 
-    plugins: list[str] = field(default_factory=list, metadata=SAME_RESULT)  # other settings use what they add
+    plugins: list[str] = field(
+        default_factory=list, metadata=SAME_RESULT
+    )  # affects the result only through other settings
 
 
 def load_plugins(names: list[str]) -> list[str]:
@@ -43,7 +45,7 @@ def load_plugins(names: list[str]) -> list[str]:
 def _import(what: str, load: Callable[[], Any]) -> str | None:
     try:
         load()
-    except Exception as error:  # whatever somebody else's module does
+    except Exception as error:  # whatever error a plugin raises
         if isinstance(error, ModuleNotFoundError):
             return f"{what} cannot be imported: {error}. Install it, or put its folder on PYTHONPATH, for every process"
         last = traceback.extract_tb(error.__traceback__)[-1]

@@ -78,7 +78,7 @@ class DepthConfig:
     search: DepthSearch = DepthSearch.SINGLE
     protect_first: int = 1
     protect_last: int = 1
-    choices: str | None = field(default=None, metadata=SAME_RESULT)  # its content is known by its fingerprint
+    choices: str | None = field(default=None, metadata=SAME_RESULT)  # its content is identified by a fingerprint
 
     def problems(self, where: str = "depth.") -> list[str]:
         problems = []

@@ -24,7 +24,7 @@ Indices = list[int] | list[list[int]]
 
 def flat(indices: Indices) -> list[int]:
     """Returns the kept indices of an axis that lies within no other one."""
-    return cast("list[int]", indices)  # the axis says so, which no type does
+    return cast("list[int]", indices)  # which it is depends on the axis
 
 
 def nested(indices: Indices) -> list[list[int]]:
@@ -145,7 +145,7 @@ class Plan:
         element = sublayer.axis(sublayer.merged).elements
         return [f"sublayer {position}: merge must name one of {size} {element}s for each {element} that stays"]
 
-    # As text
+    # Serialisation
 
     def write(self, folder: Path) -> None:
         """Writes `plan.json` into `folder`."""

@@ -51,7 +51,7 @@ def prune(config: PruneConfig) -> Path:
         parents.append(Parent.of("plan", path))
         settings = to_plain(config)
     else:
-        assert scores is not None  # or `PruneConfig.problems` has something to say
+        assert scores is not None  # otherwise `PruneConfig.problems` reports it
         target = resolve_target(checkpoint.network, config.target, config.parallel)
         rounded = target.rounded
         plan = plan_for(scores, target, config.depth_criterion, config.merge_heads)

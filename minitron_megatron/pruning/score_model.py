@@ -309,7 +309,7 @@ def _width_scores(
     def score(setting: str, axis: AxisScoring) -> Tensor:
         if axis.criterion is Criterion.RANDOM:
             return chance[setting]
-        if axis.criterion is Criterion.WEIGHT:  # of a channel: all of the network's that go with it
+        if axis.criterion is Criterion.WEIGHT:  # of a channel: over the whole network
             own = squares[axis.criterion][setting]
             return (own.view(-1, network.hidden_size).sum(0) if setting == HIDDEN.name else own).sqrt()
         first, second = sums[setting]

@@ -102,6 +102,8 @@ def test_the_help_text_shows_defaults_meanings_and_choices():
     assert steps.split() == ["steps=400", "optimiser", "steps."]
     [trackers] = [line for line in lines if "tracking.trackers" in line]
     assert trackers.split()[0] == "tracking.trackers=[]"
-    assert trackers.endswith("  wandb for Weights & Biases; both may be asked for. [wandb, tensorboard]")
+    assert trackers.endswith("  Weights & Biases, TensorBoard, or both. [wandb, tensorboard]")
     [dtype] = [line for line in lines if line.strip().startswith("dtype=")]
-    assert "fp32 main weights are kept for bf16. [bf16, fp16, fp32]" in dtype  # a meaning of two lines
+    assert dtype.endswith("bf16 has fp32 main weights. [bf16, fp16, fp32]")
+    [keep] = [line for line in lines if line.strip().startswith("keep_checkpoints=")]
+    assert "the lowest held-out loss is kept as well" in keep  # a meaning of two lines

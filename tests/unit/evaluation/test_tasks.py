@@ -112,7 +112,7 @@ def test_a_task_that_cannot_be_loaded_is_named_before_any_work(folder, monkeypat
 def test_an_unknown_task_is_named_with_those_that_may_be_meant():
     from minitron_megatron.evaluation.tasks import _unknown
 
-    assert _unknown("arc_esay", ["arc_easy", "mmlu"]).endswith("no task: did you mean arc_easy?")
+    assert _unknown("arc_esay", ["arc_easy", "mmlu"]).endswith("not a task: did you mean arc_easy?")
     assert "`lm-eval ls tasks`" in _unknown("xyzzy", ["arc_easy", "mmlu"])
 
 
