@@ -141,6 +141,7 @@ def test_a_run_is_not_trivial(unkilled):
     assert [line["progress/step"] for line in exact(unkilled) if "val/total" in line] == [4, 8]
 
 
+@pytest.mark.oldest
 def test_a_killed_run_goes_on_as_if_nothing_had_been(inputs, unkilled, start, tmp_path, capsys):
     training, saving = tmp_path / "training/run", tmp_path / "saving/run"
     for run in (training, saving):

@@ -412,7 +412,13 @@ def run_poisoned_in(config, parallel):
     run_in(config, parallel)
 
 
-@pytest.mark.parametrize("optimizer", [{}, {"distributed": True, "overlap": True}], ids=["plain", "distributed"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"distributed": True, "overlap": True}, id="distributed", marks=pytest.mark.oldest),
+    ],
+)
 def test_all_ranks_skip_what_is_not_finite_on_one(inputs, tmp_path, monkeypatch, optimizer):
     config = replace(settings(inputs, tmp_path / "one"), student=str(inputs / "narrow/checkpoint"), steps=3)
     config = replace(config, micro_batch=2, save_every=None)

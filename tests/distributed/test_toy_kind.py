@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,7 +30,9 @@ from minitron_megatron.model.layers import DENSE, KINDS, PrunableAxis, Slot, Sub
 from minitron_megatron.model.layers.sublayer import LayerModules, Tap
 from minitron_megatron.model.network import Network, pad_vocab, transformer
 from minitron_megatron.model.norms import norm_rows
+from tests.gradients import Gradients, close, local_gradients
 from tests.ranks import run_on_ranks
+from tests.tiny import Samples
 
 pytestmark = pytest.mark.oldest
 
@@ -340,7 +343,8 @@ LAYOUTS = {"one": (1, 1, 1), "tensor": (2, 1, 1), "pipeline": (1, 2, 1)}
 
 
 def _measure(layout: tuple[int, int, int], folder: Path, output: Path) -> None:
-    """Logits, losses and gradients of the network in a layout, written by the rank that knows them."""
+    """Logits of the network in a layout, written by the rank that knows them, and each rank's gradients of the pruned
+    one in a step with the whole one as its teacher."""
     from minitron_megatron.checkpoint.dist_reader import Checkpoint
     from minitron_megatron.checkpoint.load import load_weights
     from minitron_megatron.config.schema import DType, ParallelConfig
@@ -350,27 +354,76 @@ def _measure(layout: tuple[int, int, int], folder: Path, output: Path) -> None:
 
     tensor, pipeline, data = layout
     with parallel_context(ParallelConfig(tensor=tensor, pipeline=pipeline, data=data)) as ctx:
-        checkpoint = Checkpoint(folder / "imported")
-        model_chunks = build_model(checkpoint.network, ctx, DType.FP32)
-        load_weights(model_chunks, checkpoint, ctx)
+        models = {}
+        for name in ("imported", "pruned"):
+            checkpoint = Checkpoint(folder / name)
+            models[name] = build_model(checkpoint.network, ctx, DType.FP32)
+            load_weights(models[name], checkpoint, ctx)
         tokens = torch.randint(0, 63, (2, 16), generator=torch.Generator().manual_seed(5))
         batch = {"tokens": tokens, "position_ids": torch.arange(16).expand(2, -1), "loss_mask": torch.ones(2, 16)}
-        hidden = run_forward(model_chunks, [batch], ctx, lambda output, _: output)
+        hidden = run_forward(models["imported"], [batch], ctx, lambda output, _: output)
         if ctx.is_last_stage:
-            logits = hidden[0] @ output_weight(model_chunks[-1]).T
+            logits = hidden[0] @ output_weight(models["imported"][-1]).T
             parts = [torch.empty_like(logits) for _ in range(tensor)]
             torch.distributed.all_gather(parts, logits.contiguous(), group=ctx.collection.tp)
             if ctx.tensor_rank == 0:
-                torch.save(torch.cat(parts, dim=-1)[..., :64].transpose(0, 1), output)
+                torch.save(torch.cat(parts, dim=-1)[..., :64].transpose(0, 1), output / "logits")
+        gradients = _gradients(models["pruned"], models["imported"], checkpoint.network, ctx)
+        torch.save(gradients, output / f"gradients_{torch.distributed.get_rank()}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_logits_are_those_of_its_own_class_in_every_layout(folder, layout, tmp_path):
-    run_on_ranks(layout[0] * layout[1], _measure, layout, folder, tmp_path / "logits")
+def _gradients(student: list[nn.Module], teacher: list[nn.Module], network: Network, ctx) -> list[tuple]:
+    """This rank's gradients of a step of two micro-batches and both losses."""
+    from minitron_megatron.config.loss import LossConfig
+    from minitron_megatron.config.schema import DType, OptimizerConfig
+    from minitron_megatron.data.samples import rank_batches
+    from minitron_megatron.distillation.entries import loss_entries
+    from minitron_megatron.distillation.live_teacher import LiveTeacher
+    from minitron_megatron.distillation.step import DistillationStep
+    from minitron_megatron.training.optimizer import setup_optimizer
+
+    trained = setup_optimizer(student, OptimizerConfig(warmup_steps=1), 4, DType.FP32, ctx)
+    trained.zero_grad()
+    entries = loss_entries(LossConfig(lm_weight=0.5), LiveTeacher(teacher, ctx, network.vocab_size))
+    step = DistillationStep(trained.model_chunks, entries, ctx, network.vocab_size)
+    samples = Samples(4, 16, network.vocab_size)
+    step.train(list(rank_batches(samples, 0, 4, 2, ctx.data_rank, ctx.layout.replicas)))
+    return local_gradients([chunk.module for chunk in trained.model_chunks], network, ctx)
+
+
+@pytest.fixture(scope="module")
+def measured(folder, tmp_path_factory) -> dict[str, Path]:
+    """What the ranks of every layout wrote."""
+    found = {}
+    for name, layout in LAYOUTS.items():
+        found[name] = tmp_path_factory.mktemp(name)
+        run_on_ranks(layout[0] * layout[1], _measure, layout, folder, found[name])
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_are_those_of_its_own_class_in_every_layout(measured, layout):
     tokens = torch.randint(0, 63, (2, 16), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         expected = make_toy()(tokens)
-    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.load(measured[layout] / "logits"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_gradient_is_equal_over_layouts(folder, measured):
+    from minitron_megatron.checkpoint.dist_reader import Checkpoint
+    from minitron_megatron.model.parameters import layer_key, parameters
+
+    network = Checkpoint(folder / "pruned").network
+    gradients = {}
+    for name, (tensor, pipeline, _) in LAYOUTS.items():
+        paths = [measured[name] / f"gradients_{rank}" for rank in range(tensor * pipeline)]
+        gradients[name] = Gradients(network, [torch.load(path, weights_only=False) for path in paths])
+    for param in parameters(network):
+        index = [np.arange(size) for size in param.shape]
+        expected = gradients["one"].read(param, index)
+        assert expected.abs().max() > 0, layer_key(param)
+        for name in ("tensor", "pipeline"):
+            assert close(gradients[name].read(param, index), expected), (name, layer_key(param))
 
 
 def _distill(layout: tuple[int, int, int], folder: Path, output: Path) -> None:
@@ -383,7 +436,7 @@ def _distill(layout: tuple[int, int, int], folder: Path, output: Path) -> None:
     assert main(["distill", f"plugins=[{PLUGIN}]", *paths, *settings, *own, *data(folder)]) == 0
 
 
-def test_gradients_and_losses_of_distillation_are_equal_over_layouts(folder, tmp_path):
+def test_losses_and_gradient_norms_of_distillation_are_equal_over_layouts(folder, tmp_path):
     lines = {}
     for name, layout in LAYOUTS.items():
         run_on_ranks(layout[0] * layout[1], _distill, layout, folder, tmp_path / name)

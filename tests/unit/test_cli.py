@@ -68,6 +68,7 @@ def test_without_a_verb_all_are_listed(arguments, capsys):
     assert listed[: len(SCHEMAS)] == list(SCHEMAS)
 
 
+@pytest.mark.oldest
 def test_help_of_a_verb_lists_its_settings_and_runs_nothing(capsys, ran):
     assert cli.main(["distill", "--help"]) == 0
     out = capsys.readouterr().out

@@ -4,6 +4,7 @@ import torch
 
 from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
 from minitron_megatron.distillation.losses import distillation_loss
+from tests.rounding import of_rounded
 
 TOKENS, STUDENT, TEACHER, VOCAB, PADDED = 23, 10, 14, 37, 64
 
@@ -34,6 +35,25 @@ class Case:
         loss = distillation_loss(logits, self.labels, self.mask, teacher_logits, kd_weight, lm_weight, self.config)
         (scale * loss).backward()
         return loss.item(), hidden.grad, weight.grad
+
+    def in_its_formats(self, kd_weight, lm_weight, scale=1.0):
+        """As `plain`, with products and gradients in the number formats of the inputs, and the loss in float32 (in
+        float64 where the inputs are)."""
+        precise = torch.promote_types(self.hidden.dtype, torch.float32)
+        hidden, weight = (x.detach().clone().requires_grad_() for x in (self.hidden, self.weight))
+        teacher_logits = (self.teacher.hidden @ self.teacher.weight[: self.vocab].T).to(precise)
+        logits = (hidden @ weight[: self.vocab].T).to(precise)
+        loss = distillation_loss(logits, self.labels, self.mask, teacher_logits, kd_weight, lm_weight, self.config)
+        (scale * loss).backward()
+        return loss.item(), hidden.grad, weight.grad
+
+    def loss_error(self, kd_weight, lm_weight):
+        """By how much the loss may be off for logits that are rounded to the number formats of the inputs."""
+        products = (self.hidden, self.weight), (self.teacher.hidden, self.teacher.weight)
+        logits = [(a.double() @ b.double()[: self.vocab].T).requires_grad_() for a, b in products]
+        distillation_loss(logits[0], self.labels, self.mask, logits[1], kd_weight, lm_weight, self.config).backward()
+        formats = self.hidden.dtype, self.teacher.hidden.dtype
+        return of_rounded((z.detach(), z.grad, dtype) for z, dtype in zip(logits, formats, strict=True))
 
     def linear(self, group, kd_weight, lm_weight, chunk_tokens, scale=1.0, weight=None):
         """The same from `linear_distillation_loss`, on this rank's rows, and the two terms."""

@@ -10,6 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from minitron_megatron.model import torch_modules
+from tests.rounding import assert_as_precise
 
 
 def inputs(seq: int, groups: int, share: int, head_dim: int = 16, batch: int = 2, spread: float = 1.0) -> list:
@@ -73,8 +74,7 @@ def test_bf16_is_about_as_precise_as_torchs(seq, spread):
     exact = with_gradients(torchs, qkv, torch.float64, scale=0.125)
     found, expected = (with_gradients(f, qkv, torch.bfloat16, scale=0.125) for f in (ours, torchs))
     for own, theirs, right in zip(found, expected, exact, strict=True):
-        own_error, error = ((x - right).norm() / right.norm() for x in (own, theirs))
-        assert own_error < max(1.5 * error, 2.5 * 2**-9)
+        assert_as_precise(own, theirs, right, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

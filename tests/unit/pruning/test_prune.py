@@ -63,6 +63,7 @@ def llama(tmp_path_factory):
     return Source(tmp_path_factory.mktemp("llama"), LLAMA)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("attention", [dict(heads=4), dict(groups=1), dict(groups=1, heads=2)], ids=str)
 def test_pruning_is_slicing(llama, tmp_path, attention):
     pruned, plan = llama.prune(tmp_path / "pruned", layers=3, hidden=40, ffn=30, **attention)
