@@ -10,6 +10,7 @@ objectives), and a `LiveTeacher` gives the targets.
 """
 
 from importlib import import_module
+from typing import Any
 
 from minitron_megatron.config.verbs import VERBS, verb_function
 
@@ -35,7 +36,7 @@ _PARTS = {
 __all__ = ["__version__", *_VERBS, *_PARTS]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _VERBS:
         return verb_function(_VERBS[name])
     if name in _PARTS:

@@ -22,7 +22,7 @@ class ConfigError(UserError):
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
         # An exception is otherwise made again from its message, which is no list.
         return type(self), (self.problems,)
 

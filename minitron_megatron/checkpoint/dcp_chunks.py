@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from io import SEEK_CUR, SEEK_END, SEEK_SET, FileIO, RawIOBase
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ import torch
 from minitron_megatron.checkpoint.row_io import bits, copy_rows, take_bits
 from minitron_megatron.checkpoint.safe_load import PlainUnpickler, load_plain, open_archive
 from minitron_megatron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class _Window(RawIOBase):
         self._position = offset + {SEEK_SET: 0, SEEK_CUR: self._position, SEEK_END: self._length}[whence]
         return self._position
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         left = max(0, self._length - self._position)
         self._file.seek(self._start + self._position)
         count = self._file.readinto(memoryview(buffer)[:left])
@@ -149,7 +152,7 @@ class _Tensor(NamedTuple):
 class _TensorUnpickler(PlainUnpickler):
     """Reads what a chunk says of its tensor, without making one. Nothing else can be in it, so that nothing can run."""
 
-    _FOUND = {
+    _CLASSES: dict[tuple[str, str], Any] = {
         ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
         ("collections", "OrderedDict"): OrderedDict,
         ("torch", "BFloat16Storage"): torch.bfloat16,
@@ -158,10 +161,10 @@ class _TensorUnpickler(PlainUnpickler):
         ("torch", "DoubleStorage"): torch.float64,
     }
 
-    def find_class(self, module, name):
-        return self._FOUND[module, name]
+    def find_class(self, module: str, name: str) -> Any:
+        return self._CLASSES[module, name]
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: tuple[Any, ...]) -> _Storage:
         return _Storage(*pid)
 
 
@@ -173,14 +176,14 @@ def _is_plain(archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], chu
     if "byteorder" not in records or archive.read(records["byteorder"]) != sys.byteorder.encode():
         return False
     try:
-        found = _TensorUnpickler(archive.read(records["data.pkl"])).load()
-        content = records[f"data/{found.storage.record}"]
-        contiguous = torch.empty_strided(found.size, found.stride, device="meta").is_contiguous()
+        tensor: _Tensor = _TensorUnpickler(archive.read(records["data.pkl"])).load()
+        content = records[f"data/{tensor.storage.record}"]
+        is_contiguous = torch.empty_strided(tensor.size, tensor.stride, device="meta").is_contiguous()
     except (KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError):
         return False
     return (
-        (found.storage.dtype, tuple(found.size), found.storage_offset) == (chunk.dtype, chunk.sizes, 0)
-        and contiguous
+        (tensor.storage.dtype, tuple(tensor.size), tensor.storage_offset) == (chunk.dtype, chunk.sizes, 0)
+        and is_contiguous
         and content.filename.endswith("data/0")
         and content.file_size == math.prod(chunk.sizes) * chunk.dtype.itemsize
     )

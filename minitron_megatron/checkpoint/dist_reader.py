@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -220,9 +221,10 @@ class Checkpoint:
             return self._network_of_args()
         values = read_json(file, "the description of a network")
         try:
-            if file.name == MANIFEST:
-                values = Manifest.from_dict(values).network
-            return Network.from_dict(values)
+            described = Manifest.from_dict(values).network if file.name == MANIFEST else values
+            if described is None:
+                raise ValueError("its network is null")
+            return Network.from_dict(described)
         except (TypeError, ValueError, KeyError) as e:
             raise CheckpointError(f"{file} does not describe a network: {e}") from e
 
@@ -298,14 +300,14 @@ class _IndexUnpickler(PlainUnpickler):
         ("pathlib", "PosixPath"),
     }
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in self._OTHERS:
             return super().find_class(module, name)
         if module in self._RECORDS:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, Enum)):
-                return found
+            kind = super().find_class(module, name)
+            if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, Enum)):
+                return kind
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's index")
 
 
@@ -325,10 +327,10 @@ def _read_index(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored
 
 
 def _whole_numbers(values: Iterable[int]) -> tuple[int, ...]:
-    found = tuple(values)
-    if any(type(value) is not int for value in found):
-        raise TypeError(f"{found!r} are no whole numbers")
-    return found
+    numbers = tuple(values)
+    if any(type(number) is not int for number in numbers):
+        raise TypeError(f"{numbers!r} are no whole numbers")
+    return numbers
 
 
 def _stored(

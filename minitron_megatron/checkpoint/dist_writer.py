@@ -53,27 +53,27 @@ class _Item:
     """One chunk to write: the positions `ranges[0] x ranges[1] x ...` of a parameter.
 
     Attributes:
-        stacked: the tensor of its key holds all layers, one behind the other.
+        layer: its index in the tensor of its key, where that stacks all layers; else None.
     """
 
     param: Param
     ranges: tuple[range, ...]
-    stacked: bool
+    layer: int | None
 
     @property
     def key(self) -> str:
-        return stacked_key(self.param) if self.stacked else layer_key(self.param)
+        return layer_key(self.param) if self.layer is None else stacked_key(self.param)
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """Where it begins in the tensor of its key."""
         own = tuple(r.start for r in self.ranges)
-        return (self.param.layer, *own) if self.stacked else own
+        return own if self.layer is None else (self.layer, *own)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         own = tuple(len(r) for r in self.ranges)
-        return (1, *own) if self.stacked else own
+        return own if self.layer is None else (1, *own)
 
     def read(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
         index = [np.arange(r.start, r.stop) for r in self.ranges]
@@ -151,7 +151,7 @@ def _jobs(network: Network, tensor_ranks: int, dtype: torch.dtype) -> list[list[
     """The chunks of all parameters. Those of one parameter are one job: a chunk read is soon read again."""
     return [
         [
-            _Item(param, ranges, param.layer is not None and network.has_equal_layers)
+            _Item(param, ranges, param.layer if network.has_equal_layers else None)
             for ranges in _chunks(param, tensor_ranks, dtype.itemsize)
         ]
         for param in parameters(network)
@@ -236,21 +236,24 @@ def _write_index(
     folder: Path, network: Network, dtype: torch.dtype, jobs: list[list[_Item]], places: list[_Place]
 ) -> None:
     """Write `.metadata`: what the tensors are, and where their chunks lie."""
-    stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    tensors: dict[str, TensorStorageMetadata] = {}
     for item in itertools.chain(*jobs):
-        layers = (len(network.layers),) if item.stacked else ()
+        layers = () if item.layer is None else (len(network.layers),)
         size = torch.Size((*layers, *item.param.shape))
         whole = TensorStorageMetadata(TensorProperties(dtype=dtype), size, [])
         chunk = ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes))
-        stored.setdefault(item.key, whole).chunks.append(chunk)
-    files = {MetadataIndex(key, offsets): _StorageInfo(*place) for key, offsets, *place in places}
+        tensors.setdefault(item.key, whole).chunks.append(chunk)
+    files = {
+        MetadataIndex(key, offsets): _StorageInfo(file, start, num_bytes)
+        for key, offsets, file, start, num_bytes in places
+    }
     empty = io.BytesIO()
     torch.save([None], empty)  # Megatron-Core keeps a list of objects under each key
     (folder / "__extra_state.distcp").write_bytes(empty.getvalue())
-    for key in _extra_states(network):
-        stored[key] = BytesStorageMetadata()
+    extra_states = {key: BytesStorageMetadata() for key in _extra_states(network)}
+    for key in extra_states:
         files[MetadataIndex(key)] = _StorageInfo("__extra_state.distcp", 0, len(empty.getvalue()))
-    metadata = Metadata(stored, storage_data=files, storage_meta=StorageMeta())
+    metadata = Metadata({**tensors, **extra_states}, storage_data=files, storage_meta=StorageMeta())
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 

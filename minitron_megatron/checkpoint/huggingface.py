@@ -41,7 +41,8 @@ class StoredTensor(Protocol):
     The dtype is None where the format is not supported.
     """
 
-    size: tuple[int, ...]
+    @property
+    def size(self) -> tuple[int, ...]: ...
 
     @property
     def kind(self) -> str: ...
@@ -86,9 +87,9 @@ class HuggingFaceTensors:
         self.path = path
         self.network = network
         self._tensors = tensors
-        self._check()
+        dtypes = self._check()
         first = parameters(network)[0]
-        self.dtype = tensors[first.hf_name(first.parts[0])].dtype
+        self.dtype = dtypes[first.hf_name(first.parts[0])]
 
     def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`. Rows that pad the vocabulary are zero."""
@@ -104,16 +105,20 @@ class HuggingFaceTensors:
             out[torch.from_numpy(where)] = piece.to(self.dtype)
         return out
 
-    def _check(self) -> None:
+    def _check(self) -> dict[str, torch.dtype]:
+        """Compares the tensors with the network's, and returns the dtype of each."""
         expected = {name: size for name, size, *_ in hf_tensors(self.network)}
         problems = []
+        dtypes: dict[str, torch.dtype] = {}
         for name, size in expected.items():
-            if name not in self._tensors:
+            if (tensor := self._tensors.get(name)) is None:
                 problems.append(f"missing: {name} {size}")
-            elif (found := list(self._tensors[name].size)) != size:
-                problems.append(f"wrong size: {name} is {found}, the config says {size}")
-            elif self._tensors[name].dtype is None:
-                problems.append(f"unknown number format: {name} is {self._tensors[name].kind}")
+            elif list(tensor.size) != size:
+                problems.append(f"wrong size: {name} is {list(tensor.size)}, the config says {size}")
+            elif (dtype := tensor.dtype) is None:
+                problems.append(f"unknown number format: {name} is {tensor.kind}")
+            else:
+                dtypes[name] = dtype
         ignored = {*expected, "lm_head.weight"} if self.network.tie_embeddings else set(expected)
         unknown = [name for name in self._tensors if name not in ignored and "rotary_emb.inv_freq" not in name]
         problems += [f"unknown: {name}" for name in unknown]
@@ -122,6 +127,7 @@ class HuggingFaceTensors:
             if len(problems) > len(shown):
                 shown.append(f"and {len(problems) - len(shown)} more")
             raise CheckpointError(f"{self.path} does not hold the network of its config:\n  " + "\n  ".join(shown))
+        return dtypes
 
 
 class HuggingFaceFolder(HuggingFaceTensors):

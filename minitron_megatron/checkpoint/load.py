@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
 
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError
@@ -16,7 +17,7 @@ from minitron_megatron.parallel.context import ParallelContext
 
 
 def local_parameters(
-    model: torch.nn.Module, network: Network, ctx: ParallelContext
+    model: MegatronModule, network: Network, ctx: ParallelContext
 ) -> Iterator[tuple[torch.nn.Parameter, Param, list[np.ndarray]]]:
     """What of the network a model on this rank holds.
 
@@ -46,7 +47,7 @@ def local_parameters(
         yield parameter, param, param.shard(ctx.tensor_rank, ctx.layout.tensor)
 
 
-def load_weights(model_chunks: Sequence[torch.nn.Module], source: TensorSource, ctx: ParallelContext) -> None:
+def load_weights(model_chunks: Sequence[MegatronModule], source: TensorSource, ctx: ParallelContext) -> None:
     """Fill all parameters of this rank's model from a source, reading only what this rank holds.
 
     Weights are converted to the model's number format. That each of them was really filled is checked.

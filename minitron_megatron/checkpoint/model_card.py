@@ -1,8 +1,10 @@
 """The model card of an exported network: what it is, what it was made from and how, and what was measured of it."""
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -76,7 +78,7 @@ def model_card(checkpoint: Parent, network: Network, hf_assets: Path) -> str:
         tags=["minitron", "pruned"] if any(step.name == "pruned" for step in steps) else ["minitron"],
         **_license_of(hf_assets / CARD),
     )
-    before = Network.from_dict(first.manifest.network) if first else network
+    before = Network.from_dict(first.manifest.network) if first and first.manifest.network else network
     title = " and ".join(dict.fromkeys(step.name for step in steps if step.name in ("pruned", "distilled")))
     name = base_model(source) if source else Path(checkpoint.path).name
     paragraphs = [
@@ -111,7 +113,7 @@ def base_model(source: Path) -> str:
     return "/".join(cached.groups()) if cached else source.stem if source.suffix == ".gguf" else source.name
 
 
-def _license_of(card: Path) -> dict[str, str]:
+def _license_of(card: Path) -> dict[str, Any]:
     if not card.is_file():
         return {}
     try:
@@ -131,7 +133,8 @@ def _evaluations(checkpoint: Path, steps: list[Step]) -> list[str]:
     """Tables of what was measured of the networks on the way, from the folders beside the checkpoint's."""
     names = {step.fingerprint: f"{number}. {step.name}" for number, step in enumerate(steps, start=1)}
     run = checkpoint.parent.parent if checkpoint.name in ("checkpoints", "best") else checkpoint.parent
-    losses, tasks = [], []
+    losses: list[tuple[str, ...]] = []
+    tasks: list[tuple[str, ...]] = []
     for file in sorted(run.glob(f"*/{EVALUATION}")):
         model = Manifest.read(file.parent).parent("model")
         if model and (name := names.get(model.fingerprint)):
@@ -150,6 +153,6 @@ def _evaluations(checkpoint: Path, steps: list[Step]) -> list[str]:
     return [_table(header, sorted(rows)) for header, rows in tables if rows]
 
 
-def _table(header: list[str], rows) -> str:
+def _table(header: list[str], rows: Iterable[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])

@@ -37,7 +37,8 @@ def open_archive(file: io.RawIOBase | io.BufferedIOBase) -> zipfile.ZipFile:
     for info in archive.infolist():
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.file_size > size:
             raise ValueError(f"its record {info.filename} is not stored as torch.save does")
-        info.CRC = info.CRC or None  # 0 where `torch.serialization.set_crc32_options` switched it off
+        # 0 where `torch.serialization.set_crc32_options` switched it off; zipfile checks no CRC that is None.
+        info.CRC = info.CRC or None  # type: ignore[assignment]
     return archive
 
 
@@ -60,4 +61,5 @@ def load_plain(file: io.RawIOBase | io.BufferedIOBase) -> object:
         Exception: of many kinds, if it is damaged or holds anything else.
     """
     check_archive(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    # torch takes whatever has read, readinto, seek and tell.
+    return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[arg-type]

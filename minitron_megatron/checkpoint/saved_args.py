@@ -29,10 +29,10 @@ _ENUMS = ("megatron.core.enums", "megatron.core.transformer.enums", "megatron.co
 class _LeftOut:
     """Stands where a checkpoint names a class that is not loaded, and forgets what it would have been made of."""
 
-    def __new__(cls, *args):
+    def __new__(cls, *args: object) -> "_LeftOut":
         return super().__new__(cls)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: object) -> None:
         pass
 
 
@@ -59,13 +59,13 @@ def read_args(folder: Path, objects: Mapping[str, StoredObject]) -> argparse.Nam
     try:
         check_archive(io.BytesIO(common))
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(common))
-        plain = {name: found for name in names if (found := _plain_class(name))}
+        plain = {name: kind for name in names if (kind := _plain_class(name))}
         unknown = sorted(set(names) - set(plain))
         classes = plain | {name: type(name, (_LeftOut,), {}) for name in unknown}
         with torch.serialization.safe_globals([(kind, name) for name, kind in classes.items()]):
-            found = load_plain(io.BytesIO(common))
+            values: Any = load_plain(io.BytesIO(common))
         # An object of the index is a list of one.
-        args = (found[0] if isinstance(found, list) else found).get("args")
+        args = (values[0] if isinstance(values, list) else values).get("args")
     except Exception as e:  # as many kinds as there are ways to be damaged
         if unknown and isinstance(e, pickle.UnpicklingError):
             logger.warning(
@@ -102,5 +102,5 @@ def _plain_class(name: str) -> type | None:
     module, _, attribute = name.rpartition(".")
     if module not in _ENUMS:
         return None
-    found = getattr(import_module(module), attribute, None)
-    return found if isinstance(found, type) and issubclass(found, Enum) else None
+    value = getattr(import_module(module), attribute, None)
+    return value if isinstance(value, type) and issubclass(value, Enum) else None

@@ -39,7 +39,7 @@ def loss_entries(
     entries = [Entry(None, CrossEntropy(), lambda step: loss.at(step, steps).lm_weight)]
     if loss.kd_logits_weight:
         entries.append(Entry(teacher, Divergence(loss.logits), loss.kd_logits_weight))
-    if loss.hidden.weight:
+    if loss.hidden.weight and hidden is not None:
         is_dynamic = loss.hidden.balance is Balance.DYNAMIC
         weight = BalancedWeight(loss.hidden.weight, against=Divergence.name) if is_dynamic else loss.hidden.weight
         entries.append(Entry(teacher, hidden, weight))

@@ -7,6 +7,7 @@ gradient to the state's. So neither schedules nor the messages between stages kn
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +143,15 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, state, projection, target, mask, kind, scale):
+    def forward(
+        ctx: Any,
+        state: Tensor,
+        projection: Tensor | None,
+        target: Tensor,
+        mask: Tensor,
+        kind: HiddenLoss,
+        scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
         projected = state.detach() if projection is None else F.linear(state.detach(), projection.detach())
         if not state.requires_grad:
             error = (_errors(_wide(projected), _wide(target), kind) * mask).sum()
@@ -158,7 +167,7 @@ class _Loss(torch.autograd.Function):
         return error, scale * error
 
     @staticmethod
-    def backward(ctx, _, grad_loss):
+    def backward(ctx: Any, _: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad, *state = ctx.saved_tensors
         grad = grad * grad_loss.to(grad.dtype)
         weight = ctx.projection
@@ -175,12 +184,12 @@ class _Attach(torch.autograd.Function):
     """A state, unchanged; the backward pass also begins at a loss."""
 
     @staticmethod
-    def forward(ctx, state, loss):
+    def forward(ctx: Any, state: Tensor, loss: Tensor) -> Tensor:
         ctx.like = loss
         return state
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, torch.ones_like(ctx.like)
 
 

@@ -11,7 +11,7 @@ Matrix products run in the number format of the hidden states, softmaxes and los
 gradient of the output weight is accumulated over chunks in float32 (in float64 where the hidden states are).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -87,49 +87,57 @@ def linear_distillation_loss(
 class _LinearDistillationLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens, config, needs_grad
-    ):
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        group: dist.ProcessGroup,
+        vocab: int,
+        teacher: Predictions | None,
+        kd_weight: float,
+        lm_weight: float,
+        chunk_tokens: int,
+        config: LogitsConfig,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
         first_row = group.rank() * weight.size(0)
         num_rows = min(max(vocab - first_row, 0), weight.size(0))
         local_labels = labels - first_row
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=_precise(weight)) if needs_grad else None
+        grads = (torch.empty_like(hidden), torch.zeros_like(weight, dtype=_precise(weight))) if needs_grad else None
         terms = torch.zeros(2, dtype=torch.float64, device=hidden.device)
-        # Written over by every chunk: memory that is new to the process costs more than the matrix product.
-        size = min(chunk_tokens, hidden.size(0)), num_rows
-        logits_buffer = hidden.new_empty(size)
-        teacher_buffer = teacher.hidden.new_empty(size) if teacher else None
-        # The ranks sum over their rows block by block, so that the block must not depend on how many of them are true.
+        project = _Projection(Predictions(hidden, weight), chunk_tokens, num_rows)
+        project_teacher = _Projection(teacher, chunk_tokens, num_rows) if teacher else None
+        # The ranks sum over their rows block by block, so the block must not depend on how many rows are not padding.
         block = _block(chunk_tokens, weight.size(0), weight.is_cuda)
 
         for start in range(0, hidden.size(0), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits = _project(hidden[rows], weight[:num_rows], logits_buffer)
-            teacher_logits = None
-            if teacher:
-                teacher_logits = _project(teacher.hidden[rows], teacher.weight[:num_rows], teacher_buffer)
-            chunk = logits, teacher_logits, local_labels[rows], mask[rows], group, kd_weight, lm_weight, needs_grad
-            if teacher is None or config.is_whole_forward_kl:
+            logits = project(rows)
+            teacher_logits = project_teacher(rows) if project_teacher else None
+            options = local_labels[rows], mask[rows], group, kd_weight, lm_weight, needs_grad, config
+            if teacher_logits is None or config.is_whole_forward_kl:
                 with bypass_cpu_mode():
-                    kd, ce, grad = _kl_chunk(*chunk, config, block)
+                    kd, ce, grad = _kl_chunk(logits, teacher_logits, *options, block)
             else:
-                kd, ce, grad = _any_chunk(*chunk, config)
+                kd, ce, grad = _any_chunk(logits, teacher_logits, *options)
             terms += torch.stack([kd, ce])
-            if needs_grad:
+            if grads:
+                grad_hidden, grad_weight = grads
                 torch.mm(grad, weight[:num_rows], out=grad_hidden[rows])
                 for first in range(0, num_rows, _WEIGHT_ROWS):
                     of_weight = slice(first, min(first + _WEIGHT_ROWS, num_rows))
                     grad_weight[of_weight].add_(torch.mm(grad[:, of_weight].T, hidden[rows]))
 
-        ctx.weight, ctx.grad_hidden, ctx.grad_weight = weight, grad_hidden, grad_weight
+        ctx.weight, ctx.grads = weight, grads
         loss = (kd_weight * terms[0] + lm_weight * terms[1]).to(_precise(hidden))
         ctx.mark_non_differentiable(terms)
         return loss, terms
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        weight, grad_weight = ctx.weight, ctx.grad_weight
-        ctx.grad_weight = None
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        weight, (grad_hidden, grad_weight) = ctx.weight, ctx.grads
+        ctx.grads = None
         if hasattr(weight, "main_grad"):
             weight.main_grad.addcmul_(grad_weight, grad_loss)
             # Megatron's protocol for gradients that are in `main_grad` already: its hook must still fire. It marks a
@@ -141,11 +149,23 @@ class _LinearDistillationLoss(torch.autograd.Function):
                 grad_weight = torch.empty_like(weight)
         else:
             grad_weight = grad_weight.mul_(grad_loss).to(weight.dtype)
-        return ctx.grad_hidden.mul_(grad_loss), grad_weight, *[None] * 10
+        return grad_hidden.mul_(grad_loss), grad_weight, *[None] * 10
 
 
-def _project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    return torch.mm(hidden, weight.T, out=buffer[: hidden.size(0)])
+class _Projection:
+    """Projects hidden states to logits `[tokens, rows of this rank]`, a chunk of tokens at a time.
+
+    Every chunk is written over the one before: memory that is new to the process costs more than the matrix product.
+    """
+
+    def __init__(self, predictions: Predictions, chunk_tokens: int, num_rows: int):
+        self.hidden = predictions.hidden
+        self.weight = predictions.weight[:num_rows]
+        self.buffer = self.hidden.new_empty((min(chunk_tokens, self.hidden.size(0)), num_rows))
+
+    def __call__(self, tokens: slice) -> Tensor:
+        hidden = self.hidden[tokens]
+        return torch.mm(hidden, self.weight.T, out=self.buffer[: hidden.size(0)])
 
 
 def _block(num_rows: int, num_columns: int, is_cuda: bool) -> int:
@@ -158,7 +178,18 @@ def _precise(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, config, block):
+def _kl_chunk(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    mask: Tensor,
+    group: dist.ProcessGroup,
+    kd_weight: float,
+    lm_weight: float,
+    needs_grad: bool,
+    config: LogitsConfig,
+    block: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Computes KL and cross-entropy summed over a chunk, and the gradient by the logits in their number format.
 
     The gradient is written over `logits` `[tokens, rows of this rank]`, `block` tokens at a time.
@@ -177,13 +208,14 @@ def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight,
     # of the teacher, of their difference and of the student without the temperature.
     num_parts = 1 + 2 * has_teacher + is_tempered
     work = torch.empty(num_parts, min(block, num_tokens), num_rows, device=logits.device, dtype=dtype)
-    log_sums, products = [], torch.zeros(num_tokens, device=logits.device, dtype=dtype)
+    sums_of_blocks = []
+    products = torch.zeros(num_tokens, device=logits.device, dtype=dtype)
 
     for start in range(0, num_tokens, block):
         rows = slice(start, start + block)
         student, *parts = work[:, : logits[rows].size(0)]
         softened = [student.copy_(logits[rows])]
-        if has_teacher:
+        if teacher_logits is not None:
             target, difference, *untempered = parts
             softened += [target.copy_(teacher_logits[rows]), *(part.copy_(student) for part in untempered)]
             if is_tempered:
@@ -191,7 +223,7 @@ def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight,
                 target.div_(config.temperature)
             torch.sub(target, student, out=difference)
         of_block, shares = _softmaxes(softened, group)
-        log_sums.append(of_block)
+        sums_of_blocks.append(of_block)
         if has_teacher:
             # sum_v q (z_t - z_s), the part of the divergence that runs over the vocabulary
             products[rows] = difference.mul_(target).sum(1).mul_(shares[1])
@@ -207,7 +239,7 @@ def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight,
                 student.scatter_add_(1, label_columns[rows, None], (-lm_weight * counts * labelled[rows])[:, None])
             logits[rows] = student
 
-    log_sums = torch.cat(log_sums, dim=1)
+    log_sums = torch.cat(sums_of_blocks, dim=1)
     label_logits, products = _sum(torch.stack([label_logits, products]), group)
     mask = mask.double()
     ce = ((log_sums[2 if is_tempered else 0] - label_logits) * mask).sum()
@@ -217,8 +249,18 @@ def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight,
     return kl, ce, logits
 
 
-def _any_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, config):
-    """Computes the same as `_kl_chunk` for any divergence: by autograd, on this chunk."""
+def _any_chunk(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    group: dist.ProcessGroup,
+    kd_weight: float,
+    lm_weight: float,
+    needs_grad: bool,
+    config: LogitsConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the same as `_kl_chunk` for any divergence, with autograd's gradient."""
     num_rows = logits.size(1)
     labelled = ((labels >= 0) & (labels < num_rows))[:, None]
     label_columns = labels.clamp(0, max(num_rows - 1, 0))[:, None]
@@ -234,51 +276,55 @@ def _any_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight
         ce = -total(of_labels * labelled)
         at_temperature = student / config.temperature
         if config.top_k:
-            pair, is_own = _on_top_k(at_temperature, target, group, config)
-            kd = divergence(*pair, config, lambda x: total(x * is_own))
+            own, target, is_own = _on_top_k(at_temperature, target, group, config.top_k, config.tail)
+            kd = divergence(own, target, config, lambda x: total(x * is_own))
         else:
             kd = divergence(_log_softmax(at_temperature, group), _log_softmax(target, group), config, total)
         kd, ce = kd * mask, ce * mask
         if needs_grad:
-            torch.autograd.backward((kd_weight * kd + lm_weight * ce).sum())
-            logits = logits.copy_(student.grad)
+            [grad] = torch.autograd.grad((kd_weight * kd + lm_weight * ce).sum(), student)
+            logits.copy_(grad)
     return kd.detach().sum(dtype=torch.float64), ce.detach().sum(dtype=torch.float64), logits
 
 
 def _on_top_k(
-    student: Tensor, target: Tensor, group: dist.ProcessGroup, config: LogitsConfig
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """As `losses.on_top_k`, of logits `[tokens, rows of this rank]`.
+    student: Tensor, target: Tensor, group: dist.ProcessGroup, top_k: int, tail: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Restricts logits `[tokens, rows of this rank]` as `losses.on_top_k` does.
 
     Returns:
-        log-probabilities of student and teacher `[tokens, top_k (+ 1)]`, and which of them are this rank's to count.
+        log-probabilities of student and teacher `[tokens, top_k (+ 1)]`, and which of them this rank counts.
     """
-    count, num_rows = config.top_k, student.size(1)
-    values, columns = target.topk(min(count, num_rows))
-    missing = (0, count - values.size(1))
+    num_rows = student.size(1)
+    values, columns = target.topk(min(top_k, num_rows))
+    missing = (0, top_k - values.size(1))
     values, columns = pad(values, missing, value=-torch.inf), pad(columns, missing)
     of_ranks = [torch.empty_like(values) for _ in range(group.size())]
     if group.size() > 1:
         dist.all_gather(of_ranks, values, group=group)
     else:
         of_ranks = [values]
-    kept, order = torch.cat(of_ranks, dim=1).topk(count)
-    is_own = order // count == group.rank()
-    columns = columns.gather(1, order % count)
-    # What is not this rank's is 0 in both, which no divergence of them minds.
+    kept, order = torch.cat(of_ranks, dim=1).topk(top_k)
+    is_own = order // top_k == group.rank()
+    columns = columns.gather(1, order % top_k)
+    # Entries of other ranks are 0 in both, and no divergence sees them.
     own = torch.where(is_own, _gather(_log_softmax(student, group), columns), 0)
-    if not config.tail:
-        return (own, torch.where(is_own, kept.log_softmax(1), 0)), is_own
+    if not tail:
+        return own, torch.where(is_own, kept.log_softmax(1), 0), is_own
     taken = torch.zeros(len(target), num_rows + 1, dtype=torch.bool, device=target.device)
     taken = taken.scatter(1, torch.where(is_own, columns, num_rows), True)[:, :num_rows]
-    pair = []
-    for logits, of_kept in ((student, own), (target, None)):
+
+    def sums(logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the log of the sum over the vocabulary, and the log-probability of all tokens not taken."""
         log_sum = _LogSumExp.apply(logits, group)[:, None]
-        tail = _LogSumExp.apply(logits.masked_fill(taken, -torch.inf), group)[:, None] - log_sum
-        of_kept = torch.where(is_own, kept - log_sum, 0) if of_kept is None else of_kept
-        pair.append(torch.cat([of_kept, tail], dim=1))
-    # The first rank counts the rest of the vocabulary.
-    return tuple(pair), pad(is_own, (0, 1), value=group.rank() == 0)
+        return log_sum, _LogSumExp.apply(logits.masked_fill(taken, -torch.inf), group)[:, None] - log_sum
+
+    _, student_tail = sums(student)
+    log_sum, target_tail = sums(target)
+    with_tail = torch.cat([own, student_tail], dim=1)
+    target_with_tail = torch.cat([torch.where(is_own, kept - log_sum, 0), target_tail], dim=1)
+    # The first rank counts the tail.
+    return with_tail, target_with_tail, pad(is_own, (0, 1), value=group.rank() == 0)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -288,7 +334,7 @@ class _LogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, group):
+    def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
         largest = _largest(logits, group)
         log_sum = _sum((logits - largest[:, None]).exp_().sum(1), group).log_().add_(largest)
         ctx.save_for_backward(logits, log_sum)
@@ -296,7 +342,7 @@ class _LogSumExp(torch.autograd.Function):
         return log_sum
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, log_sum = ctx.saved_tensors
         return _sum(grad.clone(), ctx.group)[:, None] * (logits - log_sum[:, None]).exp_(), None
 

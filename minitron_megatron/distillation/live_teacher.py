@@ -68,7 +68,8 @@ class LiveTeacher:
     def teach(self, batches: Sequence[Batch], training: bool) -> Iterator["LiveTargets"]:
         """Runs over the micro-batches of a step; see `Teacher`."""
         training = training and self.is_trained
-        text_loss, last_states = None, []
+        text_loss: float | None = None
+        last_states: list[Tensor] = []
         torch.cuda.synchronize()  # kernels run on after the call that starts them has returned
         started = time.perf_counter()
         with self._exchange.keeping(training) if self._exchange else nullcontext():
@@ -110,8 +111,14 @@ class LiveTargets:
 
     def state(self, tap: Tap, number: int) -> Tensor:
         """Returns a hidden state, as soon as it is here."""
-        return self._exchange.state(tap, number)
+        return self._states.state(tap, number)
 
     def release(self, tap: Tap, number: int) -> None:
         """Lets go of a state with the last one of those that want it here."""
-        self._exchange.release(tap, number)
+        self._states.release(tap, number)
+
+    @property
+    def _states(self) -> StateExchange:
+        if self._exchange is None:
+            raise LookupError("no hidden state was asked for: name it in the objective's `wanted.states`")
+        return self._exchange

@@ -97,16 +97,20 @@ def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
     return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
 
 
-def on_top_k(student: Tensor, teacher: Tensor, config: LogitsConfig) -> tuple[Tensor, Tensor]:
-    """Returns the log-probabilities of the teacher's `top_k` tokens: the teacher's made to sum to one, or both with one
-    more for all other tokens together.
+def on_top_k(student: Tensor, teacher: Tensor, top_k: int, tail: bool) -> tuple[Tensor, Tensor]:
+    """Restricts both distributions to the teacher's `top_k` tokens.
 
     Args:
         student, teacher: log-probabilities `[tokens, vocab]`.
+        top_k: tokens that are kept.
+        tail: whether all other tokens count as one more; else the teacher's probabilities are made to sum to one.
+
+    Returns:
+        log-probabilities of student and teacher, `[tokens, top_k (+ 1)]`.
     """
-    kept, columns = teacher.topk(config.top_k, dim=-1)
+    kept, columns = teacher.topk(top_k, dim=-1)
     own = student.gather(1, columns)
-    if not config.tail:
+    if not tail:
         return own, kept - kept.logsumexp(-1, keepdim=True)
     others = torch.zeros_like(teacher, dtype=torch.bool).scatter(1, columns, True)
     tails = [x.masked_fill(others, -torch.inf).logsumexp(-1, keepdim=True) for x in (student, teacher)]
@@ -138,8 +142,10 @@ def distillation_loss(
     loss = lm_weight * F.cross_entropy(student_logits, labels, reduction="none")
     if teacher_logits is not None:
         config = config or LogitsConfig()
-        pair = [(logits / config.temperature).log_softmax(-1) for logits in (student_logits, teacher_logits)]
+        student, teacher = (
+            (logits / config.temperature).log_softmax(-1) for logits in (student_logits, teacher_logits)
+        )
         if config.top_k:
-            pair = on_top_k(*pair, config)
-        loss = loss + kd_weight * divergence(*pair, config)
+            student, teacher = on_top_k(student, teacher, config.top_k, config.tail)
+        loss = loss + kd_weight * divergence(student, teacher, config)
     return torch.sum(loss * mask)

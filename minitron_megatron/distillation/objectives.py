@@ -8,6 +8,7 @@ and enters the backward pass where they are made. A new objective is a class of 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -106,30 +107,32 @@ def fused_prediction_loss(
     Cross-entropy and a divergence share one pass over the student's logits. Every further divergence, of another
     teacher or of another kind, takes a pass of its own.
     """
-    divergences = [number for number, term in enumerate(terms) if isinstance(term.objective, Divergence)]
-    texts = [number for number in range(len(terms)) if number not in divergences]
+    configs = {
+        number: term.objective.config for number, term in enumerate(terms) if isinstance(term.objective, Divergence)
+    }
+    texts = [number for number in range(len(terms)) if number not in configs]
     lm_weight = sum(terms[number].weight for number in texts)
     sums = torch.zeros(len(terms), dtype=torch.float64, device=student.hidden.device)
-    total = None
-    for number in divergences or [None]:
-        objective, kd_weight, target = terms[number] if number is not None else (None, 0.0, None)
-        loss, (kd, lm) = linear_distillation_loss(
-            *student,
-            *text,
-            group,
-            vocab,
-            target,
-            kd_weight,
-            lm_weight if total is None else 0.0,
-            chunk_tokens,
-            objective and objective.config,
+
+    def run_pass(
+        lm_weight: float, target: Predictions | None = None, kd_weight: float = 0.0, config: LogitsConfig | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return linear_distillation_loss(
+            *student, *text, group, vocab, target, kd_weight, lm_weight, chunk_tokens, config
         )
-        if number is not None:
-            sums[number] = kd
-        for text_number in texts if total is None else ():
-            sums[text_number] = lm
-        total = loss if total is None else total + loss
-    return total, sums
+
+    losses = []
+    if not configs:
+        loss, (_, lm) = run_pass(lm_weight)
+        losses.append(loss)
+        sums[texts] = lm
+    for number, config in configs.items():
+        _, kd_weight, target = terms[number]
+        loss, (sums[number], lm) = run_pass(0.0 if losses else lm_weight, target, kd_weight, config)
+        if texts and not losses:
+            sums[texts] = lm
+        losses.append(loss)
+    return reduce(torch.add, losses), sums
 
 
 class Divergence:

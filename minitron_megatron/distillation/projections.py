@@ -1,6 +1,6 @@
 """Linear maps from a student's width to its teacher's, which are trained with the student."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -73,15 +73,16 @@ class Projections(torch.nn.ModuleDict):
         group: the stages that have a copy each; None for this one alone.
     """
 
-    def __init__(self, projections: dict[str, torch.nn.Module], group: dist.ProcessGroup | None):
+    def __init__(self, projections: Mapping[str, torch.nn.Linear], group: dist.ProcessGroup | None):
         super().__init__(projections)
         self.group = group
         self.replica = group.rank() if group else 0
         for parameter in self.parameters():
-            parameter.shared = self.replica > 0  # so that the gradient's norm counts the first stage's alone
-            # As Megatron marks a table on two stages: with the distributed optimiser it then has a bucket of its own,
-            # and each replica the same part of it on all stages.
-            parameter.shared_embedding = group is not None
+            # Megatron's marks. The gradient's norm counts the first stage's copy alone:
+            parameter.shared = self.replica > 0  # type: ignore[attr-defined]
+            # As on a tied embedding: the distributed optimiser gives the parameter a bucket of its own, and each
+            # replica the same part of it on all stages.
+            parameter.shared_embedding = group is not None  # type: ignore[attr-defined]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """See Megatron-Core's modules; tensor-parallel ranks and stages have copies of the same tensors."""
@@ -94,7 +95,7 @@ class Projections(torch.nn.ModuleDict):
         """Gives the copies on all stages the sum of their gradients, which are summed over replicas. Collective."""
         if self.group:
             for parameter in self.parameters():
-                dist.all_reduce(parameter.main_grad, group=self.group)
+                dist.all_reduce(parameter.main_grad, group=self.group)  # type: ignore[attr-defined]  # Megatron's
 
 
 def _projection(student: int, teacher: int, seed: int, chunk: GPTModel, ctx: ParallelContext) -> torch.nn.Linear:
@@ -104,5 +105,5 @@ def _projection(student: int, teacher: int, seed: int, chunk: GPTModel, ctx: Par
     with torch.no_grad():
         linear.weight.copy_(torch.randn(teacher, student, generator=generator) * student**-0.5)
     # Its gradient is then of this rank's tokens alone, and Megatron adds it up over the tensor ranks.
-    linear.weight.sequence_parallel = ctx.layout.sequence
+    linear.weight.sequence_parallel = ctx.layout.sequence  # type: ignore[attr-defined]  # Megatron's mark
     return linear

@@ -5,7 +5,7 @@ messages know of them.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -40,8 +40,10 @@ class StateExchange:
         owners = {tap: rank for rank, taps in enumerate(held) for tap in taps}
         self._routes = sorted({(tap, owners[tap], target) for tap, target in wanted if owners[tap] != target})
         self._group = stages_group(range(layout.pipeline), ctx) if self._routes else None
+        self._global_ranks = dist.get_process_group_ranks(ctx.collection.pp)
         self._wanted_here = Counter(tap for tap, target in wanted if target == ctx.pipeline_rank)
-        self._states: dict[Tap, list[Tensor | None]] = {}
+        # By tap and number of the micro-batch, until nobody on this rank wants it any more.
+        self._states: dict[Tap, dict[int, Tensor]] = {}
         self._uses: Counter[tuple[Tap, int]] = Counter()
         # Of each micro-batch, what is on its way, kept until it has arrived, and whom to ask.
         self._messages: dict[int, tuple[list[dist.P2POp], list[dist.Work]]] = {}
@@ -53,14 +55,14 @@ class StateExchange:
         Args:
             training: whether it is trained in these runs.
         """
-        self._states = {tap: [] for tap in self._modules}
+        self._states = {tap: {} for tap in self._modules}
 
         def keep(tap: Tap, output: ModuleOutput) -> None:
             if torch.is_grad_enabled() != training:
                 return  # a layer that is run again in the backward pass
-            state = state_of(output).detach()
-            # Without gradients Megatron-Core adds the residual stream to what a sublayer gave, in place.
-            self._states[tap].append(state if tap[0] in (LAYER, EMBEDDING) else state.clone())
+            states, state = self._states[tap], state_of(output).detach()
+            # Without gradients Megatron-Core adds the residual stream to a sublayer's output in place.
+            states[len(states)] = state if tap[0] in (LAYER, EMBEDDING) else state.clone()
 
         with ExitStack() as stack:
             for tap, module in self._modules.items():
@@ -79,18 +81,17 @@ class StateExchange:
             self._uses.update({(tap, number): uses for tap, uses in self._wanted_here.items()})
             operations = []
             for tap, owner, target in self._routes:
-                states = self._states[tap]
                 if rank == owner:
-                    state, send, peer = states[number].contiguous(), dist.isend, target
+                    operations.append(self._operation(dist.isend, self._states[tap][number].contiguous(), target))
                 elif rank == target:
                     state = torch.empty(size, dtype=self._dtype, device=self.ctx.device)
-                    send, peer = dist.irecv, owner
-                    states.append(state)
-                else:
-                    continue
-                operations.append(dist.P2POp(send, state, dist.get_global_rank(self._group, peer), self._group))
+                    operations.append(self._operation(dist.irecv, state, owner))
+                    self._states[tap][number] = state
             if operations:
                 self._messages[number] = operations, dist.batch_isend_irecv(operations)
+
+    def _operation(self, send_or_receive: Callable[..., dist.Work | None], state: Tensor, stage: int) -> dist.P2POp:
+        return dist.P2POp(send_or_receive, state, self._global_ranks[stage], self._group)
 
     def state(self, tap: Tap, number: int) -> Tensor:
         """Returns a state for a micro-batch, as soon as it is here."""
@@ -101,7 +102,7 @@ class StateExchange:
         """Lets go of a state with the last one of those that want it here."""
         self._uses[tap, number] -= 1
         if not self._uses[tap, number]:
-            self._states[tap][number] = None
+            del self._states[tap][number]
 
     def finish(self) -> None:
         """Waits for what is still on its way, and lets go of everything."""
@@ -115,5 +116,5 @@ class StateExchange:
         for message in messages:
             message.wait()
         for tap, states in self._states.items():
-            if states and not self._uses[tap, number]:
-                states[number] = None
+            if not self._uses[tap, number]:
+                states.pop(number, None)

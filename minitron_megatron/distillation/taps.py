@@ -61,7 +61,7 @@ def stages_group(stages: Sequence[int], ctx: ParallelContext) -> dist.ProcessGro
     schedules; None on other stages. Collective on the world."""
     pipeline = dist.get_process_group_ranks(ctx.collection.pp)
     own, own_group = [pipeline[stage] for stage in stages], None
-    for ranks in sorted(set(map(tuple, gather_objects(own, dist.group.WORLD)))):
+    for ranks in sorted(set(map(tuple, gather_objects(own)))):
         group = dist.new_group(list(ranks))
         if dist.get_rank() in ranks:
             own_group = group

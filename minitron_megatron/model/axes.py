@@ -77,7 +77,9 @@ class Axis(Dim):
         if self.name not in kept:
             return np.arange(sizes[self.name])
         indices = np.asarray(kept[self.name], dtype=np.int64)
-        return indices[(rows or {})[self.within]] if indices.ndim == 2 else indices
+        if self.within is not None and indices.ndim == 2:
+            return indices[(rows or {})[self.within]]
+        return indices
 
     def labels(self, axis: str, sizes: Sizes) -> np.ndarray:
         return np.arange(sizes[axis]) if self.name == axis else np.full(sizes[self.name], -1)
@@ -171,7 +173,7 @@ class Row:
     takes_merged: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Param(Row):
     """A parameter of a network: a row of the axis table with its place and sizes.
 
@@ -181,9 +183,9 @@ class Param(Row):
         sizes: length of every axis.
     """
 
-    position: int | None = None
-    layer: int | None = None
-    sizes: Sizes = None
+    position: int | None
+    layer: int | None
+    sizes: Sizes
 
     @property
     def is_embedding(self) -> bool:

@@ -5,9 +5,12 @@ import functools
 import math
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from minitron_megatron.errors import raise_if_any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -15,7 +18,7 @@ T = TypeVar("T")
 MAX_SIZE, MAX_LAYERS = 2**22, 10_000
 
 
-def type_problems(values: object, where: str) -> list[str]:
+def type_problems(values: "DataclassInstance", where: str) -> list[str]:
     """Which fields of a dataclass have a value of another type, or a number that is not finite."""
     problems, hints = [], _hints(type(values))
     for field in dataclasses.fields(values):
@@ -46,7 +49,7 @@ def size_problems(values: object, names: tuple[str, ...], where: str) -> list[st
     ]
 
 
-def plain_values(values: object) -> dict[str, Any]:
+def plain_values(values: "DataclassInstance") -> dict[str, Any]:
     """A dataclass as JSON values; `from_plain` reads them back."""
     return {
         name: value.value if isinstance(value, Enum) else value for name, value in dataclasses.asdict(values).items()

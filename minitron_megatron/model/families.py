@@ -106,7 +106,7 @@ class _Dense:
             )
 
     def write(self, network: Network) -> Config:
-        attention, mlp = (network.sublayers[position] for position in network.layers[0])
+        attention, mlp = _first_layer(network)
         rope: Config = {"rope_type": "default", "rope_theta": network.rotary_base}
         if scaling := network.rotary_scaling:
             rope = {
@@ -144,24 +144,33 @@ class _Dense:
             return [f"pattern = {network.pattern!r}"]
         if not network.has_equal_layers:
             return unlike_layers(network)
-        attention, mlp = (network.sublayers[position] for position in network.layers[0])
+        attention, mlp = _first_layer(network)
         switches = {"norm": NormKind.RMSNORM, "norm_zero_centered": False, **self.network}
         if "partial_rotary_factor" not in self.defaults:
             switches["rotary_fraction"] = 1.0
-        expected = [
+        of_attention = {"bias": False, "qkv_bias": False, "qk_norm": False, **self.attention}
+        of_mlp = {"activation": Activation.SILU, "gated": True, "bias": False, **self.mlp}
+        checked: list[tuple[object, str, Mapping[str, Any]]] = [
             (network, "network", switches),
-            (attention, attention.name, {"bias": False, "qkv_bias": False, "qk_norm": False, **self.attention}),
-            (mlp, mlp.name, {"activation": Activation.SILU, "gated": True, "bias": False, **self.mlp}),
+            (attention, attention.name, of_attention),
+            (mlp, mlp.name, of_mlp),
         ]
         return [
-            f"{where}.{name} = {found}"
-            for owner, where, values in expected
-            for name, value in values.items()
-            if (found := getattr(owner, name)) != value
+            f"{where}.{name} = {value}"
+            for owner, where, expected in checked
+            for name in expected
+            if (value := getattr(owner, name)) != expected[name]
         ]
 
     def family(self, architecture: str) -> Family:
         return Family(architecture, self.read, self.write, self.obstacles)
+
+
+def _first_layer(network: Network) -> tuple[Attention, MLP]:
+    """Returns the sublayers of the first layer of a dense transformer."""
+    attention, mlp = (network.sublayers[position] for position in network.layers[0])
+    assert isinstance(attention, Attention) and isinstance(mlp, MLP)  # `_Dense.obstacles` refuses other layers
+    return attention, mlp
 
 
 def _no_window(network: Network) -> Config:

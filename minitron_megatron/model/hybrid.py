@@ -4,7 +4,7 @@ HybridModel chooses a layer's class by its symbol, and all layers share one conf
 its own sublayer, so that kinds are ours to define and sizes may differ. On disk layers are numbered as GPTModel's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,9 @@ class Layer(TransformerLayer):
 
 
 class Stack(HybridStack):
-    """The sublayers of a stage. HybridStack's own final norm is Transformer Engine's, whether it is there or not."""
+    """The sublayers of a stage. HybridStack's own final norm is Transformer Engine's, even where that is missing."""
+
+    layers: Iterable[TransformerLayer]
 
     def __init__(
         self,
@@ -70,10 +72,9 @@ class Stack(HybridStack):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """As GPTModel's: its layers are numbered, and stacked where all are alike."""
-        layers, state = self.layers, {}
-        self.layers = torch.nn.ModuleList()
+        layers, self.layers = self.layers, torch.nn.ModuleList()
         try:
-            state |= super().sharded_state_dict(prefix, sharded_offsets, metadata)  # all that is no layer
+            state: ShardedStateDict = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # without layers
         finally:
             self.layers = layers
         stacked = self.network.has_equal_layers and not (metadata or {}).get("non_homogeneous_layers")

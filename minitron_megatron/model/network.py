@@ -5,7 +5,7 @@ transformer of N layers is `*-` N times. What the symbols mean is in `layers/`.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle
@@ -222,7 +222,7 @@ def _sublayers(pattern: Any, sections: Mapping[str, Any]) -> tuple[Sublayer, ...
                 + ", ".join(f"{symbol!r} ({kind.title})" for symbol, kind in KINDS.items())
             ]
         )
-    made: dict[str, Iterable[Sublayer]] = {}
+    made: dict[str, Iterator[Sublayer]] = {}
     for symbol in dict.fromkeys(pattern):
         kind, count = KINDS[symbol], pattern.count(symbol)
         where, section = f"network.{kind.name}", sections.get(symbol)

@@ -1,5 +1,7 @@
 """Attention that keeps documents apart, on Transformer Engine's kernels for sequences of different lengths."""
 
+from typing import Any
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -16,8 +18,10 @@ def documents_apart(attention: type[torch.nn.Module]) -> type[torch.nn.Module]:
         attention: a class of Megatron-Core's that takes `packed_seq_params`.
     """
 
-    class DocumentsApart(attention):
-        def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
+    class DocumentsApart(attention):  # type: ignore[valid-type,misc]  # the checker knows no base chosen at run time
+        def forward(
+            self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+        ) -> Tensor:
             """See `CausalAttention.forward`."""
             if attention_mask is None:
                 return super().forward(query, key, value, None, **options)

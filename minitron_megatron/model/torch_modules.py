@@ -6,6 +6,7 @@ materialises the score matrix. These do neither, and keep the parameter names.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,12 @@ from torch import Tensor
 from minitron_megatron.parallel.cpu import bypass_cpu_mode, in_blocks
 
 
-class _ForTwo:
-    """Makes a tensor for the first of two who ask for it, and has it for the second."""
+class _MadeTwice:
+    """Makes a tensor for the first of two callers, and keeps it for the second."""
 
     def __init__(self, make: Callable[[], Tensor]):
-        self.make, self.made = make, None
+        self.make = make
+        self.made: Tensor | None = None
 
     def __call__(self) -> Tensor:
         made, self.made = self.made, None
@@ -32,31 +34,39 @@ class _ForTwo:
         return made
 
 
-def recomputed(function: Callable[..., Tensor], *args) -> Tensor:
-    """What a function returns, which those that read it do not keep for the backward pass, but compute again.
+_Recompute = partial[Tensor] | _MadeTwice
+"""What makes a tensor again in the backward pass. A `recomputed` tensor carries it as an attribute."""
 
-    Neither does the function keep an argument that is `recomputed` itself.
+
+def _set_recompute(tensor: Tensor, recompute: _Recompute) -> None:
+    tensor.recompute = recompute  # type: ignore[attr-defined]  # tensors take attributes of any name
+
+
+def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Calls a function whose result is computed again in the backward pass instead of kept by the modules that read it.
+
+    The function does not keep an argument either that is `recomputed` itself.
     """
-    out = _keeping_no(args[0], function, *args)
+    out: Tensor = _keeping_no(args[0], function, *args)
     if out.requires_grad:
-        out.recompute = partial(_again, function, *(getattr(arg, "recompute", arg) for arg in args))
+        _set_recompute(out, partial(_again, function, *(getattr(arg, "recompute", arg) for arg in args)))
     return out
 
 
-def _again(function: Callable[..., Tensor], *args) -> Tensor:
-    return function(*(arg() if isinstance(arg, partial | _ForTwo) else arg for arg in args))
+def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return function(*(arg() if isinstance(arg, partial | _MadeTwice) else arg for arg in args))
 
 
-def _keeping_no(input_: Tensor, function: Callable, *args, **kwargs):
-    """Call a function that keeps its input for the backward pass, or what makes that again where it is `recomputed`."""
-    recompute = getattr(input_, "recompute", None)
+def _keeping_no(input_: Tensor, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function that keeps its input for the backward pass. Of a `recomputed` input, only its recipe is kept."""
+    recompute: _Recompute | None = getattr(input_, "recompute", None)
     if recompute is None:
         return function(*args, **kwargs)
 
     # The hook lives as long as what it returns, and must not hold the input itself.
     kept = input_.data_ptr(), input_.shape
 
-    def keep(saved: Tensor) -> Tensor | partial | _ForTwo:
+    def keep(saved: Tensor) -> Tensor | _Recompute:
         if (saved.data_ptr(), saved.shape) == kept:
             return recompute
         # Kept as it is, the function's own output would keep the function alive, and that its output. Of a parameter
@@ -67,20 +77,20 @@ def _keeping_no(input_: Tensor, function: Callable, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-def _unpack(kept: Tensor | partial | _ForTwo) -> Tensor:
+def _unpack(kept: Tensor | _Recompute) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     with torch.no_grad():
         return kept()
 
 
-class _RecomputesInput:
-    """A linear layer that keeps no input for its backward pass that can be `recomputed`.
+class _RecomputesInput(torch.nn.Module):
+    """Makes a linear layer keep no input for its backward pass that can be `recomputed`.
 
-    What norms and activations return is a third of all that a layer keeps, and little work.
+    The outputs of norms and activations are a third of what a layer keeps, and cheap to compute again.
     """
 
-    def forward(self, input_: Tensor, *args, **kwargs):
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
         return _keeping_no(input_, super().forward, input_, *args, **kwargs)
 
 
@@ -91,12 +101,13 @@ class ColumnLinear(_RecomputesInput, ColumnParallelLinear):
 class RecomputedLinear(ColumnLinear):
     """The first of a gated MLP, whose output, which is half of what a layer would keep, is `recomputed` as well."""
 
-    def forward(self, input_: Tensor, *args, **kwargs):
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         out, bias = super().forward(input_, *args, **kwargs)
-        recompute = getattr(input_, "recompute", None)
+        recompute: _Recompute | None = getattr(input_, "recompute", None)
         if recompute is not None and out.requires_grad:
-            # Two read it: the activation, and the second linear layer through what the activation returns.
-            out.recompute = _ForTwo(lambda: ColumnParallelLinear.forward(self, recompute(), *args, **kwargs)[0])
+            # Two read it: the activation, and the second linear layer through the activation's output.
+            make = recompute
+            _set_recompute(out, _MadeTwice(lambda: ColumnParallelLinear.forward(self, make(), *args, **kwargs)[0]))
         return out, bias
 
 
@@ -111,7 +122,7 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         with bypass_cpu_mode():
             for x_part, out_part, scale_part in in_blocks(x, out, scale):
@@ -122,7 +133,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         out, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         with bypass_cpu_mode():
@@ -142,12 +153,12 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: Transforme
     Args:
         x: `[..., hidden]`.
         weight: `[hidden]`; zero-centred if the config says so.
-        bias: `[hidden]` for LayerNorm, None for RMSNorm.
+        bias: `[hidden]`; None for RMSNorm.
     """
     weight = weight.float()
     if config.layernorm_zero_centered_gamma:
         weight = weight + 1
-    if config.normalization == "RMSNorm":
+    if bias is None:
         return _RMSNorm.apply(x, weight, config.layernorm_epsilon)
     # CUDA's layer_norm takes one number format for input and weight.
     return F.layer_norm(x.float(), weight.shape, weight, bias.float(), config.layernorm_epsilon).to(x.dtype)
@@ -157,7 +168,7 @@ class _SwiGLU(torch.autograd.Function):
     """`silu(gate) * up` that keeps its input for the backward pass, and neither of the products."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         out = x.new_empty(*x.shape[:-1], x.size(-1) // 2)
         with bypass_cpu_mode():
@@ -167,7 +178,7 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         [x] = ctx.saved_tensors
         out = torch.empty_like(x)
         with bypass_cpu_mode():
@@ -198,7 +209,7 @@ class GatedActivation(MegatronModule):
 class Norm(torch.nn.Module):
     """RMSNorm or LayerNorm whose gradients Megatron sums over the tensor ranks under sequence parallelism."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         self.config = config
         start = 0.0 if config.layernorm_zero_centered_gamma else 1.0
@@ -207,7 +218,7 @@ class Norm(torch.nn.Module):
         if config.normalization == "LayerNorm":
             self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
 
     def forward(self, x: Tensor) -> Tensor:
         return recomputed(normalize, x, self.weight, self.bias, self.config)
@@ -231,7 +242,7 @@ class CausalAttention(MegatronModule):
         assert attn_mask_type is AttnMaskType.causal and config.context_parallel_size == 1
         self.softmax_scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """Attend.
 
         Args:
@@ -293,7 +304,7 @@ def _attend_by_blocks(
         seen = slice(start + queries.size(2) // share)
         make_mask = partial(_mask, start, seen.stop, share, query.dtype, documents)
         mask = make_mask()
-        mask.recompute = make_mask
+        _set_recompute(mask, make_mask)
         blocks.append(
             _keeping_no(
                 mask, F.scaled_dot_product_attention, queries, key[:, :, seen], value[:, :, seen], mask, scale=scale

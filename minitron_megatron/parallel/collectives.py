@@ -32,7 +32,7 @@ def raise_on_all_ranks(gather: Callable[[Any], list] | None = None) -> Iterator[
     # Any other error may not survive the way to another process.
     report = own if own is None or isinstance(own, UserError) else f"rank {dist.get_rank()} failed: {own!r}"
     try:
-        reports = (gather or _gather_over_world)(report)
+        reports = (gather or gather_objects)(report)
     except Exception:
         if own is None:
             raise
@@ -47,7 +47,7 @@ def raise_on_all_ranks(gather: Callable[[Any], list] | None = None) -> Iterator[
 def rank0_first(work: Callable[[], T]) -> T:
     """Runs `work` on rank 0 alone, which may take long, as tokenising does. Its result, which must be small, reaches
     every rank, and so does its error."""
-    result: list = [None]
+    result: list[Any] = [None]
     with watchdog(None), raise_on_all_ranks():
         if dist.get_rank() == 0:
             result = [work()]
@@ -78,12 +78,8 @@ def broadcast_from_last(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch
     return tensor
 
 
-def gather_objects(value: T, group: dist.ProcessGroup) -> list[T]:
-    """The `value` of every rank of `group`, in rank order, on every rank."""
-    values: list = [None] * group.size()
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Gathers the `value` of every rank of `group`, by default the world, in rank order, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
-
-
-def _gather_over_world(value: T) -> list[T]:
-    return gather_objects(value, dist.group.WORLD)

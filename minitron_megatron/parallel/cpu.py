@@ -9,7 +9,8 @@ sets anything for the whole process.
 import contextlib
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,13 @@ class _OnCPU(TorchFunctionMode):
         super().__init__()
         self.widen = widen
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         # It is asked before every operation, of which a new token takes thousands.
         kwargs = kwargs or {}
         if self.widen and func in _PRODUCTS and any(map(_is_bf16, args)):
@@ -71,11 +78,11 @@ class _OnCPU(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_bf16(value) -> bool:
+def _is_bf16(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype is torch.bfloat16
 
 
-def _names_cuda(device) -> bool:
+def _names_cuda(device: object) -> bool:
     return (isinstance(device, str) and device.split(":")[0] == "cuda") or (
         isinstance(device, torch.device) and device.type == "cuda"
     )
@@ -84,23 +91,23 @@ def _names_cuda(device) -> bool:
 class _Stream:
     """A stream on a device that runs everything in order anyway."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object):
         pass
 
-    def wait_stream(self, stream):
+    def wait_stream(self, stream: object) -> None:
         pass
 
-    def wait_event(self, event):
+    def wait_event(self, event: object) -> None:
         pass
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         pass
 
-    def record_event(self, event=None):
+    def record_event(self, event: Any = None) -> Any:
         return event
 
 
-def _stand_ins() -> dict:
+def _stand_ins() -> dict[str, Callable[..., Any]]:
     # Each name gets a function object of its own: torch._dynamo, which Megatron's jit fusions import,
     # refuses to trace one object under two names.
     return {
@@ -149,7 +156,7 @@ def _enter(mode: _OnCPU) -> None:
     """Enter a mode for good, and again for backward passes, which torch runs with it switched off."""
     run_backward = torch.autograd._engine_run_backward
 
-    def run_in_mode(*args, **kwargs):
+    def run_in_mode(*args: Any, **kwargs: Any) -> Any:
         with mode:
             return run_backward(*args, **kwargs)
 
@@ -194,7 +201,7 @@ def install_cpu_backend() -> None:
     # counts all of their updates (DistributedOptimizer.load_state_dict and the method below, in 0.16 and 0.19).
     load = DistributedOptimizer._set_main_param_and_optimizer_states
 
-    def load_with_step(self, model_param, tensors):
+    def load_with_step(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         if "step" in state:

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -53,7 +54,7 @@ def run_forward(
         what `on_output` returned, in the order of the batches; empty on all but the last stage.
     """
 
-    def forward_step(iterator, model):
+    def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor, bool], T]]:
         batch = next(iterator)
         if before is not None:
             before(batch)
@@ -96,7 +97,7 @@ def forward_hidden(model: torch.nn.Module, batch: Batch) -> Tensor:
     return output.to(output_weight(network).dtype) if post_process else output
 
 
-def output_weight(model: torch.nn.Module) -> Tensor:
+def output_weight(model: GPTModel) -> Tensor:
     """Weight of the output projection of a GPTModel or HybridModel, `[vocab/tp, hidden]`; on the last stage only."""
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
@@ -132,7 +133,13 @@ def _padding_like(batch: Batch) -> Batch:
     return padding
 
 
-def run_schedule(forward_step, model_chunks, items: Sequence, size: torch.Size, **options) -> list:
+def run_schedule(
+    forward_step: Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, Callable[..., Any]]],
+    model_chunks: Sequence[torch.nn.Module],
+    items: Sequence[Any],
+    size: torch.Size,
+    **options: Any,
+) -> list[Any]:
     """Megatron-Core's schedule for this layout.
 
     Args:

@@ -17,8 +17,10 @@ from minitron_megatron.model.norms import norm_rows
 if TYPE_CHECKING:
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer
     from torch import Tensor
 
+    from minitron_megatron.model.kv_cache import Cursor
     from minitron_megatron.model.network import Network
 
 GROUP = Axis("group")
@@ -235,10 +237,10 @@ class Attention(Sublayer):
                 parts.q_layernorm = parts.k_layernorm = specs.norm_module(config)
         return specs.layer_modules(own, self.slot, config)
 
-    def first_projection(self, layer: torch.nn.Module) -> torch.nn.Module:
+    def first_projection(self, layer: TransformerLayer) -> torch.nn.Module:
         return layer.self_attention.linear_qkv
 
-    def taps(self, layer: torch.nn.Module, before_activation: bool) -> list[Tap]:
+    def taps(self, layer: TransformerLayer, before_activation: bool) -> list[Tap]:
         """Heads by the L2 norm of their part of the context (2407.14679, section 2.2)."""
 
         def norms(context: Tensor) -> Tensor:
@@ -246,7 +248,7 @@ class Attention(Sublayer):
 
         return [Tap("heads", layer.self_attention.linear_proj, True, norms)]
 
-    def caching(self, layer: torch.nn.Module, cursor: Any) -> AbstractContextManager:
+    def caching(self, layer: TransformerLayer, cursor: Cursor) -> AbstractContextManager[None]:
         from minitron_megatron.model.kv_cache import cached_attention
 
         return cached_attention(layer.self_attention, cursor)

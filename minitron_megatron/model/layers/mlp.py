@@ -16,6 +16,7 @@ from minitron_megatron.model.norms import norm_rows
 if TYPE_CHECKING:
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer
     from torch import Tensor
 
     from minitron_megatron.model.network import Network
@@ -174,10 +175,10 @@ class MLP(Sublayer):
                 parts.linear_fc1 = RecomputedLinear
         return specs.layer_modules(own, self.slot, config)
 
-    def first_projection(self, layer: torch.nn.Module) -> torch.nn.Module:
+    def first_projection(self, layer: TransformerLayer) -> torch.nn.Module:
         return layer.mlp.linear_fc1
 
-    def taps(self, layer: torch.nn.Module, before_activation: bool) -> list[Tap]:
+    def taps(self, layer: TransformerLayer, before_activation: bool) -> list[Tap]:
         """Neurons by the input of the second projection. Minitron prints what the first one gives, of a gated MLP the
         gate (2407.14679, section 2.2)."""
 

@@ -20,8 +20,10 @@ from minitron_megatron.model.axes import Axis, Row
 if TYPE_CHECKING:
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer
     from torch import Tensor
 
+    from minitron_megatron.model.kv_cache import Cursor
     from minitron_megatron.model.network import Network
 
 Own = TypeVar("Own", bound="Sublayer")
@@ -210,11 +212,11 @@ class Sublayer:
         """The sublayer that somebody's own TransformerConfig describes."""
         raise NotImplementedError
 
-    def first_projection(self, layer: torch.nn.Module) -> torch.nn.Module:
+    def first_projection(self, layer: TransformerLayer) -> torch.nn.Module:
         """The linear layer that may do the norm before the sublayer as well."""
         raise NotImplementedError
 
-    def taps(self, layer: torch.nn.Module, before_activation: bool) -> list[Tap]:
+    def taps(self, layer: TransformerLayer, before_activation: bool) -> list[Tap]:
         """Where to watch its activations.
 
         Args:
@@ -223,12 +225,12 @@ class Sublayer:
         """
         return []
 
-    def caching(self, layer: torch.nn.Module, cursor: Any) -> AbstractContextManager:
+    def caching(self, layer: TransformerLayer, cursor: Cursor) -> AbstractContextManager[None]:
         """A context within which the sublayer remembers what generation needs of earlier tokens.
 
         Args:
             layer: Megatron-Core's transformer layer that holds it.
-            cursor: `kv_cache.Cursor`, which says where new tokens stand.
+            cursor: where new tokens stand.
         """
         return nullcontext()
 
@@ -250,7 +252,7 @@ class Sublayer:
 
 def alike(sublayers: Sequence[Sublayer]) -> Iterator[tuple[Sublayer, list[int]]]:
     """Each different sublayer once, with the indices at which it stands."""
-    found: dict[Sublayer, list[int]] = {}
+    indices: dict[Sublayer, list[int]] = {}
     for index, sublayer in enumerate(sublayers):
-        found.setdefault(sublayer, []).append(index)
-    return iter(found.items())
+        indices.setdefault(sublayer, []).append(index)
+    return iter(indices.items())
