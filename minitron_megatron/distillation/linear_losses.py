@@ -1,14 +1,14 @@
-"""Computes losses straight from hidden states, a chunk of tokens at a time.
+"""Computes losses directly from hidden states, a chunk of tokens at a time.
 
-Output projection, vocab-parallel softmaxes, losses and their gradients are one pass over each chunk, so that
-full-vocabulary logits of neither model ever exist. With p the student's and q the teacher's distribution, the
-gradient of `kd * KL(q || p) + lm * CE` by the student's logits is `(kd + lm) * p - kd * q - lm * onehot(label)`, and
-is written down; at a temperature t the divergence has p and q at that temperature, and `kd * scale / t` for kd in the
-gradient, where scale is t squared or 1. Any other divergence of `losses` is differentiated by autograd, on a chunk of
-logits.
+Output projection, vocab-parallel softmaxes, losses and their gradients are one pass over each chunk, so full-vocabulary
+logits of all tokens never exist. With p the student's and q the teacher's distribution, the gradient of
+`kd * KL(q || p) + lm * CE` by the student's logits is `(kd + lm) * p - kd * q - lm * onehot(label)`, and is computed
+analytically. With a temperature t, the divergence uses p and q at that temperature, and its gradient has
+`kd * scale / t` in place of kd, where scale is t squared or 1. Autograd differentiates any other divergence of
+`losses`, on a chunk of logits.
 
-Matrix products run in the number format of the hidden states, softmaxes and losses in float32, and the
-gradient of the output weight is accumulated over chunks in float32 (in float64 where the hidden states are).
+Matrix products run in the dtype of the hidden states, softmaxes and losses in float32. The gradient of the output
+weight is accumulated over chunks in float32 (all in float64 if the hidden states are).
 """
 
 from typing import Any, NamedTuple
@@ -21,18 +21,20 @@ from torch.nn.functional import pad
 
 from minitron_megatron.config.loss import LogitsConfig
 from minitron_megatron.distillation.losses import divergence
+from minitron_megatron.distillation.vocab_parallel import LogSumExp, gather_columns, log_softmax, softmaxes
+from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.cpu import bypass_cpu_mode
 
-# On the CPU, softmax work is done on blocks of rows that stay in the processor's cache; 2^18 float32 are 1 MiB.
+# On the CPU, softmaxes run on blocks of tokens that stay in a core's cache; 2^18 float32 are 1 MiB.
 _CACHE_ELEMENTS = 2**18
 
-# The gradient of the output weight is computed for so many of its rows at a time, whose share of one chunk is small
-# beside the weight, and on the CPU still in the cache when it is added to the sum.
+# Rows of the output weight whose gradient is computed at a time: the temporary is small beside the weight, and on the
+# CPU still in the cache when it is added to the sum.
 _WEIGHT_ROWS = 4096
 
 
 class Predictions(NamedTuple):
-    """A model's predictions, as what makes them: last hidden states `[tokens, hidden]`, output weight
+    """A model's predictions before the output projection: last hidden states `[tokens, hidden]` and output weight
     `[vocab/tp, hidden]`."""
 
     hidden: Tensor
@@ -52,10 +54,10 @@ def linear_distillation_loss(
     chunk_tokens: int = 512,
     config: LogitsConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the weighted sum over valid tokens of the divergence from a teacher and of cross-entropy.
+    """Computes the weighted sum of divergence and cross-entropy over valid tokens.
 
-    Under tensor parallelism every rank holds all tokens and its rows of the output weights. The gradient of
-    `hidden` is this rank's share; the region that `hidden` comes from sums it over the ranks.
+    Under tensor parallelism every rank holds all tokens and its rows of the output weights. The gradient of `hidden` is
+    this rank's share; the tensor-parallel region that `hidden` comes from sums it over the ranks.
 
     Args:
         hidden: the student's last hidden states `[tokens, hidden]`.
@@ -64,20 +66,20 @@ def linear_distillation_loss(
         labels: next tokens `[tokens]`.
         mask: `[tokens]`, 1 for tokens that count.
         group: tensor-parallel group.
-        vocab: tokens of the tokenizer; rows beyond it pad the vocabulary and take no part.
-        teacher: the teacher's predictions, where `kd_weight` is not 0.
+        vocab: tokens of the tokenizer; rows beyond it pad the vocabulary and are ignored.
+        teacher: the teacher's predictions; None only if `kd_weight` is 0.
         kd_weight: weight of the divergence.
         lm_weight: weight of the cross-entropy.
         chunk_tokens: tokens whose logits exist at one time.
         config: which divergence; None for KL(teacher || student).
 
     Returns:
-        the loss (a sum, not a mean), and its unweighted terms `[divergence, cross-entropy]` without gradient;
+        the loss (a sum, not a mean), and its unweighted terms, float64 `[divergence, cross-entropy]` without gradient;
         the same on every rank of `group`.
     """
     assert teacher is not None or kd_weight == 0
     config = config or LogitsConfig()
-    # Inside an autograd function gradients are off always, and its own flags know nothing of `no_grad` around it.
+    # Asked here, because inside an autograd function gradients are always off.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearDistillationLoss.apply(
         hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens, config, needs_grad
@@ -106,6 +108,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
         local_labels = labels - first_row
         grads = (torch.empty_like(hidden), torch.zeros_like(weight, dtype=_precise(weight))) if needs_grad else None
         terms = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        options = _Options(group, kd_weight, lm_weight, needs_grad, config)
         project = _Projection(Predictions(hidden, weight), chunk_tokens, num_rows)
         project_teacher = _Projection(teacher, chunk_tokens, num_rows) if teacher else None
         # The ranks sum over their rows block by block, so the block must not depend on how many rows are not padding.
@@ -115,12 +118,12 @@ class _LinearDistillationLoss(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             logits = project(rows)
             teacher_logits = project_teacher(rows) if project_teacher else None
-            options = local_labels[rows], mask[rows], group, kd_weight, lm_weight, needs_grad, config
+            text = local_labels[rows], mask[rows]
             if teacher_logits is None or config.is_whole_forward_kl:
                 with bypass_cpu_mode():
-                    kd, ce, grad = _kl_chunk(logits, teacher_logits, *options, block)
+                    kd, ce, grad = _kl_chunk(logits, teacher_logits, *text, options, block)
             else:
-                kd, ce, grad = _any_chunk(logits, teacher_logits, *options)
+                kd, ce, grad = _any_chunk(logits, teacher_logits, *text, options)
             terms += torch.stack([kd, ce])
             if grads:
                 grad_hidden, grad_weight = grads
@@ -140,8 +143,8 @@ class _LinearDistillationLoss(torch.autograd.Function):
         ctx.grads = None
         if hasattr(weight, "main_grad"):
             weight.main_grad.addcmul_(grad_weight, grad_loss)
-            # Megatron's protocol for gradients that are in `main_grad` already: its hook must still fire. It marks a
-            # weight that is the embedding here too, whose own gradient makes it fire and must be added.
+            # Megatron's protocol for gradients that are in `main_grad` already: its hook must still fire. For a weight
+            # tied to the embedding on this stage (zero_out_wgrad), the embedding's gradient makes it fire.
             if getattr(weight, "zero_out_wgrad", False):
                 grad_weight = None
             else:
@@ -155,7 +158,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
 class _Projection:
     """Projects hidden states to logits `[tokens, rows of this rank]`, a chunk of tokens at a time.
 
-    Every chunk is written over the one before: memory that is new to the process costs more than the matrix product.
+    Every chunk overwrites the one before: memory that is new to the process costs more than the matrix product.
     """
 
     def __init__(self, predictions: Predictions, chunk_tokens: int, num_rows: int):
@@ -169,43 +172,49 @@ class _Projection:
 
 
 def _block(num_rows: int, num_columns: int, is_cuda: bool) -> int:
-    """Returns how many rows of a matrix to work on at a time: on the CPU what its cache holds, on CUDA all."""
+    """Returns how many rows of a matrix to work on at a time: on the CPU as many as fit into its cache, on CUDA all."""
     return max(1, num_rows if is_cuda else _CACHE_ELEMENTS // num_columns)
 
 
 def _precise(tensor: Tensor) -> torch.dtype:
-    """Returns the number format of softmaxes, losses and sums over tokens."""
+    """Returns the dtype of softmaxes, losses and sums over tokens."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _kl_chunk(
-    logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor,
-    mask: Tensor,
-    group: dist.ProcessGroup,
-    kd_weight: float,
-    lm_weight: float,
-    needs_grad: bool,
-    config: LogitsConfig,
-    block: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes KL and cross-entropy summed over a chunk, and the gradient by the logits in their number format.
+class _Options(NamedTuple):
+    """What is computed of every chunk: the weights of divergence and cross-entropy, and which divergence."""
 
-    The gradient is written over `logits` `[tokens, rows of this rank]`, `block` tokens at a time.
+    group: dist.ProcessGroup
+    kd_weight: float
+    lm_weight: float
+    needs_grad: bool
+    config: LogitsConfig
+
+
+def _own_labels(labels: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Returns which labels are rows of this rank, and a valid column for each label."""
+    return (labels >= 0) & (labels < num_rows), labels.clamp(0, max(num_rows - 1, 0))
+
+
+def _kl_chunk(
+    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, mask: Tensor, options: _Options, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes KL and cross-entropy summed over a chunk, and the gradient by the logits in their dtype.
+
+    The gradient overwrites `logits` `[tokens, rows of this rank]`, `block` tokens at a time.
     """
+    group, kd_weight, lm_weight, needs_grad, config = options
     num_tokens, num_rows = logits.shape
     dtype = _precise(logits)
-    labelled = (labels >= 0) & (labels < num_rows)
-    label_columns = labels.clamp(0, max(num_rows - 1, 0))
+    labelled, label_columns = _own_labels(labels, num_rows)
     label_logits = _zero_unless(labelled, logits, label_columns)
     mask = mask.to(dtype)
     has_teacher = teacher_logits is not None
-    # At a temperature, the divergence is of other probabilities than the cross-entropy.
+    # With a temperature, divergence and cross-entropy use different probabilities.
     is_tempered = has_teacher and config.temperature != 1
     kd_slope = kd_weight * config.scale / config.temperature if has_teacher else 0.0
-    # Reused by every block: results that are allocated each time leave the cache. Of the student, and as they are there
-    # of the teacher, of their difference and of the student without the temperature.
+    # Reused by every block, because newly allocated results are not in the cache. In this order: the student's, and if
+    # needed the teacher's, their difference, and the student's without the temperature.
     num_parts = 1 + 2 * has_teacher + is_tempered
     work = torch.empty(num_parts, min(block, num_tokens), num_rows, device=logits.device, dtype=dtype)
     sums_of_blocks = []
@@ -222,10 +231,10 @@ def _kl_chunk(
                 student.div_(config.temperature)
                 target.div_(config.temperature)
             torch.sub(target, student, out=difference)
-        of_block, shares = _softmaxes(softened, group)
+        of_block, shares = softmaxes(softened, group)
         sums_of_blocks.append(of_block)
         if has_teacher:
-            # sum_v q (z_t - z_s), the part of the divergence that runs over the vocabulary
+            # sum_v q (z_t - z_s), the divergence's sum over the vocabulary
             products[rows] = difference.mul_(target).sum(1).mul_(shares[1])
         if needs_grad:
             counts = mask[rows]
@@ -240,7 +249,7 @@ def _kl_chunk(
             logits[rows] = student
 
     log_sums = torch.cat(sums_of_blocks, dim=1)
-    label_logits, products = _sum(torch.stack([label_logits, products]), group)
+    label_logits, products = sum_over(torch.stack([label_logits, products]), group)
     mask = mask.double()
     ce = ((log_sums[2 if is_tempered else 0] - label_logits) * mask).sum()
     kl = torch.zeros_like(ce)
@@ -250,36 +259,27 @@ def _kl_chunk(
 
 
 def _any_chunk(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    mask: Tensor,
-    group: dist.ProcessGroup,
-    kd_weight: float,
-    lm_weight: float,
-    needs_grad: bool,
-    config: LogitsConfig,
+    logits: Tensor, teacher_logits: Tensor, labels: Tensor, mask: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the same as `_kl_chunk` for any divergence, with autograd's gradient."""
-    num_rows = logits.size(1)
-    labelled = ((labels >= 0) & (labels < num_rows))[:, None]
-    label_columns = labels.clamp(0, max(num_rows - 1, 0))[:, None]
+    group, kd_weight, lm_weight, needs_grad, config = options
+    labelled, label_columns = (values[:, None] for values in _own_labels(labels, logits.size(1)))
     target = teacher_logits.to(_precise(logits)) / config.temperature
 
     def total(x: Tensor) -> Tensor:
-        """The sum over the vocabulary of all ranks, whose backward pass knows that every rank has the result."""
+        """Sums over the vocabulary of all ranks, with a backward pass for a result that every rank has."""
         return reduce_from_tensor_model_parallel_region(x.sum(-1), group=group)
 
     with torch.set_grad_enabled(needs_grad):
         student = logits.to(_precise(logits)).detach().requires_grad_(needs_grad)
-        of_labels = _gather(_log_softmax(student, group), label_columns)
+        of_labels = gather_columns(log_softmax(student, group), label_columns)
         ce = -total(of_labels * labelled)
         at_temperature = student / config.temperature
         if config.top_k:
             own, target, is_own = _on_top_k(at_temperature, target, group, config.top_k, config.tail)
             kd = divergence(own, target, config, lambda x: total(x * is_own))
         else:
-            kd = divergence(_log_softmax(at_temperature, group), _log_softmax(target, group), config, total)
+            kd = divergence(log_softmax(at_temperature, group), log_softmax(target, group), config, total)
         kd, ce = kd * mask, ce * mask
         if needs_grad:
             [grad] = torch.autograd.grad((kd_weight * kd + lm_weight * ce).sum(), student)
@@ -308,7 +308,7 @@ def _on_top_k(
     is_own = order // top_k == group.rank()
     columns = columns.gather(1, order % top_k)
     # Entries of other ranks are 0 in both, and no divergence sees them.
-    own = torch.where(is_own, _gather(_log_softmax(student, group), columns), 0)
+    own = torch.where(is_own, gather_columns(log_softmax(student, group), columns), 0)
     if not tail:
         return own, torch.where(is_own, kept.log_softmax(1), 0), is_own
     taken = torch.zeros(len(target), num_rows + 1, dtype=torch.bool, device=target.device)
@@ -316,8 +316,8 @@ def _on_top_k(
 
     def sums(logits: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the log of the sum over the vocabulary, and the log-probability of all tokens not taken."""
-        log_sum = _LogSumExp.apply(logits, group)[:, None]
-        return log_sum, _LogSumExp.apply(logits.masked_fill(taken, -torch.inf), group)[:, None] - log_sum
+        log_sum = LogSumExp.apply(logits, group)[:, None]
+        return log_sum, LogSumExp.apply(logits.masked_fill(taken, -torch.inf), group)[:, None] - log_sum
 
     _, student_tail = sums(student)
     log_sum, target_tail = sums(target)
@@ -327,76 +327,5 @@ def _on_top_k(
     return with_tail, target_with_tail, pad(is_own, (0, 1), value=group.rank() == 0)
 
 
-class _LogSumExp(torch.autograd.Function):
-    """Log of the sum of exponentials over a vocabulary that a group splits, `[tokens, rows]` to `[tokens]`.
-
-    Each rank goes on with it for its own rows, so that the gradients by it that the ranks have are parts of the whole.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-        largest = _largest(logits, group)
-        log_sum = _sum((logits - largest[:, None]).exp_().sum(1), group).log_().add_(largest)
-        ctx.save_for_backward(logits, log_sum)
-        ctx.group = group
-        return log_sum
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, log_sum = ctx.saved_tensors
-        return _sum(grad.clone(), ctx.group)[:, None] * (logits - log_sum[:, None]).exp_(), None
-
-
-def _log_softmax(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return logits - _LogSumExp.apply(logits, group)[:, None]
-
-
-def _gather(values: Tensor, columns: Tensor) -> Tensor:
-    """`values[i, columns[i]]`; of a rank without rows zeros, whose backward pass still joins the collectives."""
-    return values.gather(1, columns) if values.size(1) else values.sum(1, keepdim=True).expand_as(columns)
-
-
-def _largest(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    if logits.size(1):
-        largest = logits.amax(1)
-    else:
-        largest = logits.new_full((logits.size(0),), -torch.inf)
-    if group.size() > 1:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    return largest
-
-
-def _softmaxes(logits: list[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Vocab-parallel softmaxes in parts: turns the logits of this rank's rows into their own softmaxes, in place.
-
-    Returns:
-        log of the sum of all ranks' exponentials `[len(logits), tokens]`, and this rank's shares of these sums, the
-        factors that make its own softmaxes probabilities.
-    """
-    largest = logits[0].new_full((len(logits), len(logits[0])), -torch.inf)
-    sums = torch.zeros_like(largest)  # of exponentials of what is subtracted the largest from
-    if logits[0].size(1):
-        for number, part in enumerate(logits):
-            largest[number] = part.amax(1)
-            torch.softmax(part, 1, out=part)
-            sums[number] = part.amax(1).reciprocal_()
-    if group.size() == 1:
-        return largest.add_(sums.log_()), torch.ones_like(sums)
-    own = torch.stack([largest, sums])
-    of_ranks = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(of_ranks, own, group=group)
-    largest, sums = torch.stack(of_ranks, dim=1)
-    top = largest.amax(0)
-    sums *= (largest - top).exp_()
-    total = sums.sum(0)
-    return top + total.log(), sums[group.rank()] / total
-
-
-def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    if group.size() > 1:
-        dist.all_reduce(tensor, group=group)
-    return tensor
-
-
 def _zero_unless(condition: Tensor, logits: Tensor, columns: Tensor) -> Tensor:
-    return torch.where(condition, _gather(logits, columns[:, None])[:, 0].to(_precise(logits)), 0.0)
+    return torch.where(condition, gather_columns(logits, columns[:, None])[:, 0].to(_precise(logits)), 0.0)

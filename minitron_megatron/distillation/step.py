@@ -1,6 +1,6 @@
-"""One step of training through Megatron's own schedules: teachers first, then the student with its objectives.
+"""One training step through Megatron's own schedules: teachers first, then the student with its objectives.
 
-Nothing of Megatron's is patched. Plain training is a step whose entries have no teacher.
+Nothing in Megatron is patched. Plain training is a step whose entries have no teacher.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,26 +32,26 @@ from minitron_megatron.parallel.cpu import give_back_freed_memory
 from minitron_megatron.parallel.schedule import Batch, forward_hidden, output_weight, run_schedule
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""What Megatron's schedules compute on the last stage from a model's output: the loss, a sum over valid tokens; their
-number; and what to report."""
+"""The loss function of Megatron's schedules, on the last stage. Returns the loss, a sum over valid tokens; the number
+of valid tokens; and values to report."""
 
 
 class DistillationStep:
-    """A student and the entries of what it minimises. Collective.
+    """Runs steps of a student with the given entries. Collective.
 
     Args:
-        student: this rank's student, wrapped in Megatron's DistributedDataParallel for training, and in Megatron's
-            Float16Module or not.
-        entries: at least one of which looks at the student's predictions; its weight may be 0.
+        student: this rank's student, for training wrapped in Megatron's DistributedDataParallel, with or without a
+            Float16Module.
+        entries: the losses. At least one takes the student's predictions; its weight may be 0.
         ctx: this rank's place.
         vocab: tokens of the student's tokenizer.
         chunk_tokens: tokens whose logits exist at one time.
 
     Raises:
-        ConfigError: an objective has a setting of no value that it may have, or does not go with the models.
+        ConfigError: an objective's setting is invalid, or does not fit the models.
 
     Attributes:
-        teachers: of all entries, each once.
+        teachers: the distinct teachers of all entries.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class DistillationStep:
 
     @property
     def alpha(self) -> float | None:
-        """What the balanced weight is multiplied by in the next step; None before the first, or without such a one."""
+        """Factor of the balanced weight in the next step; None before the first step, or without a balanced entry."""
         if self._balanced is None:
             return None
         _, weight = self._balanced
@@ -104,17 +104,18 @@ class DistillationStep:
         Gradients end up in Megatron's `main_grad`, divided by the global number of valid tokens.
 
         Args:
-            batches: this rank's micro-batches, on its device but for their `sample_ids`.
+            batches: this rank's micro-batches, on its device except for their `sample_ids`.
             number: of the step, from 1, for weights that change over a run.
-            last_states: gets the last hidden state `[seq(/tp), batch, hidden]` of each micro-batch, on the last stage.
+            last_states: receives the last hidden state `[seq(/tp), batch, hidden]` of each micro-batch, on the last
+                stage.
 
         Raises:
-            ConfigError: the student's configuration would give other gradients.
+            ConfigError: the student's configuration would give wrong gradients.
         """
         if self._balanced is not None and self.alpha is None:
-            self._balance(self.evaluate(batches, number))  # no step before this one
+            self._balance(self.evaluate(batches, number))  # there is no previous step
         for chunk in self.student:
-            raise_if_any(_obstacles(chunk, self.ctx, bool(self._on_states)))
+            raise_if_any(_gradient_problems(chunk, self.ctx, bool(self._on_states)))
             chunk.train()
         result = self._run(batches, number, training=True, last_states=last_states)
         self._balance(result)
@@ -128,7 +129,7 @@ class DistillationStep:
             return self._run(batches, number, training=False)
 
     def _balance(self, result: StepResult) -> None:
-        """Sets the balanced weight, if there is one, by the losses of a step."""
+        """Sets the balanced weight, if there is one, from the losses of a step."""
         if self._balanced is not None and result.is_finite and result.num_tokens:
             entry, weight = self._balanced
             weight.update(result.losses[entry.name], result.losses[weight.against])
@@ -167,8 +168,8 @@ class DistillationStep:
         """Runs the student through the schedule.
 
         Returns:
-            float64 `[1 + objectives on predictions]`: valid tokens and sums of losses, of this rank's micro-batches; on
-            all but the last stage zeros.
+            float64 `[1 + objectives on predictions]`: valid tokens and sums of losses, of this rank's micro-batches;
+            zeros on all but the last stage.
         """
 
         def forward_step(iterator: Iterator[tuple[int, Batch]], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
@@ -195,7 +196,7 @@ class DistillationStep:
         for position, (entry, objective) in enumerate(self._on_predictions):
             target = targets[id(entry.teacher)].predictions(number) if entry.teacher is not None else None
             terms.setdefault(objective.compute, {})[position] = Term(objective, weights[entry.name], target)
-        # What teachers and student left free is between all that the student keeps, and too small for logits.
+        # Memory freed by teachers and student is fragmented between kept activations, too small for logits.
         give_back_freed_memory()
         student = predictions_of(self._last_chunk, output, self.ctx)
         num_tokens = text.mask.sum()
@@ -213,8 +214,8 @@ class DistillationStep:
     def _sum_over_ranks(
         self, weights: dict[str, float], prediction_sums: Tensor, state_sums: list[Tensor]
     ) -> tuple[dict[str, EntryResult], int]:
-        """Sums what the ranks found, to the entries' results and the number of valid tokens."""
-        # The last stage alone has seen the losses of predictions; every rank of a tensor group has seen the same.
+        """Sums over the ranks, and returns the entries' results and the number of valid tokens."""
+        # Losses of predictions are on the last stage only, the same on every rank of a tensor group.
         parts = [prediction_sums, *(sum_over(own, self.ctx.collection.tp).flatten() for own in state_sums)]
         sums = torch.cat(parts)
         sum_over(sums, self.ctx.collection.pp)
@@ -235,12 +236,12 @@ class DistillationStep:
 def predictions_of(model: torch.nn.Module, last_state: Tensor, ctx: ParallelContext) -> Predictions:
     """Returns a model's predictions, on the last stage, for whole sequences.
 
-    Their backward pass is the one that a vocab-parallel projection needs: each rank's share of the gradient is summed
-    over the tensor ranks.
+    The backward pass sums each rank's share of the gradient over the tensor ranks, as a vocab-parallel projection
+    requires.
 
     Args:
-        model: its last chunk, without Megatron's wrappers.
-        last_state: `[seq(/tp), batch, hidden]`.
+        model: its last model chunk, without Megatron's wrappers.
+        last_state: its last hidden state, `[seq(/tp), batch, hidden]`.
         ctx: this rank's place.
     """
     group = ctx.collection.tp
@@ -284,8 +285,8 @@ def _balanced(entries: Sequence[Entry]) -> list[tuple[Entry, BalancedWeight]]:
     return [(entry, entry.weight) for entry in entries if isinstance(entry.weight, BalancedWeight)]
 
 
-def _obstacles(chunk: torch.nn.Module, ctx: ParallelContext, compares_states: bool) -> list[str]:
-    """Returns why the gradients of a model would not be those of the loss, one sentence each."""
+def _gradient_problems(chunk: torch.nn.Module, ctx: ParallelContext, compares_states: bool) -> list[str]:
+    """Returns why the gradients of a model would be wrong, one sentence each."""
     config, problems = unwrap_model(chunk).config, []
     if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
         problems.append(
