@@ -1,4 +1,4 @@
-"""A key-value cache for generation: each new token costs one position, and not all of those before it again."""
+"""A key-value cache for generation: a new token costs one position instead of the whole sequence again."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -80,14 +80,14 @@ def key_value_cache(
     all cached keys again for every new token.)
 
     Args:
-        model_chunks: this rank's model, anybody's GPTModel or HybridModel with rotary positions.
+        model_chunks: this rank's model, any GPTModel or HybridModel with rotary positions.
         network: the whole network.
-        num_sequences: that there is room for.
-        length: longest sequence, prompt and what follows it, in tokens.
+        num_sequences: sequences to make room for.
+        length: of the longest sequence, prompt and generated tokens.
 
     Yields:
-        the cursor. The model takes prompts `[batch, seq]` first, of some of the sequences after each `begin_at`, and
-        after each `move_to` tokens `[sequences, 1]`.
+        the cursor. Run the model first on prompts `[batch, seq]`, of some of the sequences after each `begin_at`, and
+        then on tokens `[sequences, 1]` after each `move_to`.
     """
     cursor = Cursor(num_sequences, length)
     with ExitStack() as stack:

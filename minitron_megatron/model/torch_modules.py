@@ -1,7 +1,7 @@
-"""Building blocks of the local layer spec, used where Transformer Engine is not: on the CPU, and on CUDA without it.
+"""Building blocks of the local layer spec, used on the CPU, and on CUDA without Transformer Engine.
 
-Megatron-Core's own local blocks refuse sequence parallelism and zero-centred norms, and its attention
-materialises the score matrix. These do neither, and keep the parameter names.
+Megatron-Core's own local blocks refuse sequence parallelism and zero-centred norms, and its attention materialises the
+score matrix. These support both, keep no score matrix, and have the same parameter names.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class _MadeTwice:
 
 
 _Recompute = partial[Tensor] | _MadeTwice
-"""What makes a tensor again in the backward pass. A `recomputed` tensor carries it as an attribute."""
+"""Makes a tensor again in the backward pass. A `recomputed` tensor has it as an attribute."""
 
 
 def _set_recompute(tensor: Tensor, recompute: _Recompute) -> None:
@@ -43,34 +43,34 @@ def _set_recompute(tensor: Tensor, recompute: _Recompute) -> None:
 
 
 def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Calls a function whose result is computed again in the backward pass instead of kept by the modules that read it.
+    """Calls a function whose result is recomputed in the backward pass instead of kept by the modules that read it.
 
-    The function does not keep an argument either that is `recomputed` itself.
+    Neither does the function keep arguments that are `recomputed` themselves.
     """
-    out: Tensor = _keeping_no(args[0], function, *args)
+    out: Tensor = _call_without_saving(args[0], function, *args)
     if out.requires_grad:
-        _set_recompute(out, partial(_again, function, *(getattr(arg, "recompute", arg) for arg in args)))
+        _set_recompute(out, partial(_run_again, function, *(getattr(arg, "recompute", arg) for arg in args)))
     return out
 
 
-def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def _run_again(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return function(*(arg() if isinstance(arg, partial | _MadeTwice) else arg for arg in args))
 
 
-def _keeping_no(input_: Tensor, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a function that keeps its input for the backward pass. Of a `recomputed` input, only its recipe is kept."""
+def _call_without_saving(input_: Tensor, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function that keeps its input for the backward pass. If that is `recomputed`, it keeps `_Recompute`."""
     recompute: _Recompute | None = getattr(input_, "recompute", None)
     if recompute is None:
         return function(*args, **kwargs)
 
-    # The hook lives as long as what it returns, and must not hold the input itself.
+    # The hook lives as long as its results, and must not hold the input itself.
     kept = input_.data_ptr(), input_.shape
 
     def keep(saved: Tensor) -> Tensor | _Recompute:
         if (saved.data_ptr(), saved.shape) == kept:
             return recompute
-        # Kept as it is, the function's own output would keep the function alive, and that its output. Of a parameter
-        # Megatron-Core reads more than the values.
+        # Detached, because the function's own output would otherwise keep its graph node alive, and that the output.
+        # Not so for parameters, whose attributes Megatron-Core reads.
         return saved if isinstance(saved, torch.nn.Parameter) else saved.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, _unpack):
@@ -91,15 +91,15 @@ class _RecomputesInput(torch.nn.Module):
     """
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return _keeping_no(input_, super().forward, input_, *args, **kwargs)
+        return _call_without_saving(input_, super().forward, input_, *args, **kwargs)
 
 
 class ColumnLinear(_RecomputesInput, ColumnParallelLinear):
-    """Megatron-Core's, behind a norm."""
+    """Megatron-Core's ColumnParallelLinear, after a norm."""
 
 
 class RecomputedLinear(ColumnLinear):
-    """The first of a gated MLP, whose output, which is half of what a layer would keep, is `recomputed` as well."""
+    """The first projection of a gated MLP. Its output, half of what a layer would keep, is `recomputed` as well."""
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         out, bias = super().forward(input_, *args, **kwargs)
@@ -112,13 +112,13 @@ class RecomputedLinear(ColumnLinear):
 
 
 class RowLinear(_RecomputesInput, RowParallelLinear):
-    """Megatron-Core's, behind an activation or attention."""
+    """Megatron-Core's RowParallelLinear, after an activation or attention."""
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm in float32 that keeps its input for the backward pass, and not the float32 copies of it.
+    """RMSNorm in float32 that keeps its input for the backward pass, without float32 copies of it.
 
-    torch's own keeps two on the CPU: four times the memory in bf16, and a norm stands before every projection.
+    torch's own keeps two such copies on the CPU: four times the memory in bf16, with a norm before every projection.
     """
 
     @staticmethod
@@ -148,7 +148,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: TransformerConfig) -> Tensor:
-    """The norm that `config` describes, over the last dimension, in float32.
+    """Applies the norm that `config` describes, over the last dimension, in float32.
 
     Args:
         x: `[..., hidden]`.
@@ -160,12 +160,12 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: Transforme
         weight = weight + 1
     if bias is None:
         return _RMSNorm.apply(x, weight, config.layernorm_epsilon)
-    # CUDA's layer_norm takes one number format for input and weight.
+    # CUDA's layer_norm needs the same dtype for input and weight.
     return F.layer_norm(x.float(), weight.shape, weight, bias.float(), config.layernorm_epsilon).to(x.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """`silu(gate) * up` that keeps its input for the backward pass, and neither of the products."""
+    """`silu(gate) * up` that keeps only its input for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -190,13 +190,13 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class GatedActivation(MegatronModule):
-    """The gated activation of an MLP: of the halves of the last dimension, the first one gates the second."""
+    """The gated activation of an MLP: the first half of the last dimension gates the second."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config=config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., 2 * ffn/tp]` to `[..., ffn/tp]`."""
+        """Maps `[..., 2 * ffn/tp]` to `[..., ffn/tp]`."""
         return recomputed(self._gated, x)
 
     def _gated(self, x: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class GatedActivation(MegatronModule):
 
 
 class Norm(torch.nn.Module):
-    """RMSNorm or LayerNorm whose gradients Megatron sums over the tensor ranks under sequence parallelism."""
+    """RMSNorm or LayerNorm, marked for Megatron to sum its gradients over tensor ranks under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
@@ -243,18 +243,18 @@ class CausalAttention(MegatronModule):
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """Attend.
+        """Computes the attention.
 
         Args:
             query: `[seq, batch, heads/tp, head_dim]`.
             key, value: `[seq, batch, groups/tp, head_dim]`.
-            attention_mask: `[batch, seq]`, the number of each token's document, which it attends to alone; None for
-                one document. The mask is causal in either case.
+            attention_mask: `[batch, seq]`, the document number of each token, which attends only within its document;
+                None for one document. Attention is causal in either case.
 
         Returns:
             `[seq, batch, heads/tp * head_dim]`.
         """
-        # Contiguous, for a view would keep the whole QKV projection alive for the backward pass.
+        # Contiguous, because a view would keep the whole QKV projection alive for the backward pass.
         key, value = (x.permute(1, 2, 0, 3).contiguous() for x in (key, value))
         if not query.is_cuda:
             with bypass_cpu_mode():
@@ -274,18 +274,17 @@ class CausalAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
-# Queries at a time: with fewer of them the kernel's backward pass is slower, and with more it computes more that is
-# hidden.
+# Queries per block: with fewer, the kernel's backward pass is slower; with more, it computes more masked scores.
 _QUERIES = 256
 
 
 def _attend_by_blocks(
     query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Attend with a part of the queries at a time, to the keys up to its last one: half of all there are, on average.
+    """Computes causal attention a block of queries at a time, over keys up to its last query: half of all on average.
 
-    A causal call of torch's for everything computes the scores that are hidden as well. A group's heads are passed as
-    so many more queries of one head, which is faster than torch's own query groups.
+    One causal call of torch for everything would compute the masked scores too. The heads of a group are passed as
+    additional queries of one head, which is faster than torch's own query groups.
 
     Args:
         query: `[seq, batch, heads, head_dim]`.
@@ -306,7 +305,7 @@ def _attend_by_blocks(
         mask = make_mask()
         _set_recompute(mask, make_mask)
         blocks.append(
-            _keeping_no(
+            _call_without_saving(
                 mask, F.scaled_dot_product_attention, queries, key[:, :, seen], value[:, :, seen], mask, scale=scale
             )
         )
@@ -314,8 +313,11 @@ def _attend_by_blocks(
 
 
 def _mask(start: int, end: int, share: int, dtype: torch.dtype, documents: Tensor | None) -> Tensor:
-    """`-inf` where a query `start:end` does not see a key `:end`: `[queries * share, keys]`, for several documents
-    `[batch, 1, queries * share, keys]`."""
+    """Returns the additive mask of queries `start:end` over keys `:end`, `-inf` where masked.
+
+    Returns:
+        `[queries * share, keys]`, or `[batch, 1, queries * share, keys]` for several documents.
+    """
     hidden = torch.ones(end - start, end, dtype=torch.bool).triu_(start + 1)
     if documents is not None:
         hidden = hidden | (documents[:, None, start:end, None] != documents[:, None, None, :end])
@@ -324,5 +326,5 @@ def _mask(start: int, end: int, share: int, dtype: torch.dtype, documents: Tenso
 
 
 def _joined(share: int, *blocks: Tensor) -> Tensor:
-    """Blocks `[batch, groups, queries * share, head_dim]` as `[seq, batch, groups * share * head_dim]`."""
+    """Joins blocks `[batch, groups, queries * share, head_dim]` to `[seq, batch, groups * share * head_dim]`."""
     return torch.cat([block.unflatten(2, (-1, share)).permute(2, 0, 1, 3, 4) for block in blocks]).flatten(2)
