@@ -1,7 +1,7 @@
-"""One chunk of a `torch_dist` checkpoint: a tensor as `torch.save` writes it, among others in one file.
+"""Reads one chunk of a `torch_dist` checkpoint: a tensor written by `torch.save`, one of many in a file.
 
-Such a chunk is a zip archive whose records are stored as they are. So the elements of a plain tensor lie row by row at
-some byte of the file, and beside them a CRC32, which `torch.load` does not look at.
+A chunk is a zip archive with uncompressed records. So the elements of a plain tensor are in row-major order at some
+offset of the file, with a CRC32, which `torch.load` does not check.
 """
 
 import math
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoredObject:
-    """What is no tensor, pickled: the bytes of a file that it is stored in."""
+    """The location of a pickled object that is not a tensor."""
 
     path: Path
     position: int
     length: int
 
     def read(self) -> bytes:
-        """The pickle as it is. Nothing in it is run."""
+        """Reads the bytes of the pickle, without unpickling."""
         with open(self.path, "rb") as file:
             file.seek(self.position)
             return file.read(self.length)
@@ -46,9 +46,9 @@ class Chunk:
 
     Attributes:
         key: of the tensor.
-        offsets, sizes: which part of it the chunk is.
+        offsets, sizes: of the chunk within the tensor.
         dtype: of the tensor.
-        path, position, length: the bytes that it is stored in.
+        path, position, length: of the chunk's bytes.
     """
 
     key: str
@@ -58,20 +58,20 @@ class Chunk:
     path: Path
     position: int
     length: int
-    # Byte of the file at which its elements begin, once they have been read and found undamaged.
+    # File offset of its elements, known once its checksum has been verified.
     _start: int | None = None
 
     def read(self, index: list[np.ndarray], out: np.ndarray) -> None:
-        """Copy some positions of the chunk into `out`.
+        """Copies some positions of the chunk into `out`.
 
-        The first time all of it is read, so that its checksum can be compared; after that, rows that are wanted.
+        The first call reads the whole chunk and verifies its checksum; later calls read only the rows needed.
 
         Args:
-            index: for each dimension, the positions wanted, ascending, counted from the chunk's first.
-            out: integers as of `rows.bits`, of the lengths of `index`.
+            index: for each dimension, ascending positions within the chunk.
+            out: integers as of `row_io.bits`, with the lengths of `index`.
 
         Raises:
-            CheckpointError: the chunk is damaged, or another tensor than the checkpoint's index says.
+            CheckpointError: the chunk is damaged, or does not match the checkpoint's index.
         """
         try:
             with open(self.path, "rb", buffering=0) as file:
@@ -79,7 +79,7 @@ class Chunk:
                     self._read_first(file, index, out)
                 else:
                     copy_rows(file, self._start, self.sizes, index, out)
-        except Exception as e:  # as many kinds as there are ways to be damaged
+        except Exception as e:  # damaged files raise exceptions of many types
             raise CheckpointError(
                 f"{self.path} is damaged at byte {self.position}, where {self.key} {list(self.sizes)} is kept: {e}"
             ) from e
@@ -105,7 +105,7 @@ class Chunk:
 
 
 class _Window(RawIOBase):
-    """A part of a file as a file."""
+    """A byte range of a file, as a file."""
 
     def __init__(self, file: FileIO, start: int, length: int):
         self._file, self._start, self._length = file, start, length
@@ -150,7 +150,7 @@ class _Tensor(NamedTuple):
 
 
 class _TensorUnpickler(PlainUnpickler):
-    """Reads what a chunk says of its tensor, without making one. Nothing else can be in it, so that nothing can run."""
+    """Reads the metadata of a chunk's tensor, without making the tensor. Allows no other objects, so no code runs."""
 
     _CLASSES: dict[tuple[str, str], Any] = {
         ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
@@ -169,9 +169,9 @@ class _TensorUnpickler(PlainUnpickler):
 
 
 def _is_plain(archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], chunk: Chunk) -> bool:
-    """Whether the chunk's elements, and no others, lie row by row as they are in memory.
+    """Returns whether the archive holds exactly the chunk's elements, in row-major order and native byte order.
 
-    If not, it may still hold a tensor that torch can load.
+    If not, torch may still be able to load it.
     """
     if "byteorder" not in records or archive.read(records["byteorder"]) != sys.byteorder.encode():
         return False
@@ -190,7 +190,7 @@ def _is_plain(archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], chu
 
 
 def _content_offset(window: _Window, record: zipfile.ZipInfo) -> int:
-    """Where the content of a record begins: after its header, a name, and what torch aligns it with."""
+    """Returns the offset of a record's content, after its header, its name, and torch's padding for alignment."""
     window.seek(record.header_offset + 26)
     lengths = window.read(4)
     return record.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")

@@ -14,7 +14,7 @@ from minitron_megatron.config.schema import ExportConfig, ImportConfig, PruneCon
 from minitron_megatron.pruning.prune import prune
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, hf_model, import_hf, random_scores
-from tests.unit.checkpoint.test_writer import assert_equal
+from tests.unit.checkpoint.test_dist_writer import assert_equal
 
 MINITRON = [sys.executable, "-m", "minitron_megatron.cli"]
 TARGET = ["target.layers=3", "target.hidden=40", "target.ffn=30", "target.heads=4", "parallel.tensor=2"]
