@@ -1,4 +1,4 @@
-"""What a recipe asks of a cluster: one job per stage, each with the ranks that it needs."""
+"""The jobs of a recipe on a cluster: one per stage, with the ranks that it needs."""
 
 import re
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ Stages = dict[str, tuple[str, Any]]
 """Verb and settings object of each stage, by name."""
 
 REPORT = "report"
-"""The last job of a recipe, which writes its report."""
+"""Verb of the last job of a recipe, which writes the report."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One stage on a cluster.
+    """The job of one stage.
 
     Attributes:
         name: of the stage.
         file: stem of the job's files in the run's folder.
         verb: what it runs; `REPORT` for the end of a recipe.
-        nodes: how many.
-        ranks_per_node: on each of them.
-        gpus_per_node: on each of them.
+        nodes: number of nodes.
+        ranks_per_node: ranks on each node.
+        gpus_per_node: GPUs on each node.
     """
 
     name: str
@@ -42,18 +42,18 @@ class Job:
 
 
 def jobs_of(stages: Stages, cluster: ClusterConfig, with_report: bool) -> list[Job]:
-    """The jobs of stages, in their order, and one for the report of a recipe.
+    """Returns a job for every stage, in order, and one for the report of a recipe.
 
-    A stage on several ranks fills its nodes, or takes a part of one.
+    A stage on several ranks fills its nodes, or takes part of a single node.
 
     Raises:
-        ConfigError: a layout and the cluster do not fit each other.
+        ConfigError: a layout does not fit the cluster.
     """
     jobs, problems = [], []
     for number, (name, (verb, settings)) in enumerate(stages.items(), start=1):
         file = file_stem(number, name)
         ranks = ranks_of(verb, settings, cluster)
-        # Others fill whole nodes.
+        # More ranks have to fill whole nodes.
         per_node = min(ranks, cluster.ranks_per_node)
         if ranks % per_node:
             problems.append(
@@ -76,12 +76,12 @@ def jobs_of(stages: Stages, cluster: ClusterConfig, with_report: bool) -> list[J
 
 
 def file_stem(number: int, name: str) -> str:
-    """The stem of a stage's files, by its place in the order."""
+    """Returns the stem of a stage's files, from its place in the order."""
     return f"{number:02d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}"
 
 
 def ranks_of(verb: str, settings: Any, cluster: ClusterConfig) -> int:
-    """Ranks of a stage: as many as its layout says, or all of the nodes asked for where it leaves that open."""
+    """Returns the number of ranks of a stage: that of its layout, or all of cluster.nodes if parallel.data is null."""
     if verb in DISTRIBUTED and settings.parallel.data is None and cluster.nodes:
         model = required_ranks(settings.parallel)
         return max(1, cluster.nodes * cluster.ranks_per_node // model) * model

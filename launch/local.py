@@ -6,25 +6,25 @@ import subprocess
 import sys
 
 ROLE = "minitron"
-"""What the launcher tells each rank it is. Such ranks leave the last word to `launch.agent`."""
+"""Role that the launcher gives each rank. Such ranks leave printing errors to `launch.agent`."""
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run_ranks(num_ranks: int, arguments: list[str]) -> int:
-    """Run `minitron ARGUMENTS` as `num_ranks` ranks here and wait for them.
+    """Runs `minitron ARGUMENTS` on `num_ranks` local ranks and waits for them.
 
-    Signals sent to this process reach the ranks once: they get a session of their own, so that a terminal's
-    Ctrl-C does not reach them by itself as well.
+    Forwards signals to the ranks. They run in a session of their own, so that a terminal's Ctrl-C reaches them only
+    once.
 
     Args:
         num_ranks: processes to start.
         arguments: the command line, verb first.
 
     Returns:
-        The exit status: 2 when a rank ended on an error of the user's, whose message has been printed.
+        exit status: 2 if a rank raised a `UserError`, whose message has been printed.
     """
-    # Where the system can say so, the cores this process may use and not all there are.
+    # The cores that this process may use, if the system can tell.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     command = [
         *(sys.executable, "-m", "minitron_megatron.launch.agent"),

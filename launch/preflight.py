@@ -1,7 +1,7 @@
-"""What is checked on every node before the ranks start: `python -m minitron_megatron.launch.preflight`.
+"""Checks every node before the ranks start: `python -m minitron_megatron.launch.preflight`.
 
-One task per node. A node leaves `NODE.ok` or `NODE.bad` in the folder of the checks; where all are right, they meet.
-What is wrong with one is said in the job's log, under its name.
+Runs as one task per node. Each node writes `NODE.ok` or `NODE.bad` to the folder of the checks; if all are ok, they do
+an all-reduce. Problems go to the job's log, with the name of the node.
 """
 
 import importlib
@@ -18,20 +18,20 @@ from minitron_megatron.launch.version import digest
 
 MIN_FREE_GIB = 1.0
 MEETING_S = 300
-"""So long a node waits for the others, whose file system may be cold."""
+"""Seconds that a node waits for the others, which may have cold file systems."""
 
 
 def main(checks: str, run_dir: str, expected_digest: str, num_gpus: str) -> int:
-    """Check this node, and that it reaches the others.
+    """Checks this node, and whether it reaches the others.
 
     Args:
-        checks: folder that all nodes see.
+        checks: folder that all nodes share.
         run_dir: folder of the run.
         expected_digest: of the code that the run was launched with.
-        num_gpus: GPUs that this node must have.
+        num_gpus: number of GPUs that this node must have.
 
     Returns:
-        exit status: 0 if all is well with this node.
+        exit status: 0 if this node has no problem.
     """
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     problems = [*code_problems(expected_digest), *folder_problems(Path(run_dir)), *gpu_problems(int(num_gpus))]
@@ -45,14 +45,14 @@ def main(checks: str, run_dir: str, expected_digest: str, num_gpus: str) -> int:
 
 
 def code_problems(expected: str) -> list[str]:
-    """That this node has other code than the run was launched with."""
+    """Returns a problem if this node has other code than the run was launched with."""
     if digest() == expected:
         return []
     return [f"has other code of minitron_megatron ({digest()}) than the run was launched with ({expected})"]
 
 
 def folder_problems(folder: Path) -> list[str]:
-    """That the run's folder is not there, cannot be written, or lies on a full disk."""
+    """Returns a problem if the run's folder is missing, cannot be written, or is on a full disk."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -63,24 +63,24 @@ def folder_problems(folder: Path) -> list[str]:
 
 
 def gpu_problems(num_gpus: int) -> list[str]:
-    """That GPUs are missing, or do not compute."""
+    """Returns a problem for each GPU that is missing or does not compute."""
     if not num_gpus:
         return []
-    torch = importlib.import_module("torch")  # by name, for this package must not need it
+    torch = importlib.import_module("torch")  # by name, because this package must not import it
     if torch.cuda.device_count() < num_gpus:
         return [f"has {torch.cuda.device_count()} GPUs, and the job takes {num_gpus}"]
-    found = []
+    problems = []
     for device in range(num_gpus):
         try:
             if float(torch.ones(1024, 1024, device=f"cuda:{device}").sum()) != 2**20:
-                found.append(f"GPU {device} adds up wrongly")
+                problems.append(f"GPU {device} adds up wrongly")
         except RuntimeError as error:
-            found.append(f"GPU {device} fails: {str(error).splitlines()[0]}")
-    return found
+            problems.append(f"GPU {device} fails: {str(error).splitlines()[0]}")
+    return problems
 
 
 def port_problems(port: int) -> list[str]:
-    """That the port at which ranks will meet on this node is taken."""
+    """Returns a problem if the port at which the ranks will meet on this node is taken."""
     with socket.socket() as own:
         own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -91,7 +91,7 @@ def port_problems(port: int) -> list[str]:
 
 
 def absence_problems(checks: Path) -> list[str]:
-    """That there is no other node to meet, because it is bad or has said nothing in time."""
+    """Waits for the other nodes; returns a problem if one is bad or does not report in time."""
     num_nodes, end = int(os.environ["SLURM_STEP_NUM_TASKS"]), time.monotonic() + MEETING_S
     while True:
         bad = sorted(path.stem for path in checks.glob("*.bad"))
@@ -104,7 +104,7 @@ def absence_problems(checks: Path) -> list[str]:
 
 
 def meeting_problems(on_gpus: bool) -> list[str]:
-    """What goes wrong in a small all-reduce with the other nodes."""
+    """Returns the problem of a small all-reduce with the other nodes, if any."""
     num_nodes, rank = int(os.environ["SLURM_STEP_NUM_TASKS"]), int(os.environ["SLURM_PROCID"])
     if num_nodes == 1:
         return []
@@ -119,7 +119,7 @@ def meeting_problems(on_gpus: bool) -> list[str]:
         one = torch.ones(1, device="cuda" if on_gpus else "cpu")
         dist.all_reduce(one)
         dist.destroy_process_group()
-        # The store lives in the first process, which leaves last.
+        # The first process hosts the store, so it leaves last.
         store.set(f"left/{rank}", "")
         if rank == 0:
             store.wait([f"left/{other}" for other in range(num_nodes)], wait)

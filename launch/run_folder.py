@@ -1,4 +1,4 @@
-"""What `minitron launch` keeps in a run's folder: settings and script of every job, and which jobs there are.
+"""The files of `minitron launch` in a run's folder: the list of jobs, and settings and script of each.
 
 `launch/launch.json` names the jobs; `launch/NN_STAGE.yaml` holds the settings of a stage, every value resolved, and
 `launch/NN_STAGE.sh` its script. Jobs leave `NN_STAGE.state` and, at the end, `NN_STAGE.done`. The runs of a sweep have
@@ -27,13 +27,13 @@ LOGS = "logs"
 
 @dataclass
 class Launched:
-    """What was launched into a folder.
+    """A launch, as recorded in its folder.
 
     Attributes:
         jobs: in order.
-        work_dir: where relative paths of the settings begin.
-        ids: Slurm's id of each job that was submitted, by the job's file; none for jobs that were done.
-        num_runs: of a sweep; None for a single run.
+        work_dir: base of relative paths in the settings.
+        ids: Slurm's id of each submitted job, by the job's file; jobs that were done before have none.
+        num_runs: number of runs of a sweep; None for a single run.
         cluster: its settings, as plain values.
         code: see `version.code_version`.
         cancelled: whether the chain was cancelled.
@@ -49,14 +49,14 @@ class Launched:
 
     @classmethod
     def read(cls, run_dir: Path) -> "Launched":
-        """What was launched into `run_dir`.
+        """Reads what was launched into `run_dir`.
 
         Raises:
             ConfigError: nothing was.
         """
         path = run_dir / FOLDER / "launch.json"
         if not path.is_file():
-            raise ConfigError([f"{run_dir} is no folder that a run was launched into: it has no {FOLDER}/{path.name}"])
+            raise ConfigError([f"{run_dir} is not the folder of a launched run: it has no {FOLDER}/{path.name}"])
         values = json.loads(path.read_text())
         return cls(**{**values, "jobs": [Job(**job) for job in values["jobs"]]})
 
@@ -64,47 +64,46 @@ class Launched:
         replace(run_dir / FOLDER / "launch.json", json.dumps(asdict(self), indent=2) + "\n")
 
     def runs(self, run_dir: Path) -> list[Path]:
-        """The folder of each run."""
+        """Returns the folder of each run."""
         return [run_dir] if self.num_runs is None else [run_dir / str(number) for number in range(self.num_runs)]
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new text."""
+    """Writes a small file atomically: a reader sees the old or the new text."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def other_run_problems(run: Path, jobs: list[Job], stages: Stages) -> list[str]:
-    """That `run` holds something else than these stages, as far as settings tell.
+    """Returns a problem if `run` holds something other than these stages, judging by their settings.
 
-    A stage that has left nothing yet may have other settings than before, and any stage other ones that change no
-    result.
+    Only settings that affect the result count, and only of stages that have an output.
     """
     if run.is_dir() and any(run.iterdir()) and not (run / FOLDER).is_dir() and not (run / RECIPE).is_file():
         return [f"{run} exists and is not a run: choose another folder"]
-    found = []
+    problems = []
     for job, (verb, settings) in zip(jobs, stages.values(), strict=False):
         path = run / FOLDER / f"{job.file}.yaml"
         if path.is_file() and Path(settings.output).exists():
             before, now = yaml.safe_load(path.read_text()), to_plain(settings)
             changed = differences(content(SCHEMAS[verb], before), content(SCHEMAS[verb], now))
             if changes := [f"{verb}.{name} was {show(old)} and is {show(new)}" for name, old, new in changed]:
-                found.append(
+                problems.append(
                     f"{run} holds another run: in its stage {job.name} {'; '.join(changes)}. Choose another folder, or "
                     f"remove {settings.output}"
                 )
-    return found
+    return problems
 
 
 def write_settings(run: Path, jobs: list[Job], stages: Stages, recipe: Any) -> None:
-    """Write what the jobs of one run read."""
+    """Writes the settings that the jobs of one run read."""
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (run / LOGS).mkdir(exist_ok=True)
     for job, (_, settings) in zip(jobs, stages.values(), strict=False):
         replace(folder / f"{job.file}.yaml", to_yaml(settings))
-        # By which a script finds what the job has made.
+        # The script finds the job's output by this link.
         made = folder / f"{job.file}.output"
         made.unlink(missing_ok=True)
         made.symlink_to(Path(settings.output).absolute())
@@ -113,7 +112,7 @@ def write_settings(run: Path, jobs: list[Job], stages: Stages, recipe: Any) -> N
 
 
 def read_stage(run: Path, job: Job, work_dir: str) -> tuple[dict, Path] | None:
-    """Settings of a job's stage and the folder that it makes; None of a job that has none, or not yet."""
+    """Returns the settings of a job's stage and its output folder; None if it has no stage, or none yet."""
     path = run / FOLDER / f"{job.file}.yaml"
     if not path.is_file():
         return None
@@ -122,7 +121,7 @@ def read_stage(run: Path, job: Job, work_dir: str) -> tuple[dict, Path] | None:
 
 
 def is_done(run: Path, job: Job, work_dir: str) -> bool:
-    """Whether a job has ended well and what it made is still there."""
+    """Returns whether a job has succeeded and its output is still there."""
     stage = read_stage(run, job, work_dir)
     made = job.verb == REPORT or (stage is not None and (stage[1] / "manifest.json").is_file())
     return made and (run / FOLDER / f"{job.file}.done").is_file()

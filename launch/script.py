@@ -1,4 +1,4 @@
-"""The script of a job: a pure function from settings to text."""
+"""Renders the script of a job: a pure function from settings to text."""
 
 import re
 import shlex
@@ -13,16 +13,16 @@ from minitron_megatron.launch.jobs import Job
 def render(
     job: Job, cluster: ClusterConfig, run_dir: Path, work_dir: Path, python: str, digest: str, num_runs: int | None
 ) -> str:
-    """The batch script of a job.
+    """Renders the batch script of a job.
 
     Args:
-        job: what it runs.
-        cluster: where.
+        job: the job.
+        cluster: its settings.
         run_dir: folder of the run, or of the sweep.
-        work_dir: where relative paths of the settings begin.
-        python: the interpreter.
+        work_dir: base of relative paths in the settings.
+        python: interpreter.
         digest: of the code that every node must have.
-        num_runs: runs of a sweep, one per task of a job array; None for a single run.
+        num_runs: number of runs of a sweep, one per task of a job array; None for a single run.
     """
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -47,7 +47,7 @@ def render(
 
 
 def _options(job: Job, cluster: ClusterConfig, num_runs: int | None) -> list[str]:
-    """Options of sbatch. Paths are relative to the folder of the logs, where the job is submitted."""
+    """Returns the options of sbatch. Paths are relative to the folder of the logs, where the job is submitted."""
     on_gpus = job.gpus_per_node > 0
     partition = cluster.partition if on_gpus or not cluster.cpu_partition else cluster.cpu_partition
     limit = f"%{cluster.max_parallel}" if cluster.max_parallel else ""
@@ -76,20 +76,20 @@ def _options(job: Job, cluster: ClusterConfig, num_runs: int | None) -> list[str
 
 
 def _cpus(job: Job, cluster: ClusterConfig) -> str:
-    """The option of srun for the cores of a task, which is a rank or, with torchrun, a node."""
+    """Returns srun's option for the cores of a task, which is a rank or, with torchrun, a node."""
     per_task = 1 if cluster.rendezvous is Rendezvous.SRUN else job.ranks_per_node
     return f" --cpus-per-task={per_task * cluster.cpus_per_rank}" if cluster.cpus_per_rank else ""
 
 
 def _quoted(value: str) -> str:
-    """A value as sbatch reads it from a comment, where quotes and backslashes work as in a shell."""
+    """Quotes a value for a `#SBATCH` comment, where quotes and backslashes work as in a shell."""
     if re.fullmatch(r"[\w@%+=:,./-]+", value):
         return value
     return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def _container(cluster: ClusterConfig, run_dir: Path, work_dir: Path) -> list[str]:
-    """Options of srun that pyxis reads."""
+    """Returns the options of srun for pyxis."""
     container = cluster.container
     if container.image is None:
         return []

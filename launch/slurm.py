@@ -1,4 +1,4 @@
-"""Slurm's commands: submit a chain of jobs, ask about them, cancel them."""
+"""Slurm commands: submits a chain of jobs, queries and cancels them."""
 
 import re
 import shutil
@@ -9,11 +9,11 @@ from pathlib import Path
 from minitron_megatron.errors import ConfigError
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")
-"""States of jobs that are not over."""
+"""States of jobs that have not ended."""
 
 
 def require_slurm() -> None:
-    """Raise `ConfigError` where sbatch is not installed."""
+    """Raises `ConfigError` if sbatch is not installed."""
     if shutil.which("sbatch") is None:
         raise ConfigError(
             ["cluster.kind = slurm, but there is no sbatch on the PATH: launch from a login node, or set cluster=local"]
@@ -21,19 +21,19 @@ def require_slurm() -> None:
 
 
 def submit_chain(scripts: list[Path], folder: Path, is_array: bool, on_id: Callable[[Path, str], None]) -> None:
-    """Submit scripts so that each begins when the one before has succeeded.
+    """Submits scripts so that each starts when the previous one has succeeded.
 
-    In a sweep a run's stage waits for the same run's stage before it. A job that waits for one that failed is
-    cancelled. Where not all can be submitted, those that were are cancelled.
+    In a sweep each run's stage waits for the previous stage of the same run. If a job fails, Slurm cancels those that
+    wait for it. If sbatch refuses a job, those submitted before are cancelled.
 
     Args:
         scripts: in order.
         folder: where the jobs' logs go.
         is_array: whether the jobs are arrays.
-        on_id: called with a script and the id of its job, as soon as that is known.
+        on_id: called with each script and its job id right after submission.
 
     Raises:
-        ConfigError: sbatch refused one, in its own words.
+        ConfigError: sbatch refused a job; with its message.
     """
     ids: list[str] = []
     try:
@@ -53,32 +53,32 @@ def submit_chain(scripts: list[Path], folder: Path, is_array: bool, on_id: Calla
 
 
 def states(ids: list[str]) -> dict[str, list[tuple[str, str]]]:
-    """State and reason of the jobs that Slurm still knows, by id; several for the tasks of an array.
+    """Returns state and reason of the jobs that Slurm still knows, by id; several for the tasks of an array.
 
     Raises:
         ConfigError: Slurm does not answer.
     """
-    found: dict[str, list[tuple[str, str]]] = {}
+    by_id: dict[str, list[tuple[str, str]]] = {}
     if not ids:
-        return found
+        return by_id
     command = ["squeue", "--noheader", "--states=all", "--format=%F|%T|%r", f"--jobs={','.join(ids)}"]
     done = subprocess.run(command, capture_output=True, text=True)
-    # Ids that Slurm has forgotten are an error to it, and leave nothing to read.
+    # squeue fails on ids that Slurm has forgotten.
     if done.returncode and "Invalid job id" not in done.stderr:
-        raise ConfigError([f"squeue does not say how jobs {', '.join(ids)} are: {done.stderr.strip()}"])
+        raise ConfigError([f"squeue fails for jobs {', '.join(ids)}: {done.stderr.strip()}"])
     for line in done.stdout.splitlines():
         job, state, reason = line.split("|", 2)
-        found.setdefault(job, []).append((state, reason))
-    return found
+        by_id.setdefault(job, []).append((state, reason))
+    return by_id
 
 
 def cancel(ids: list[str]) -> None:
-    """Cancel jobs; what is over already stays as it is."""
+    """Cancels jobs, except those that are over."""
     if ids:
         subprocess.run(["scancel", "--quiet", *ids], capture_output=True)
 
 
 def known_partitions() -> set[str]:
-    """Names of the partitions that there are."""
+    """Returns the names of all partitions."""
     done = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True)
     return set(re.findall(r"\S+", done.stdout))

@@ -1,4 +1,4 @@
-"""How far the jobs of a run have come: Slurm's word, the job's own, and the last line of its metrics."""
+"""Status of the jobs of a run: from Slurm, the job's own files, and the last line of its metrics."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from minitron_megatron.launch.run_folder import FOLDER, Launched, is_done, read_
 
 
 def status_table(run_dir: Path) -> Table:
-    """A line per stage, and per run of a sweep: state, restarts, step, loss and the time that is left.
+    """Returns a row per stage, and per run of a sweep: state, restarts, step, loss and remaining time.
 
     Raises:
         ConfigError: nothing was launched into `run_dir`.
@@ -27,15 +27,15 @@ def status_table(run_dir: Path) -> Table:
         table.add_column(column)
     for run in runs:
         for job in launched.jobs:
-            job_id = launched.ids.get(job.file)
+            job_id = launched.ids.get(job.file, "")
             state, restarts = _state(run, job, launched, in_slurm.get(job_id, []))
-            row = [job.name, job_id or "", state, restarts, *_progress(run, job, launched.work_dir)]
+            row = [job.name, job_id, state, restarts, *_progress(run, job, launched.work_dir)]
             table.add_row(*([run.name, *row] if launched.num_runs is not None else row))
     return table
 
 
 def _state(run: Path, job: Job, launched: Launched, known: list[tuple[str, str]]) -> tuple[str, str]:
-    """State in a word or two, and restarts so far."""
+    """Returns the state in a word or two, and the restarts so far."""
     path = run / FOLDER / f"{job.file}.state"
     own, _, restarts = path.read_text().split() if path.is_file() else ("", "", "")
     if is_done(run, job, launched.work_dir):
@@ -48,20 +48,23 @@ def _state(run: Path, job: Job, launched: Launched, known: list[tuple[str, str]]
         return ", ".join(f"{count} {state.lower()}" for state, count in Counter(s for s, _ in known).items()), restarts
     if launched.cancelled:
         return "cancelled", restarts
-    # A job that Slurm no longer knows has ended without a word.
+    # A job that Slurm no longer knows ended without recording its state.
     return ("ended" if own == "running" and not known else own) or "not started", restarts
 
 
 def _progress(run: Path, job: Job, work_dir: str) -> list[str]:
-    """Step, loss and time left, of a stage that trains."""
+    """Returns step, loss and remaining time of a training stage."""
     stage = read_stage(run, job, work_dir)
-    path = stage[1] / "metrics.jsonl" if stage else None
-    if job.verb != "distill" or path is None or not path.is_file():
+    if job.verb != "distill" or stage is None:
+        return ["", "", ""]
+    settings, output = stage
+    path = output / "metrics.jsonl"
+    if not path.is_file():
         return ["", "", ""]
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if not lines:
         return ["", "", ""]
-    last, steps = json.loads(lines[-1]), stage[0]["steps"]
+    last, steps = json.loads(lines[-1]), settings["steps"]
     left = (steps - last["progress/step"]) * last["time/step_s"]
     return [
         f"{last['progress/step']} of {steps}",

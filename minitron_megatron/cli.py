@@ -1,7 +1,7 @@
 """The command line: `minitron VERB [key=value ...]`.
 
-Composes and checks the settings before anything heavy is imported, then calls the verb's function: in this
-process, as one of the ranks that torchrun or srun started, or in ranks that are started here.
+Composes and checks the settings before any heavy import, then calls the verb's function: in this process, as one of
+the ranks that torchrun or srun started, or on ranks that it starts itself.
 """
 
 import json
@@ -29,11 +29,11 @@ INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command.
+    """Runs one command.
 
     Returns:
-        Exit status: 0; 2 when the user can mend what is wrong; 75 when a signal stopped a run that can go on; 130
-        after Ctrl-C.
+        exit status: 0; 2 for an error the user can fix; 75 if a signal stopped a run that can resume; 130 after
+        Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments, file = _without_file(arguments)
@@ -43,18 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(verb, overrides, options, file)
     except UserError as error:
-        _tell(verb, error)
+        _print_error(verb, error)
         return error.exit_status
     except Preempted as stop:
         logger.info("%s", stop)
-        _leave_word(str(stop), PREEMPTED)
+        _write_error_file(str(stop), PREEMPTED)
         return PREEMPTED
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
 def _without_file(arguments: list[str]) -> tuple[list[str], str | None]:
-    """The arguments without `--config FILE` or `--config=FILE`, and the file."""
+    """Splits off `--config FILE` or `--config=FILE` from the arguments."""
     for index, argument in enumerate(arguments):
         if argument.startswith("--config="):
             return arguments[:index] + arguments[index + 1 :], argument.removeprefix("--config=")
@@ -66,7 +66,9 @@ def _without_file(arguments: list[str]) -> tuple[list[str], str | None]:
 def _run(verb: str | None, overrides: list[str], options: set[str], file: str | None) -> int:
     known = {"-h", "--help", "--cfg", "--version", *(("-m", "--multirun") if verb == "launch" else ())}
     if unknown := options - known:
-        raise ConfigError([f"{option} is no option: {near(option, ['--help', '--cfg'])}" for option in sorted(unknown)])
+        raise ConfigError(
+            [f"unknown option {option}: {near(option, ['--help', '--cfg'])}" for option in sorted(unknown)]
+        )
     if "--version" in options:
         print(__version__)
         return 0
@@ -74,9 +76,9 @@ def _run(verb: str | None, overrides: list[str], options: set[str], file: str | 
         print(_overview())
         return 0
     if verb not in SCHEMAS:
-        raise ConfigError([f"{verb!r} is no verb: {near(verb, list(SCHEMAS))}"])
+        raise ConfigError([f"unknown command {verb!r}: {near(verb, list(SCHEMAS))}"])
     if options & {"-h", "--help"}:
-        if verb in VERBS:  # whose settings may be those of a plugin
+        if verb in VERBS:  # plugins may add settings
             load_named_plugins(verb, overrides)
         print(f"minitron {verb}: {summary(verb)}\n\n{describe(verb)}")
         return 0
@@ -96,7 +98,7 @@ def _run(verb: str | None, overrides: list[str], options: set[str], file: str | 
 
 
 def _start(verb: str, arguments: list[str], settings: Any) -> int:
-    """Run a verb in the world that there is, or in one made for it."""
+    """Runs a verb in the current world of ranks, or in ranks that it starts."""
     update_environment(slurm_environment(os.environ))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" not in os.environ and ranks_to_start(verb, settings) > 1:
@@ -119,31 +121,31 @@ def _overview() -> str:
             *lines,
             "",
             "  minitron VERB --help                     the settings of a verb",
-            "  minitron VERB key=value ... --cfg        the settings as they would be used, without running",
+            "  minitron VERB key=value ... --cfg        print the resolved settings without running",
             f"  minitron compress experiment=NAME        a whole recipe: {', '.join(shipped('experiment'))}",
         ]
     )
 
 
-def _tell(verb: str | None, error: UserError) -> None:
-    """Print an error once, whatever the number of ranks that find it.
+def _print_error(verb: str | None, error: UserError) -> None:
+    """Prints an error once, whatever the number of ranks that raise it.
 
-    What a rank other than the first finds alone is shown by the launcher; ranks started by `run_ranks` leave even the
-    first one's to it.
+    The launcher prints errors that only other ranks than the first raise. Ranks started by `run_ranks` leave all of
+    them to the launcher.
     """
     start = f"minitron {verb}: " if verb else "minitron: "
     message = "\n".join(start + line for line in str(error).splitlines())
-    has_launcher = _leave_word(message, error.exit_status)
+    has_launcher = _write_error_file(message, error.exit_status)
     left_to_launcher = has_launcher and (os.environ.get("ROLE_NAME") == ROLE or os.environ.get("RANK", "0") != "0")
     if not left_to_launcher:
         print(message, file=sys.stderr)
 
 
-def _leave_word(message: str, status: int) -> bool:
-    """Tell the launcher why this rank ends, where there is one: in the file that torch's elastic launcher, and the
-    script of a Slurm job, give every rank for it.
+def _write_error_file(message: str, status: int) -> bool:
+    """Tells the launcher, if there is one, why this rank ends.
 
-    A launcher ends the other ranks when the first one leaves, and knows no more than how those ended.
+    torch's elastic launcher and the script of a Slurm job give every rank a file for this. Otherwise a launcher, which
+    ends all ranks when the first one leaves, would only know their exit statuses.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None:

@@ -1,37 +1,37 @@
-"""Whether the training stages of a run fit their GPUs, and what they cost, before anything is launched."""
+"""Checks before a launch whether the training stages fit their GPUs, and estimates their cost."""
 
 import json
 from pathlib import Path
 
 from minitron_megatron.config.cluster import ClusterConfig
 from minitron_megatron.config.reader import show
-from minitron_megatron.config.schema import CompressConfig
+from minitron_megatron.config.schema import CompressConfig, DistillConfig
 from minitron_megatron.distillation.memory import GIB, estimate_memory
 from minitron_megatron.distillation.nearest_layout import nearest_layout
 from minitron_megatron.distillation.step_time import estimate_step
 from minitron_megatron.launch.jobs import Job, Stages
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.network import Network, layout_problems
-from minitron_megatron.parallel.gpus import GPUS
+from minitron_megatron.parallel.gpus import GPU, GPUS
 from minitron_megatron.pruning.target import resolve_target
 
 Networks = dict[str, Network]
-"""Each network that is known, by its folder."""
+"""Known networks by folder."""
 
 
 def check_fit(
     stages: Stages, jobs: list[Job], cluster: ClusterConfig, recipe: CompressConfig | None
 ) -> tuple[list[str], list[str]]:
-    """What every training stage will take of a GPU.
+    """Checks whether every training stage fits its GPUs, and estimates time and cost.
 
     Args:
         stages: by name.
         jobs: with the ranks of each stage.
-        cluster: whose GPUs; with none named nothing is checked.
-        recipe: what the stages are of, if they are; its `architecture` stands for a source that is not here.
+        cluster: with the GPU model; null checks nothing.
+        recipe: of the stages, if any; its `architecture` replaces a source that cannot be read here.
 
     Returns:
-        what to tell the user, and the problems of stages that do not fit.
+        notes for the user, and the problems of stages that do not fit.
 
     Raises:
         UserError: a network is not supported, or cannot be pruned to the target.
@@ -40,51 +40,58 @@ def check_fit(
         return [], []
     if cluster.gpu not in GPUS:
         return [], [f"cluster.gpu = {cluster.gpu!r} is not known: choose one of {', '.join(GPUS)}, or null"]
-    told, problems = [], []
+    notes, problems = [], []
     networks = networks_of(stages, recipe)
-    gpu = GPUS[cluster.gpu]
     for job in jobs:
-        if job.verb != "distill":
-            continue
-        settings = stages[job.name][1]
-        folders = [settings.student, *([settings.teacher] if settings.teacher else [])]
-        if unknown := [folder for folder in folders if folder not in networks]:
-            told.append(f"{job.name}: not checked whether it fits, for {' and '.join(unknown)} cannot be read here")
-            continue
-        student, teacher = networks[settings.student], networks.get(settings.teacher or "")
-        layout = settings.parallel.in_world(job.ranks)
-        found = [p for network in filter(None, (student, teacher)) for p in layout_problems(network, layout, job.name)]
-        if found:
-            problems += found
-            continue
-        memory = estimate_memory(student, teacher, settings, layout)
-        if memory.fits(gpu):
-            step = estimate_step(student, teacher, settings, layout, gpu, price=cluster.gpu_hour_price)
-            cost = "" if step.cost is None else f", which cost {step.cost:,.0f}"
-            told.append(
-                f"{job.name}: about {memory.total / GIB:.1f} of {gpu.memory_gib} GiB on each of {job.ranks} "
-                f"{cluster.gpu}, {step.seconds:.1f} s a step, {step.gpu_hours:,.0f} GPU-hours{cost}"
-            )
-            if step.seconds >= cluster.signal_s:
-                told.append(
-                    f"{job.name}: told cluster.signal_s = {cluster.signal_s} s before its end, a rank may have no time "
-                    f"to end a step and save: set it to more than {step.seconds:.0f} s and those of a save"
-                )
-            continue
+        if job.verb == "distill":
+            job_notes, job_problems = _check_job(job, stages[job.name][1], cluster, GPUS[cluster.gpu], networks)
+            notes += job_notes
+            problems += job_problems
+    return notes, problems
+
+
+def _check_job(
+    job: Job, settings: DistillConfig, cluster: ClusterConfig, gpu: GPU, networks: Networks
+) -> tuple[list[str], list[str]]:
+    """Estimates memory, time and cost of a training stage.
+
+    Returns:
+        notes for the user, and its problems.
+    """
+    folders = [settings.student, *([settings.teacher] if settings.teacher else [])]
+    if unknown := [folder for folder in folders if folder not in networks]:
+        return [f"{job.name}: not checked whether it fits, for {' and '.join(unknown)} cannot be read here"], []
+    student, teacher = networks[settings.student], networks.get(settings.teacher or "")
+    layout = settings.parallel.in_world(job.ranks)
+    if problems := [p for n in filter(None, (student, teacher)) for p in layout_problems(n, layout, job.name)]:
+        return [], problems
+    memory = estimate_memory(student, teacher, settings, layout)
+    if not memory.fits(gpu):
         nearest = nearest_layout(student, teacher, settings, layout, gpu, cluster.ranks_per_node)
         fix = "no layout does"
         if nearest:
             changes = " ".join(f"{name}={show(value)}" for name, value in nearest[0].items())
             fix = f"it fits with {changes} ({nearest[1].total / GIB:.1f} GiB)"
-        problems.append(
+        return [], [
             f"stages.{job.name} needs about {memory.total / GIB:.0f} GiB on every GPU, and cluster.gpu = {cluster.gpu} "
             f"has {gpu.memory_gib}: {fix}; cluster.gpu=null launches without looking"
+        ]
+    step = estimate_step(student, teacher, settings, layout, gpu, price=cluster.gpu_hour_price)
+    cost = "" if step.cost is None else f", which cost {step.cost:,.0f}"
+    notes = [
+        f"{job.name}: about {memory.total / GIB:.1f} of {gpu.memory_gib} GiB on each of {job.ranks} {cluster.gpu}, "
+        f"{step.seconds:.1f} s a step, {step.gpu_hours:,.0f} GPU-hours{cost}"
+    ]
+    if step.seconds >= cluster.signal_s:
+        notes.append(
+            f"{job.name}: told cluster.signal_s = {cluster.signal_s} s before its end, a rank may have no time "
+            f"to end a step and save: set it to more than {step.seconds:.0f} s and those of a save"
         )
-    return told, problems
+    return notes, []
 
 
 def networks_of(stages: Stages, recipe: CompressConfig | None) -> Networks:
-    """The networks that stages read and make, as far as they can be known before any of them has run."""
+    """Returns the networks that stages read and write, as far as they are known before any stage has run."""
     networks: Networks = {}
     for verb, settings in stages.values():
         if verb == "import":
@@ -107,7 +114,7 @@ def networks_of(stages: Stages, recipe: CompressConfig | None) -> Networks:
 
 
 def _known(folder: str, networks: Networks) -> Network | None:
-    """The network of a folder that a stage makes, or that has a manifest."""
+    """Returns the network of a folder that a stage writes, or that has a manifest."""
     for manifest in (Path(folder) / "manifest.json", Path(folder) / "checkpoints" / "manifest.json"):
         if folder not in networks and manifest.is_file():
             values = json.loads(manifest.read_text())

@@ -37,19 +37,19 @@ from minitron_megatron.launch.status import status_table
 from minitron_megatron.launch.version import code_version
 
 OWN = ("cluster", "dry_run")
-"""Settings of a launch; all others are of what is launched. Its plugins are those of what is launched."""
+"""Settings of the launch itself; all others, plugins included, are of what is launched."""
 
 LAUNCHED = [verb for verb in VERBS if verb not in ("compare", "inspect")]
-"""What can be launched."""
+"""Verbs that can be launched."""
 
 
 @dataclass
 class Run:
-    """What one run does.
+    """One run of a launch.
 
     Attributes:
         folder: of the run.
-        stages: in order; a verb by itself is one.
+        stages: in order; a single verb is one stage.
         recipe: settings of the recipe, if it is one.
     """
 
@@ -59,12 +59,12 @@ class Run:
 
 
 def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
-    """Run a verb or a recipe where the cluster's settings say.
+    """Runs a verb or a recipe where the cluster's settings say.
 
     Args:
         verb: what to run.
         overrides: of its settings, and of `LaunchConfig`'s.
-        multirun: overrides with several values make a sweep, a run for each of their combinations.
+        multirun: sweep over overrides with several values, a run for each combination.
 
     Returns:
         exit status.
@@ -82,7 +82,7 @@ def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
     )
     checked = [check_fit(run.stages, jobs, config.cluster, run.recipe) for run in runs]
     raise_if_any(list(dict.fromkeys(problem for _, problems in checked for problem in problems)))
-    for line in dict.fromkeys(line for told, _ in checked for line in told):
+    for line in dict.fromkeys(line for notes, _ in checked for line in notes):
         print(line, file=sys.stderr)
     if config.dry_run:
         print("\n".join(_planned(launched, base, runs, config.cluster)))
@@ -97,39 +97,50 @@ def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
     if not waiting:
         print(f"{base} is finished: nothing to do")
         return 0
-    (base / FOLDER).mkdir(parents=True, exist_ok=True)
-    (base / LOGS).mkdir(exist_ok=True)
-    for run in runs:
-        for job in jobs:
-            if not is_done(run.folder, job, launched.work_dir):
-                for left in ("done", "state", "restarts", "spent"):
-                    (run.folder / FOLDER / f"{job.file}.{left}").unlink(missing_ok=True)
-        write_settings(run.folder, jobs, run.stages, run.recipe)
+    _prepare_folders(launched, base, runs)
     if config.cluster.kind is ClusterKind.LOCAL:
         launched.write(base)
         return _run_here(launched, runs)
-    for file, text in _scripts(launched, base, config.cluster).items():
+    _submit(launched, base, waiting, config.cluster)
+    return 0
+
+
+def _prepare_folders(launched: Launched, base: Path, runs: list[Run]) -> None:
+    """Writes the settings of every job, and removes what earlier attempts left of jobs that are not done."""
+    (base / FOLDER).mkdir(parents=True, exist_ok=True)
+    (base / LOGS).mkdir(exist_ok=True)
+    for run in runs:
+        for job in launched.jobs:
+            if not is_done(run.folder, job, launched.work_dir):
+                for left in ("done", "state", "restarts", "spent"):
+                    (run.folder / FOLDER / f"{job.file}.{left}").unlink(missing_ok=True)
+        write_settings(run.folder, launched.jobs, run.stages, run.recipe)
+
+
+def _submit(launched: Launched, base: Path, waiting: list[Job], cluster: ClusterConfig) -> None:
+    """Writes all job scripts, and submits those of the jobs that are not done."""
+    for file, text in _scripts(launched, base, cluster).items():
         replace(base / FOLDER / f"{file}.sh", text)
 
     def keep(script: Path, job_id: str) -> None:
         launched.ids[script.stem] = job_id
         launched.write(base)
 
-    slurm.submit_chain([base / FOLDER / f"{job.file}.sh" for job in waiting], base / LOGS, multirun, keep)
+    scripts = [base / FOLDER / f"{job.file}.sh" for job in waiting]
+    slurm.submit_chain(scripts, base / LOGS, launched.num_runs is not None, keep)
     for job in waiting:
         print(f"job {launched.ids[job.file]}: {job.name} on {job.nodes} x {job.ranks_per_node} ranks")
     print(f"see how far it is: minitron launch status {shlex.quote(str(base))}")
-    return 0
 
 
 def status(run_dir: str) -> int:
-    """Print how far each stage of a launched run has come."""
+    """Prints the progress of each stage of a launched run."""
     Console().print(status_table(Path(run_dir)))
     return 0
 
 
 def cancel(run_dir: str) -> int:
-    """Cancel all jobs of a launched run that are not over."""
+    """Cancels all jobs of a launched run that are not over."""
     launched = Launched.read(Path(run_dir))
     slurm.cancel(list(launched.ids.values()))
     launched.cancelled = True
@@ -138,7 +149,7 @@ def cancel(run_dir: str) -> int:
 
 
 def report(run_dir: str) -> int:
-    """Write the report of a launched recipe, of the stages that are done."""
+    """Writes the report of a launched recipe, from the stages that are done."""
     from minitron_megatron.recipe import SECONDS, finish
 
     recipe = read_settings("compress", Path(run_dir) / RECIPE)
@@ -151,19 +162,19 @@ def report(run_dir: str) -> int:
 
 
 ACTIONS = {"status": status, "cancel": cancel, REPORT: report}
-"""What can be done with the folder of a launched run."""
+"""Commands on the folder of a launched run."""
 
 
 def command(arguments: list[str], multirun: bool, show: bool) -> int:
-    """`minitron launch [VERB] key=value ...`, or `minitron launch ACTION RUN`.
+    """Runs `minitron launch [VERB] key=value ...`, or `minitron launch ACTION RUN`.
 
     Args:
-        arguments: those.
-        multirun: as of `launch`.
-        show: print the settings as they would be used, and do nothing.
+        arguments: of the command line.
+        multirun: see `launch`.
+        show: only print the resolved settings.
 
     Raises:
-        ConfigError: as `launch` does, or there is no such verb or action.
+        ConfigError: see `launch`; or the verb or action does not exist.
     """
     words = list(itertools.takewhile(lambda argument: "=" not in argument, arguments))
     if words and words[0] in ACTIONS:
@@ -190,14 +201,14 @@ def command(arguments: list[str], multirun: bool, show: bool) -> int:
 
 
 def _of_launch(overrides: list[str]) -> tuple[list[str], list[str]]:
-    """The overrides of a launch, and those of what is launched."""
+    """Separates the overrides of the launch from those of what is launched."""
     own = [override for override in overrides if re.match(rf"\+*({'|'.join(OWN)})\b", override)]
     others = [override for override in overrides if override not in own]
     return [*own, *(override for override in others if re.match(r"\+*plugins\b", override))], others
 
 
 def _runs(verb: str, overrides: list[str], multirun: bool) -> tuple[Path, list[Run]]:
-    """The folder of all that is launched, and every run; that of a run by itself is the same."""
+    """Returns the folder of the launch, and every run; a single run has the same folder."""
     if not multirun:
         run = _run(verb, overrides)
         return run.folder, [run]
@@ -213,7 +224,7 @@ def _runs(verb: str, overrides: list[str], multirun: bool) -> tuple[Path, list[R
 
 
 def _run(verb: str, overrides: list[str]) -> Run:
-    """One run. That of a verb by itself has its folder beside the verb's output."""
+    """Returns one run. That of a single verb has its folder beside the verb's output."""
     settings = compose(verb, overrides)
     if verb == "compress":
         return Run(Path(settings.run_dir).absolute(), resolve_stages(settings), settings)
@@ -222,10 +233,10 @@ def _run(verb: str, overrides: list[str]) -> Run:
 
 
 def _jobs(runs: list[Run], cluster: ClusterConfig) -> list[Job]:
-    """The jobs that every run has.
+    """Returns the jobs that every run has.
 
     Raises:
-        ConfigError: as `jobs_of` does, or the runs of a sweep need jobs of different sizes.
+        ConfigError: see `jobs_of`; or the runs of a sweep need jobs of different sizes.
     """
     if cluster.kind is ClusterKind.LOCAL:
         cluster = dataclasses.replace(cluster, nodes=None, ranks_per_node=sys.maxsize)
@@ -236,7 +247,7 @@ def _jobs(runs: list[Run], cluster: ClusterConfig) -> list[Job]:
 
 
 def _scripts(launched: Launched, base: Path, cluster: ClusterConfig) -> dict[str, str]:
-    """The batch script of every job, by the stem of its file."""
+    """Renders the batch script of every job, by the stem of its file."""
     own = "python" if cluster.venv else "python3" if cluster.container.image else sys.executable
     python, digest = cluster.python or own, launched.code["digest"]
     return {
@@ -246,14 +257,14 @@ def _scripts(launched: Launched, base: Path, cluster: ClusterConfig) -> dict[str
 
 
 def _command(run: Path, job: Job) -> list[str]:
-    """What a job does, as arguments of `minitron`."""
+    """Returns the arguments of `minitron` for a job."""
     if job.verb == REPORT:
         return ["launch", REPORT, str(run)]
     return [job.verb, "--config", str(run / FOLDER / f"{job.file}.yaml")]
 
 
 def _planned(launched: Launched, base: Path, runs: list[Run], cluster: ClusterConfig) -> list[str]:
-    """What would be submitted, or run here."""
+    """Returns the scripts that would be submitted, or the commands that would be run here."""
     if cluster.kind is ClusterKind.SLURM:
         return list(_scripts(launched, base, cluster).values())
     return [
@@ -264,7 +275,7 @@ def _planned(launched: Launched, base: Path, runs: list[Run], cluster: ClusterCo
 
 
 def _run_here(launched: Launched, runs: list[Run]) -> int:
-    """Run all jobs of all runs on this machine, one after another, up to the first that fails."""
+    """Runs all jobs of all runs on this machine, one after another, until one fails."""
     for run in runs:
         for job in launched.jobs:
             if is_done(run.folder, job, launched.work_dir):
@@ -292,7 +303,7 @@ def _partition_problems(cluster: ClusterConfig) -> list[str]:
 
 
 def _name_problems(launched: Launched, base: Path, cluster: ClusterConfig) -> list[str]:
-    """Folders whose names Slurm or pyxis would take for something else."""
+    """Returns a problem for each folder whose name Slurm or pyxis would misread."""
     if cluster.kind is ClusterKind.LOCAL:
         return []
     taken = [(base, "%\\", "Slurm, which replaces it in the names of logs")]
@@ -307,18 +318,18 @@ def _name_problems(launched: Launched, base: Path, cluster: ClusterConfig) -> li
 
 
 def _folder_problems(launched: Launched, base: Path, runs: list[Run]) -> list[str]:
-    """That something else lies in the folders, or is about to."""
-    found = [p for run in runs for p in other_run_problems(run.folder, launched.jobs, run.stages)]
+    """Returns a problem if the folders hold another run, or one that is still in the queue."""
+    problems = [p for run in runs for p in other_run_problems(run.folder, launched.jobs, run.stages)]
     if (base / FOLDER / "launch.json").is_file():
         before = Launched.read(base)
         if before.num_runs != launched.num_runs:
-            found.append(
+            problems.append(
                 f"{base} holds {'a single run' if before.num_runs is None else 'a sweep'}: choose another folder"
             )
         known = slurm.states(list(before.ids.values()))
-        if active := [job for job, found in known.items() if any(state in slurm.ACTIVE for state, _ in found)]:
-            found.append(
+        if active := [job for job, states in known.items() if any(state in slurm.ACTIVE for state, _ in states)]:
+            problems.append(
                 f"{base} is in the queue already, as jobs {', '.join(active)}: wait for them, or end them with "
                 f"`minitron launch cancel {shlex.quote(str(base))}`"
             )
-    return found
+    return problems

@@ -1,10 +1,11 @@
-"""The verb `compress`: a recipe, which is a chain of verbs, each of which skips what is done."""
+"""The verb `compress`: a recipe, a chain of verbs that skips finished stages."""
 
 import json
 import logging
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -23,22 +24,22 @@ SECONDS = "seconds.json"
 
 
 def compress(config: CompressConfig) -> Path:
-    """Run a recipe's stages in order, and end with a table and a report.
+    """Runs a recipe's stages in order, and ends with a table and a report.
 
-    Every stage is checked before the first one starts. A stage whose layout needs several ranks gets them in
-    processes of its own.
+    Every stage is checked before the first one starts. A stage whose layout needs several ranks runs in processes of
+    its own.
 
     Returns:
         the run's folder.
 
     Raises:
-        UserError: of the stage that failed; what was done before stays, and is skipped the next time.
+        UserError: of the stage that failed. Finished stages are skipped the next time.
     """
     run_dir = Path(config.run_dir)
     stages = resolve_stages(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.yaml", to_yaml(config))
-    # Seconds of stages that were skipped this time are those of the run that made them.
+    # A stage that is skipped keeps the seconds of the run that made it.
     path = run_dir / SECONDS
     seconds = json.loads(path.read_text()) if path.exists() else {}
     for number, (name, (verb, settings)) in enumerate(stages.items(), start=1):
@@ -54,7 +55,7 @@ def compress(config: CompressConfig) -> Path:
 
 
 def finish(config: CompressConfig, stages: Stages) -> None:
-    """Write the report of what a recipe's stages have made, print the table, and mark the run as done."""
+    """Writes the report of a recipe's stages, prints the table, and marks the run as done."""
     from minitron_megatron.plotting import FIGURES
     from minitron_megatron.report.html import write_report
     from minitron_megatron.report.results import Stage, read_evaluations
@@ -68,7 +69,7 @@ def finish(config: CompressConfig, stages: Stages) -> None:
     done = [Stage(name, verb, Path(s.output), seconds.get(name)) for name, (verb, s) in stages.items()]
     report = write_report(run_dir, config.title, done)
     evaluations = read_evaluations(done)
-    # Trackers that have this report already are not given it again.
+    # Trackers get a report only once.
     is_new = any((_newest(stage.output) or 0) > finished for stage in done)
     for verb, settings in stages.values():
         if is_new and verb == "distill" and settings.tracking.trackers:
@@ -81,21 +82,21 @@ def finish(config: CompressConfig, stages: Stages) -> None:
     marker.touch()
 
 
-def _run(run_dir: Path, name: str, verb: str, settings) -> None:
+def _run(run_dir: Path, name: str, verb: str, settings: Any) -> None:
     if ranks_to_start(verb, settings) > 1:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix=f".{verb}.", dir=run_dir) as file:
             file.write(to_yaml(settings))
             file.flush()
             status = run_ranks(ranks_to_start(verb, settings), [verb, "--config", file.name])
         if status == PREEMPTED:
-            raise Preempted(f"stages.{name} ({verb}) was stopped by a signal, and goes on when this is run again")
+            raise Preempted(f"stages.{name} ({verb}) was stopped by a signal: run this again to resume")
         if status:
-            raise ConfigError([f"stages.{name} ({verb}) failed: mend what its messages above name, and run this again"])
+            raise ConfigError([f"stages.{name} ({verb}) failed: fix what its messages above say, and run this again"])
         return
     verb_function(verb)(settings)
 
 
 def _newest(output: Path) -> int | None:
-    """When a stage's output was finished, if it was."""
+    """Returns the time at which a stage's output was finished, if it was."""
     manifest = output / MANIFEST
     return manifest.stat().st_mtime_ns if manifest.exists() else None

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from minitron_megatron import cli
+from minitron_megatron.artifacts import output
 from minitron_megatron.artifacts.manifest import Manifest
-from minitron_megatron.checkpoint import convert, huggingface, manifest
+from minitron_megatron.checkpoint import convert, huggingface
 from minitron_megatron.checkpoint.dist_reader import TRACKER, Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.evaluation import evaluate
@@ -179,7 +180,7 @@ def with_other(command, key, value):
         (
             f"{DISTILL} teacher_lr=1 loss.kd_logits_weight=0 loss.lm_weight=1",
             1,
-            ["teacher_lr = 1.0 trains a teacher that no loss looks at: set loss.kd_logits_weight above 0"],
+            ["teacher_lr = 1.0 trains a teacher that no loss uses: set loss.kd_logits_weight above 0"],
         ),
         (f"{DISTILL} teacher_lr=1 teacher_dtype=fp16", 1, ["teacher_lr = 1.0 trains the teacher", "teacher_dtype"]),
         (
@@ -207,18 +208,18 @@ def with_other(command, key, value):
         (
             f"{PRUNE} target.ffn=[30,44,31,2] parallel.tensor=2",
             1,
-            ["target.layer 2.mlp.ffn_hidden_size = 31 does not divide by parallel.tensor = 2"],
+            ["target.ffn = 31 in layer 2 does not divide by parallel.tensor = 2"],
         ),
         (f"{PRUNE} target.heads=3", 1, ["target.heads = 3 is not a multiple of the 2 query groups"]),
         (
             f"{PRUNE} target.ffn=31 parallel.tensor=2",
             1,
-            ["target.mlp.ffn_hidden_size = 31 does not divide by parallel.tensor = 2"],
+            ["target.ffn = 31 does not divide by parallel.tensor = 2"],
         ),
         (
             f"{SCORE} depth.search=greedy target.layers=1",
             1,
-            ["depth.protect_last = 1 leave 2 of 4 layers, of which 3 shall go: protect less"],
+            ["depth.protect_last = 1 leave 2 of 4 layers, and the target drops 3: protect less"],
         ),
         (f"{SCORE} depth.search=block target.layers=4", 1, ["depth.search = block, and target leaves no layer out"]),
         (
@@ -252,7 +253,7 @@ def with_other(command, key, value):
         (
             f"{EVALUATE} tasks=[arc_easy] task_dir=@nowhere",
             1,
-            ["nowhere is no folder: name one with the YAML files of tasks"],
+            ["nowhere is not a folder: name one with the YAML files of tasks"],
         ),
         ("compare evaluations=[@teacher-checkpoint,@nowhere]", 1, ["teacher-checkpoint is not an evaluation: it has"]),
         ("import source=@nowhere output=out", 1, ["nowhere does not exist: name a Hugging Face folder or a .gguf"]),
@@ -371,7 +372,7 @@ def test_a_disk_that_gets_full_ends_a_run_that_can_go_on_later(inputs, refused, 
     try:
         command = f"{DISTILL} data.sequence_length=32 steps=3 save_every=1 optimizer.warmup_steps=1 dtype=fp32"
         command = with_other(command, "output", f"{disk}/run")
-        monkeypatch.setattr(manifest, "require_space", lambda folder, num_bytes: None)
+        monkeypatch.setattr(output, "require_space", lambda folder, num_bytes: None)
         # Room for one checkpoint of the student, some 450 kB with its optimiser, and not for the next beside it.
         (disk / "others").write_bytes(bytes(1_400_000))
         assert f"the disk of {disk}/run/checkpoints is full: free some space and run it again" in refused(command)

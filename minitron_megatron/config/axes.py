@@ -1,6 +1,6 @@
-"""Which sizes of a network can be made smaller, under the names that `target` has for them.
+"""The registry of prunable axes, each of which is a setting of `target`.
 
-Whoever builds a kind of layer registers its sizes here, at import; so does a plugin. From then on they are settings.
+Kinds of layers, those of plugins included, register their axes here at import.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from minitron_megatron.errors import raise_if_any
 
 @dataclass(frozen=True)
 class Axis:
-    """One of them.
+    """A prunable axis: a size of the layers, or a number of sublayers of one kind.
 
     Attributes:
         name: of the setting.
-        meaning: for the help text.
+        meaning: help text.
         owner: module that registers it.
-        table: what the axis table calls it; empty of a number of sublayers, which is no axis of a parameter.
-        by_layer: whether every layer may have a size of its own.
-        is_scored: whether its elements are ranked by scores of theirs.
+        table: name in the axis table; empty for a number of sublayers, which is no axis of a parameter.
+        by_layer: whether layers may differ in this size.
+        is_scored: whether its elements have scores of their own.
     """
 
     name: str
@@ -31,21 +31,21 @@ class Axis:
 
     @property
     def is_size(self) -> bool:
-        """Whether it is a size of the layers, or else a number of sublayers of one kind."""
+        """Whether it is a size of the layers, rather than a number of sublayers."""
         return bool(self.table)
 
 
 _registered: dict[str, Axis] = {}
 
 _OWN = "minitron_megatron.model.network"
-"""Whose import registers the sizes that this package knows, in rooms above this one."""
+"""Importing this module registers the axes of this package's own kinds of layers."""
 
 
 def register(*axes: Axis) -> None:
-    """Make axes known.
+    """Registers axes.
 
     Raises:
-        ConfigError: a name is registered already.
+        ConfigError: a name is already registered.
     """
     for axis in axes:
         other = _registered.get(axis.name)
@@ -58,16 +58,16 @@ def register(*axes: Axis) -> None:
 
 
 def all_axes() -> dict[str, Axis]:
-    """What is registered, by name."""
+    """Returns all registered axes by name."""
     import_module(_OWN)
     return dict(_registered)
 
 
 def sublayers() -> list[str]:
-    """Names of the numbers of sublayers."""
+    """Returns the names of the axes that are numbers of sublayers."""
     return [name for name, axis in all_axes().items() if not axis.is_size]
 
 
 def scored_axes() -> dict[str, Axis]:
-    """What scores are computed of, by name."""
+    """Returns the axes whose elements have scores, by name."""
     return {name: axis for name, axis in all_axes().items() if axis.is_scored}

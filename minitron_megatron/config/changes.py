@@ -1,4 +1,4 @@
-"""What tells two runs of a verb apart, as far as their settings go. Works on plain values, as files hold them."""
+"""Compares the settings of two runs of a verb, as the plain values that files hold."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from minitron_megatron.config.fields import changes_result, is_section
 
 
 def flat(settings: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """Settings by dotted name, without sections."""
+    """Returns settings by dotted name, without sections."""
     values: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -20,10 +20,10 @@ def flat(settings: dict[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def content(schema: type | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Those settings, by dotted name, that a result depends on.
+    """Returns the settings that affect the result, by dotted name.
 
     Args:
-        schema: the settings class, or None where it is not known; then a result may depend on any of them.
+        schema: the settings class; None if it is unknown, then every setting may affect the result.
         settings: plain values.
     """
     ignored = tuple(_ignored(schema, "")) if schema else ()
@@ -35,7 +35,7 @@ def content(schema: type | None, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def defaults(schema: type, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Plain defaults of a verb's settings by dotted name: what a setting was before a version that has it."""
+    """Yields plain defaults of a verb's settings by dotted name: what runs of versions without a setting used."""
     types = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -46,7 +46,7 @@ def defaults(schema: type, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _ignored(schema: type, where: str) -> Iterator[str]:
-    """Dotted names of the settings and sections that change no result."""
+    """Yields dotted names of the settings and sections that do not affect the result."""
     types = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         if not changes_result(field):
@@ -56,10 +56,10 @@ def _ignored(schema: type, where: str) -> Iterator[str]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Name, old and new value of everything that is not the same in both; None where there is no value.
+    """Returns name, old and new value of every setting that differs; None where there is no value.
 
-    A setting that one of them has not, and that is off in the other (null, false, 0 or empty), makes no difference: one
-    of them is of a version without it.
+    A setting that is missing on one side and off on the other (null, false, 0 or empty) does not count: one of the two
+    versions did not have it.
     """
     return [
         (name, before.get(name), after.get(name))

@@ -1,4 +1,4 @@
-"""Settings that several verbs have: text and number formats."""
+"""Settings that several verbs share: text and number formats."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from minitron_megatron.config.parallel import ParallelConfig
 
 
 class DType(str, Enum):
-    """Number format of weights and computation. Sums, softmaxes and optimiser state are float32 always."""
+    """Number format of weights and computation. Sums, softmaxes and optimiser state are always float32."""
 
     BF16 = "bf16"
     FP16 = "fp16"
@@ -22,19 +22,17 @@ class DataConfig:
     """Where text comes from and how it becomes sequences.
 
     Attributes:
-        text: text files (a document each), JSON-lines and Parquet files and saved Hugging Face datasets (a document a
-            row: text, or `messages`), folders of these, corpora that are tokenised already (the prefix of Megatron's
+        text: text files (one document each), JSON-lines files, Parquet files and saved Hugging Face datasets (one
+            document per row, with text or `messages`), folders of these, tokenised corpora (the prefix of Megatron's
             `.bin` and `.idx`), or `builtin` for the Python standard library's prose.
-        cache_dir: tokenised corpora are kept here, one folder per content, tokenizer and split.
+        cache_dir: folder for tokenised corpora, with a subfolder per content, tokenizer and split.
         sequence_length: tokens per sequence.
-        heldout_pct: share of the documents that training and calibration never see, in percent.
-        seed: decides the split and the order of the sequences.
-        weights: how often training samples come from each of `text`, relative to each other; null: as often as its
-            tokens make up all.
-        text_field: what the text is called in a row.
-        document_mask: where a sequence has several documents, tokens attend to their own alone, and positions begin
-            anew with each.
-        workers: processes that tokenise; null: as many as the cores and the text are worth.
+        heldout_pct: percentage of the documents that are held out from training and calibration.
+        seed: seed of the held-out split and of the order of the sequences.
+        weights: relative sampling weight of each source in `text`; null weights sources by their number of tokens.
+        text_field: field of a row that holds the text.
+        document_mask: mask attention between the documents of a sequence, and restart positions with each document.
+        workers: tokenizer processes; null chooses by cores and size of the text.
     """
 
     text: list[str] = field(default_factory=lambda: ["builtin"])
@@ -48,27 +46,30 @@ class DataConfig:
     workers: int | None = field(default=None, metadata=SAME_RESULT)
 
     def problems(self, where: str = "data.") -> list[str]:
-        found = [*at_least(where, "sequence_length", self.sequence_length, 2), *at_least(where, "seed", self.seed, 0)]
+        problems = [
+            *at_least(where, "sequence_length", self.sequence_length, 2),
+            *at_least(where, "seed", self.seed, 0),
+        ]
         if not self.text:
-            found.append(f"{where}text is empty: name files or folders, or `builtin`")
+            problems.append(f"{where}text is empty: name files or folders, or `builtin`")
         if self.weights is not None:
             if len(self.weights) != len(self.text):
-                found.append(
+                problems.append(
                     f"{where}weights has {len(self.weights)} numbers for the {len(self.text)} sources of {where}text: "
                     f"give one for each"
                 )
             if not all(0 < weight < math.inf for weight in self.weights):
-                found.append(f"{where}weights = {self.weights}: must be numbers above 0")
+                problems.append(f"{where}weights = {self.weights}: must be numbers above 0")
         if not self.text_field:
-            found.append(f"{where}text_field is empty: name the field that holds the text")
-        found += at_least(where, "workers", self.workers, 1)
+            problems.append(f"{where}text_field is empty: name the field that holds the text")
+        problems += at_least(where, "workers", self.workers, 1)
         if not 0 < self.heldout_pct < 50:
-            found.append(f"{where}heldout_pct = {self.heldout_pct}: must be above 0 and below 50")
-        return found
+            problems.append(f"{where}heldout_pct = {self.heldout_pct}: must be above 0 and below 50")
+        return problems
 
 
 def sequence_problems(where: str, data: DataConfig, parallel: ParallelConfig) -> list[str]:
-    """The problem, if any, of sequences that cannot be split over the tensor ranks."""
+    """Returns a problem if sequence parallelism cannot split the sequences over the tensor ranks."""
     if not parallel.sequence or parallel.tensor < 1 or data.sequence_length % parallel.tensor == 0:
         return []
     return [

@@ -1,7 +1,7 @@
-"""From the defaults of a verb, an experiment and overrides to a settings object.
+"""Composes the settings object of a verb from its defaults, an experiment and overrides.
 
-Hydra composes; the dataclasses of `schema` say what is allowed and what the defaults are. Whatever is wrong, in a file
-or on the command line, is listed in one `ConfigError`, and no DictConfig leaves this package.
+Hydra composes the values; the dataclasses of `schema` define keys, types and defaults. One `ConfigError` lists every
+problem, in files or on the command line, and no DictConfig leaves this package.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from minitron_megatron.config.schema import SCHEMAS, CompressConfig
 from minitron_megatron.errors import ConfigError, raise_if_any
 
 GROUPS = ("experiment", "correction", "cluster")
-"""Folders of `conf/` whose files make or change a recipe, or say where it runs."""
+"""Config groups: folders of `conf/` whose files make or change a recipe, or say where it runs."""
 
 RECIPE = "recipe"
 """The file of `conf/` that adds its stages to the defaults of a recipe."""
@@ -36,48 +36,48 @@ RECIPE = "recipe"
 STAGE_VERBS = [verb for verb in SCHEMAS if verb not in ("compare", "compress", "launch")]
 
 INHERITED = ("target", "data", "parallel")
-"""Sections of a recipe that its stages start from."""
+"""Sections of a recipe that its stages inherit."""
 
 Stages = dict[str, tuple[str, Any]]
 """Verb and settings object of each stage, by name."""
 
 
 def conf_dir() -> Path:
-    """The folder of the shipped YAML files, in a checkout as in an installed copy."""
+    """Returns the folder of the shipped YAML files, in a checkout or an installed copy."""
     return (Path(__file__).parent.parent / "conf").resolve()
 
 
 def shipped(group: str) -> list[str]:
-    """Names of the files in one of `GROUPS`."""
+    """Returns the names of the files in one of `GROUPS`."""
     folder = conf_dir() / group
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def defaults(verb: str) -> dict[str, Any]:
-    """The default of every setting of `verb`, `???` where one has to be given; of a recipe its stages as well."""
+    """Returns the default of every setting of `verb`, `???` for mandatory ones; for a recipe also its stages."""
     values: Any = OmegaConf.to_container(_composed(verb, []))
     return values
 
 
 def compose(verb: str, overrides: list[str]) -> Any:
-    """The settings of `verb`: its defaults, then the files of `GROUPS` that are named, then `key=value` overrides.
+    """Composes the settings of `verb`: its defaults, then files of `GROUPS`, then `key=value` overrides.
 
     Args:
         verb: a key of `SCHEMAS`.
-        overrides: Hydra overrides. None needs a leading `+`: which keys exist is for the dataclasses to say.
+        overrides: Hydra overrides. None needs a leading `+`, because the dataclasses define which keys exist.
 
     Returns:
-        An object of the verb's dataclass, every value resolved and checked.
+        an object of the verb's dataclass, every value resolved and checked.
 
     Raises:
-        ConfigError: listing every problem found.
+        ConfigError: lists every problem.
     """
     problems: list[str] = []
     return _read(verb, _with_plugins(verb, overrides, problems), problems)
 
 
 def load_named_plugins(verb: str, overrides: list[str]) -> None:
-    """Import the plugins that overrides of `verb` name; `compose` does so by itself.
+    """Imports the plugins that overrides of `verb` name. `compose` does so itself.
 
     Raises:
         ConfigError: one cannot be imported, or an override cannot be read.
@@ -86,10 +86,7 @@ def load_named_plugins(verb: str, overrides: list[str]) -> None:
 
 
 def _with_plugins(verb: str, overrides: list[str], problems: list[str]) -> DictConfig:
-    """What Hydra makes of the overrides once all plugins are imported.
-
-    What is wrong with single overrides is added to `problems`.
-    """
+    """Imports all plugins and composes the overrides with Hydra. Adds problems of single overrides to `problems`."""
     raise_if_any(load_plugins([]))  # those that are installed
     texts = [text for override in overrides for text in _read_override(override, problems)]
     try:
@@ -104,8 +101,8 @@ def _with_plugins(verb: str, overrides: list[str], problems: list[str]) -> DictC
 
 
 def _composed(verb: str, overrides: list[str]) -> DictConfig:
-    """What Hydra makes of the defaults and overrides, not checked yet."""
-    # As plain values: what is allowed is for `Reader` to say, which finds all that is wrong.
+    """Composes defaults and overrides with Hydra, unchecked."""
+    # As plain values, so that Hydra accepts everything and `Reader` can report all problems.
     ConfigStore.instance().store(name=verb, node=to_plain(SCHEMAS[verb]()))
     name = RECIPE if verb == "compress" else verb
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="minitron"):
@@ -113,7 +110,7 @@ def _composed(verb: str, overrides: list[str]) -> DictConfig:
 
 
 def _named_plugins(node: DictConfig) -> list[str]:
-    """The plugins of a verb, and of the stages of a recipe. What is no list of names is left for others to refuse."""
+    """Returns the plugins of a verb, and of the stages of a recipe. Values of a wrong type are reported elsewhere."""
 
     def part(of: Any, name: Any) -> Any:
         return Reader().value(of, name, "") if OmegaConf.is_dict(of) and name in of else None
@@ -125,28 +122,27 @@ def _named_plugins(node: DictConfig) -> list[str]:
 
 
 def _read(verb: str, node: DictConfig, problems: list[str]) -> Any:
-    """The settings in a node; `problems` are those that were found before."""
+    """Reads and checks the settings in a node; raises for its problems and the given ones."""
     reader = Reader()
     settings = reader.settings(SCHEMAS[verb], node)
     checks = settings.problems()
     # Checks of half-read settings would mislead.
     problems += reader.missing + reader.wrong + ([] if reader.wrong else checks)
     if verb == "compress":
-        _, found = _read_stages(settings, reader.value(node, "stages", ""))
-        # What a stage took over from the recipe is the recipe's problem.
-        problems += [problem for problem in found if re.sub(r"\bstages\.[^.]+\.", "", problem) not in checks]
+        _, stage_problems = _read_stages(settings, reader.value(node, "stages", ""))
+        # A problem that a stage inherited is reported once, as the recipe's.
+        problems += [problem for problem in stage_problems if re.sub(r"\bstages\.[^.]+\.", "", problem) not in checks]
     raise_if_any(problems)
     return settings
 
 
 def resolve_stages(settings: CompressConfig) -> Stages:
-    """Verb and settings object of every stage of a recipe, by name, in the order they run.
+    """Returns verb and settings object of every stage of a recipe, by name, in the order they run.
 
-    A stage's target, data and parallel start from the recipe's own, and the recipe's plugins are its own, too. A stage
-    set to null is left out.
+    Stages inherit target, data, parallel and plugins from the recipe. A stage set to null is skipped.
 
     Raises:
-        ConfigError: listing every problem of every stage, each prefixed with `stages.NAME.`.
+        ConfigError: lists every problem of every stage, each prefixed with `stages.NAME.`.
     """
     node = OmegaConf.create({"plugins": settings.plugins, "stages": settings.stages})
     raise_if_any(load_plugins(_named_plugins(node)))
@@ -156,7 +152,7 @@ def resolve_stages(settings: CompressConfig) -> Stages:
 
 
 def as_used(settings: Any) -> str:
-    """The settings as YAML, with every setting of every stage of a recipe written out as it will be used."""
+    """Returns the settings as YAML; for a recipe with every setting of every stage, as it will be used."""
     if isinstance(settings, CompressConfig):
         stages = {name: {"verb": verb, **to_plain(own)} for name, (verb, own) in resolve_stages(settings).items()}
         settings = dataclasses.replace(settings, stages=stages)
@@ -164,7 +160,7 @@ def as_used(settings: Any) -> str:
 
 
 def to_plain(settings: Any) -> dict[str, Any]:
-    """The settings as JSON values."""
+    """Returns the settings as JSON values."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
@@ -179,7 +175,7 @@ def to_plain(settings: Any) -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that is a number to OmegaConf and none to PyYAML, whose exponents have a point before and a sign."""
+    """Also quotes text that OmegaConf reads as a number and PyYAML does not, such as 1e5."""
 
 
 _Dumper.add_implicit_resolver(
@@ -188,12 +184,12 @@ _Dumper.add_implicit_resolver(
 
 
 def to_yaml(settings: Any) -> str:
-    """The settings as YAML, in the schema's order; `read_settings` makes the same of it again."""
+    """Returns the settings as YAML, in the order of the schema. `read_settings` is the inverse."""
     plain = to_plain(settings)
-    # Unicode's own line breaks would be read as such.
+    # YAML reads these Unicode characters as line breaks.
     is_safe = not re.search("[\x85\u2028\u2029]", "".join(_texts(plain)))
     text = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=is_safe, width=120)
-    # What is written here is no interpolation.
+    # Nothing written here is an interpolation.
     return re.sub(r"(?<!\\)\$\{", r"\\${", text)
 
 
@@ -206,17 +202,17 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def as_value(text: str) -> str:
-    """Text as the value of an override, whatever it holds."""
-    # To Hydra a backslash means something before a quote alone.
-    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), text)
+    """Quotes any text as the value of an override."""
+    # In Hydra a backslash is special only before a quote.
+    escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + match[2].replace('"', '\\"'), text)
     return f'"{escaped}"'
 
 
 def sweep(overrides: list[str]) -> list[list[str]]:
-    """Every combination of overrides that give several values, as in `a=1,2`; the last one varies fastest.
+    """Returns every combination of overrides with several values, as in `a=1,2`; the last one varies fastest.
 
     Raises:
-        ConfigError: none of them does, or one cannot be read.
+        ConfigError: no override has several values, or one cannot be read.
     """
     problems: list[str] = []
     choices = []
@@ -237,10 +233,10 @@ def sweep(overrides: list[str]) -> list[list[str]]:
 
 
 def read_settings(verb: str, path: Path) -> Any:
-    """The settings of `verb` from a file that has all of them, as `to_yaml` writes it.
+    """Reads the settings of `verb` from a file with all of them, as `to_yaml` writes it.
 
     Raises:
-        ConfigError: listing every problem found.
+        ConfigError: lists every problem.
     """
     try:
         node = OmegaConf.load(path)
@@ -257,7 +253,7 @@ def _unreadable(text: str) -> str:
 
 
 def _read_override(text: str, problems: list[str]) -> list[str]:
-    """The override in the form in which Hydra is to apply it, or nothing and a problem."""
+    """Returns the override in the form that Hydra can apply, or nothing after adding a problem."""
     try:
         [override] = OverridesParser.create().parse_overrides([text])
     except HydraException:
@@ -272,15 +268,15 @@ def _read_override(text: str, problems: list[str]) -> list[str]:
         value = override.get_value_element_as_str()
         if value in shipped(key):
             return [f"+{key}={value}"]
-        found = f"{key} = {value}: not in {conf_dir() / key}; {near(value, shipped(key))}"
-        raise ConfigError([*problems, found])  # without it most else would seem wrong
+        unknown = f"{key} = {value}: not in {conf_dir() / key}; {near(value, shipped(key))}"
+        raise ConfigError([*problems, unknown])  # without the file most other settings would seem wrong
     else:
         return [text if override.is_delete() else f"++{text.lstrip('+')}"]
     return []
 
 
 def _read_stages(recipe: CompressConfig, node: Any) -> tuple[Stages, list[str]]:
-    """The stages that can be read, and what is wrong with all of them."""
+    """Returns the stages that can be read, and the problems of all of them."""
     stages: Stages = {}
     problems: list[str] = []
     for name in node if OmegaConf.is_dict(node) else ():
@@ -296,7 +292,7 @@ def _read_stages(recipe: CompressConfig, node: Any) -> tuple[Stages, list[str]]:
             others = [str(other) for other in node if other != name]
             problems.append(f"{where}verb is missing: give {where}verb=VERB; {near(str(name), others)}")
         elif verb not in STAGE_VERBS:
-            problems.append(f"{where}verb = {show(verb)} is no verb of a stage: {near(str(verb), STAGE_VERBS)}")
+            problems.append(f"{where}verb = {show(verb)} is not a verb of a stage: {near(str(verb), STAGE_VERBS)}")
         else:
             _inherit(recipe, stage, SCHEMAS[verb])
             settings = reader.settings(SCHEMAS[verb], stage, where, ignored=("verb",))
@@ -307,7 +303,7 @@ def _read_stages(recipe: CompressConfig, node: Any) -> tuple[Stages, list[str]]:
 
 
 def _inherit(recipe: CompressConfig, stage: DictConfig, schema: type) -> None:
-    """Fill what a stage leaves open in the sections that it shares with its recipe, and add the recipe's plugins."""
+    """Fills what a stage leaves open in the shared sections from its recipe, and adds the recipe's plugins."""
     if recipe.plugins:
         own = Reader().value(stage, "plugins", "") if "plugins" in stage else []
         with open_dict(stage):
@@ -319,7 +315,7 @@ def _inherit(recipe: CompressConfig, stage: DictConfig, schema: type) -> None:
                 stage[section] = {}
             own = Reader().value(stage, section, "")
             if OmegaConf.is_dict(own):
-                # What the verb has no use for is not handed on.
+                # Only settings that the verb has.
                 handed = {name for name in hints(types[section]) if name not in own}
                 own.update(
                     {name: value for name, value in to_plain(getattr(recipe, section)).items() if name in handed}

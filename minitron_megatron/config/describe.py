@@ -1,4 +1,4 @@
-"""Help texts, read off the schemas: names, defaults and what the docstrings say."""
+"""Makes help texts from the schemas: names, defaults and docstrings."""
 
 import inspect
 import re
@@ -14,12 +14,12 @@ from minitron_megatron.config.schema import SCHEMAS
 
 
 def summary(verb: str) -> str:
-    """What a verb does, in a line."""
+    """Returns one line that says what a verb does."""
     return (inspect.getdoc(SCHEMAS[verb]) or "").splitlines()[0].partition(": ")[2]
 
 
 def describe(verb: str, width: int = 110) -> str:
-    """Every setting of a verb with its default and its meaning, one below the other."""
+    """Returns the help text of a verb: a line for every setting with its default and meaning."""
     rows = _rows(SCHEMAS[verb], defaults(verb), "")
     column = max(len(setting) for setting, _ in rows) + 4
     return "\n".join(
@@ -31,7 +31,7 @@ def describe(verb: str, width: int = 110) -> str:
 
 
 def _rows(schema: type, values: dict[str, Any], where: str) -> list[tuple[str, str]]:
-    """`name=default` and meaning of every setting."""
+    """Returns `name=default` and meaning of every setting."""
     rows, meanings = [], _meanings(schema)
     for name, hint in hints(schema).items():
         kind = get_args(hint)[0] if isinstance(hint, UnionType) else hint
@@ -59,7 +59,7 @@ def _shown(default: Any) -> str:
 
 
 def _meanings(schema: type) -> dict[str, str]:
-    """The entries below `Attributes:` in the docstrings of a class and its bases, and those of what is registered."""
+    """Returns the entries below `Attributes:` in the docstrings of a class and its bases, and those of open fields."""
     meanings: dict[str, str] = {}
     docs = [inspect.cleandoc(base.__doc__ or "") for base in reversed(schema.__mro__)]
     for line in "\n".join(doc.partition("Attributes:\n")[2] for doc in docs).splitlines():

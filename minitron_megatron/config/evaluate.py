@@ -14,16 +14,16 @@ class EvaluateConfig(PluginConfig):
     """`minitron evaluate`: held-out loss and perplexity, generation speed, and tasks of lm-eval.
 
     Attributes:
-        model: a checkpoint or a Hugging Face folder.
-        output: folder that gets `evaluation.json`.
+        model: checkpoint or Hugging Face folder.
+        output: folder for `evaluation.json`.
         num_samples: held-out sequences; null for all.
-        micro_batch: sequences per forward pass and rank; up to four times as many are continued together, a token each.
-        generate_tokens: tokens to generate greedily for the speed figure; 0 for none.
-        tasks: tasks and groups of EleutherAI's lm-eval to run, by name, as in [arc_easy,hellaswag].
-        task_dir: folder with YAML files of tasks of your own.
-        num_fewshot: examples before each question; null leaves it to the task.
+        micro_batch: sequences per forward pass and rank; generation decodes up to four times as many at once.
+        generate_tokens: tokens to generate greedily to measure speed; 0 for none.
+        tasks: tasks and groups of EleutherAI's lm-eval to run, as in [arc_easy,hellaswag].
+        task_dir: folder with YAML files of your own tasks.
+        num_fewshot: few-shot examples per question; null for the task's own number.
         limit: questions per task; null for all.
-        chat_template: put questions into the tokenizer's chat template, and examples as earlier turns.
+        chat_template: format questions with the tokenizer's chat template, with few-shot examples as earlier turns.
         dtype: number format of weights and computation.
     """
 
@@ -54,11 +54,11 @@ class EvaluateConfig(PluginConfig):
         ]
 
     def _task_problems(self, where: str) -> list[str]:
-        found = []
+        problems = []
         if len(set(self.tasks)) < len(self.tasks):
-            found.append(f"{where}tasks = [{', '.join(self.tasks)}]: name each once")
+            problems.append(f"{where}tasks = [{', '.join(self.tasks)}]: name each once")
         for name in ("task_dir", "num_fewshot", "limit", "chat_template"):
             value = getattr(self, name)
             if not self.tasks and value not in (None, False):
-                found.append(f"{where}{name} = {value}, and {where}tasks is empty: set both or neither")
-        return found
+                problems.append(f"{where}{name} = {value}, and {where}tasks is empty: set both or neither")
+        return problems

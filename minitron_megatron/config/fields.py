@@ -1,4 +1,4 @@
-"""What the fields of a settings class say about themselves, beside type, default and docstring: their metadata."""
+"""Metadata of settings: whether one affects the result, and settings that are registered at run time."""
 
 import dataclasses
 from types import MappingProxyType
@@ -7,28 +7,28 @@ from typing import Any, TypeGuard, get_type_hints
 from minitron_megatron.errors import raise_if_any
 
 SAME_RESULT = MappingProxyType({"changes_result": False})
-"""Of a setting that says where or how a result is made, and not what it is: a folder, a layout, how many processes.
+"""Marks a setting that does not affect the result: a folder, a layout, a number of processes.
 
-Of a section it holds for all of its settings.
+On a section it applies to all of its settings.
 """
 
 
 def changes_result(field: dataclasses.Field[Any]) -> bool:
-    """Whether a verb's result depends on a setting. It does unless the setting says otherwise."""
+    """Returns whether a setting affects the result of its verb. It does unless it is marked `SAME_RESULT`."""
     return field.metadata.get("changes_result", True)
 
 
 OPEN = MappingProxyType({"open": True})
-"""Of the field that holds the settings which an `OpenSettings` has beside its fields."""
+"""Marks the field in which an `OpenSettings` keeps its registered settings."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenField:
-    """A setting that a settings class has because something registered it.
+    """A setting that was registered at run time.
 
     Attributes:
         hint: its type, as that of a field; a settings class makes it a section.
-        meaning: for the help text.
+        meaning: help text.
     """
 
     hint: Any
@@ -36,17 +36,16 @@ class OpenField:
 
     @property
     def default(self) -> Any:
-        """Null, or a section with its defaults."""
+        """None, or a section with its defaults."""
         return self.hint() if is_section(self.hint) else None
 
 
 @dataclasses.dataclass(init=False)
 class OpenSettings:
-    """Settings beside those that stand in the class: which there are is for `open_fields` to say when it is asked.
+    """Base of settings classes that have registered settings in addition to their fields; `open_fields` lists them.
 
-    For whoever writes them they are like any other setting: they stand among the others in files and overrides, and are
-    keyword arguments in Python. Those that do not have their default are kept, by name, in the field that is marked as
-    `OPEN`. Subclasses are decorated with `@dataclass(init=False)`.
+    Users write them like any other setting, in files, in overrides and as keyword arguments. Values that are not the
+    default are kept by name in the field marked `OPEN`. Subclasses are decorated with `@dataclass(init=False)`.
 
     Raises:
         TypeError: an argument is none of the settings.
@@ -54,7 +53,7 @@ class OpenSettings:
 
     @classmethod
     def open_fields(cls) -> dict[str, OpenField]:
-        """What there is beside the fields, by name."""
+        """Returns the registered settings by name."""
         raise NotImplementedError
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,7 +77,7 @@ class OpenSettings:
 
 
 def is_section(hint: Any) -> TypeGuard[type]:
-    """Whether a setting of this type is a section, which has settings of its own."""
+    """Returns whether a setting of this type is a section, with settings of its own."""
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
@@ -87,15 +86,15 @@ def _is_open(field: dataclasses.Field[Any]) -> bool:
 
 
 def _in_order(schema: Any) -> list[dataclasses.Field[Any]]:
-    """The fields, those last that are given by keyword alone, wherever in the bases they stand."""
+    """Returns the fields, keyword-only ones last, whichever base they come from."""
     return sorted(dataclasses.fields(schema), key=lambda field: bool(field.kw_only))
 
 
 def hints(schema: type) -> dict[str, Any]:
-    """The type of every setting of a settings class, by name and in order.
+    """Returns the type of every setting of a settings class, by name and in order.
 
     Raises:
-        ConfigError: what is registered beside the fields has the name of one.
+        ConfigError: a registered setting has the name of a field.
     """
     types, by_name = get_type_hints(schema), dict[str, Any]()
     for field in _in_order(schema):
@@ -112,7 +111,7 @@ def hints(schema: type) -> dict[str, Any]:
 
 
 def values(settings: Any) -> dict[str, Any]:
-    """The value of every setting, by name and in order."""
+    """Returns the value of every setting, by name and in order."""
     by_name: dict[str, Any] = {}
     for field in _in_order(settings):
         value = getattr(settings, field.name)

@@ -1,4 +1,4 @@
-"""The settings of what a student minimises."""
+"""The settings of the loss."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,7 @@ from minitron_megatron.config.fields import SAME_RESULT
 
 
 class Schedule(str, Enum):
-    """How a weight gets from its first value to its last."""
+    """How a weight changes from its first value to its last."""
 
     CONSTANT = "constant"
     LINEAR = "linear"
@@ -31,16 +31,16 @@ class Divergence(str, Enum):
 
 @dataclass
 class LogitsConfig:
-    """Which divergence of the predictions, and of what part of them.
+    """The divergence between the next-token distributions of teacher and student.
 
     Attributes:
-        divergence: forward_kl is KL(teacher || student), the papers' choice.
-        temperature: logits are divided by it before the softmax.
-        temperature_squared: multiply the divergence by temperature^2, which keeps the size of its gradients.
-        beta: of jensen_shannon, the teacher's share in the mixture.
-        skew: of skewed_kl, the teacher's share in the mixture.
-        top_k: look at the teacher's so many likeliest tokens alone; null for all.
-        tail: with top_k, all other tokens count as one more; else the teacher's top_k are made to sum to one.
+        divergence: divergence to minimise; forward_kl is KL(teacher || student), the papers' choice.
+        temperature: softmax temperature of both distributions.
+        temperature_squared: multiply the divergence by temperature^2, which preserves the scale of its gradients.
+        beta: weight of the teacher in the mixture of jensen_shannon.
+        skew: weight of the teacher in the mixture of skewed_kl.
+        top_k: use only the teacher's top-k tokens; null for the whole vocabulary.
+        tail: with top_k, add the other tokens as one more class; otherwise the teacher's top-k are renormalised.
     """
 
     divergence: Divergence = Divergence.FORWARD_KL
@@ -53,7 +53,7 @@ class LogitsConfig:
 
     @property
     def scale(self) -> float:
-        """What the divergence is multiplied by."""
+        """Factor of the divergence."""
         return self.temperature**2 if self.temperature_squared else 1.0
 
     @property
@@ -62,7 +62,7 @@ class LogitsConfig:
         return self.divergence is Divergence.FORWARD_KL and self.top_k is None
 
     def vocab_problems(self, vocab: int) -> list[str]:
-        """What cannot be done with so many tokens."""
+        """Returns why these settings do not work with a vocabulary of this size."""
         if self.top_k and self.top_k + self.tail > vocab:
             return [
                 f"loss.logits.top_k = {self.top_k} is more than the vocabulary's {vocab} tokens leave room for: choose "
@@ -71,34 +71,34 @@ class LogitsConfig:
         return []
 
     def problems(self, where: str = "loss.logits.") -> list[str]:
-        found = at_least(where, "top_k", self.top_k, 1)
+        problems = at_least(where, "top_k", self.top_k, 1)
         if self.temperature <= 0:
-            found.append(f"{where}temperature = {self.temperature}: must be above 0; 1 changes nothing")
+            problems.append(f"{where}temperature = {self.temperature}: must be above 0; 1 changes nothing")
         for name, kind in (("beta", Divergence.JENSEN_SHANNON), ("skew", Divergence.SKEWED_KL)):
             if self.divergence is kind and not 0 < getattr(self, name) < 1:
-                found.append(f"{where}{name} = {getattr(self, name)}: must be between 0 and 1, and neither")
+                problems.append(f"{where}{name} = {getattr(self, name)}: must be between 0 and 1, and neither")
         if self.top_k and not self.tail and self.divergence in (Divergence.REVERSE_KL, Divergence.COSINE):
-            found.append(
+            problems.append(
                 f"{where}divergence = {self.divergence.value} with {where}top_k does not see how much the student "
                 f"gives to all other tokens: set {where}tail=true"
             )
         if self.tail and self.top_k is None:
-            found.append(f"{where}tail = true without {where}top_k: set {where}top_k, or leave it out")
-        return found
+            problems.append(f"{where}tail = true without {where}top_k: set {where}top_k, or leave it out")
+        return problems
 
 
 LAYER, EMBEDDING = "layer", "embedding"
-"""Points where a hidden state is taken: behind a transformer layer, residual stream included, and behind the embedding.
-Beside them, the name of every kind of sublayer: what a layer's sublayer of that kind adds to the stream."""
+"""Where hidden states are compared: the output of a transformer layer, residual stream included, or of the embedding.
+Besides these, the name of a kind of sublayer: the output of that sublayer, before it is added to the stream."""
 
 
 def all_points() -> list[str]:
-    """Points that a hidden state may be taken at."""
+    """Returns all points at which hidden states can be compared."""
     return [LAYER, *axes.sublayers(), EMBEDDING]
 
 
 class HiddenLoss(str, Enum):
-    """How far a student's hidden state is from its teacher's."""
+    """Distance between hidden states of student and teacher."""
 
     COSINE = "cosine"  # 1 - cosine
     MSE = "mse"  # mean over the channels
@@ -106,14 +106,14 @@ class HiddenLoss(str, Enum):
 
 
 class LayerMap(str, Enum):
-    """Which of the teacher's layers a student's layer is compared with."""
+    """How layers of student and teacher are paired."""
 
-    UNIFORM = "uniform"  # the one at the same share of the depth; the last with the last
-    END_ALIGNED = "end_aligned"  # the one as far from the end
+    UNIFORM = "uniform"  # by relative depth; the last with the last
+    END_ALIGNED = "end_aligned"  # by distance from the end
 
 
 class Projection(str, Enum):
-    """How a student's state gets the teacher's width."""
+    """How hidden states of the student are projected to the teacher's width."""
 
     NONE = "none"
     SHARED = "shared"  # one linear map for all pairs
@@ -121,10 +121,10 @@ class Projection(str, Enum):
 
 
 class Balance(str, Enum):
-    """The weight of the hidden losses beside that of the predictions."""
+    """How the hidden losses are weighted against the divergence of the predictions."""
 
     CONSTANT = "constant"
-    DYNAMIC = "dynamic"  # times the quotient of both in the step before
+    DYNAMIC = "dynamic"  # by the ratio of the two in the previous step
 
 
 @dataclass
@@ -132,15 +132,15 @@ class HiddenConfig:
     """Losses between hidden states.
 
     Attributes:
-        weight: of the mean over all pairs; 0 for no such losses.
-        balance: constant, or dynamic: the weight is multiplied by alpha, the divergence of the predictions by the mean
-            over the pairs, both of the step before (Minitron, 2407.14679, section 3).
-        loss: how far two states are apart.
-        points: where they are taken: layer, embedding, or a kind of sublayer such as attention or mlp.
-        map: which layers belong together.
-        pairs: instead of the map, student's and teacher's layers, from 0: [[0,1],[1,3]]. A sublayer that has lost its
-            other half is a layer by itself.
-        projection: a linear map from the student's width to the teacher's, trained with the student.
+        weight: weight of the mean over all pairs; 0 disables these losses.
+        balance: constant, or dynamic, which multiplies the weight by alpha: the divergence of the predictions divided
+            by the mean over the pairs, both of the previous step (Minitron, 2407.14679, section 3).
+        loss: distance between two hidden states.
+        points: outputs to compare: layer, embedding, or a kind of sublayer such as attention or mlp.
+        map: how layers of student and teacher are paired.
+        pairs: pairs of student and teacher layers instead of the map, counted from 0, as in [[0,1],[1,3]]. An
+            attention or MLP whose other half was dropped counts as a layer.
+        projection: linear projection from the student's width to the teacher's, trained with the student.
     """
 
     weight: float = 0.0
@@ -152,24 +152,26 @@ class HiddenConfig:
     projection: Projection = Projection.NONE
 
     def problems(self, where: str = "loss.hidden.") -> list[str]:
-        found = at_least(where, "weight", self.weight, 0)
+        problems = at_least(where, "weight", self.weight, 0)
         if not self.points:
-            found.append(f"{where}points is empty: name one of {', '.join(all_points())}")
-        found += [
+            problems.append(f"{where}points is empty: name one of {', '.join(all_points())}")
+        problems += [
             f"{where}points has {point!r}: must be one of {', '.join(all_points())}"
             for point in self.points
             if point not in all_points()
         ]
         for pair in self.pairs or ():
             if len(pair) != 2:
-                found.append(f"{where}pairs has {pair}: must be a student's and a teacher's layer, as in [[0,1],[1,3]]")
+                problems.append(
+                    f"{where}pairs has {pair}: must be a student's and a teacher's layer, as in [[0,1],[1,3]]"
+                )
         for name in ("points", "pairs"):
             given = getattr(self, name) or []
             if any(given.count(one) > 1 for one in given):
-                found.append(f"{where}{name} names something twice: name each once")
+                problems.append(f"{where}{name} names something twice: name each once")
         if self.pairs == []:
-            found.append(f"{where}pairs is empty: name pairs of layers, or set it to null for {where}map")
-        return found
+            problems.append(f"{where}pairs is empty: name pairs of layers, or set it to null for {where}map")
+        return problems
 
 
 @dataclass
@@ -178,12 +180,12 @@ class LossConfig:
 
     Attributes:
         kd_logits_weight: weight of the divergence from the teacher's predictions.
-        lm_weight: weight of the cross-entropy against the text itself.
-        lm_weight_end: lm_weight at the end of its way; null leaves it as it is.
-        lm_schedule: how it gets there: constant, linear or cosine.
-        lm_schedule_steps: steps of that way; null for all steps of the run.
-        chunk_tokens: tokens whose logits exist at one time.
-        logits: which divergence.
+        lm_weight: weight of the cross-entropy on the text.
+        lm_weight_end: final value of lm_weight; null keeps it constant.
+        lm_schedule: schedule from lm_weight to lm_weight_end.
+        lm_schedule_steps: steps until lm_weight_end is reached; null for all steps of the run.
+        chunk_tokens: tokens whose logits are computed at a time, which bounds memory.
+        logits: divergence of the predictions.
         hidden: losses between hidden states.
     """
 
@@ -198,11 +200,11 @@ class LossConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether anything is learned from a teacher."""
+        """Whether any loss uses the teacher."""
         return bool(self.kd_logits_weight or self.hidden.weight)
 
     def at(self, step: int, steps: int) -> "LossConfig":
-        """The weights at a step, the first of which is 1, of a run of so many."""
+        """Returns the weights at a step of a run of `steps`, counted from 1."""
         if self.lm_schedule is Schedule.CONSTANT:
             return self
         last = self.lm_schedule_steps or steps
@@ -214,21 +216,23 @@ class LossConfig:
         return replace(self, lm_weight=weight, lm_weight_end=None, lm_schedule=Schedule.CONSTANT)
 
     def problems(self, where: str = "loss.") -> list[str]:
-        found = at_least(where, "chunk_tokens", self.chunk_tokens, 1)
+        problems = at_least(where, "chunk_tokens", self.chunk_tokens, 1)
         for name in ("kd_logits_weight", "lm_weight", "lm_weight_end"):
-            found += at_least(where, name, getattr(self, name), 0)
-        found += at_least(where, "lm_schedule_steps", self.lm_schedule_steps, 1)
-        found += [*self.logits.problems(f"{where}logits."), *self.hidden.problems(f"{where}hidden.")]
+            problems += at_least(where, name, getattr(self, name), 0)
+        problems += at_least(where, "lm_schedule_steps", self.lm_schedule_steps, 1)
+        problems += [*self.logits.problems(f"{where}logits."), *self.hidden.problems(f"{where}hidden.")]
         if not (self.kd_logits_weight or self.lm_weight or self.lm_weight_end):
-            found.append(f"{where}kd_logits_weight and {where}lm_weight are both 0: raise one, or nothing is learned")
+            problems.append(
+                f"{where}kd_logits_weight and {where}lm_weight are both 0: raise one, or nothing is learned"
+            )
         if self.hidden.balance is Balance.DYNAMIC and self.hidden.weight and not self.kd_logits_weight:
-            found.append(
+            problems.append(
                 f"{where}hidden.balance = dynamic weighs against {where}kd_logits_weight, which is 0: raise it, or set "
                 f"{where}hidden.balance=constant"
             )
         if (self.lm_schedule is Schedule.CONSTANT) != (self.lm_weight_end is None):
-            found.append(
+            problems.append(
                 f"{where}lm_schedule = {self.lm_schedule.value} and {where}lm_weight_end = {self.lm_weight_end}: set "
                 f"both, lm_schedule to linear or cosine, or neither"
             )
-        return found
+        return problems

@@ -1,4 +1,4 @@
-"""How ranks are laid out: what each verb has a use for, so that none takes a setting that it ignores."""
+"""Parallel layouts: a class for each use, so that no verb takes a setting that it ignores."""
 
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -8,7 +8,7 @@ from minitron_megatron.errors import raise_if_any
 
 
 class Builder(str, Enum):
-    """The class of Megatron-Core that builds a network."""
+    """The model class of Megatron-Core that builds a network."""
 
     GPT = "gpt"
     HYBRID = "hybrid"
@@ -16,13 +16,13 @@ class Builder(str, Enum):
 
 @dataclass
 class ModelParallelConfig:
-    """How ranks share one network.
+    """Model parallelism.
 
     Attributes:
-        tensor: ranks that share every layer's matrices.
-        pipeline: ranks that share the list of layers.
-        builder: class of Megatron-Core that builds networks, GPTModel or HybridModel (from 0.18 on); both give the same
-            numbers and checkpoints. null: GPTModel, and HybridModel for what GPTModel cannot express.
+        tensor: tensor-parallel ranks.
+        pipeline: pipeline-parallel ranks.
+        builder: model class of Megatron-Core: GPTModel or HybridModel (0.18 or newer), with the same results and
+            checkpoints. null: GPTModel, or HybridModel for networks that GPTModel cannot express.
     """
 
     tensor: int = 1
@@ -31,20 +31,20 @@ class ModelParallelConfig:
 
     @property
     def stages(self) -> int:
-        """Parts that the list of layers is cut into, over all pipeline ranks."""
+        """Pipeline stages over all ranks, virtual ones included."""
         return self.pipeline
 
     def problems(self, where: str = "parallel.") -> list[str]:
-        """What is wrong with the settings by themselves."""
+        """Returns what is wrong with the settings, one sentence each."""
         return [*at_least(where, "tensor", self.tensor, 1), *at_least(where, "pipeline", self.pipeline, 1)]
 
 
 @dataclass
 class InferenceParallelConfig(ModelParallelConfig):
-    """How ranks run a network forward.
+    """The layout for inference.
 
     Attributes:
-        data: replicas; null means all that the world has (one, when started by hand).
+        data: data-parallel replicas; null for as many as the ranks allow, or one where no launcher started any.
         timeout_min: abort after this many minutes without progress; every rank's stack goes to the log.
     """
 
@@ -52,10 +52,10 @@ class InferenceParallelConfig(ModelParallelConfig):
     timeout_min: float = field(default=30.0, kw_only=True)
 
     def in_world(self, num_ranks: int) -> "ParallelConfig":
-        """The layout in a world of `num_ranks`, with the number of its replicas.
+        """Returns the layout for a world of `num_ranks`, with its number of replicas.
 
         Raises:
-            ConfigError: the world is not tensor x pipeline x data ranks.
+            ConfigError: the world size is not tensor x pipeline x data.
         """
         model_ranks = self.tensor * self.pipeline
         data = self.data or max(1, num_ranks // model_ranks)
@@ -77,17 +77,17 @@ class InferenceParallelConfig(ModelParallelConfig):
 
 @dataclass
 class TargetParallelConfig(ModelParallelConfig):
-    """The layout that a network is meant for, as far as it says what its sizes must divide by.
+    """The part of a layout that determines what the sizes of a network must divide by.
 
     Attributes:
-        virtual_pipeline: stages per pipeline rank (interleaved schedule); null for the plain one.
+        virtual_pipeline: virtual pipeline stages per rank (interleaved schedule); null for the plain 1F1B schedule.
     """
 
     virtual_pipeline: int | None = None
 
     @property
     def model_chunks(self) -> int:
-        """Stages per pipeline rank."""
+        """Virtual stages per pipeline rank."""
         return self.virtual_pipeline or 1
 
     @property
@@ -106,17 +106,17 @@ class TargetParallelConfig(ModelParallelConfig):
 
 @dataclass
 class ParallelConfig(TargetParallelConfig, InferenceParallelConfig):
-    """How ranks train a network, or score it.
+    """The layout for training and scoring.
 
     Attributes:
-        sequence: sequence parallelism; norms and residuals are split over the tensor ranks.
+        sequence: sequence parallelism: split norms and residual stream over the tensor ranks.
     """
 
     sequence: bool = False
 
     @property
     def replicas(self) -> int:
-        """Data-parallel ranks, once the world is known (see `in_world`); one, if it is not."""
+        """Data-parallel ranks; 1 until `in_world` has set them."""
         return self.data or 1
 
     @property

@@ -1,4 +1,4 @@
-"""Plugins: Python modules that add to what there is, and that every process imports before it reads anything else."""
+"""Plugins: Python modules that register kinds of layers, families or axes, and are imported before anything else."""
 
 import traceback
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 from minitron_megatron.config.fields import SAME_RESULT
 
 ENTRY_POINTS = "minitron_megatron.plugins"
-"""Group of the entry points by which an installed package says that it has a plugin."""
+"""Entry-point group under which installed packages declare plugins."""
 
 
 @dataclass(kw_only=True)
@@ -19,16 +19,15 @@ class PluginConfig:
     """Base of the settings of verbs that build or read a network.
 
     Attributes:
-        plugins: Python modules to import before anything else is read, as in [my_layers]; what they register can be
-            used from then on. Those that installed packages name as entry points of the group
-            `minitron_megatron.plugins` need not be given.
+        plugins: Python modules to import first, as in [my_layers], so that settings can use what they register.
+            Installed packages with an entry point in the group `minitron_megatron.plugins` are always imported.
     """
 
     plugins: list[str] = field(default_factory=list, metadata=SAME_RESULT)  # other settings use what they add
 
 
 def load_plugins(names: list[str]) -> list[str]:
-    """Import the plugins of installed packages, and those that settings name.
+    """Imports the plugins of installed packages, and those that the settings name.
 
     Returns:
         a sentence for each that cannot be imported.

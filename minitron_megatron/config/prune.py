@@ -12,20 +12,19 @@ from minitron_megatron.config.target import TargetConfig
 
 @dataclass
 class PruneConfig(PluginConfig):
-    """`minitron prune`: a checkpoint, its scores and a target shape become a smaller checkpoint.
+    """`minitron prune`: cut a checkpoint to a target shape by its scores.
 
     Attributes:
-        checkpoint: folder of the checkpoint to prune; it is only read.
+        checkpoint: checkpoint to prune; it is not changed.
         output: folder of the checkpoint to write.
-        scores: folder of the scores; with a target, or with a plan whose dry run shall show how much of them stays.
-        plan: instead of scores and target, a plan: `plan.json`, as written beside a pruned checkpoint or by a
-            dry run, and perhaps edited.
-        target: the shape to reach.
-        depth_criterion: by which of the scored criteria layers are chosen; null for the first.
-        merge_heads: add to the last kept heads what they differ by from the first dropped ones (2407.14679, 2.3).
-        dry_run: show what would be done, and write the plan alone, to `OUTPUT.plan.json`.
-        parallel: the layout the result will be trained in; the target must divide by it.
-        workers: processes that share the work, unless torchrun or srun has started some.
+        scores: folder of the scores; with a target, or with a plan and dry_run to show the share of scores it keeps.
+        plan: a plan instead of scores and target: `plan.json` from a pruned checkpoint or a dry run, possibly edited.
+        target: shape to prune to.
+        depth_criterion: scored criterion to choose layers by; null for the first.
+        merge_heads: merge the first dropped heads into the last kept ones (2407.14679, section 2.3).
+        dry_run: show what would be pruned, and write only the plan, to `OUTPUT.plan.json`.
+        parallel: layout in which the result will be trained; the target must divide by it.
+        workers: processes that share the work, unless torchrun or srun started some.
     """
 
     checkpoint: str = "???"
@@ -40,18 +39,20 @@ class PruneConfig(PluginConfig):
     workers: int = field(default=1, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
-        found = at_least(where, "workers", self.workers, 1)
-        found += [*self.target.problems(f"{where}target."), *self.parallel.problems(f"{where}parallel.")]
+        problems = at_least(where, "workers", self.workers, 1)
+        problems += [*self.target.problems(f"{where}target."), *self.parallel.problems(f"{where}parallel.")]
         if self.depth_criterion and self.target.keep_layers is not None:
-            found.append(
+            problems.append(
                 f"{where}depth_criterion = {self.depth_criterion.value} chooses layers, and {where}target.keep_layers "
                 f"names them: leave one out"
             )
         if self.plan is None:
             if self.scores is None:
-                found.append(f"{where}scores is missing: give {where}scores=FOLDER and {where}target, or {where}plan")
+                problems.append(
+                    f"{where}scores is missing: give {where}scores=FOLDER and {where}target, or {where}plan"
+                )
             if self.target.is_empty:
-                found.append(f"{where}target changes nothing: set at least one of its sizes")
+                problems.append(f"{where}target changes nothing: set at least one of its sizes")
         else:
             given = {
                 "scores": self.scores is not None and not self.dry_run,
@@ -60,8 +61,8 @@ class PruneConfig(PluginConfig):
                 "merge_heads": self.merge_heads,
             }
             if names := [f"{where}{name}" for name, is_given in given.items() if is_given]:
-                found.append(
-                    f"{where}plan = {self.plan} says already what stays: leave out {' and '.join(names)}; "
+                problems.append(
+                    f"{where}plan = {self.plan} already says what stays: leave out {' and '.join(names)}; "
                     f"a dry run may have {where}scores beside it"
                 )
-        return found
+        return problems

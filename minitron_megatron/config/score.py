@@ -14,7 +14,7 @@ from minitron_megatron.config.target import TargetConfig
 
 
 class Aggregation(str, Enum):
-    """How a list of scores becomes one (Minitron, 2407.14679, section 2.2)."""
+    """How several scores are aggregated to one (Minitron, 2407.14679, section 2.2)."""
 
     MEAN = "mean"  # mean of absolute values
     L2 = "l2"
@@ -22,7 +22,7 @@ class Aggregation(str, Enum):
 
 
 class Criterion(str, Enum):
-    """What makes a channel, a neuron or a head important."""
+    """How the importance of a channel, a neuron or a head is measured."""
 
     ACTIVATION = "activation"
     ACTIVATION_WEIGHT = "activation_weight"
@@ -31,20 +31,20 @@ class Criterion(str, Enum):
 
 
 class Neurons(str, Enum):
-    """Where the neurons of an MLP are looked at."""
+    """Where the activations of MLP neurons are taken."""
 
     AFTER = "after"
     BEFORE = "before"
 
 
 class DepthCriterion(str, Enum):
-    """What is measured when layers are left out; more is worse."""
+    """What is measured when layers are skipped; more is worse."""
 
-    BLOCK_INFLUENCE = "block_influence"  # 1 - cos(x_in, x_out) of what is left out
+    BLOCK_INFLUENCE = "block_influence"  # 1 - cos(x_in, x_out) of the skipped layers
     LOSS = "loss"  # increase of the loss on the text
-    KL = "kl"  # KL(whole || without) of the final predictions
-    LOGITS = "logits"  # squared change of the final logits, relative to their square
-    ACCURACY = "accuracy"  # decrease of the share of right answers
+    KL = "kl"  # KL(whole network || without the layers) of the predictions
+    LOGITS = "logits"  # squared change of the logits, relative to their square
+    ACCURACY = "accuracy"  # decrease of the accuracy on multiple-choice questions
 
 
 class DepthSearch(str, Enum):
@@ -63,13 +63,13 @@ class DepthConfig:
     """How the layers of a network are scored.
 
     Attributes:
-        criteria: what is measured when a layer is left out; several cost little more than one. The first decides
-            a greedy search.
-        unit: whole layers, or attention and MLP sublayers by themselves.
-        search: every unit by itself; every contiguous block of as many layers as shall go; or one unit after
-            another, each time the one that is missed least.
-        protect_first: so many layers at the beginning never go.
-        protect_last: so many layers at the end never go.
+        criteria: what to measure when a layer is skipped; several cost little more than one. The first decides a
+            greedy search.
+        unit: score transformer layers, or attention and MLP sublayers separately.
+        search: single skips each unit by itself, block skips every contiguous block of as many layers as the target
+            drops, greedy drops one unit after another, each time the least important.
+        protect_first: number of leading layers that are never pruned.
+        protect_last: number of trailing layers that are never pruned.
         choices: JSON-lines file of multiple-choice questions (context, choices, answer), for accuracy.
     """
 
@@ -81,30 +81,30 @@ class DepthConfig:
     choices: str | None = field(default=None, metadata=SAME_RESULT)  # its content is known by its fingerprint
 
     def problems(self, where: str = "depth.") -> list[str]:
-        found = []
+        problems = []
         for name in ("protect_first", "protect_last"):
-            found += at_least(where, name, getattr(self, name), 0)
+            problems += at_least(where, name, getattr(self, name), 0)
         if len(set(self.criteria)) < len(self.criteria):
-            found.append(f"{where}criteria = {[c.value for c in self.criteria]}: names one twice")
+            problems.append(f"{where}criteria = {[c.value for c in self.criteria]}: names one twice")
         if self.search is not DepthSearch.SINGLE and not self.criteria:
-            found.append(f"{where}search = {self.search.value} needs at least one of {where}criteria")
+            problems.append(f"{where}search = {self.search.value} needs at least one of {where}criteria")
         if (DepthCriterion.ACCURACY in self.criteria) != (self.choices is not None):
-            found.append(
+            problems.append(
                 f"{where}choices = {self.choices} and accuracy in {where}criteria belong together: set both or neither"
             )
         if self.search is DepthSearch.BLOCK and self.unit is Unit.SUBLAYER:
-            found.append(f"{where}search = block is of whole layers: set {where}unit=layer")
-        return found
+            problems.append(f"{where}search = block skips whole layers: set {where}unit=layer")
+        return problems
 
 
 @dataclass
 class AxisConfig:
-    """How one axis is scored where it is not scored as the others are: what is null is as for all of them.
+    """Overrides for the scoring of one axis; null uses the setting for all axes.
 
     Attributes:
-        criterion: of this axis alone.
-        sequence_aggregation: of this axis alone.
-        batch_aggregation: of this axis alone.
+        criterion: criterion of this axis.
+        sequence_aggregation: aggregation over tokens, of this axis.
+        batch_aggregation: aggregation over sequences, of this axis.
     """
 
     criterion: Criterion | None = None
@@ -112,28 +112,36 @@ class AxisConfig:
     batch_aggregation: Aggregation | None = None
 
 
+@dataclass(frozen=True)
+class AxisScoring:
+    """How one axis is scored: its overrides, and the settings for all axes where it has none."""
+
+    criterion: Criterion
+    sequence_aggregation: Aggregation
+    batch_aggregation: Aggregation
+
+
 @dataclass(init=False)
 class ScoreConfig(OpenSettings, PluginConfig):
-    """`minitron score`: a checkpoint and text become importance scores.
+    """`minitron score`: score the importance of channels, neurons, heads and layers on a calibration set.
 
     Attributes:
-        checkpoint: folder of the checkpoint to score.
-        output: folder that gets `scores.safetensors`.
+        checkpoint: checkpoint to score.
+        output: folder for `scores.safetensors`.
         num_samples: calibration sequences over all ranks.
         micro_batch: sequences per forward pass and rank.
-        criterion: of channels, neurons and heads: their activations; activations times the norm of the weights
-            that read them; the norm of all weights that go with them; or nothing but chance, as a baseline.
-        sequence_aggregation: over the tokens of a sequence, first.
-        batch_aggregation: over the calibration sequences, second.
-        by_axis: the same three for channels, neurons or heads alone: a section for every axis that is scored, under its
-            name in `target`.
-        neurons: score neurons after their activation and gate, or before (of a gated MLP, the gate's input).
-        rounds: prune a little and score again, so many times, on the way to the target.
-        save_rounds: also write the checkpoint between two rounds, to `OUTPUT.round_N/`.
-        save_every: micro-batches between two saves of the partial sums, from which an interrupted run goes on.
-        seed: of random scores.
+        criterion: importance of channels, neurons and heads: their activations; activations times the norm of the
+            weights that read them; the norm of all their weights; or random scores, as a baseline.
+        sequence_aggregation: aggregation over the tokens of a sequence, applied first.
+        batch_aggregation: aggregation over the calibration sequences, applied second.
+        by_axis: the same three for a single axis: a section for every scored axis, under its name in `target`.
+        neurons: score neurons after their activation and gate, or before (the gate's input, if the MLP is gated).
+        rounds: alternate scoring and pruning in this many rounds on the way to the target.
+        save_rounds: also write the checkpoints between rounds, to `OUTPUT.round_N/`.
+        save_every: micro-batches between saves of the partial sums, from which an interrupted run resumes.
+        seed: seed of random scores.
         dtype: number format of weights and computation.
-        target: the shape that several rounds, and searches for blocks or one layer after another, head for.
+        target: final shape, for several rounds and for block and greedy searches.
     """
 
     checkpoint: str = "???"
@@ -157,7 +165,7 @@ class ScoreConfig(OpenSettings, PluginConfig):
 
     @classmethod
     def open_fields(cls) -> dict[str, OpenField]:
-        """A section for every axis that is scored."""
+        """Returns a section for every scored axis."""
         return {name: OpenField(AxisConfig) for name in scored_axes()}
 
     @property
@@ -166,11 +174,11 @@ class ScoreConfig(OpenSettings, PluginConfig):
         return self.rounds > 1 or self.depth.search is not DepthSearch.SINGLE
 
     @property
-    def axes(self) -> dict[str, AxisConfig]:
-        """How each axis is scored, by its name in `target`, with nothing left null."""
+    def axes(self) -> dict[str, AxisScoring]:
+        """How each axis is scored, by its name in `target`."""
 
-        def complete(own: AxisConfig) -> AxisConfig:
-            return AxisConfig(
+        def complete(own: AxisConfig) -> AxisScoring:
+            return AxisScoring(
                 own.criterion or self.criterion,
                 own.sequence_aggregation or self.sequence_aggregation,
                 own.batch_aggregation or self.batch_aggregation,
@@ -179,30 +187,30 @@ class ScoreConfig(OpenSettings, PluginConfig):
         return {name: complete(self.by_axis.get(name, AxisConfig())) for name in scored_axes()}
 
     def problems(self, where: str = "") -> list[str]:
-        found = []
+        problems = []
         for name in ("num_samples", "micro_batch", "rounds", "save_every"):
-            found += at_least(where, name, getattr(self, name), 1)
-        found += at_least(where, "seed", self.seed, 0)
+            problems += at_least(where, name, getattr(self, name), 1)
+        problems += at_least(where, "seed", self.seed, 0)
         for part in ("depth", "target", "data", "parallel"):
-            found += getattr(self, part).problems(f"{where}{part}.")
-        found += sequence_problems(where, self.data, self.parallel)
+            problems += getattr(self, part).problems(f"{where}{part}.")
+        problems += sequence_problems(where, self.data, self.parallel)
         if self.num_samples < 2 and Aggregation.VARIANCE in [a.batch_aggregation for a in self.axes.values()]:
-            found.append(f"{where}num_samples = {self.num_samples}: a variance over sequences needs at least 2")
+            problems.append(f"{where}num_samples = {self.num_samples}: a variance over sequences needs at least 2")
         if self.save_rounds and self.rounds < 2:
-            found.append(
+            problems.append(
                 f"{where}save_rounds = true, and {where}rounds = {self.rounds} has none in between: leave it out"
             )
         if self.rounds > 1 and self.target.is_empty:
-            found.append(f"{where}rounds = {self.rounds} need a shape to head for: set {where}target")
+            problems.append(f"{where}rounds = {self.rounds} need a shape to head for: set {where}target")
         if self.rounds > 1 and self.depth.search is not DepthSearch.SINGLE:
-            found.append(
+            problems.append(
                 f"{where}rounds = {self.rounds} and {where}depth.search = {self.depth.search.value}: several rounds "
                 f"score every layer by itself; set {where}depth.search=single or {where}rounds=1"
             )
         if self.rounds > 1 and self.target.layers is not None and not self.depth.criteria:
-            found.append(f"{where}target.layers and {where}rounds = {self.rounds} need one of {where}depth.criteria")
+            problems.append(f"{where}target.layers and {where}rounds = {self.rounds} need one of {where}depth.criteria")
         if self.rounds > 1 and (self.depth.unit is Unit.SUBLAYER or self.target.sublayers):
-            found.append(
+            problems.append(
                 f"{where}rounds = {self.rounds} score networks of whole layers: set {where}depth.unit=layer and "
                 f"{where}target.layers, or {where}rounds=1"
             )
@@ -210,8 +218,8 @@ class ScoreConfig(OpenSettings, PluginConfig):
         goes = self.target.layers is not None if by_layer else bool(self.target.sublayers)
         if self.depth.search is not DepthSearch.SINGLE and not goes:
             going = ["layers"] if by_layer else sublayers()
-            found.append(
+            problems.append(
                 f"{where}depth.search = {self.depth.search.value} needs to know how many go: set "
                 f"{' or '.join(f'{where}target.{name}' for name in going)}"
             )
-        return found
+        return problems

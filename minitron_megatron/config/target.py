@@ -13,17 +13,17 @@ Size = int | float
 
 @dataclass(init=False)
 class TargetConfig(OpenSettings):
-    """The shape to prune to. What is null stays as it is.
+    """The shape to prune to. null keeps a size as it is.
 
-    A size may be a whole number, or a fraction of the source's, as in 0.75; fractions are rounded, and 1.0 is all.
-    Where layers may differ, a list has a size for each, as in `target.ffn=[1536,1152]`.
+    A size is a whole number, or a fraction of the source's, as in 0.75; fractions are rounded, and 1.0 is all. Where
+    layers may differ, a list has a size for each, as in `target.ffn=[1536,1152]`.
 
     Attributes:
         layers: transformer layers to keep.
-        keep_layers: exactly these layers, counted from 0, whatever their scores.
-        sizes: all others that are given, by the names that are registered in `config.axes`.
-        round_to: hidden and ffn are rounded to a multiple of this. null: fractions are rounded to what tensor
-            cores and the layout want, and whole numbers are taken as they are.
+        keep_layers: keep exactly these layers, counted from 0, whatever their scores.
+        sizes: all other sizes that are given, by the names registered in `config.axes`.
+        round_to: round hidden and ffn to a multiple of this. null rounds fractions to a multiple that suits tensor
+            cores and the layout, and takes whole numbers as they are.
     """
 
     layers: Size | None = None
@@ -33,7 +33,7 @@ class TargetConfig(OpenSettings):
 
     @classmethod
     def open_fields(cls) -> dict[str, OpenField]:
-        """A size of the layers or a number of sublayers for every axis."""
+        """Returns a setting for every registered axis: a size of the layers, or a number of sublayers."""
         of_layers, of_network = Size | list[Size] | None, Size | None
         return {
             name: OpenField(
@@ -49,11 +49,11 @@ class TargetConfig(OpenSettings):
 
     @property
     def sublayers(self) -> list[str]:
-        """Kinds of which a number of sublayers is given."""
+        """Kinds of sublayers whose number is given."""
         return [name for name in sublayers() if name in self.sizes]
 
     def problems(self, where: str = "target.") -> list[str]:
-        """What is wrong with the settings by themselves."""
+        """Returns what is wrong with the settings, one sentence each."""
         problems = at_least(where, "round_to", self.round_to, 1)
         for name, size in {"layers": self.layers, **self.sizes}.items():
             if size is not None and (problem := _size_problem(name, size)):
@@ -73,7 +73,7 @@ class TargetConfig(OpenSettings):
 
 
 def _size_problem(name: str, size: Size | list[Size]) -> str | None:
-    """What is wrong with one size, if anything is."""
+    """Returns what is wrong with one size, if anything."""
     allowed = "a whole number of at least 1, or a fraction of at most 1.0"
     if not isinstance(size, list):
         return None if _is_size(size) else f"must be {allowed}"

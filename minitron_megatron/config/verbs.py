@@ -1,4 +1,4 @@
-"""The verbs: where the function of each one lives, and which of them run in several ranks."""
+"""The verbs: the function of each, and which of them run on several ranks."""
 
 import dataclasses
 import functools
@@ -24,17 +24,17 @@ VERBS = {
 """Module and function by verb. The function takes the verb's settings object."""
 
 DISTRIBUTED = ("score", "distill", "evaluate")
-"""Verbs whose `parallel` says how many ranks run them."""
+"""Verbs that run on as many ranks as `parallel` says."""
 
 SHARED = ("import", "prune", "export")
-"""Verbs whose work any number of ranks can share; `workers` says how many when there are none."""
+"""Verbs whose work any number of ranks can share; without a launcher `workers` says how many."""
 
 
 def verb_function(verb: str) -> Callable[[Any], Any]:
-    """The function of a verb, imported when it is needed, behind a check of the settings that it is given.
+    """Imports the function of a verb, and wraps it in a check of its settings.
 
     The function raises:
-        ConfigError: a setting is missing or wrong. What is found without reading a file is found before any work.
+        ConfigError: a setting is missing or wrong. Checks that read no file come before any work.
     """
     module, name = VERBS[verb].split(":")
     function = getattr(import_without_gc(module), name)

@@ -1,4 +1,4 @@
-"""The prose in Python's standard library: text that is there on every machine."""
+"""The prose in Python's standard library: a corpus that every machine has."""
 
 import ast
 import sys
@@ -9,16 +9,16 @@ from pydoc_data.topics import topics
 
 # A shorter docstring is a label rather than prose, and would weigh the corpus towards fragments.
 _MIN_DOCSTRING = 80
-# Test suites hold hardly any prose. The rest is what Linux distributions strip or package apart (Debian's
-# python3-tk, python3-distutils, python3-venv ...), so that it is missing on some machines.
+# Test suites hold hardly any prose. Linux distributions strip or split off the rest (Debian's python3-tk,
+# python3-distutils, python3-venv ...), so it is missing on some machines.
 _SKIPPED = {"test", "tests", "idlelib", "turtledemo", "tkinter", "distutils", "lib2to3", "ensurepip", "macholib"}
 
 
 def builtin_documents() -> Iterator[str]:
-    """The Python standard library's prose: the topics of `help()`, then the docstrings of each module.
+    """Yields the Python standard library's prose: the topics of `help()`, then the docstrings of each module.
 
-    The source files are parsed, not imported. A text that occurs twice is given once. The result depends
-    on the Python version alone.
+    The source files are parsed, not imported. Repeated texts are yielded once. The result depends only on the Python
+    version.
     """
     seen = set()
     for _, topic in sorted(topics.items()):
@@ -33,7 +33,7 @@ def builtin_documents() -> Iterator[str]:
 
 
 def _standard_library() -> Iterator[Path]:
-    """Source files of the standard library, sorted by module; never what was installed beside it."""
+    """Yields the source files of the standard library, sorted by module; never packages installed beside it."""
     root = Path(sysconfig.get_path("stdlib"))
     for name in sorted(sys.stdlib_module_names):
         files = [root / f"{name}.py", *sorted((root / name).rglob("*.py"), key=Path.as_posix)]
@@ -41,9 +41,9 @@ def _standard_library() -> Iterator[Path]:
 
 
 def _docstrings(source: bytes) -> list[str]:
-    """Docstrings long enough to be prose, in the order of the source."""
+    """Returns docstrings long enough to be prose, in the order of the source."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # the module itself has no line
-    found = (ast.get_docstring(node) for node in nodes)
-    return [docstring for docstring in found if docstring and len(docstring) > _MIN_DOCSTRING]
+    docstrings = (ast.get_docstring(node) for node in nodes)
+    return [docstring for docstring in docstrings if docstring and len(docstring) > _MIN_DOCSTRING]

@@ -1,4 +1,4 @@
-"""Conversations become tokens through the tokenizer's chat template, and only what the assistant says is learned."""
+"""Renders conversations with the tokenizer's chat template; only the assistant's tokens are learned."""
 
 import re
 
@@ -8,27 +8,27 @@ from transformers import PreTrainedTokenizerBase
 from minitron_megatron.errors import DataError
 
 _ASSISTANT = "assistant"
-_QUIETLY = {"verbose": False}  # also of a conversation that is longer than the model's context
+_QUIETLY = {"verbose": False}  # no warning for conversations longer than the model's context
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], where: str) -> tuple[list[int], list[int]]:
-    """The tokens of a conversation, and which of them the assistant has said.
+    """Returns the tokens of a conversation, and which of them are the assistant's.
 
-    A template that marks answers with `{% generation %}` says it itself. Otherwise an answer is what rendering the
-    conversation up to it adds to rendering what comes before, with the prompt to answer.
+    A template can mark answers with `{% generation %}`. Otherwise an answer is the text that is added when the
+    conversation is rendered up to and including it, after the generation prompt.
 
     Args:
         tokenizer: with a chat template.
         messages: of the conversation.
-        where: it stands, for errors.
+        where: file and line, for errors.
 
     Returns:
-        token ids, and 1 for those that are learned, 0 for the others.
+        token ids, and a mask of 1 for those that are learned.
 
     Raises:
-        DataError: there is no template, it refuses the messages or changes what it has written before, or the
-            assistant says nothing.
+        DataError: there is no template, it rejects the messages, it renders earlier messages differently later, or no
+            message is the assistant's.
     """
     if not tokenizer.chat_template:
         raise DataError(
@@ -37,10 +37,10 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], where:
         )
     try:
         if _MARKS_ANSWERS.search(tokenizer.get_chat_template()):
-            found = tokenizer.apply_chat_template(
+            rendered = tokenizer.apply_chat_template(
                 messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=_QUIETLY
             )
-            tokens, mask = found["input_ids"], found["assistant_masks"]
+            tokens, mask = rendered["input_ids"], rendered["assistant_masks"]
         else:
             tokens, mask = _by_prefixes(tokenizer, messages, where)
     except (TemplateError, TypeError, KeyError, ValueError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from minitron_megatron.errors import DataError
 
@@ -16,10 +17,10 @@ class Question:
 
     Attributes:
         context: the text before the choices.
-        choices: its possible continuations; a space between them and the context belongs to them, on whichever side
-            it is written, for tokenizers join it to the word that follows.
-        answer: index of the right one.
-        where: file and line that it stands in.
+        choices: possible continuations. A space between context and choice counts to the choice, on whichever side it
+            is written, because tokenizers join it to the following word.
+        answer: index of the right choice.
+        where: file and line, for errors.
     """
 
     context: str
@@ -29,10 +30,10 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read a file of questions.
+    """Reads a file of questions.
 
     Raises:
-        DataError: the file is missing or empty, or a line of it is no question; the line is named.
+        DataError: the file is missing or empty, or a line is malformed; the message names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # JSON's texts may hold other ends of lines
@@ -65,12 +66,12 @@ def _read_line(where: str, line: str) -> Question:
 
 
 class ChoiceSamples:
-    """A sample per choice: context and choice, with the tokens of the choice alone to be predicted.
+    """A sample per choice: context and choice, where only the tokens of the choice are predicted.
 
     Args:
         questions: see `read_questions`.
         tokenizer: of transformers.
-        multiple: sequences are padded to a multiple of so many tokens.
+        multiple: pad sequences to a multiple of this many tokens.
 
     Attributes:
         sequence_length: of every sample.
@@ -79,7 +80,7 @@ class ChoiceSamples:
         DataError: a choice adds no token to its context.
     """
 
-    def __init__(self, questions: list[Question], tokenizer, multiple: int):
+    def __init__(self, questions: list[Question], tokenizer: PreTrainedTokenizerBase, multiple: int):
         self.questions = questions
         self.rows: list[tuple[list[int], int]] = []
         for question in questions:
@@ -109,7 +110,7 @@ class ChoiceSamples:
         }
 
     def accuracy(self, losses: Tensor) -> float:
-        """Share of the questions whose right choice is the likeliest.
+        """Returns the share of questions whose right choice is the most likely.
 
         Args:
             losses: of every sample, summed over the tokens of its choice, in nats `[sample]`.

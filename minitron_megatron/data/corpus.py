@@ -22,7 +22,7 @@ class Document:
 
     Attributes:
         content: text, or the messages of a conversation, each with a `role`.
-        where: file and line that it stands in.
+        where: file and line, for errors.
     """
 
     content: str | list[dict]
@@ -34,26 +34,26 @@ class Document:
 
     @property
     def text(self) -> str:
-        """What tells it from others."""
+        """The content as text."""
         return self.content if isinstance(self.content, str) else json.dumps(self.content, sort_keys=True)
 
 
 def documents(text: list[str], text_field: str = "text") -> Iterator[Document]:
-    """The documents of all sources, in the order of the list. Documents without a word are left out.
+    """Yields the documents of all sources, in the order of the list. Empty documents are skipped.
 
     Args:
         text, text_field: as in `DataConfig`.
 
     Raises:
-        DataError: a source does not exist or cannot be read, or a row of one is no document.
+        DataError: a source does not exist or cannot be read, or a row is malformed.
     """
     text_paths(text)
-    found = chain.from_iterable(_source(name, text_field) for name in text)
-    return (document for document in found if document.is_chat or document.text.strip())
+    all_documents = chain.from_iterable(_source(name, text_field) for name in text)
+    return (document for document in all_documents if document.is_chat or document.text.strip())
 
 
 def text_parents(text: list[str]) -> list[Parent]:
-    """The files and folders that the documents of `DataConfig.text` come from, as inputs of a result.
+    """Returns the files and folders of `DataConfig.text` as inputs of a result.
 
     Raises:
         DataError: one does not exist.
@@ -62,7 +62,7 @@ def text_parents(text: list[str]) -> list[Parent]:
 
 
 def text_paths(text: list[str]) -> list[Path]:
-    """The files and folders among the sources.
+    """Returns the files and folders among the sources.
 
     Raises:
         DataError: one does not exist.
@@ -83,12 +83,12 @@ def text_paths(text: list[str]) -> list[Path]:
 
 
 def file_stats(text: list[str]) -> list[tuple[str, int, int]]:
-    """Path, size and time in nanoseconds of every file that `documents` reads, and of those beside them."""
+    """Returns path, size and mtime in nanoseconds of every file that `documents` reads, and of those beside them."""
     stats = []
     for path in text_paths(text):
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-        found = [(str(file.absolute()), file.stat()) for file in files]
-        stats += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+        own = [(str(file.absolute()), file.stat()) for file in files]
+        stats += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in own]
     return stats
 
 
@@ -113,8 +113,10 @@ def _path_documents(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """Files and folders in a folder, in the order of whole paths. Names with a leading dot are no text, and links to
-    folders could lead around in circles."""
+    """Returns files and folders in a folder, in the order of whole paths.
+
+    Skips names with a leading dot, and links to folders, which could form cycles.
+    """
     below = [path for path in folder.iterdir() if not path.name.startswith(".")]
     below = [path for path in below if path.is_file() or (path.is_dir() and not path.is_symlink())]
     return sorted(below, key=lambda path: path.as_posix() + "/" * path.is_dir())
@@ -131,7 +133,7 @@ def _text_file(file: Path) -> Iterator[Document]:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, object]]:
-    """Place and value of every line."""
+    """Yields place and value of every line."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -143,7 +145,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, object]]:
 
 
 def _rows(rows: Iterable[tuple[str, object]], text_field: str) -> Iterator[Document]:
-    """The documents of rows, each with its text or its messages."""
+    """Yields the documents of rows, each with its text or its messages."""
     for where, row in rows:
         if not isinstance(row, dict):
             raise _no_document(where, f"{type(row).__name__} instead of fields", text_field)
@@ -167,8 +169,8 @@ def _messages(value: object, where: str) -> list[dict]:
     return [{name: part for name, part in row.items() if part is not None} for row in rows]
 
 
-def _no_document(where: str, found: str, text_field: str = "text") -> DataError:
+def _no_document(where: str, problem: str, text_field: str = "text") -> DataError:
     return DataError(
-        f'{where}: not a document ({found}): every line must be {{{json.dumps(text_field)}: "..."}} or '
+        f'{where}: not a document ({problem}): every line must be {{{json.dumps(text_field)}: "..."}} or '
         f'{{"messages": [...]}}; data.text_field says what the text is called'
     )

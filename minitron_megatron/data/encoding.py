@@ -1,7 +1,7 @@
-"""Documents become rows of token ids, in one process or in several.
+"""Tokenises documents to rows of token ids, in one process or several.
 
-A token that is not learned, as those of a conversation that the assistant has not said, is stored as its bitwise
-complement: `~t`, which is negative. So one file holds tokens and mask, in any order that Megatron-Core reads it.
+A token t that is not learned, such as those of a user's messages, is stored as its bitwise complement `~t`, which is
+negative. So one file holds tokens and mask, in whatever order Megatron-Core reads it.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ from minitron_megatron.data.corpus import Document
 from minitron_megatron.errors import DataError, LostWorkerError
 
 _BATCH = 64  # documents per tokenizer call, enough to keep its threads busy
-# A process takes seconds to start, in which the tokenizer's own threads do about as much.
+# Starting a process takes as long as the tokenizer's own threads need for about this much text.
 _CHARACTERS_PER_WORKER = 2**24
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a Hugging Face folder, without running any code that lies there."""
+    """Loads the tokenizer in a Hugging Face folder, without running any code from there."""
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
-    """Hash of a tokenizer: equal for two folders only if they give every text the same tokens.
+    """Returns a hash of a tokenizer: equal for two folders only if they tokenise every text alike.
 
     Raises:
         DataError: the folder holds no `tokenizer.json`.
@@ -47,18 +47,18 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest token id."""
+    """Returns one more than the largest token id."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def num_workers(asked: int | None, num_characters: int) -> int:
-    """How many processes tokenise so much text, where the settings leave it open: up to one per core."""
+    """Returns the number of tokenizer processes: as asked, or by the amount of text, at most one per core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return asked or max(1, min(cores, num_characters // _CHARACTERS_PER_WORKER))
 
 
 class Encoder:
-    """Makes documents into rows of token ids, each closed by the end-of-sequence token.
+    """Tokenises documents to rows of token ids that end with the end-of-sequence token.
 
     Args:
         tokenizer: with such a token.
@@ -70,10 +70,10 @@ class Encoder:
         self.dtype = dtype
 
     def __call__(self, batch: list[Document]) -> list[np.ndarray]:
-        """The rows of some documents.
+        """Returns the rows of some documents.
 
         Raises:
-            DataError: the chat template and a conversation do not go together.
+            DataError: the chat template cannot render a conversation.
         """
         texts = [document.content for document in batch if not document.is_chat]
         rows = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
@@ -95,17 +95,17 @@ class Encoder:
 def encode(
     documents: Iterable[Document], tokenizer_dir: Path, dtype: type[np.integer], workers: int
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """Every document and its row, in the order of the documents, whatever the number of processes.
+    """Yields every document with its row, in the order of the documents, whatever the number of processes.
 
     Args:
-        documents: read as far ahead as the processes need them.
+        documents: read lazily, only as far ahead as the processes need.
         tokenizer_dir: Hugging Face folder of the tokenizer.
         dtype: see `Encoder`.
-        workers: processes; with one it is this process, and the tokenizer's own threads.
+        workers: number of processes; 1 for this process with the tokenizer's own threads.
 
     Raises:
         DataError: see `Encoder`.
-        LostWorkerError: a process was ended from outside.
+        LostWorkerError: a process was killed.
     """
     documents = iter(documents)
     batches = iter(lambda: list(islice(documents, _BATCH)), [])
@@ -144,7 +144,7 @@ _encoder: Encoder  # of a process that `encode` has started
 
 def _start_worker(tokenizer_dir: Path, dtype: type[np.integer]) -> None:
     global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are enough for the cores
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
     _encoder = Encoder(load_tokenizer(tokenizer_dir), dtype)
 
 

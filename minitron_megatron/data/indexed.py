@@ -3,7 +3,7 @@
     PREFIX.idx   9 bytes MMIDIDX\\0\\0, uint64 version, uint8 dtype code, uint64 sequences S, uint64 D,
                  int32 lengths [S] in tokens, int64 pointers [S] in bytes, int64 documents [D], as ends of sequences
 
-Megatron-Core maps both as they are, so that everything is checked here first.
+Megatron-Core maps both without checks, so everything is checked here first.
 """
 
 import hashlib
@@ -24,26 +24,26 @@ logger = logging.getLogger(__name__)
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
-# Megatron-Core's codes of whole numbers; 6 and 7 are floats.
+# Megatron-Core's integer dtype codes; 6 and 7 are floats.
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _BLOCK = 2**20  # entries that are checked at a time
 
 
 def is_indexed(name: str) -> bool:
-    """Whether a source is a prefix of token files: what preprocess_data.py writes, without `.bin` and `.idx`."""
+    """Returns whether a source is a prefix of token files, as preprocess_data.py writes them: no `.bin` or `.idx`."""
     return not Path(name).exists() and (Path(f"{name}.idx").exists() or Path(f"{name}.bin").exists())
 
 
 @dataclass
 class Index:
-    """What an `.idx` file says, mapped and not read.
+    """An `.idx` file, memory-mapped.
 
     Attributes:
         prefix: of both files.
         dtype: of the tokens.
         lengths: int32 `[sequence]`, in tokens.
         pointers: int64 `[sequence]`, in bytes.
-        documents: int64 `[document + 1]`, the sequence that each document begins with, and their number.
+        documents: int64 `[document + 1]`, the first sequence of each document, and the number of sequences.
     """
 
     prefix: Path
@@ -53,20 +53,19 @@ class Index:
     documents: np.ndarray
 
     def tokens(self) -> np.ndarray:
-        """All tokens, mapped."""
+        """Maps all tokens."""
         return np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r")
 
 
 def read_index(prefix: Path, contiguous: bool = True) -> Index:
-    """Map an `.idx` file after checking it against its own length and that of its `.bin`.
+    """Maps an `.idx` file after checking it against its own length and that of its `.bin`.
 
     Args:
         prefix: path of both files, without `.idx` and `.bin`.
-        contiguous: whether the sequences have to fill the `.bin` file, one behind the other, as Megatron's tools write
-            them.
+        contiguous: whether the sequences must fill the `.bin` file without gaps, as Megatron's tools write them.
 
     Raises:
-        DataError: one of the two is missing, or they are not a whole pair.
+        DataError: a file is missing or damaged, or the two do not match.
     """
     file = Path(f"{prefix}.idx")
     try:
@@ -75,24 +74,21 @@ def read_index(prefix: Path, contiguous: bool = True) -> Index:
             header = stream.read(_HEADER.size)
     except OSError as error:
         raise DataError(f"{prefix} needs both a .bin and an .idx file: {error}") from error
-
-    def require(is_right: bool | np.bool_, reason: str) -> None:
-        if not is_right:
-            raise DataError(
-                f"{file} is damaged, or not of {prefix}.bin: {reason}. Copy both again, or write them with "
-                f"Megatron-LM's tools/preprocess_data.py"
-            )
-
-    require(len(header) == _HEADER.size, f"it has {size} bytes, fewer than a header")
+    if len(header) < _HEADER.size:
+        raise _damaged(prefix, f"it has {size} bytes, fewer than a header")
     magic, version, code, num_sequences, num_documents = _HEADER.unpack(header)
-    require(magic == _MAGIC and version == _VERSION, "it does not begin as version 1 of the format does")
-    require(code in _DTYPES, f"dtype code {code} is not that of a whole number")
+    if magic != _MAGIC or version != _VERSION:
+        raise _damaged(prefix, "it does not begin as version 1 of the format does")
+    if code not in _DTYPES:
+        raise _damaged(prefix, f"dtype code {code} is not that of a whole number")
     wanted = _HEADER.size + 12 * num_sequences + 8 * num_documents
-    require(
-        size == wanted,
-        f"{num_sequences} sequences and {num_documents} document ends take {wanted} bytes, and it has {size}",
-    )
-    require(num_sequences >= 1 and num_documents >= 2 and bin_size > 0, "there is no document")
+    if size != wanted:
+        raise _damaged(
+            prefix,
+            f"{num_sequences} sequences and {num_documents} document ends take {wanted} bytes, and it has {size}",
+        )
+    if num_sequences < 1 or num_documents < 2 or not bin_size:
+        raise _damaged(prefix, "there is no document")
 
     def array(dtype: str, count: int, offset: int) -> np.ndarray:
         return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=(count,))
@@ -105,32 +101,59 @@ def read_index(prefix: Path, contiguous: bool = True) -> Index:
         array("<i8", num_sequences, at + 4 * num_sequences),
         array("<i8", num_documents, at + 12 * num_sequences),
     )
-    itemsize, end = index.dtype.itemsize, 0
-    for first in range(0, num_sequences, _BLOCK):
+    _check_sequences(index, bin_size, contiguous)
+    _check_documents(index)
+    return index
+
+
+def _damaged(prefix: Path, reason: str) -> DataError:
+    return DataError(
+        f"{prefix}.idx is damaged, or not of {prefix}.bin: {reason}. Copy both again, or write them with "
+        f"Megatron-LM's tools/preprocess_data.py"
+    )
+
+
+def _check_sequences(index: Index, bin_size: int, contiguous: bool) -> None:
+    """Checks that every sequence lies in the `.bin` file; see `read_index`.
+
+    Raises:
+        DataError: one does not.
+    """
+    prefix, itemsize, end = index.prefix, index.dtype.itemsize, 0
+    for first in range(0, len(index.lengths), _BLOCK):
         lengths = index.lengths[first : first + _BLOCK].astype(np.int64)
         pointers = index.pointers[first : first + _BLOCK]
-        require(lengths.min() >= 0, "it has a sequence of negative length")
+        if lengths.min() < 0:
+            raise _damaged(prefix, "it has a sequence of negative length")
         if contiguous:
             ends = end + itemsize * np.cumsum(lengths)
-            require(
-                pointers[0] == end and (pointers[1:] == ends[:-1]).all(), "its sequences do not follow on each other"
-            )
+            if pointers[0] != end or (pointers[1:] != ends[:-1]).any():
+                raise _damaged(prefix, "its sequences do not follow on each other")
             end = int(ends[-1])
-        else:
-            fits = (pointers >= 0) & (pointers <= bin_size - itemsize * lengths)
-            require(fits.all(), f"it has a sequence beyond the {bin_size} bytes of {prefix}.bin")
-    require(not contiguous or end == bin_size, f"its sequences take {end} bytes, and {prefix}.bin has {bin_size}")
+        elif not ((pointers >= 0) & (pointers <= bin_size - itemsize * lengths)).all():
+            raise _damaged(prefix, f"it has a sequence beyond the {bin_size} bytes of {prefix}.bin")
+    if contiguous and end != bin_size:
+        raise _damaged(prefix, f"its sequences take {end} bytes, and {prefix}.bin has {bin_size}")
+
+
+def _check_documents(index: Index) -> None:
+    """Checks that the documents share all sequences among them.
+
+    Raises:
+        DataError: they do not.
+    """
     bounds = index.documents
-    for first in range(0, num_documents, _BLOCK):
+    for first in range(0, len(bounds), _BLOCK):
         part = bounds[first : first + _BLOCK + 1]
-        require((part[1:] > part[:-1]).all(), "its documents do not follow on each other")
-    require(bounds[0] == 0 and bounds[-1] == num_sequences, "its documents are not all of its sequences")
-    return index
+        if not (part[1:] > part[:-1]).all():
+            raise _damaged(index.prefix, "its documents do not follow on each other")
+    if bounds[0] != 0 or bounds[-1] != len(index.lengths):
+        raise _damaged(index.prefix, "its documents are not all of its sequences")
 
 
 @dataclass
 class Documents:
-    """The documents of a tokenised corpus, those without a token left out.
+    """The documents of a tokenised corpus, without empty ones.
 
     Attributes:
         index: of the corpus.
@@ -145,10 +168,10 @@ class Documents:
     keys: np.ndarray
 
     def write(self, prefix: Path, chosen: np.ndarray) -> dict[str, int]:
-        """Write token files of some documents, a sequence each, whose `.bin` is a link to the corpus.
+        """Writes token files of some documents, one sequence each, whose `.bin` is a link to the corpus.
 
         Returns:
-            how many `documents`, `tokens` and `bytes` they have.
+            the number of `documents`, `tokens` and `bytes`.
         """
         lengths, pointers = self.lengths[chosen], self.pointers[chosen]
         code = next(code for code, name in _DTYPES.items() if np.dtype(name) == self.index.dtype)
@@ -163,16 +186,16 @@ class Documents:
 
 
 def scan_documents(prefix: Path, seed: int, num_ids: int, eos: int) -> Documents:
-    """Read a tokenised corpus through once, to see whether it is the tokenizer's and to tell its documents apart.
+    """Reads a tokenised corpus once, to check its token ids and to hash its documents.
 
     Args:
         prefix: of its files.
         seed: of the keys.
-        num_ids: token ids are below it.
-        eos: the end-of-sequence token, with which documents should end.
+        num_ids: upper bound of the token ids, exclusive.
+        eos: end-of-sequence token that documents should end with.
 
     Raises:
-        DataError: the files are damaged, or have a token that the tokenizer has not.
+        DataError: the files are damaged, or a token id is not the tokenizer's.
     """
     index = read_index(prefix)
     bounds = np.zeros(len(index.lengths) + 1, dtype=np.int64)

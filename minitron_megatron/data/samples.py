@@ -1,10 +1,10 @@
-"""Token files become samples, and samples become each rank's micro-batches.
+"""Makes samples from token files, and each rank's micro-batches from samples.
 
 A sample is a dict of `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each
-`[sequence]`; `labels[i]` is the token that follows `tokens[i]`. Where documents are kept apart there are
-`document_ids` (int64) as well, and positions begin anew with each. A micro-batch has the same keys, each
-`[micro_batch, sequence]`, and `sample_ids` (int64) `[micro_batch]`: the index of each row's sample, `PADDING` for a row
-that only fills the micro-batch. The index and the `fingerprint` of the samples identify a sample, whatever the layout.
+`[sequence]`; `labels[i]` is the token that follows `tokens[i]`. With `data.document_mask` there are `document_ids`
+(int64) as well, and positions restart with each document. A micro-batch has the same keys, each
+`[micro_batch, sequence]`, and `sample_ids` (int64) `[micro_batch]`: the index of each row's sample, `PADDING` for rows
+that only fill up the micro-batch. Index and `fingerprint` identify a sample in any layout.
 """
 
 import hashlib
@@ -36,24 +36,24 @@ class Samples(Protocol):
 
 
 def training_samples(corpus: Corpus, config: DataConfig, num_samples: int) -> "TrainingSamples":
-    """Megatron-Core's own shuffled samples of the training tokens, over as many epochs as it takes.
+    """Returns Megatron-Core's own shuffled samples of the training tokens, over as many epochs as needed.
 
-    Several token files are blended by Megatron-Core as well: a sample is of one of them, and of each there are as many
-    as its weight says. Every rank of an initialised `torch.distributed` has to call it: the first one writes the order
-    to `corpus.folder`, the others read it.
+    Megatron-Core also blends several token files by their weights; each sample is from one of them. Every rank of an
+    initialised `torch.distributed` has to call this: the first one writes the order to `corpus.folder`, the others
+    read it.
 
     Args:
         corpus: the tokens.
         config: its sequence length and seed.
-        num_samples: of the whole run, however it is split over ranks and restarts: the order of the
-            samples depends on it. The result may hold more.
+        num_samples: of the whole run, however it is split over ranks and restarts, because the order of the samples
+            depends on it. The result may hold more.
 
     Raises:
-        DataError: a file of training tokens is shorter than a sequence and the token behind it.
+        DataError: a file of training tokens is shorter than a sequence plus one token.
     """
     for files in corpus.train:
         _require(files.num_tokens, "training", config, " in one of its parts" if len(corpus.train) > 1 else "")
-    # The tokens are made already, so that of the tokenizer only its identity matters, to name the cache.
+    # Megatron-Core needs only the identity of the tokenizer, to name its cache.
     tokenizer = SimpleNamespace(
         unique_identifiers={"fingerprint": corpus.tokenizer_fingerprint}, vocab_size=None, eod=None
     )
@@ -71,13 +71,13 @@ def training_samples(corpus: Corpus, config: DataConfig, num_samples: int) -> "T
         mid_level_dataset_surplus=_surplus(corpus.weights, num_samples),
     )
     train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, settings).build()
-    # Megatron-Core shuffles over all epochs that it takes, so that the order depends on their number as well.
+    # Megatron-Core shuffles over all epochs, so the order also depends on their number.
     order = {"weights": corpus.weights, "seed": config.seed, "num_samples": num_samples}
     return TrainingSamples(train, config.document_mask, _fingerprint(corpus, "train", config, order))
 
 
 def _fingerprint(corpus: Corpus, side: str, config: DataConfig, order: Mapping[str, object]) -> str:
-    """A hash over everything that decides which tokens sample i has, and which of them count."""
+    """Returns a hash of everything that decides the tokens of sample i, and which of them count."""
     content = {
         "corpus": corpus.fingerprint,
         "side": side,
@@ -89,7 +89,7 @@ def _fingerprint(corpus: Corpus, side: str, config: DataConfig, order: Mapping[s
 
 
 def _surplus(weights: list[float], num_samples: int) -> float:
-    """How many samples more than its share each part of a blend needs, so that none runs out.
+    """Returns by how much each part of a blend must exceed its share of the samples, so that none runs out.
 
     Megatron-Core rounds every part's share up, fills the blend to their sum and then takes parts by their weights.
     """
@@ -98,10 +98,10 @@ def _surplus(weights: list[float], num_samples: int) -> float:
 
 
 class TrainingSamples:
-    """Samples of Megatron-Core's dataset, with the mask of what is not learned; see `encoding`.
+    """Samples of Megatron-Core's dataset, with the mask of tokens that are not learned; see `encoding`.
 
     Attributes:
-        fingerprint: with a sample's index, what identifies it; see `training_samples`.
+        fingerprint: identifies a sample together with its index; see `training_samples`.
     """
 
     def __init__(self, dataset: GPTDataset | BlendedDataset, document_mask: bool, fingerprint: str):
@@ -119,12 +119,12 @@ class TrainingSamples:
         item = dataset[index]
         window = torch.cat([item["tokens"], item["labels"][-1:]])
         lengths = _document_lengths(dataset, index) if self.document_mask else None
-        # Megatron-Core takes ~0, which is -1, for padding: it gives 0 and a mask of 0, which is what is meant.
+        # Megatron-Core reads ~0 = -1 as padding and returns token 0 with a mask of 0, which is right here.
         return _sample(window, item["loss_mask"].bool(), lengths)
 
 
 def _document_lengths(dataset: GPTDataset, index: int) -> list[int]:
-    """Tokens of each document in the window of a sample."""
+    """Returns the number of tokens of each document in the window of a sample."""
     index = dataset.shuffle_index[index]
     (first, begin), (last, end) = dataset.sample_index[index].tolist(), dataset.sample_index[index + 1].tolist()
     lengths = dataset.dataset.sequence_lengths[dataset.document_index[first : last + 1]].astype(np.int64)
@@ -134,12 +134,12 @@ def _document_lengths(dataset: GPTDataset, index: int) -> list[int]:
 
 
 def _sample(window: Tensor, counts: Tensor, lengths: list[int] | None) -> dict[str, Tensor]:
-    """A sample from a window of tokens.
+    """Makes a sample from a window of tokens.
 
     Args:
-        window: `[sequence + 1]`, negative where a token is not learned.
+        window: `[sequence + 1]`, negative for tokens that are not learned.
         counts: bool `[sequence]`, false where there is nothing to predict.
-        lengths: tokens of each document in the window, if documents are kept apart.
+        lengths: tokens of each document in the window, with `data.document_mask`.
     """
     counts = counts & (window[1:] >= 0)
     tokens = torch.where(window < 0, ~window, window)
@@ -149,7 +149,7 @@ def _sample(window: Tensor, counts: Tensor, lengths: list[int] | None) -> dict[s
         lengths = torch.tensor(lengths)
         ids = torch.arange(len(lengths)).repeat_interleave(lengths)
         starts = lengths.cumsum(0) - lengths
-        # Of another document nothing is known, so that its first token cannot be predicted.
+        # The first token of a document cannot be predicted from another document.
         sample["loss_mask"] *= ids[1:] == ids[:-1]
         sample["position_ids"] = positions - starts[ids[:-1]]
         sample["document_ids"] = ids[:-1]
@@ -157,15 +157,15 @@ def _sample(window: Tensor, counts: Tensor, lengths: list[int] | None) -> dict[s
 
 
 def heldout_samples(corpus: Corpus, config: DataConfig, num_samples: int | None = None) -> "HeldoutSamples":
-    """The held-out tokens as windows in which every token but the first is predicted exactly once.
+    """Returns the held-out tokens as windows in which every token but the first is predicted exactly once.
 
     Args:
         corpus: the tokens.
-        config: its sequence length, and whether documents are kept apart.
-        num_samples: keep at most so many, from the beginning; null for all.
+        config: its sequence length and document mask.
+        num_samples: use at most this many, from the beginning; None for all.
 
     Raises:
-        DataError: there are fewer tokens than a sequence has, and the one behind it.
+        DataError: there are fewer tokens than a sequence plus one.
     """
     _require(corpus.num_heldout_tokens, "held-out", config)
     return HeldoutSamples(corpus, config, num_samples)
@@ -184,7 +184,7 @@ class HeldoutSamples:
     """Windows of `sequence_length + 1` tokens at a stride of `sequence_length`; the last one is padded.
 
     Attributes:
-        fingerprint: with a sample's index, what identifies it.
+        fingerprint: identifies a sample together with its index.
     """
 
     def __init__(self, corpus: Corpus, config: DataConfig, num_samples: int | None = None):
@@ -197,7 +197,7 @@ class HeldoutSamples:
         self.num_samples = num_windows if num_samples is None else min(num_samples, num_windows)
         self.files = [IndexedDataset(files.prefix) for files in corpus.heldout]
         self.firsts = np.cumsum([0, *(len(file) for file in self.files)])
-        # Where each document ends in the tokens of all files.
+        # End of each document in the tokens of all files.
         self.ends = np.cumsum(np.concatenate([file.sequence_lengths for file in self.files]), dtype=np.int64)
 
     def __len__(self) -> int:
@@ -216,9 +216,9 @@ class HeldoutSamples:
         return _sample(torch.from_numpy(window), counts, lengths)
 
     def _parts(self, first: int, end: int) -> Iterator[np.ndarray]:
-        """The documents between two places, the first and the last one cut off there.
+        """Yields the documents between two positions; the first and the last one are cut there.
 
-        The caller copies: the arrays read a file map that Megatron-Core closes with the dataset.
+        The arrays are views of a file map that Megatron-Core closes with the dataset, so the caller has to copy.
         """
         document = int(np.searchsorted(self.ends, first, side="right"))
         while first < end:
@@ -233,7 +233,7 @@ class HeldoutSamples:
 def rank_batches(
     dataset: Samples, first: int, count: int, micro_batch: int, data_rank: int, data_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """One data-parallel rank's micro-batches of samples `first` to `first + count`.
+    """Yields one data-parallel rank's micro-batches of samples `first` to `first + count`.
 
     Row j of micro-batch m on rank d is sample `first + (m * data_size + d) * micro_batch + j`. Where the
     range or the dataset ends earlier the row repeats the last sample with a loss mask of zeros and `PADDING` as its id,

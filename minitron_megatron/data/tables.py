@@ -1,50 +1,57 @@
 """Rows of Parquet files and of datasets that Hugging Face's `save_to_disk` wrote, read batch by batch with pyarrow.
 
-A saved dataset is a folder of Arrow files and a `state.json` that lists them. They are data alone: no code that lies
-there is looked for, and the datasets library is not needed.
+A saved dataset is a folder of Arrow files and a `state.json` that lists them. No code from there is run, and the
+datasets library is not needed.
 """
 
+from __future__ import annotations
+
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from minitron_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _BATCH_ROWS = 256
 
-Row = tuple[str, dict]
-"""Where it stands, and its values by field."""
+Row = tuple[str, dict[str, Any]]
+"""Place of the row for messages, and its values by field."""
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether a folder is what `save_to_disk` writes."""
+    """Returns whether a folder was written by `save_to_disk`."""
     return (path / _STATE).is_file() or (path / _SPLITS).is_file()
 
 
 def read_parquet(file: Path, fields: list[str]) -> Iterator[Row]:
-    """The rows of a Parquet file.
+    """Yields the rows of a Parquet file.
 
     Args:
         file: its path.
-        fields: those to read, as far as there are such.
+        fields: to read, where they exist.
 
     Raises:
-        DataError: it is none, or pyarrow is not installed.
+        DataError: it is not a Parquet file, or pyarrow is not installed.
     """
     parquet = _pyarrow("pyarrow.parquet", file)
-    with _told(file), parquet.ParquetFile(file) as table:
+    with _convert_arrow_errors(file), parquet.ParquetFile(file) as table:
         names = [name for name in fields if name in table.schema_arrow.names]
         yield from _rows(file, table.iter_batches(_BATCH_ROWS, columns=names))
 
 
 def read_dataset(folder: Path, fields: list[str]) -> Iterator[Row]:
-    """The rows of a saved dataset; see `read_parquet`.
+    """Yields the rows of a saved dataset; see `read_parquet`.
 
     Raises:
-        DataError: it is not whole, it has several splits, or pyarrow is not installed.
+        DataError: it is damaged, it has several splits, or pyarrow is not installed.
     """
     if not (folder / _STATE).is_file():
         splits = sorted(path.parent.name for path in folder.glob(f"*/{_STATE}"))
@@ -58,21 +65,25 @@ def read_dataset(folder: Path, fields: list[str]) -> Iterator[Row]:
         raise DataError(f"{folder / _STATE} does not list the dataset's files: save the dataset again") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise DataError(f"{folder / _STATE} names {name!r}, which is no file in its folder")
+            raise DataError(f"{folder / _STATE} names {name!r}, which is not a file in its folder")
         file = folder / name
-        with _told(file), pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as table:
+        with (
+            _convert_arrow_errors(file),
+            pyarrow.memory_map(str(file)) as source,
+            pyarrow.ipc.open_stream(source) as table,
+        ):
             known = [field for field in fields if field in table.schema.names]
             batches = (batch.select(known) for batch in table)
             yield from _rows(file, (part for batch in batches for part in _slices(batch)))
 
 
-def _slices(batch) -> Iterator:
-    """A batch in parts of `_BATCH_ROWS`: those of Arrow files may be of any size."""
+def _slices(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
+    """Yields a batch in parts of `_BATCH_ROWS`: those of Arrow files may be of any size."""
     for first in range(0, batch.num_rows, _BATCH_ROWS):
         yield batch.slice(first, _BATCH_ROWS)
 
 
-def _rows(file: Path, batches) -> Iterator[Row]:
+def _rows(file: Path, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Row]:
     number = 0
     for batch in batches:
         for row in batch.to_pylist():
@@ -80,7 +91,7 @@ def _rows(file: Path, batches) -> Iterator[Row]:
             number += 1
 
 
-def _pyarrow(module: str, source: Path):
+def _pyarrow(module: str, source: Path) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
@@ -90,8 +101,8 @@ def _pyarrow(module: str, source: Path):
 
 
 @contextmanager
-def _told(file: Path) -> Iterator[None]:
-    """What pyarrow says of a file that it cannot read, as a DataError."""
+def _convert_arrow_errors(file: Path) -> Iterator[None]:
+    """Turns pyarrow's errors about a file into a DataError."""
     import pyarrow
 
     try:

@@ -1,7 +1,7 @@
-"""Sources become token files in Megatron's own format: some to train on, some held out.
+"""Makes token files in Megatron's own format from all sources: for training, and held out.
 
-All text together is one folder, and so is every corpus that somebody else has tokenised. Both are named by their
-content, or by place, size and time of what is only linked to:
+All text goes to one folder, and each pre-tokenised corpus to one of its own. The folders are named by a hash of their
+content, or of path, size and mtime of files that are only linked to:
 
     CACHE_DIR/FINGERPRINT/
         manifest.json
@@ -10,8 +10,8 @@ content, or by place, size and time of what is only linked to:
         heldout.bin heldout.idx
         index/                      sample orders, written by Megatron-Core
 
-A link beside them leads from names, sizes and times of the files with the text to the folder that was made of them, so
-that text is read once.
+A link beside them, named by a hash of paths, sizes and mtimes of the text files, leads to their folder, so that text is
+read only once.
 """
 
 import hashlib
@@ -43,8 +43,8 @@ from minitron_megatron.progress import progress
 logger = logging.getLogger(__name__)
 
 _HELDOUT = "heldout"
-_LOG_EVERY = 2**17  # documents of a part, while nobody knows how many there are
-_FORMAT = 2  # part of the fingerprint: raise it when equal documents would be written differently
+_LOG_EVERY = 2**17  # documents of a part, as long as their total is unknown
+_FORMAT = 2  # part of the fingerprint: increase it when the same documents would be written differently
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Corpus:
     """A tokenised corpus on disk.
 
     Attributes:
-        folder: for sample orders, absolute.
+        folder: for sample orders; an absolute path.
         fingerprint: of the documents, their split and the tokenizer.
         tokenizer_fingerprint: of the tokenizer that made it.
         train, heldout: its token files.
-        weights: of `train`, how often samples come from each.
+        weights: relative sampling weight of each of `train`.
     """
 
     folder: Path
@@ -90,7 +90,7 @@ class Corpus:
         return sum(files.num_tokens for files in self.heldout)
 
     def num_sequences(self, length: int) -> int:
-        """How many training sequences there are without repeating any; the last one needs a token more."""
+        """Returns the number of training sequences without repetition; the last one needs one more token."""
         total = sum(self.weights)
         counts = ((files.num_tokens - 1) // length for files in self.train)
         if len(self.train) == 1:
@@ -99,20 +99,20 @@ class Corpus:
 
 
 def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
-    """Tokenise and split the documents, or find that this was done before.
+    """Tokenises and splits the documents, or reuses the result of an earlier run.
 
-    Several processes may call it at once: each does the work by itself and the first to finish wins. Let
-    one go first where that work is large.
+    Several processes may call this at once: each does the whole work and the first to finish wins. Let one process go
+    first if the work is large.
 
     Args:
         config: which documents, and how they are split.
         tokenizer_dir: Hugging Face folder of the tokenizer.
 
     Raises:
-        DataError: a source, the tokenizer or the corpus is not whole, there are fewer than two documents, or tokens of
-            another tokenizer.
+        DataError: a source, the tokenizer or the corpus is damaged, there are fewer than two documents, or a corpus is
+            tokenised with another tokenizer.
         DiskSpaceError: the disk of the cache is full.
-        LostWorkerError: a process that tokenised was ended from outside.
+        LostWorkerError: a tokenizer process was killed.
     """
     fingerprint = tokenizer_fingerprint(tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -155,7 +155,7 @@ def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
 def _prepare_text(
     parts: list[list[str]], config: DataConfig, tokenizer_dir: Path, tokenizer: PreTrainedTokenizerBase, settings: dict
 ) -> Path:
-    """The folder with the documents of all parts, each with training files of its own."""
+    """Returns the folder with the documents of all parts, each with training files of its own."""
     link = _link(parts, config, tokenizer, settings)
     if link.exists():
         return link.resolve()
@@ -174,7 +174,7 @@ def _prepare_text(
         settings["chat_template"] = str(tokenizer.chat_template)
     folder = _folder(config, settings)
     if folder.exists():
-        _point(link, folder)
+        _set_link(link, folder)
         return folder
     heldout = _heldout_keys(np.concatenate(keys), config, str(config.text))
     for part, own in zip(parts, keys, strict=True):
@@ -187,7 +187,7 @@ def _prepare_text(
     dtype = np.int32 if has_chat else DType.optimal_dtype(num_token_ids(tokenizer))
     workers = num_workers(config.workers, num_characters)
     names = ["train"] if len(parts) == 1 else [f"train_{number}" for number in range(len(parts))]
-    with _making(folder, config, settings) as (partial, counts):
+    with _new_corpus(folder, config, settings) as (partial, counts):
         files = {name: _Files(partial / name, dtype) for name in [*names, _HELDOUT]}
         with progress("tokenising documents", sum(map(len, keys))) as advance:
             everything = chain.from_iterable(documents(part, config.text_field) for part in parts)
@@ -196,45 +196,45 @@ def _prepare_text(
                 files[_HELDOUT if _split_key(document, config.seed) in chosen else name].add(document, row)
                 advance()
         counts.update({name: own.close() for name, own in files.items()})
-    _point(link, folder)
+    _set_link(link, folder)
     return folder
 
 
 def _link(parts: list[list[str]], config: DataConfig, tokenizer: PreTrainedTokenizerBase, settings: dict) -> Path:
-    """Where a link to the folder is put, named by what can be known of the documents without reading them."""
+    """Returns the path of a link to the folder, named by what is known of the documents without reading them."""
     stats = [file_stats(part) for part in parts]
-    read_as = [config.text_field, str(tokenizer.chat_template), sys.version]  # the last for Python's own prose
+    read_as = [config.text_field, str(tokenizer.chat_template), sys.version]  # the last for `builtin`
     return _folder(config, settings | {"parts": parts, "stats": stats, "read_as": read_as})
 
 
-def _point(link: Path, folder: Path) -> None:
-    with suppress(OSError):  # another process was faster, or the cache may only be read, and text is read again
-        link.unlink(missing_ok=True)  # it may lead to a folder that somebody has deleted
+def _set_link(link: Path, folder: Path) -> None:
+    with suppress(OSError):  # another process was faster, or the cache is read-only and text is read every time
+        link.unlink(missing_ok=True)  # its folder may have been deleted
         link.symlink_to(folder.name)
 
 
 def _prepare_indexed(prefix: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, settings: dict) -> Path:
-    """The folder with the split of a corpus that somebody else has tokenised. Its tokens stay where they are."""
+    """Returns the folder with the split of a pre-tokenised corpus. Its tokens stay where they are."""
     read_index(prefix)
     stats = [Path(f"{prefix}.{suffix}").stat() for suffix in ("bin", "idx")]
     settings = settings | {"prefix": str(prefix), "files": [[stat.st_size, stat.st_mtime_ns] for stat in stats]}
     folder = _folder(config, settings)
     if not folder.exists():
-        found = scan_documents(prefix, config.seed, num_token_ids(tokenizer), tokenizer.eos_token_id)
-        is_heldout = np.isin(found.keys, _heldout_keys(found.keys, config, str(prefix)))
-        with _making(folder, config, settings) as (partial, counts):
-            counts["train"] = found.write(partial / "train", ~is_heldout)
-            counts[_HELDOUT] = found.write(partial / _HELDOUT, is_heldout)
+        corpus = scan_documents(prefix, config.seed, num_token_ids(tokenizer), tokenizer.eos_token_id)
+        is_heldout = np.isin(corpus.keys, _heldout_keys(corpus.keys, config, str(prefix)))
+        with _new_corpus(folder, config, settings) as (partial, counts):
+            counts["train"] = corpus.write(partial / "train", ~is_heldout)
+            counts[_HELDOUT] = corpus.write(partial / _HELDOUT, is_heldout)
     return folder
 
 
 def _split_key(document: Document, seed: int) -> int:
-    """A document's place in the seed's order of all possible documents; equal ones share one."""
+    """Hashes a document to its place in the order of the split; equal documents share one."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{document.text}".encode()).digest()[:8], "big")
 
 
 def _heldout_keys(keys: np.ndarray, config: DataConfig, source: str) -> np.ndarray:
-    """The keys of the held-out documents: the first `heldout_pct` of the distinct ones."""
+    """Returns the keys of the held-out documents: the first `heldout_pct` of the distinct ones."""
     distinct = np.unique(keys)
     if not len(distinct):
         raise DataError(f"data.text = {source} has no text in it: name other files")
@@ -246,7 +246,7 @@ def _heldout_keys(keys: np.ndarray, config: DataConfig, source: str) -> np.ndarr
 
 
 class _Files:
-    """One pair of token files while it is written, and its counts."""
+    """Writes one pair of token files, and counts documents, tokens and bytes."""
 
     def __init__(self, prefix: Path, dtype: type[np.integer]):
         self.prefix = prefix
@@ -270,8 +270,8 @@ def _folder(config: DataConfig, settings: dict) -> Path:
 
 
 @contextmanager
-def _making(folder: Path, config: DataConfig, settings: dict) -> Iterator[tuple[Path, dict]]:
-    """Yields a folder beside `folder`, which it becomes in one step, and the counts of its files, to be filled."""
+def _new_corpus(folder: Path, config: DataConfig, settings: dict) -> Iterator[tuple[Path, dict]]:
+    """Yields a temporary folder that becomes `folder` in one step, and a dict for the counts of its files."""
     logger.info("preparing tokens in %s", folder)
     counts: dict[str, dict[str, int]] = {}
     with convert_enospc(folder):
@@ -284,18 +284,18 @@ def _making(folder: Path, config: DataConfig, settings: dict) -> Iterator[tuple[
                 manifest = {"kind": "corpus", "config": made_of, "details": details, "version": __version__}
                 write_json(partial / MANIFEST, manifest)
         except OSError:
-            if not folder.exists():  # else another process was faster, and its corpus is the same one
+            if not folder.exists():  # otherwise another process was faster with the same corpus
                 raise
 
 
 def _read(folder: Path) -> list[TokenFiles]:
-    """The token files of a folder, those that are held out last."""
+    """Returns the token files of a folder, the held-out ones last."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        found = []
+        token_files = []
         for name, counts in manifest["details"]["files"].items():
             read_index(folder / name, contiguous=False)
-            found.append(TokenFiles(str(folder / name), counts["tokens"], counts["documents"]))
+            token_files.append(TokenFiles(str(folder / name), counts["tokens"], counts["documents"]))
     except (OSError, DataError, ValueError, KeyError) as error:
         raise DataError(f"{folder} is not a whole corpus, {error}: delete it") from error
-    return found
+    return token_files

@@ -1,12 +1,14 @@
 """The verb `evaluate`: held-out loss, generation and tasks, of a checkpoint or a Hugging Face folder."""
 
+from __future__ import annotations
+
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from rich.console import Console
@@ -28,7 +30,7 @@ from minitron_megatron.distillation.result import combine
 from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.evaluation.inference import Inference
-from minitron_megatron.evaluation.rank0 import run_on_rank0
+from minitron_megatron.evaluation.rank0 import Call, run_on_rank0
 from minitron_megatron.evaluation.sampling import SamplingParams
 from minitron_megatron.evaluation.tasks import Tasks, task_problems, task_table
 from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems
@@ -39,6 +41,9 @@ from minitron_megatron.parallel.schedule import Batch, group_microbatches, to_de
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 T = TypeVar("T")
 
 _PROMPT_TOKENS = 32
@@ -46,19 +51,18 @@ _GENERATION_REPEATS = 3
 
 
 def evaluate(config: EvaluateConfig) -> Path:
-    """Measure a model on text that neither calibration nor training has seen, and on tasks.
+    """Measures a model on held-out text and on tasks.
 
     A Megatron checkpoint runs under Megatron-Core in the layout of the settings, a Hugging Face folder under
-    transformers, on one rank. Virtual pipeline stages and sequence parallelism are for training, which keeps
-    activations: a model that only runs forward goes without them.
+    transformers on one rank. Inference needs neither virtual pipeline stages nor sequence parallelism.
 
     Returns:
         the folder with `evaluation.json`.
 
     Raises:
-        CheckpointError: the model is neither, or not whole.
-        ConfigError: a layout or a task does not suit the model.
-        DataError: there is no held-out text, or no data of a task.
+        CheckpointError: the model is neither of these, or not whole.
+        ConfigError: the layout does not fit the model, or a task does not exist.
+        DataError: the held-out text or the data of a task is missing.
     """
     path, output = Path(config.model), Path(config.output)
     is_folder = (path / "config.json").is_file()
@@ -80,26 +84,26 @@ def evaluate(config: EvaluateConfig) -> Path:
         corpus = rank0_first(lambda: prepare_corpus(config.data, hf_assets))
         samples = heldout_samples(corpus, config.data, config.num_samples)
         if checkpoint:
-            found = _measure_checkpoint(checkpoint, samples, tasks, config, ctx)
+            measured = _measure_checkpoint(checkpoint, samples, tasks, config, ctx)
         else:
-            found = _measure_folder(path, samples, tasks, config, ctx)
+            measured = _measure_folder(path, samples, tasks, config, ctx)
         if ctx.is_main:
-            result = {"model": str(path), "name": path.name, **found}
+            result = {"model": str(path), "name": path.name, **measured}
             with writing(output, manifest) as folder:
                 write_json(folder / EVALUATION, result)
-            if found["tasks"]:
-                # Output that goes into a file has no width, and broken lines cannot be searched.
-                Console(width=None if sys.stdout.isatty() else 200).print(task_table(found["tasks"]))
+            if measured["tasks"]:
+                # A file has no width, and wrapped lines cannot be searched.
+                Console(width=None if sys.stdout.isatty() else 200).print(task_table(measured["tasks"]))
     return output
 
 
 def _measure_checkpoint(
     checkpoint: Checkpoint, samples: Samples, tasks: Tasks | None, config: EvaluateConfig, ctx: ParallelContext
 ) -> dict:
-    """What goes into `evaluation.json`, of a model in the ranks' layout."""
+    """Returns the content of `evaluation.json` for a checkpoint, in the layout of the settings."""
     model_chunks = build_model(checkpoint.network, ctx, config.dtype)
     load_weights(model_chunks, checkpoint, ctx)
-    found = _results(
+    measured = _results(
         num_parameters(checkpoint.network),
         num_parameters(checkpoint.network, embeddings=False),
         *_megatron_loss(model_chunks, checkpoint.network.vocab_size, samples, config, ctx),
@@ -115,23 +119,24 @@ def _measure_checkpoint(
         config.micro_batch,
     )
 
-    def run_tasks(call: Callable) -> dict:
+    def run_tasks(call: Call) -> dict:
         from minitron_megatron.evaluation.lm import MegatronLM
 
+        assert tasks is not None, "the first rank has them"
         return tasks.run(MegatronLM(call, tokenizer, checkpoint.network.max_positions, defaults))
 
     if config.generate_tokens:
         params = SamplingParams(config.generate_tokens, min_new_tokens=config.generate_tokens)
-        found["generation"] = _generation(lambda p: inference.generate([p], params)[0], tokenizer, samples, config)
+        measured["generation"] = _generation(lambda p: inference.generate([p], params)[0], tokenizer, samples, config)
     if config.tasks:
-        found["tasks"] = run_on_rank0(inference, run_tasks)
-    return found
+        measured["tasks"] = run_on_rank0(inference, run_tasks)
+    return measured
 
 
 def _measure_folder(
     folder: Path, samples: Samples, tasks: Tasks | None, config: EvaluateConfig, ctx: ParallelContext
 ) -> dict:
-    """The same of a Hugging Face folder, on this rank alone."""
+    """Returns the content of `evaluation.json` for a Hugging Face folder, on this rank alone."""
     from transformers import AutoModelForCausalLM
 
     dtype = TORCH_DTYPES[config.dtype]
@@ -139,7 +144,7 @@ def _measure_folder(
     model = model.eval().to(ctx.device)
     total = model.num_parameters()
     ends = {id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())}
-    found = _results(total, total - sum(ends.values()), *_transformers_loss(model, samples, config))
+    measured = _results(total, total - sum(ends.values()), *_transformers_loss(model, samples, config))
     tokenizer = load_tokenizer(folder)
 
     def generate(prompt: list[int]) -> list[int]:
@@ -155,14 +160,14 @@ def _measure_folder(
         return made[0, len(prompt) :].tolist()
 
     if config.generate_tokens:
-        found["generation"] = _generation(generate, tokenizer, samples, config)
-    if config.tasks:
+        measured["generation"] = _generation(generate, tokenizer, samples, config)
+    if tasks:
         from lm_eval.models.huggingface import HFLM
 
-        # In the model's own number format log-probabilities of likely tokens would all be the same.
+        # In half precision the log-probabilities of likely tokens would round to the same number.
         lm = HFLM(model, "causal", tokenizer=tokenizer, batch_size=config.micro_batch, softmax_dtype="float32")
-        found["tasks"] = tasks.run(lm)
-    return found
+        measured["tasks"] = tasks.run(lm)
+    return measured
 
 
 def _results(parameters: int, body: int, loss: float, num_tokens: int) -> dict:
@@ -178,7 +183,7 @@ def _results(parameters: int, body: int, loss: float, num_tokens: int) -> dict:
 def _megatron_loss(
     model_chunks: list[torch.nn.Module], vocab: int, samples: Samples, config: EvaluateConfig, ctx: ParallelContext
 ) -> tuple[float, int]:
-    """Mean cross-entropy per held-out token, in nats, and the number of tokens."""
+    """Returns the mean cross-entropy per held-out token, in nats, and the number of tokens."""
     step = DistillationStep(model_chunks, [Entry(None, CrossEntropy())], ctx, vocab)
     batches = rank_batches(samples, 0, len(samples), config.micro_batch, ctx.data_rank, ctx.layout.replicas)
     results = []
@@ -192,14 +197,14 @@ def _megatron_loss(
     return result.losses[CrossEntropy.name], result.num_tokens
 
 
-def _transformers_loss(model, samples: Samples, config: EvaluateConfig) -> tuple[float, int]:
-    """The same mean, from a transformers model."""
+def _transformers_loss(model: PreTrainedModel, samples: Samples, config: EvaluateConfig) -> tuple[float, int]:
+    """Returns the same for a transformers model."""
     total, num_tokens = 0.0, 0
     with torch.no_grad(), progress("evaluate", -(-len(samples) // config.micro_batch)) as advance:
         for batch in rank_batches(samples, 0, len(samples), config.micro_batch, 0, 1):
             [batch] = to_device([batch], model.device)
             logits = model(batch["tokens"], **_documents(batch)).logits
-            # A sequence at a time: float32 logits of a whole batch would be gigabytes.
+            # One sequence at a time: float32 logits of a whole batch would take gigabytes.
             for row, labels, mask in zip(logits, batch["labels"], batch["loss_mask"], strict=True):
                 loss = torch.nn.functional.cross_entropy(row.float(), labels, reduction="none")
                 total += float((loss * mask).sum(dtype=torch.float64))
@@ -209,7 +214,7 @@ def _transformers_loss(model, samples: Samples, config: EvaluateConfig) -> tuple
 
 
 def _documents(batch: Batch) -> dict[str, Tensor]:
-    """What tells a transformers model that documents are apart."""
+    """Returns mask and positions that keep documents apart in a transformers model."""
     if "document_ids" not in batch:
         return {}
     documents = batch["document_ids"]
@@ -217,8 +222,8 @@ def _documents(batch: Batch) -> dict[str, Tensor]:
     return {"attention_mask": mask, "position_ids": batch["position_ids"]}
 
 
-def generation_defaults(folder: Path):
-    """The settings of transformers' `generate` that a model brings along: end tokens, and how it samples."""
+def generation_defaults(folder: Path) -> GenerationConfig:
+    """Loads the generation config of a model: end tokens and sampling defaults."""
     from transformers import AutoConfig, GenerationConfig
 
     if (folder / "generation_config.json").is_file():
@@ -228,15 +233,18 @@ def generation_defaults(folder: Path):
     )
 
 
-def _end_tokens(defaults, tokenizer) -> list[int]:
+def _end_tokens(defaults: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     tokens = defaults.eos_token_id if defaults.eos_token_id is not None else tokenizer.eos_token_id
     return tokens if isinstance(tokens, list) else [tokens]
 
 
 def _generation(
-    generate: Callable[[list[int]], list[int]], tokenizer, samples: Samples, config: EvaluateConfig
+    generate: Callable[[list[int]], list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Samples,
+    config: EvaluateConfig,
 ) -> dict:
-    """Greedy generation for one prompt of held-out text: median speed, prompt included, and the text."""
+    """Generates greedily from one held-out prompt; returns the median speed, prompt included, and the text."""
     prompt = samples[0]["tokens"][:_PROMPT_TOKENS].tolist()
     seconds = []
     for _ in range(_GENERATION_REPEATS):
@@ -252,7 +260,7 @@ def _generation(
 
 
 def _on_main(work: Callable[[], T]) -> T | None:
-    """What `work` returns, on the first rank alone; its error reaches every rank."""
+    """Returns the result of `work` on rank 0, and None elsewhere; its error reaches every rank."""
     kept: list[T] = []
     rank0_first(lambda: kept.append(work()))
     return kept[0] if kept else None

@@ -1,12 +1,13 @@
-"""A Megatron model that scores and continues sequences of tokens, in batches and in any layout."""
+"""Inference with a Megatron model: scores and continues sequences of tokens, in batches and in any layout."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from minitron_megatron.evaluation.sampling import Sampler, SamplingParams, StopCriteria
 from minitron_megatron.model.kv_cache import key_value_cache
@@ -20,23 +21,23 @@ from minitron_megatron.progress import progress
 
 T = TypeVar("T")
 
-# So many tokens' full-vocabulary logits exist at a time, in float32.
-_CHUNK_TOKENS = 256
-# A new token costs a pass over all weights, however many sequences share it: so many batches of prompts go on together.
+# Full-vocabulary logits are computed in float32 for this many tokens at a time.
+_BLOCK_TOKENS = 256
+# Every decoding step reads all weights, however many sequences share it, so several batches of prompts decode together.
 _BATCHES_TOGETHER = 4
 
 
 class Inference:
-    """A model that only runs forward. Every rank makes the same calls in the same order, and gets all results.
+    """A model for inference. All ranks make the same calls in the same order, and get all results.
 
     Args:
         model_chunks: this rank's model, without virtual pipeline stages.
         ctx: this rank's place, without sequence parallelism.
         network: the whole network.
         tokenizer: of transformers.
-        end_tokens: that end a sequence.
-        batch: sequences per forward pass and rank. Of generation that is the prompts; up to four times as many go on
-            together.
+        end_tokens: tokens that end a sequence.
+        batch: sequences per forward pass and rank. Generation prefills this many prompts at a time, and decodes up to
+            four times as many together.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Inference:
         model_chunks: Sequence[torch.nn.Module],
         ctx: ParallelContext,
         network: Network,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         end_tokens: list[int],
         batch: int,
     ):
@@ -54,17 +55,17 @@ class Inference:
         self.batch = batch
 
     def score(self, sequences: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        """How likely sequences end as they do.
+        """Scores how likely sequences end as they do.
 
         Args:
-            sequences: tokens, and how many of the last ones are scored.
+            sequences: tokens, and how many of the last ones to score.
 
         Returns:
-            of each, the sum of the log-probabilities of the scored tokens, given all tokens before them, in nats; and
-            whether each of them is the likeliest one.
+            for each, the sum of the log-probabilities of the scored tokens, given all tokens before them, in nats; and
+            whether greedy decoding would choose all of them.
         """
 
-        # Sequences that differ in their last token alone, as short choices do, are one to the model.
+        # Sequences that differ only in their last token, as short choices do, share one input.
         same: dict[tuple[int, ...], list[int]] = {}
         for index, (tokens, _) in enumerate(sequences):
             same.setdefault(tuple(tokens[:-1]), []).append(index)
@@ -78,22 +79,23 @@ class Inference:
                 filled.append({**_padded([inputs[i] for i in batch], size, length), **targets})
             return self._run(filled, self._score)
 
-        # A pipeline is kept busy by several batches at a time.
+        # Several batches at a time keep a pipeline busy.
         per_call = 1 if self.ctx.layout.pipeline == 1 else 4 * self.ctx.layout.pipeline
         of_inputs = self._in_batches("score", list(map(len, inputs)), self.batch, per_call, score)
-        found: dict[int, tuple[float, bool]] = {}
+        scores_of: dict[int, tuple[float, bool]] = {}
         for indices, scores in zip(same.values(), of_inputs, strict=True):
-            found.update(zip(indices, scores, strict=True))
-        return [found[index] for index in range(len(sequences))]
+            scores_of.update(zip(indices, scores, strict=True))
+        return [scores_of[index] for index in range(len(sequences))]
 
     def generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[list[int]]:
-        """Continue sequences.
+        """Continues sequences.
 
         Args:
             prompts: of at least one token each.
+            params: how to sample and when to stop.
 
         Returns:
-            the new tokens of each, up to and with the one that ends it.
+            the new tokens of each, including the one that ends it.
         """
 
         def generate(batches: list[list[int]]) -> list[list[list[int]]]:
@@ -111,52 +113,52 @@ class Inference:
         per_call: int,
         work: Callable[[list[list[int]]], Sequence[Iterable[T]]],
     ) -> list[T]:
-        """What `work` finds for items of these lengths, whose indices it is given in batches of like lengths."""
-        # The longest first: what takes too much memory fails at once.
+        """Runs `work` on batches of items of similar length, given as indices, and returns its results by item."""
+        # The longest first, so that running out of memory happens at once.
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         own = batches[self.ctx.data_rank :: self.ctx.layout.replicas]
-        found: dict[int, T] = {}
+        own_results: dict[int, T] = {}
         with watchdog(self.ctx.timeout_min) as heartbeat, progress(title, len(own)) as advance:
             for start in range(0, len(own), per_call):
                 call = own[start : start + per_call]
-                # All but the last stage may find nothing.
+                # Only the last stage has results.
                 for indices, results in zip(call, work(call), strict=False):
-                    found.update(zip(indices, results, strict=False))
+                    own_results.update(zip(indices, results, strict=False))
                 heartbeat()
                 advance(len(call))
-        everywhere = {
-            index: result for part in gather_objects(found, dist.group.WORLD) for index, result in part.items()
-        }
-        return [everywhere[index] for index in range(len(lengths))]
+        world = dist.group.WORLD
+        assert world is not None, "torch.distributed is initialised"
+        all_results = {index: result for part in gather_objects(own_results, world) for index, result in part.items()}
+        return [all_results[index] for index in range(len(lengths))]
 
-    def _run(self, batches: list[Batch], on_output: Callable[[Tensor, Batch], T], **options) -> list[T]:
+    def _run(self, batches: list[Batch], on_output: Callable[[Tensor, Batch], T], **options: Any) -> list[T]:
         batches = to_device(batches, self.ctx.device)
         return run_forward(self.model_chunks, batches, self.ctx, on_output, **options)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Last hidden states `[token, hidden]` to float32 logits `[token, vocab]`, on the last stage."""
+        """Projects last hidden states `[token, hidden]` to float32 logits `[token, vocab]`, on the last stage."""
         logits = F.linear(hidden, output_weight(self.model_chunks[-1]))
         return gather_dim(logits, self.ctx.collection.tp, dim=1)[:, : self.network.vocab_size].float()
 
     def _score(self, hidden: Tensor, batch: Batch) -> list[list[tuple[float, bool]]]:
-        """The scores of the sequences of each of a batch's rows, from the last hidden states `[seq, batch, hidden]`."""
+        """Scores the sequences of each row of a batch, from last hidden states `[seq, batch, hidden]`."""
         num_sequences = len(batch["row_of_sequence"])
         total = torch.zeros(num_sequences, dtype=torch.float64, device=hidden.device)
         misses = torch.zeros_like(total)
         targets = (batch["rows"], batch["positions"], batch["labels"], batch["sequences"])
-        for rows, positions, labels, numbers in zip(*(part.split(_CHUNK_TOKENS) for part in targets), strict=True):
+        for rows, positions, labels, numbers in zip(*(part.split(_BLOCK_TOKENS) for part in targets), strict=True):
             logits = self._logits(hidden[positions, rows])
             misses.index_add_(0, numbers, (logits.argmax(-1) != labels).double())
             total.index_add_(0, numbers, -F.cross_entropy(logits, labels, reduction="none").double())
-        found: list[list[tuple[float, bool]]] = [[] for _ in range(hidden.size(1))]
+        of_rows: list[list[tuple[float, bool]]] = [[] for _ in range(hidden.size(1))]
         scores = zip(batch["row_of_sequence"].tolist(), total.tolist(), misses.tolist(), strict=True)
         for row, log_prob, missed in scores:
-            found[row].append((log_prob, missed == 0))
-        return found
+            of_rows[row].append((log_prob, missed == 0))
+        return of_rows
 
     def _generate(self, prompts: list[list[int]], numbers: list[int], params: SamplingParams) -> list[list[int]]:
-        """The continuations of prompts, which go on together. Each batch of them draws by its first one's number."""
+        """Continues several batches of prompts together. Each batch is sampled with the number of its first prompt."""
         device = self.ctx.device
         samplers = [Sampler(params, self.end_tokens, number, device) for number in numbers[:: self.batch]]
         ends = StopCriteria(params, self.end_tokens, self.tokenizer)
@@ -168,10 +170,10 @@ class Inference:
             rows = torch.arange(len(batch["last"]), device=device)
             return self._logits(hidden[batch["last"], rows])
 
-        def next_tokens(batches: list[Batch], **options) -> Tensor:
-            """The tokens that follow `[sequences]`, on every rank."""
+        def next_tokens(batches: list[Batch], **options: Any) -> Tensor:
+            """Returns the next tokens `[sequences]`, on every rank."""
             tokens = torch.empty_like(lengths)
-            # All but the last stage have a place for them.
+            # The other stages only receive them.
             if logits := self._run(batches, last_logits, **options):
                 parts = torch.cat(logits).split(self.batch)
                 tokens = torch.cat([choose(part, num_made) for choose, part in zip(samplers, parts, strict=True)])
@@ -185,7 +187,7 @@ class Inference:
             batches = []
             for start in starts:
                 part, last = prompts[start : start + size], lengths[start : start + size] - 1
-                # The stages of a pipeline expect batches of one length.
+                # Pipeline stages expect batches of one length.
                 length = longest if self.ctx.layout.pipeline > 1 else int(last.max()) + 1
                 batches.append({**_padded(part, size, length), "last": last})
             beginning = iter(starts)
@@ -207,12 +209,12 @@ class Inference:
                     "position_ids": positions[:, None],
                     "last": torch.zeros_like(lengths),
                 }
-                # The cache's attention names no device, which the model's own may do.
+                # Unlike the model's own attention, that of the cache never names a CUDA device.
                 tokens = next_tokens([batch], within=bypass_cpu_mode)
 
 
 def _padded(sequences: Sequence[Sequence[int]], size: int, length: int) -> Batch:
-    """Sequences as one batch, filled up on the right and at the bottom."""
+    """Pads sequences to one batch, on the right and with rows at the bottom."""
     tokens = torch.zeros(size, length, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = torch.tensor(sequence)
@@ -220,18 +222,20 @@ def _padded(sequences: Sequence[Sequence[int]], size: int, length: int) -> Batch
 
 
 def _targets(rows: list[list[tuple[list[int], int]]]) -> Batch:
-    """What is to be predicted where in a batch: the last tokens of the sequences of each of its rows.
+    """Returns the scored tokens of a batch: the last tokens of the sequences of each of its rows.
 
     Returns:
         `rows`, `positions`, `labels` and `sequences` (the number within the batch) of every scored token `[token]`, and
         `row_of_sequence` `[sequence]`.
     """
-    found: list[tuple[int, int, int, int]] = []
+    targets: list[tuple[int, int, int, int]] = []
     row_of_sequence: list[int] = []
     for row, sequences in enumerate(rows):
         for tokens, count in sequences:
-            found += [(row, at - 1, tokens[at], len(row_of_sequence)) for at in range(len(tokens) - count, len(tokens))]
+            targets += [
+                (row, at - 1, tokens[at], len(row_of_sequence)) for at in range(len(tokens) - count, len(tokens))
+            ]
             row_of_sequence.append(row)
-    columns = torch.tensor(found).unbind(1)
+    columns = torch.tensor(targets).unbind(1)
     names = ("rows", "positions", "labels", "sequences")
     return {**dict(zip(names, columns, strict=True)), "row_of_sequence": torch.tensor(row_of_sequence)}

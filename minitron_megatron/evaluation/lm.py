@@ -1,4 +1,4 @@
-"""A Megatron model as a language model of EleutherAI's lm-eval harness."""
+"""Adapts a Megatron model to EleutherAI's lm-eval harness."""
 
 import json
 import logging
@@ -16,27 +16,27 @@ from minitron_megatron.evaluation.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-# What transformers draws from unless told otherwise (GenerationConfig).
+# Default of transformers' GenerationConfig.
 _TOP_K = 50
 
 
 class MegatronLM(TemplateLM):
-    """What lm-eval asks of a model, on the first rank of a layout.
+    """The model interface of lm-eval, on rank 0.
 
-    Text becomes tokens by the code of lm-eval's own transformers backend, so that both see the same ones.
+    Tokenises with the code of lm-eval's own transformers backend, so that both see the same tokens.
 
     Args:
         call: calls a method of `Inference` on every rank; see `run_on_rank0`.
         tokenizer: of transformers.
         max_length: longest sequence, in tokens.
-        defaults: how the model samples unless a task says otherwise.
+        defaults: sampling settings that a task may override.
     """
 
     tok_encode = HFLM.tok_encode
     apply_chat_template = HFLM.apply_chat_template
     prefix_token_id = HFLM.prefix_token_id
     tokenizer_name = HFLM.tokenizer_name
-    # Settings of these.
+    # Attributes that these methods read.
     add_bos_token = custom_prefix_token_id = None
 
     def __init__(self, call: Callable, tokenizer: PreTrainedTokenizerBase, max_length: int, defaults: GenerationConfig):
@@ -56,7 +56,7 @@ class MegatronLM(TemplateLM):
             tokens = (context + continuation)[-(self.max_length + 1) :]
             num_cut += len(tokens) < len(context) + len(continuation)
             sequences.append((tokens, min(len(continuation), len(tokens) - 1)))
-        self._tell_cut(num_cut, len(requests))
+        self._warn_truncated(num_cut, len(requests))
         return self.call("score", sequences)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -80,7 +80,7 @@ class MegatronLM(TemplateLM):
             params = self._params(json.loads(settings))
             longest = self.max_length - params.max_new_tokens
             whole = [self.tok_encode(requests[number].args[0]) or [self.prefix_token_id] for number in numbers]
-            self._tell_cut(sum(len(prompt) > longest for prompt in whole), len(whole))
+            self._warn_truncated(sum(len(prompt) > longest for prompt in whole), len(whole))
             made = self.call("generate", [prompt[-longest:] for prompt in whole], params)
             for number, tokens in zip(numbers, made, strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -88,10 +88,10 @@ class MegatronLM(TemplateLM):
         return texts
 
     def _params(self, settings: dict) -> SamplingParams:
-        """What a task's `generation_kwargs` ask for.
+        """Converts a task's `generation_kwargs`.
 
         Raises:
-            ConfigError: more than there is.
+            ConfigError: an option is not supported.
         """
         known = normalize_gen_kwargs(settings)
         max_new_tokens, sample = known.pop("max_gen_toks"), known.pop("do_sample")
@@ -122,7 +122,7 @@ class MegatronLM(TemplateLM):
             )
         return params
 
-    def _tell_cut(self, num_cut: int, num_all: int) -> None:
+    def _warn_truncated(self, num_cut: int, num_all: int) -> None:
         if num_cut:
             logger.warning(
                 "%d of %d texts are longer than the model's %d positions: their beginnings are left out",

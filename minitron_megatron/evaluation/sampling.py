@@ -1,9 +1,15 @@
-"""How tokens are chosen from logits, and when a text ends."""
+"""Sampling parameters, the choice of tokens from logits, and stop criteria."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -11,15 +17,15 @@ class SamplingParams:
     """How sequences are continued.
 
     Attributes:
-        max_new_tokens: of each sequence, at most.
-        min_new_tokens: before so many, no end token is chosen.
-        stop: texts that end a sequence once they are written.
-        sample: draw tokens; else the likeliest is taken.
-        temperature: that logits are divided by, when drawing.
-        top_k: draw from so many of the likeliest; None or 0 for all.
-        top_p: draw from the likeliest that have this much of the probability together; None for all.
-        min_p: draw from those that have this share of the likeliest one's probability; None for all.
-        seed: of the draws.
+        max_new_tokens: most new tokens per sequence.
+        min_new_tokens: fewest new tokens before an end token.
+        stop: strings that end a sequence.
+        sample: sample tokens; otherwise decode greedily.
+        temperature: sampling temperature.
+        top_k: sample from the top-k tokens; None or 0 for all.
+        top_p: sample from the most likely tokens whose probabilities sum to this; None for all.
+        min_p: sample from tokens with at least this fraction of the highest probability; None for all.
+        seed: of the random generator.
     """
 
     max_new_tokens: int
@@ -34,12 +40,12 @@ class SamplingParams:
 
 
 class Sampler:
-    """Chooses a batch's next tokens, the same ones wherever the logits are the same.
+    """Chooses the next tokens of a batch; equal logits give equal tokens on any rank.
 
     Args:
-        params: how.
-        end_tokens: that end a sequence.
-        batch_number: every batch draws differently.
+        params: how to choose.
+        end_tokens: tokens that end a sequence.
+        batch_number: added to the seed.
         device: of the logits.
     """
 
@@ -57,11 +63,11 @@ class Sampler:
         self.warpers = [kind(value) for kind, value in warpers.items() if params.sample and value is not None]
 
     def __call__(self, logits: Tensor, num_made: int) -> Tensor:
-        """The next tokens `[batch]`.
+        """Chooses the next tokens `[batch]`.
 
         Args:
-            logits: float32 `[batch, vocab]`; changed.
-            num_made: tokens that were chosen before.
+            logits: float32 `[batch, vocab]`; modified.
+            num_made: number of tokens generated before.
         """
         if num_made < self.params.min_new_tokens:
             logits[:, self.end_tokens] = -torch.inf
@@ -73,22 +79,22 @@ class Sampler:
 
 
 class StopCriteria:
-    """Tells whether a sequence has ended.
+    """Decides whether a sequence has ended.
 
     Args:
-        params: with the texts to stop at.
-        end_tokens: that end a sequence.
+        params: with the stop strings.
+        end_tokens: tokens that end a sequence.
         tokenizer: of transformers.
     """
 
-    def __init__(self, params: SamplingParams, end_tokens: list[int], tokenizer):
+    def __init__(self, params: SamplingParams, end_tokens: list[int], tokenizer: PreTrainedTokenizerBase):
         self.max_new_tokens, self.stop = params.max_new_tokens, [text for text in params.stop if text]
         self.end_tokens, self.tokenizer = set(end_tokens), tokenizer
-        # A token writes at least one byte, so that a text is complete within so many.
+        # A token is at least one byte, so a stop string has at most as many tokens as bytes.
         self.num_tail = max((len(text.encode()) for text in self.stop), default=0) + 1
 
     def __call__(self, made: list[int]) -> bool:
-        """Whether the tokens that were made end with the last one."""
+        """Returns whether the sequence ends with the last of the generated tokens."""
         if len(made) >= self.max_new_tokens or made[-1] in self.end_tokens:
             return True
         if not self.stop:

@@ -1,10 +1,12 @@
-"""Tasks of EleutherAI's lm-eval harness: finding them, running them, and what comes out."""
+"""Loads and runs tasks of EleutherAI's lm-eval harness, and formats their results."""
+
+from __future__ import annotations
 
 import difflib
 import importlib.util
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -13,17 +15,20 @@ from minitron_megatron.config.schema import EvaluateConfig
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.errors import ConfigError, DataError, raise_if_any
 
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
 
 def task_problems(config: EvaluateConfig) -> list[str]:
-    """Why no task can be run here, one sentence each."""
+    """Returns why tasks cannot be run here, one sentence each."""
     if not config.tasks:
         return []
-    found = []
+    problems = []
     if importlib.util.find_spec("lm_eval") is None:
-        found.append(f"tasks = {config.tasks} take lm-eval, which is not installed: pip install -e '.[eval]'")
+        problems.append(f"tasks = {config.tasks} need lm-eval, which is not installed: pip install -e '.[eval]'")
     if config.task_dir and not Path(config.task_dir).is_dir():
-        found.append(f"task_dir = {config.task_dir} is no folder: name one with the YAML files of tasks")
-    return found
+        problems.append(f"task_dir = {config.task_dir} is not a folder: name one with the YAML files of tasks")
+    return problems
 
 
 class Tasks:
@@ -31,11 +36,11 @@ class Tasks:
 
     Args:
         config: names the tasks.
-        folder: the model's tokenizer.
+        folder: of the model's tokenizer.
 
     Raises:
-        ConfigError: there is no task of a name, or no chat template.
-        DataError: a task's data is not here, or its YAML file is wrong.
+        ConfigError: a task does not exist, or the tokenizer has no chat template.
+        DataError: a task's data is missing, or its YAML file is wrong.
     """
 
     def __init__(self, config: EvaluateConfig, folder: Path):
@@ -44,33 +49,33 @@ class Tasks:
         self.config = config
         if config.chat_template and not load_tokenizer(folder).chat_template:
             raise ConfigError([f"chat_template = true, and the tokenizer in {folder} has none: set it to false"])
-        # Looking through the thousands of files of lm-eval itself takes seconds.
+        # Indexing the thousands of files of lm-eval itself takes seconds.
         manager = TaskManager(include_path=config.task_dir, include_defaults=False) if config.task_dir else None
         if manager is None or set(config.tasks) - set(manager.all_tasks):
             manager = TaskManager(include_path=config.task_dir)
         raise_if_any([_unknown(name, manager.all_tasks) for name in config.tasks if name not in manager.all_tasks])
         try:
-            found = manager.load(list(config.tasks))
+            loaded = manager.load(list(config.tasks))
         except (OSError, ValueError) as error:
             raise DataError(
                 f"tasks = {config.tasks} cannot be loaded: {error}. Without a network, a task's data must be local "
                 f"files, or lie in the cache of Hugging Face's datasets"
             ) from error
-        # A group brings its tasks along, and its groups.
-        children = {child for group in found["groups"].values() for child in group.child_names}
+        # A group runs its own tasks and groups.
+        children = {child for group in loaded["groups"].values() for child in group.child_names}
         self.manager = manager
-        self.roots = [one for name, one in {**found["groups"], **found["tasks"]}.items() if name not in children]
+        self.roots = [one for name, one in {**loaded["groups"], **loaded["tasks"]}.items() if name not in children]
 
-    def run(self, lm) -> dict[str, dict]:
-        """Measure a language model of lm-eval.
+    def run(self, lm: LM) -> dict[str, dict]:
+        """Evaluates a language model of lm-eval.
 
         Returns:
             for each task and group, `num_fewshot`, `num_samples` (questions), `version` and `metrics`: by name,
-            `value`, `stderr` (None where lm-eval has no formula) and `higher_is_better` (None where it does not say).
+            `value`, `stderr` (None where lm-eval has no formula) and `higher_is_better` (None where unknown).
         """
         from lm_eval import simple_evaluate
 
-        found = simple_evaluate(
+        results = simple_evaluate(
             lm,
             tasks=self.roots,
             task_manager=self.manager,
@@ -81,49 +86,49 @@ class Tasks:
         )
         return {
             name: {
-                "num_fewshot": found["n-shot"].get(name),
+                "num_fewshot": results["n-shot"].get(name),
                 "num_samples": values.get("sample_len"),
-                "version": found["versions"].get(name),
-                "metrics": _metrics(values, found["higher_is_better"].get(name, {})),
+                "version": results["versions"].get(name),
+                "metrics": _metrics(values, results["higher_is_better"].get(name, {})),
             }
-            for name, values in found["results"].items()
+            for name, values in results["results"].items()
         }
 
 
 def _unknown(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists those of lm-eval"
-    return f"tasks has {name!r}, which is no task: {hint}"
+    return f"tasks has {name!r}, which is not a task: {hint}"
 
 
 def _metrics(values: dict[str, Any], higher_is_better: dict[str, bool | None]) -> dict[str, dict]:
-    """What lm-eval writes as `METRIC,FILTER` and `METRIC_stderr,FILTER`; the filter `none` goes without saying."""
-    found = {}
+    """Collects lm-eval's `METRIC,FILTER` and `METRIC_stderr,FILTER`; the filter `none` is left out of the name."""
+    metrics = {}
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
         if comma and not metric.endswith("_stderr"):
             stderr = values.get(f"{metric}_stderr,{filtered}")
-            found[metric if filtered == "none" else key] = {
+            metrics[metric if filtered == "none" else key] = {
                 "value": float(value),
                 "stderr": float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
                 "higher_is_better": higher_is_better.get(metric),
             }
-    return found
+    return metrics
 
 
 def show(value: float, stderr: float | None, digits: int = 4) -> str:
-    """A number and its standard error, as text. The perplexity per word of a bad model has a hundred digits."""
+    """Formats a number and its standard error. The perplexity per word of a bad model has a hundred digits."""
     texts = [f"{x:,.{digits}f}" if abs(x) < 1e12 else f"{x:.3e}" for x in (value, stderr) if x is not None]
     return " ± ".join(texts)
 
 
 def task_table(tasks: dict[str, dict]) -> Table:
-    """Results of `Tasks.run` for a terminal."""
+    """Formats the results of `Tasks.run` for a terminal."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("task", "metric", "value", "few-shot", "questions"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for name, task in tasks.items():
         counts = ["–" if task[key] is None else str(task[key]) for key in ("num_fewshot", "num_samples")]
-        for metric, found in task["metrics"].items():
-            table.add_row(*map(Text, (name, metric, show(found["value"], found["stderr"]), *counts)))
+        for metric, measured in task["metrics"].items():
+            table.add_row(*map(Text, (name, metric, show(measured["value"], measured["stderr"]), *counts)))
     return table

@@ -1,16 +1,16 @@
-"""Capturing activations: hooks on a running Megatron-Core model that sum up importance as it goes.
+"""Captures activations: hooks on a running Megatron-Core model that sum up importance.
 
-Each rank adds to arrays of the whole network, and only what no other rank adds as well, so that one sum over all
-ranks gives the model's scores, whatever the layout:
+Each rank adds to arrays of the whole network only what no other rank adds, so that one sum over all ranks gives the
+model's scores, whatever the layout:
 
-| axis                  | watched at               | a rank adds                                   |
+| axis                  | captured at              | a rank adds                                   |
 |-----------------------|--------------------------|-----------------------------------------------|
 | hidden                | output of every norm     | all of its channels, on the first tensor rank |
-| those of a sublayer   | where its kind says      | the elements that it holds                    |
+| those of a sublayer   | the taps of its kind     | the elements that it holds                    |
 
-Under sequence parallelism the tokens of a norm's output lie on several tensor ranks, which add them up first.
+Under sequence parallelism the tokens of a norm's output lie on several tensor ranks, which first sum over them.
 
-A hook only sums over tokens. What follows is done for all places at once, when a micro-batch is through.
+A hook only sums over tokens. The rest is done for all places at once after each micro-batch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from minitron_megatron.config.schema import Aggregation, Neurons
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.build import held_sublayers
+from minitron_megatron.model.layers.sublayer import Tap
 from minitron_megatron.model.network import Network
 from minitron_megatron.model.torch_modules import normalize
 from minitron_megatron.parallel.collectives import sum_over
@@ -34,10 +37,10 @@ from minitron_megatron.pruning.scores import aggregate_sequence, scored_axes, se
 
 
 class ElementSpans:
-    """Where the elements of every place lie in one flat array for each axis.
+    """Lays out the elements of all places in one flat array per axis.
 
-    Places are norms, of `hidden`: norm p stands before sublayer p, and the final one is last. Of another axis they are
-    the sublayers that have it.
+    The places of `hidden` are the norms: norm p precedes sublayer p, and the final norm is last. The places of any
+    other axis are the sublayers that have it.
 
     Attributes:
         totals: length of the array, by setting.
@@ -57,39 +60,39 @@ class ElementSpans:
         self.totals = {setting: sum(sizes.values()) for setting, sizes in self.sizes.items()}
 
     def spans(self, setting: str) -> dict[int, slice]:
-        """The part of the array that each place has."""
+        """Returns the slice of the array for each place."""
         end, spans = 0, {}
         for place, size in self.sizes[setting].items():
             spans[place] = slice(end, end := end + size)
         return spans
 
     def split(self, setting: str, values: Tensor) -> list[Tensor]:
-        """An array `[..., total]` as one for each place, in order."""
+        """Splits an array `[..., total]` into one for each place, in order."""
         return list(values.split(list(self.sizes[setting].values()), dim=-1))
 
 
 class ActivationStats:
-    """Sums importance while a model runs. A context manager: the hooks are there inside of it alone.
+    """Sums importance while a model runs. A context manager: the hooks are removed at its end.
 
-    Works with both layer specs: where Transformer Engine fuses a norm into the projection behind it, the
-    norm's formula is applied to that module's input.
+    Works with both layer specs: where Transformer Engine fuses a norm into the following projection, the norm's formula
+    is applied to that module's input.
 
     Args:
         model_chunks: this rank's model.
         network: the whole network.
         ctx: this rank's place.
         sequence_aggregation: over the tokens of a sequence, by setting.
-        neurons: look at neurons after their activation and gate, or before.
+        neurons: capture neurons after their activation and gate, or before.
 
     Attributes:
         sums: by setting, `[2, total]` in float64 (see `ElementSpans`): the scores of all sequences so far, summed, and
             their squares.
-        num_sequences: with any valid token, so far.
+        num_sequences: sequences with a valid token so far.
     """
 
     def __init__(
         self,
-        model_chunks: Sequence[torch.nn.Module],
+        model_chunks: Sequence[MegatronModule],
         network: Network,
         ctx: ParallelContext,
         sequence_aggregation: Mapping[str, Aggregation],
@@ -113,7 +116,7 @@ class ActivationStats:
         self._own_mask: Tensor  # of this rank's part of it under sequence parallelism
         self._num_tokens: Tensor
         self._all_valid = False
-        self._hooks: list = []
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> ActivationStats:
         for chunk in self.model_chunks:
@@ -130,7 +133,7 @@ class ActivationStats:
         self._hooks.clear()
 
     def set_mask(self, loss_mask: Tensor) -> None:
-        """Say which tokens `[batch, seq]` count in the forward pass to come. Before each micro-batch."""
+        """Sets which tokens `[batch, seq]` count in the next forward pass. Call it before each micro-batch."""
         self._mask, self._own_mask = loss_mask.transpose(0, 1), own_tokens(loss_mask, self.ctx)
         self._num_tokens = self._mask.sum(0, dtype=torch.float64)
         self._all_valid = bool((self._num_tokens == len(self._mask)).all())
@@ -138,11 +141,11 @@ class ActivationStats:
             self.num_sequences += (self._num_tokens > 0).sum()
 
     def add_up(self) -> Tensor:
-        """Add the forward pass that is through to `sums`. After each micro-batch, on all tensor ranks.
+        """Adds the last forward pass to `sums`. Call it after each micro-batch, on all tensor ranks.
 
         Returns:
-            the first place in the network with an activation that is not finite, inf if there is none. Places are
-            positions of sublayers: a norm stands at its sublayer's, other activations half a step behind it.
+            the first place in the network with an activation that is not finite, inf if there is none. A norm has the
+            position of its sublayer, other activations that position plus one half.
         """
         faults = [torch.full((), torch.inf, dtype=torch.float64, device=self.ctx.device)]
         for setting, current in self._current.items():
@@ -155,7 +158,8 @@ class ActivationStats:
             if is_hidden and self.ctx.layout.sequence:
                 sum_over(together, self.ctx.collection.tp)
             # A sequence without valid tokens has sums, and then a score, of 0.
-            score = sequence_score(*together, self._num_tokens.clamp(min=1), self.how[setting])
+            first, second = together
+            score = sequence_score(first, second, self._num_tokens.clamp(min=1), self.how[setting])
             sums = torch.stack([score.sum(0), score.square().sum(0)])
             for place, own in zip(places, sums.split(sizes, dim=-1), strict=True):
                 at = torch.full((), place if is_hidden else place + 0.5, dtype=sums.dtype, device=sums.device)
@@ -164,7 +168,7 @@ class ActivationStats:
         return torch.stack(faults).min()
 
     def _add(self, setting: str, place: int, sums: Tensor) -> None:
-        """Add what this rank has of a place's elements, if no other rank adds it."""
+        """Adds this rank's part of a place's elements, unless another rank adds it."""
         span, rank = self._spans[setting][place], self.ctx.tensor_rank
         if setting != HIDDEN.name:
             start = span.start + rank * sums.size(-1)
@@ -173,11 +177,11 @@ class ActivationStats:
             self.sums[setting][:, span] += sums
 
     def _watch(self, position: int, layer: torch.nn.Module) -> None:
-        """Put the hooks of one sublayer, and of the norm before it."""
+        """Registers the hooks of one sublayer, and of the norm before it."""
         sublayer = self.network.sublayers[position]
         norm, channels = getattr(layer, sublayer.slot.norm), self._channels(position)
         if isinstance(norm, IdentityOp):
-            linear = sublayer.first_projection(layer)
+            linear: Any = sublayer.first_projection(layer)  # of Transformer Engine, whose modules have no types
 
             def normed(x: Tensor) -> None:
                 channels(normalize(x, linear.layer_norm_weight, linear.layer_norm_bias, linear.config))
@@ -187,21 +191,21 @@ class ActivationStats:
             self._after(norm, channels)
         for tap in sublayer.taps(layer, self.neurons is Neurons.BEFORE):
 
-            def watch(value: Any, tap=tap) -> None:
+            def watch(value: Any, tap: Tap = tap) -> None:
                 self._sum(tap.setting, position, tap.elements(value), self._mask)
 
             (self._before if tap.at_input else self._after)(tap.module, watch)
 
     def _channels(self, place: int) -> Callable[[Tensor], None]:
         def watch(x: Tensor) -> None:
-            # Without sequence parallelism all tensor ranks have the same.
+            # Without sequence parallelism all tensor ranks have the same activations.
             if self.ctx.layout.sequence or self.ctx.tensor_rank == 0:
                 self._sum(HIDDEN.name, place, x, self._own_mask)
 
         return watch
 
     def _sum(self, setting: str, place: int, x: Tensor, mask: Tensor) -> None:
-        """Sum `[seq, batch, elements]` over the tokens that count."""
+        """Sums `[seq, batch, elements]` over the tokens that count."""
         if not self._all_valid:
             x = x * mask.unsqueeze(-1).to(x.dtype)
         self._current[setting][place] = aggregate_sequence(x, self.how[setting])
@@ -214,7 +218,7 @@ class ActivationStats:
 
 
 def place_name(place: float, network: Network) -> str:
-    """What to say of a place that `ActivationStats.add_up` reports."""
+    """Returns the name of a place that `ActivationStats.add_up` reports, for messages."""
     if place == len(network.sublayers):
         return f"activations of the final norm ({HIDDEN.name})"
     position = int(place)

@@ -1,4 +1,4 @@
-"""Which layers or sublayers a search over depth leaves out next."""
+"""Chooses which layers or sublayers a depth search skips next."""
 
 import torch
 from torch import Tensor
@@ -14,17 +14,17 @@ _LAYERS = "layers"
 
 
 class DepthSearcher:
-    """What to leave out next, and what came of it so far.
+    """The state of a depth search.
 
     Attributes:
-        base: units that are gone already.
-        paths: what to leave out next, each `base` and more; empty at the end.
-        scores: by criterion, `[unit]`, NaN where nothing was left out.
+        base: sublayers that are dropped so far.
+        paths: what to skip next, each a superset of `base`; empty at the end.
+        scores: by criterion, `[unit]`, NaN where nothing was skipped.
         rounds: of the scores, for a greedy search.
         settings: of the scores.
 
     Raises:
-        ConfigError: the target leaves nothing out, or more than is not protected.
+        ConfigError: the target drops nothing, or more than is unprotected.
     """
 
     def __init__(self, network: Network, config: ScoreConfig):
@@ -35,7 +35,7 @@ class DepthSearcher:
         drop = sum(self.left.values()) or 1
         self.settings = DepthSettings(depth.unit, depth.search, drop, depth.protect_first, depth.protect_last)
         self.units: list[Skipped] = [frozenset(unit) for unit in self.settings.units(network)]
-        # Every unit by itself is scored in any case; what is protected is for the plan to respect.
+        # A single search scores protected units as well; the plan keeps them.
         protected = [] if depth.search is DepthSearch.SINGLE else self.settings.protected(network)
         self.free = [number for number in range(len(self.units)) if number not in protected]
         self.deciding = depth.criteria[0].value if depth.criteria else ""
@@ -45,7 +45,7 @@ class DepthSearcher:
         }
         self.rounds: dict[str, Tensor] = {}
         self.base: Skipped = WHOLE
-        self.tried: list[int] = []
+        self.candidates: list[int] = []
         self.paths: list[Skipped] = []
         if not self.scores:
             return
@@ -56,7 +56,7 @@ class DepthSearcher:
                 raise ConfigError(
                     [
                         f"depth.protect_first = {depth.protect_first} and depth.protect_last = {depth.protect_last} "
-                        f"leave {free} of {len(own)} {self._title(kind)}, of which {count} shall go: protect less"
+                        f"leave {free} of {len(own)} {self._title(kind)}, and the target drops {count}: protect less"
                     ]
                 )
         if self._is_greedy:
@@ -65,23 +65,23 @@ class DepthSearcher:
 
     @property
     def num_sweeps(self) -> int:
-        """Passes over samples and choices that it takes."""
+        """Number of passes over samples and choices."""
         return self.settings.drop if self._is_greedy and self.paths else int(bool(self.paths))
 
     def take(self, effects: dict[str, Tensor]) -> None:
-        """Take what came of leaving out `paths`, and choose what is next.
+        """Records the effects of skipping `paths`, and chooses the next paths.
 
         Args:
             effects: by criterion, `[path]`.
         """
         for name, values in effects.items():
-            self.scores[name][self.tried] = values
+            self.scores[name][self.candidates] = values
         self.paths = []
         if not self._is_greedy:
             return
         decide = effects[self.deciding].tolist()
-        # Of equal ones the last, as in a plan.
-        gone = min(zip(decide, self.tried, strict=True), key=lambda one: (one[0], -one[1]))[1]
+        # Among equals the last, as in a plan.
+        gone = min(zip(decide, self.candidates, strict=True), key=lambda one: (one[0], -one[1]))[1]
         self.free.remove(gone)
         self.base |= self.units[gone]
         self.left[self._kind(gone)] -= 1
@@ -97,18 +97,18 @@ class DepthSearcher:
     def _next(self) -> None:
         length = self.settings.drop if self.settings.search is DepthSearch.BLOCK else 1
         free = {number for number in self.free if self.left.get(self._kind(number), 1) > 0}
-        self.tried = [number for number in sorted(free) if free.issuperset(range(number, number + length))]
-        self.paths = [self.base.union(*self.units[number : number + length]) for number in self.tried]
+        self.candidates = [number for number in sorted(free) if free.issuperset(range(number, number + length))]
+        self.paths = [self.base.union(*self.units[number : number + length]) for number in self.candidates]
 
     def _kind(self, number: int) -> str:
-        """Name of the kind of a unit."""
+        """Returns the name of a unit's kind."""
         return _LAYERS if self.by_layer else self.network.sublayers[number].name
 
     def _title(self, name: str) -> str:
         return next((f"{kind.title} sublayers" for kind in self.network.kinds if kind.name == name), name)
 
     def _surplus(self, config: ScoreConfig) -> dict[str, int]:
-        """How many units of each kind the target has too few for."""
+        """Returns how many units of each kind the target drops."""
         target = resolve_target(self.network, config.target, config.parallel)
         if self.by_layer:
             surplus = {_LAYERS: len(self.network.layers) - (target.layers or 0)}

@@ -1,6 +1,6 @@
-"""What leaving something out does to a network's predictions, token by token.
+"""Compares a network's predictions with and without some sublayers, token by token.
 
-Logits exist for a chunk of tokens at a time, each tensor rank's share of the vocabulary on its own.
+Logits are computed for a block of tokens at a time, on each tensor rank for its share of the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from torch import Tensor
 from minitron_megatron.parallel.cpu import in_blocks
 
 MEASURES = ("loss", "kl", "logits")
-_CHUNK_TOKENS = 256
+_BLOCK_TOKENS = 256
 
 
 def compare_outputs(
     hiddens: Sequence[Tensor], weight: Tensor, labels: Tensor, mask: Tensor, group: dist.ProcessGroup, vocab: int
 ) -> Tensor:
-    """Compare the predictions from several last hidden states with those from the first one.
+    """Compares the predictions from several last hidden states with those from the first one.
 
     Args:
         hiddens: last hidden states `[tokens, hidden]`, the first of them the whole network's.
         weight: output weight `[vocab/tp, hidden]`.
         labels: next tokens `[tokens]`.
-        mask: `[tokens]`; where it is 0 nothing is computed, and the result is 0.
+        mask: `[tokens]`; where it is 0, nothing is computed and the result is 0.
         group: tensor-parallel group; every rank of it gets the result.
-        vocab: tokens of the tokenizer; rows beyond it pad the vocabulary and take no part.
+        vocab: tokens of the tokenizer; rows beyond it are padding and ignored.
 
     Returns:
         float32 `[hidden state, measure, tokens]`, with q the first and p another one's distribution: `loss`, the
@@ -43,12 +43,12 @@ def compare_outputs(
     local = torch.zeros(5, len(hiddens), len(counted), device=weight.device)
     local[0] = -torch.inf
     if len(weight):
-        # Written over by every chunk: memory that is new to a process costs more than what is done with it.
-        size = min(_CHUNK_TOKENS, len(counted)), len(weight)
+        # Reused for every block: allocating memory costs more than computing in it.
+        size = min(_BLOCK_TOKENS, len(counted)), len(weight)
         logits_buffer = weight.new_empty(size)
         buffers = torch.empty(2, *size, device=weight.device)
-        for start in range(0, len(counted), _CHUNK_TOKENS):
-            rows = slice(start, start + _CHUNK_TOKENS)
+        for start in range(0, len(counted), _BLOCK_TOKENS):
+            rows = slice(start, start + _BLOCK_TOKENS)
             label_columns = own_labels[rows].clamp(0, len(weight) - 1)[:, None]
             for number, hidden in enumerate(hiddens):
                 logits = logits_buffer[: len(label_columns)]
@@ -60,7 +60,7 @@ def compare_outputs(
     over_ranks = largest.clone()
     if group.size() > 1:
         dist.all_reduce(over_ranks, dist.ReduceOp.MAX, group=group)
-    # In place of each rank's own largest logit, that of all.
+    # Rescale from each rank's own largest logit to that of all ranks.
     total *= (largest - over_ranks).exp()
     product *= (largest[0] - over_ranks[0]).exp()
     sums = torch.stack([total, product, change, label_logits])
@@ -69,21 +69,21 @@ def compare_outputs(
     total, product, change, label_logits = sums
     log_sum = over_ranks + total.log()
     kl = product / total[0] - log_sum[0] + log_sum
-    found = torch.zeros(len(hiddens), len(MEASURES), len(labels), device=weight.device)
-    found[..., counted] = torch.stack([log_sum - label_logits, kl, change], dim=1).float()
-    return found
+    changes = torch.zeros(len(hiddens), len(MEASURES), len(labels), device=weight.device)
+    changes[..., counted] = torch.stack([log_sum - label_logits, kl, change], dim=1).float()
+    return changes
 
 
-def _compare(is_first: bool, logits: Tensor, whole: Tensor, likelihoods: Tensor, found: Tensor) -> None:
-    """Compare this rank's logits of a chunk with those of the whole network, which the first call keeps.
+def _compare(is_first: bool, logits: Tensor, whole: Tensor, likelihoods: Tensor, results: Tensor) -> None:
+    """Compares this rank's logits of a token block with those of the whole network, which the first call keeps.
 
     Args:
         is_first: whether they are the whole network's.
         logits: `[tokens, vocab/tp]`; overwritten.
         whole, likelihoods: float32 of the same size, for the whole network's logits and their exponentials.
-        found: float32 `[4, tokens]`, see `compare_outputs`.
+        results: float32 `[4, tokens]`, see `compare_outputs`.
     """
-    for rows in in_blocks(logits, whole, likelihoods, found.T):
+    for rows in in_blocks(logits, whole, likelihoods, results.T):
         z, z_whole, exponentials, sums = rows[0].float(), rows[1], rows[2], rows[3].T
         largest = z.amax(1)
         if is_first:

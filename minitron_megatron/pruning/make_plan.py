@@ -7,7 +7,7 @@ from minitron_megatron.config.schema import DepthCriterion, DepthSearch, Paralle
 from minitron_megatron.errors import ConfigError, raise_if_any
 from minitron_megatron.model.layers import PrunableAxis, Sublayer
 from minitron_megatron.pruning.plan import Indices, Plan
-from minitron_megatron.pruning.scores import DepthSettings, Scores, descending, outer_scores
+from minitron_megatron.pruning.scores import DepthSettings, Scores, descending
 from minitron_megatron.pruning.target import Target, resolve_target
 
 
@@ -18,17 +18,17 @@ def make_plan(
     depth_criterion: DepthCriterion | None = None,
     merge_heads: bool = False,
 ) -> Plan:
-    """Keep the elements of highest score.
+    """Makes the plan that keeps the elements of highest score.
 
-    Hidden channels are ranked once for the network, the elements of a sublayer's axes within the sublayer (or within
-    each element of the axis that they lie in), layers over the network. Of equal scores the lower index stays.
+    Hidden channels and layers are ranked over the network, elements of an axis within their sublayer, or within each
+    element of the outer axis. Among equal scores the lower index is kept.
 
     Args:
         scores: of the network to prune.
         target: the shape to reach.
         parallel: the layout that the result is for; fractions are rounded to what it divides.
-        depth_criterion: by which layers are chosen; None for the first that was scored.
-        merge_heads: let the last kept heads take a share of the first dropped ones, see `slicing`.
+        depth_criterion: scored criterion to choose layers by; None for the first.
+        merge_heads: merge the first dropped heads into the last kept ones, see `slicing`.
 
     Raises:
         ConfigError: no plan can reach the target.
@@ -41,7 +41,7 @@ def make_plan(
 def plan_for(
     scores: Scores, target: Target, depth_criterion: DepthCriterion | None = None, merge_heads: bool = False
 ) -> Plan:
-    """See `make_plan`; for a target in whole numbers."""
+    """Makes a plan for a target that is resolved to whole numbers; see `make_plan`."""
     source = scores.network
     sublayers = _kept_sublayers(scores, target, depth_criterion)
     hidden = _top(scores.hidden, scores.rounds.get("hidden"), target.hidden)
@@ -63,21 +63,21 @@ class _Ranking:
     """Ranks the elements of one sublayer.
 
     Attributes:
-        orders: of axes that lie within another, for each kept element of that one, all indices by falling importance.
+        orders: for axes that lie within an outer one, all indices by falling importance, for each kept outer element.
     """
 
     def __init__(self, scores: Scores, position: int):
-        self.sublayer = scores.network.sublayers[position]
-        self.values, self.rounds = scores.of(position), scores.rounds_of(position)
+        self.scores, self.position = scores, position
         self.orders: dict[str, list[list[int]]] = {}
 
     def keep(self, wanted: Sublayer) -> dict[str, Indices]:
-        """The elements of highest score, as many as a smaller sublayer has, by setting."""
+        """Returns the elements of highest score by setting, as many as the smaller sublayer has."""
         kept: dict[str, Indices] = {}
-        for axis in self.sublayer.prunable:
-            values, rounds = self._scores(axis)
+        sublayer = self.scores.network.sublayers[self.position]
+        for axis in sublayer.prunable:
+            values, rounds = self.scores.along(self.position, axis)
             count = wanted.sizes[axis.axis.name]
-            if outer := self.sublayer.outer(axis):
+            if outer := sublayer.outer(axis):
                 orders = [
                     descending(values[element], _row(rounds, element)).tolist() for element in kept[outer.setting]
                 ]
@@ -87,16 +87,9 @@ class _Ranking:
                 kept[axis.setting] = _top(values, rounds, count)
         return kept
 
-    def _scores(self, axis: PrunableAxis) -> tuple[Tensor, Tensor | None]:
-        """Scores and rounds along an axis: its own, or those of what lies within its elements together."""
-        if axis.setting in self.values:
-            return self.values[axis.setting], self.rounds.get(axis.setting)
-        inner = next(other for other in self.sublayer.prunable if other.axis.within == axis.axis.name)
-        return outer_scores(self.values[inner.setting], self.rounds.get(inner.setting))
-
 
 def _require_half(source: Sublayer, wanted: Sublayer, axis: PrunableAxis) -> None:
-    """Merging pairs every dropped element with a kept one."""
+    """Checks that merging can pair every dropped element with a kept one."""
     has, kept, outer = source.sizes[axis.axis.name], wanted.sizes[axis.axis.name], source.outer(axis)
     if 2 * kept < has:
         least = -(-has // 2) * (wanted.total(outer) if outer else 1)
@@ -110,7 +103,7 @@ def _require_half(source: Sublayer, wanted: Sublayer, axis: PrunableAxis) -> Non
 
 
 def _kept_sublayers(scores: Scores, target: Target, criterion: DepthCriterion | None) -> list[int]:
-    """Positions of the sublayers that stay."""
+    """Returns the positions of the sublayers to keep."""
     source, depth = scores.network, scores.depth_settings
     if target.keep_layers is not None:
         return [position for layer in target.keep_layers for position in source.layers[layer]]
@@ -119,31 +112,33 @@ def _kept_sublayers(scores: Scores, target: Target, criterion: DepthCriterion | 
         target.layers is None and all(len(own[name]) == count for name, count in target.counts.items())
     ):
         return list(range(len(source.sublayers)))
-    if target.layers is None and depth.unit is Unit.LAYER:
+    if depth.unit is Unit.SUBLAYER:
+        units, wanted = own, target.counts
+    elif target.layers is not None:
+        units, wanted = {"layers": list(range(len(source.layers)))}, {"layers": target.layers}
+    else:
         counts = " and ".join(f"target.{name} = {count}" for name, count in target.counts.items())
         raise ConfigError([f"{counts} differ, and the scores are of whole layers: score with depth.unit=sublayer"])
     values, rounds = _depth_scores(scores, criterion)
-    protected = set(depth.protected(source))
     if depth.search is not DepthSearch.SINGLE:
-        _require_searched(scores, target)
-    if depth.unit is Unit.SUBLAYER:
-        return sorted(
-            unit
-            for name, count in target.counts.items()
-            for unit in _top_units(values, rounds, own[name], protected, count, depth)
-        )
-    assert target.layers is not None
-    drop = len(source.layers) - target.layers
-    if depth.search is DepthSearch.BLOCK:
+        _require_searched(scores, units, wanted)
+    if depth.search is DepthSearch.BLOCK and depth.unit is Unit.LAYER:
         start = int(np.nanargmin(values.numpy()))
-        layers = [layer for layer in range(len(source.layers)) if not start <= layer < start + drop]
+        kept = [layer for layer in units["layers"] if not start <= layer < start + len(values) - wanted["layers"]]
     else:
-        layers = _top_units(values, rounds, list(range(len(values))), protected, target.layers, depth)
-    return [position for layer in layers for position in source.layers[layer]]
+        protected = set(depth.protected(source))
+        kept = sorted(
+            unit
+            for name, count in wanted.items()
+            for unit in _top_units(values, rounds, units[name], protected, count, depth)
+        )
+    if depth.unit is Unit.SUBLAYER:
+        return kept
+    return [position for layer in kept for position in source.layers[layer]]
 
 
 def _depth_scores(scores: Scores, criterion: DepthCriterion | None) -> tuple[Tensor, Tensor | None]:
-    """Scores of the units by one criterion, and the rounds in which they were scored last."""
+    """Returns the scores of the units by one criterion, and the round in which each was last scored."""
     name = criterion.value if criterion else next(iter(scores.depth), None)
     if name is None or name not in scores.depth:
         raise ConfigError(
@@ -164,15 +159,18 @@ def _depth_scores(scores: Scores, criterion: DepthCriterion | None) -> tuple[Ten
     return scores.depth[name], rounds
 
 
-def _require_searched(scores: Scores, target: Target) -> None:
-    """See that the scores are of a search for as many units as the target keeps."""
-    source, depth = scores.network, scores.depth_settings
-    if depth.unit is Unit.LAYER:
-        units, wanted = {"layers": list(range(len(source.layers)))}, {"layers": target.layers}
-    else:
-        units = {kind.name: source.positions(kind) for kind in source.kinds}
-        wanted = target.counts
-    problems = []
+def _require_searched(scores: Scores, units: dict[str, list[int]], wanted: dict[str, int]) -> None:
+    """Checks that the scores are of a search for as many units as the target keeps.
+
+    Args:
+        scores: of the search.
+        units: layers, or sublayers by kind.
+        wanted: how many of each stay.
+
+    Raises:
+        ConfigError: they are of a search for another number.
+    """
+    depth, problems = scores.depth_settings, []
     for name, own in units.items():
         is_greedy = depth.search is DepthSearch.GREEDY
         searched = int((scores.rounds["depth"][own] <= depth.drop).sum()) if is_greedy else depth.drop
@@ -188,7 +186,7 @@ def _require_searched(scores: Scores, target: Target) -> None:
 def _top_units(
     values: Tensor, rounds: Tensor | None, units: list[int], protected: set[int], count: int, depth: DepthSettings
 ) -> list[int]:
-    """Of some units, the `count` to keep: those that are protected, and the best of the others."""
+    """Returns the `count` units to keep: the protected ones, and the best of the others."""
     kept = [unit for unit in units if unit in protected]
     if count < len(kept):
         raise ConfigError(
@@ -203,7 +201,7 @@ def _top_units(
 
 
 def _partners(order: list[int], kept: int) -> list[int]:
-    """For each kept element, ascending, the dropped one that it takes a share of, or itself.
+    """Returns for each kept element, ascending, the dropped one that is merged into it, or itself.
 
     With heads in order of importance, the i-th of K kept ones is paired with number 2K - i + 1, as long as there is
     such a head (2407.14679, section 2.3, whose range for i begins one too early).
@@ -213,7 +211,7 @@ def _partners(order: list[int], kept: int) -> list[int]:
 
 
 def _top(values: Tensor, rounds: Tensor | None, count: int) -> list[int]:
-    """The `count` indices of highest score, ascending."""
+    """Returns the `count` indices of highest score, ascending."""
     return sorted(descending(values, rounds)[:count].tolist())
 
 

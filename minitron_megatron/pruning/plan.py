@@ -1,39 +1,49 @@
-"""The plan: which elements of a network stay. Plain data, made from scores or by hand, applied by `slicing`."""
+"""The plan: which elements of a network are kept. Plain data, made from scores or by hand, applied by `slicing`."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from minitron_megatron.artifacts.files import read_json, write_atomically
 from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.model.axes import HIDDEN, Kept
-from minitron_megatron.model.layers import PrunableAxis
+from minitron_megatron.model.layers import PrunableAxis, Sublayer
 from minitron_megatron.model.network import Network
 from minitron_megatron.pruning.ranges import from_ranges, to_ranges
 
 FILE = "plan.json"
 
 Indices = list[int] | list[list[int]]
-"""Kept indices along a prunable axis; of one that lies within another, a list for each kept element of that one."""
+"""Kept indices along a prunable axis; for an axis within an outer one, a list for each kept outer element."""
+
+
+def flat(indices: Indices) -> list[int]:
+    """Returns the kept indices of an axis that lies within no other one."""
+    return cast("list[int]", indices)  # the axis says so, which no type does
+
+
+def nested(indices: Indices) -> list[list[int]]:
+    """Returns the kept indices of an axis that lies within another one."""
+    return cast("list[list[int]]", indices)
 
 
 @dataclass
 class Plan:
-    """What stays of a network. All indices count in the source and ascend.
+    """What is kept of a network. All indices are those of the source, in ascending order.
 
     Attributes:
-        source: the network that is cut.
-        sublayers: positions of the source that stay.
+        source: the network to prune.
+        sublayers: positions of the kept sublayers.
         hidden: kept channels of the residual stream.
         elements: kept elements of each sublayer, by its position in the source and the setting of the axis.
-        merge: for each kept element of the kind's `merged` axis the one that it takes a share of (see `slicing`), or
-            itself; by position. Empty if nothing is merged.
-        checkpoint: fingerprint of the checkpoint that the plan is for, or None for any of that network.
+        merge: for each kept element of the kind's `merged` axis the dropped one that is merged into it (see `slicing`),
+            or itself; by position. Empty if nothing is merged.
+        checkpoint: fingerprint of the checkpoint that the plan is for, or None for any checkpoint of the network.
     """
 
     source: Network
@@ -45,17 +55,17 @@ class Plan:
 
     @property
     def target(self) -> Network:
-        """What is left.
+        """The pruned network.
 
         Raises:
-            ConfigError: the elements of an axis would keep unlike numbers of those within them.
+            ConfigError: the elements of an outer axis keep different numbers of inner elements.
         """
         left, problems = [], []
         for position in self.sublayers:
             sublayer, lengths = self.source.sublayers[position], {}
             for axis in sublayer.prunable:
                 kept = self.elements[position][axis.setting]
-                counts = {len(within) for within in kept} if axis.axis.within else {len(kept)}
+                counts = {len(within) for within in nested(kept)} if axis.axis.within else {len(kept)}
                 if len(counts) > 1:
                     problems.append(
                         f"the plan keeps {' or '.join(map(str, sorted(counts)))} {axis.elements}s of "
@@ -68,7 +78,7 @@ class Plan:
         return self.source.replace(sublayers=tuple(left), hidden_size=len(self.hidden))
 
     def kept(self, position: int | None) -> Kept:
-        """Kept indices along every axis, for the parameters of a sublayer of the source, or outside of the layers."""
+        """Returns kept indices along every axis, for parameters of a sublayer of the source, or of none."""
         kept = {HIDDEN.name: np.array(self.hidden)}
         if position is not None:
             for axis in self.source.sublayers[position].prunable:
@@ -76,7 +86,7 @@ class Plan:
         return kept
 
     def then(self, second: "Plan") -> "Plan":
-        """One plan that does what this one and then `second`, which is for its result, do one after the other."""
+        """Composes this plan with a `second` one for its result."""
         if self.merge or second.merge:
             raise ValueError("plans that merge heads change weights: apply them one after the other")
         assert second.source == self.target
@@ -88,16 +98,16 @@ class Plan:
             for axis in sublayer.prunable:
                 before, after = first[axis.setting], then[axis.setting]
                 if axis.axis.within:
-                    outer = then[_outer(sublayer, axis).setting]
-                    pairs = zip(outer, after, strict=True)
-                    elements[origin][axis.setting] = [_pick(before[element], kept) for element, kept in pairs]
+                    outer = flat(then[_outer(sublayer, axis).setting])
+                    pairs = zip(outer, nested(after), strict=True)
+                    elements[origin][axis.setting] = [_pick(nested(before)[element], kept) for element, kept in pairs]
                 else:
-                    elements[origin][axis.setting] = _pick(before, after)
+                    elements[origin][axis.setting] = _pick(flat(before), flat(after))
         sublayers = [self.sublayers[position] for position in second.sublayers]
         return Plan(self.source, sublayers, _pick(self.hidden, second.hidden), elements, checkpoint=self.checkpoint)
 
     def problems(self) -> list[str]:
-        """What is wrong with the indices, one sentence each."""
+        """Returns what is wrong with the indices, one sentence each."""
         problems = _index_problems("sublayers", self.sublayers, len(self.source.sublayers))
         problems += _index_problems(HIDDEN.name, self.hidden, self.source.hidden_size)
         if problems:
@@ -108,7 +118,7 @@ class Plan:
             for axis in sublayer.prunable:
                 size, kept = sublayer.sizes[axis.axis.name], own.get(axis.setting, [])
                 if not axis.axis.within:
-                    problems += _index_problems(f"{where}: {axis.setting}", kept, size)
+                    problems += _index_problems(f"{where}: {axis.setting}", flat(kept), size)
                     continue
                 outer = _outer(sublayer, axis)
                 elements = own.get(outer.setting, [])
@@ -117,7 +127,7 @@ class Plan:
                         f"{where}: {axis.setting} has {len(kept)} lists for {len(elements)} kept {outer.setting}: give "
                         f"one for each"
                     )
-                for element, within in zip(elements, kept, strict=False):
+                for element, within in zip(flat(elements), nested(kept), strict=False):
                     what = f"{where}: {axis.setting} of {outer.elements} {element}"
                     problems += _index_problems(what, within, size)
             problems += self._merge_problems(position)
@@ -127,7 +137,7 @@ class Plan:
         sublayer = self.source.sublayers[position]
         if not self.merge or sublayer.merged is None:
             return []
-        kept, partners = self.elements[position][sublayer.merged], self.merge.get(position, [])
+        kept, partners = nested(self.elements[position][sublayer.merged]), self.merge.get(position, [])
         size = sublayer.sizes[sublayer.axis(sublayer.merged).axis.name]
         named = {element for own in partners for element in own}
         if [len(own) for own in partners] == [len(own) for own in kept] and named <= set(range(size)):
@@ -138,18 +148,18 @@ class Plan:
     # As text
 
     def write(self, folder: Path) -> None:
-        """Write `plan.json` into `folder`."""
+        """Writes `plan.json` into `folder`."""
         self.write_file(folder / FILE)
 
     def write_file(self, path: Path) -> None:
-        """Write the plan to a file of any name."""
+        """Writes the plan to a file of any name."""
         write_atomically(path, self.text)
 
     @property
     def text(self) -> str:
-        """The plan as JSON that can be read and edited: a line per sublayer, indices as ranges.
+        """The plan as JSON for people to read and edit: a line per sublayer, indices as ranges.
 
-        To drop a sublayer is to remove its line.
+        Removing its line drops a sublayer.
         """
         lines = [
             f'"checkpoint": {json.dumps(self.checkpoint)}',
@@ -162,19 +172,26 @@ class Plan:
     def _rows(self) -> Iterator[dict[str, Any]]:
         for position in self.sublayers:
             sublayer = self.source.sublayers[position]
-            row = {"position": position, "kind": sublayer.symbol, "layer": self.source.layer_of(position)}
+            row: dict[str, Any] = {
+                "position": position,
+                "kind": sublayer.symbol,
+                "layer": self.source.layer_of(position),
+            }
             for axis in sublayer.prunable:
                 kept = self.elements[position][axis.setting]
-                row[axis.setting] = [to_ranges(own) for own in kept] if axis.axis.within else to_ranges(kept)
+                if axis.axis.within:
+                    row[axis.setting] = [to_ranges(own) for own in nested(kept)]
+                else:
+                    row[axis.setting] = to_ranges(flat(kept))
             yield row | ({"merge": self.merge[position]} if position in self.merge else {})
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
-        """Read a plan: a file, or `plan.json` in a folder.
+        """Reads a plan: a file, or `plan.json` in a folder.
 
         Raises:
-            CheckpointError: there is none, or it cannot be understood.
-            ConfigError: its indices are not possible.
+            CheckpointError: there is no plan, or it cannot be parsed.
+            ConfigError: its indices are invalid.
         """
         path = path / FILE if path.is_dir() else path
         values = read_json(path, "a plan")
@@ -194,7 +211,7 @@ class Plan:
         return plan
 
     def _add_row(self, row: dict[str, Any]) -> None:
-        """Take over a line of the file; what says the same in two ways has to agree."""
+        """Adds a line of the file. Fields that say the same in two ways must agree."""
         position = row["position"]
         where = f"sublayer {position}"
         if type(position) is not int or not 0 <= position < len(self.source.sublayers):
@@ -215,7 +232,7 @@ class Plan:
             if not axis.axis.within:
                 self.elements[position][axis.setting] = from_ranges(given, size, f"{where}: {axis.setting}")
                 continue
-            # Their number is compared with that of the outer elements later.
+            # `problems` checks that there are as many lists as outer elements.
             outer = _outer(sublayer, axis)
             elements = self.elements[position][outer.setting]
             names = [f"{where}: {axis.setting} of {outer.elements} {element}" for element in elements]
@@ -228,13 +245,13 @@ class Plan:
                 raise ValueError(f"{where}: merge must be lists of whole numbers")
 
 
-def _outer(sublayer: Any, axis: PrunableAxis) -> PrunableAxis:
+def _outer(sublayer: Sublayer, axis: PrunableAxis) -> PrunableAxis:
     outer = sublayer.outer(axis)
     assert outer is not None
     return outer
 
 
-def _pick(values: list, indices: list[int]) -> list:
+def _pick(values: list[int], indices: list[int]) -> list[int]:
     return [values[i] for i in indices]
 
 

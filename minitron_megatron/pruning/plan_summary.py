@@ -1,4 +1,4 @@
-"""What a plan would do, for people to read before it is done."""
+"""Prints what a plan would do."""
 
 from statistics import fmean
 
@@ -17,11 +17,11 @@ _NUMBER_BYTES = 2  # of bf16
 
 
 def show_plan(plan: Plan, scores: Scores | None = None) -> None:
-    """Print sizes and counts before and after, what is dropped, and the share of the scores that stays per layer.
+    """Prints sizes and counts before and after, what is dropped, and the share of the scores that each layer keeps.
 
     Args:
-        plan: what stays.
-        scores: of the network, if there are any.
+        plan: to show.
+        scores: of its network, if known.
     """
     console = Console()
     source = plan.source
@@ -43,7 +43,7 @@ def show_plan(plan: Plan, scores: Scores | None = None) -> None:
 
 
 def _shares(plan: Plan, scores: Scores) -> Table:
-    """For each layer the share of every axis' scores that stays."""
+    """Returns the share of every axis' scores that each layer keeps."""
     source, columns = plan.source, {}
     for kind, axis in scored_axes(source):
         stays, shares = kept_sublayers(plan, kind), kept_share(plan, scores, kind, axis)
@@ -59,12 +59,12 @@ def _shares(plan: Plan, scores: Scores) -> Table:
 
 
 def _range(values: list[int]) -> str:
-    """One number where all are equal, else the smallest and the largest."""
+    """Formats one number if all are equal, else the smallest and the largest."""
     return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,} to {max(values):,}"
 
 
 def _sizes(network: Network) -> dict[str, list[int]]:
-    """Everything that can shrink by its name, sizes for each layer that has them."""
+    """Returns everything that can shrink by its name, with a size for each layer that has it."""
     sequence = min(network.max_positions, _MAX_SEQUENCE)
     sizes = {f"{kind.title} sublayers": [len(network.positions(kind))] for kind in network.kinds}
     sizes["hidden"] = [network.hidden_size]

@@ -1,4 +1,4 @@
-"""The verb `prune`: a checkpoint and a plan, made from scores or given, become a smaller checkpoint."""
+"""The verb `prune`: cuts a checkpoint by a plan, given or made from scores."""
 
 import itertools
 import logging
@@ -19,21 +19,21 @@ from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.plan_summary import show_plan
 from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.pruning.slicing import write_pruned
-from minitron_megatron.pruning.target import resolve_target
+from minitron_megatron.pruning.target import in_terms_of_target, resolve_target
 
 logger = logging.getLogger(__name__)
 
 
 def prune(config: PruneConfig) -> Path:
-    """Cut a checkpoint to a target shape, chunk by chunk on disk.
+    """Prunes a checkpoint to a target shape, chunk by chunk on disk.
 
     Returns:
-        folder of the smaller checkpoint, which also holds the plan; of a dry run, the file with the plan.
+        folder of the pruned checkpoint, which includes the plan; for a dry run, the plan file.
 
     Raises:
         CheckpointError: an input is not whole, or scores or plan are of another checkpoint.
-        ConfigError: no plan can reach the target, it does not divide by the layout it is meant for, or Megatron-Core
-            has no class for what the plan leaves.
+        ConfigError: no plan can reach the target, the target does not divide by its layout, or Megatron-Core has no
+            model class for the result.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
     parents = [Parent.of("checkpoint", checkpoint.root)]
@@ -49,12 +49,17 @@ def prune(config: PruneConfig) -> Path:
         plan = Plan.read(path)
         _require_same("plan", config.plan, plan.source, plan.checkpoint, checkpoint, parents[0], "make a plan for it")
         parents.append(Parent.of("plan", path))
+        settings = to_plain(config)
     else:
+        assert scores is not None  # or `PruneConfig.problems` has something to say
         target = resolve_target(checkpoint.network, config.target, config.parallel)
         rounded = target.rounded
         plan = plan_for(scores, target, config.depth_criterion, config.merge_heads)
+        # As numbers, because another layout may round the same fraction differently.
+        settings = to_plain(config) | {"target": target.sizes}
     network = plan.target
-    problems = build_problems(network, config.parallel, "target")
+    problems = build_problems(network, config.parallel, "plan" if config.plan else "target")
+    problems = [in_terms_of_target(problem, network, config.target) for problem in problems]
     for sentence in rounded:
         logger.info(sentence)
 
@@ -64,8 +69,6 @@ def prune(config: PruneConfig) -> Path:
             workers.run_on_main(lambda: _show(plan, scores, problems, file))
         return file
     raise_if_any(problems)
-    # In numbers, so that a layout for which a fraction is rounded otherwise is not taken for the same target.
-    settings = to_plain(config) if config.plan else to_plain(config) | {"target": target.sizes}
     manifest = Manifest("checkpoint", parents=parents, config=settings, verb="prune")
     if is_done(output, manifest):
         return output
@@ -77,7 +80,7 @@ def prune(config: PruneConfig) -> Path:
 
 
 def _show(plan: Plan, scores: Scores | None, problems: list[str], file: Path) -> None:
-    """A dry run: the plan on the screen and in a file."""
+    """Prints the plan and writes it to a file: a dry run."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists() and file.read_text() != plan.text:
         _set_aside(file)
@@ -89,7 +92,7 @@ def _show(plan: Plan, scores: Scores | None, problems: list[str], file: Path) ->
 
 
 def _set_aside(file: Path) -> None:
-    """Keep what somebody may have changed by hand, under the first name that is free."""
+    """Renames a plan that may have been edited by hand to the first free name."""
     names = (file.with_suffix(f".{number}.json") for number in itertools.count(1))
     aside = next(path for path in names if not path.exists())
     file.rename(aside)
@@ -105,7 +108,7 @@ def _require_same(
     parent: Parent,
     fix: str,
 ) -> None:
-    """See that scores or a plan are of the checkpoint that they shall be used on."""
+    """Checks that scores or a plan are of the checkpoint."""
     if network != checkpoint.network:
         why = "another network"
     elif fingerprint not in (None, parent.fingerprint):

@@ -1,10 +1,10 @@
-"""Ascending indices as people write them: `0-5,8,10-12`."""
+"""Ascending indices as text: `0-5,8,10-12`."""
 
 import re
 
 
 def to_ranges(indices: list[int]) -> str:
-    """Ascending numbers as text: `0-5,8,10-12`."""
+    """Formats ascending numbers as text: `0-5,8,10-12`."""
     runs: list[list[int]] = []
     for i in indices:
         if runs and i == runs[-1][1] + 1:
@@ -15,15 +15,15 @@ def to_ranges(indices: list[int]) -> str:
 
 
 def from_ranges(text: str, size: int, what: str = "indices") -> list[int]:
-    """What `to_ranges` wrote, or somebody in that form.
+    """Parses the text of `to_ranges`.
 
     Args:
         text: numbers and ranges of numbers.
-        size: they are below it.
-        what: it is of, for the error.
+        size: upper bound of the numbers, exclusive.
+        what: name of the indices, for the error.
 
     Raises:
-        ValueError: the text is none of the kind, or names an index that is not there or stands twice.
+        ValueError: the text is malformed, or an index is out of range or repeated.
     """
     parts = re.sub(r"\s", "", text).split(",") if isinstance(text, str) else []
     runs = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in parts if part]

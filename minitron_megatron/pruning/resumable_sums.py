@@ -20,15 +20,15 @@ from minitron_megatron.parallel.schedule import Batch, to_device
 
 
 class ResumableSums:
-    """Adds up over samples what ranks find, and keeps it in a file on the way.
+    """Sums over samples on all ranks, and saves the sums to a file at intervals.
 
-    The file holds the sums of all ranks, so that an interrupted run may go on in another layout.
+    The file holds the sums of all ranks, so that an interrupted run can resume in another layout.
 
     Args:
         ctx: this rank's place.
         micro_batch: sequences per forward pass and rank.
-        file: where sums are kept; None keeps them nowhere.
-        content: what the sums are of; a file of something else is ignored.
+        file: where sums are saved; None does not save them.
+        content: identifies what is summed; a file with another content is ignored.
         save_every: micro-batches between two saves.
     """
 
@@ -42,7 +42,7 @@ class ResumableSums:
         self.save_every = save_every
         self._done: dict[str, int] = {}
         self._sums: dict[str, dict[str, Tensor]] = {}
-        if file is not None:  # on one rank, for a file system may show others an older one
+        if file is not None:  # on rank 0, because a network file system may show others an older file
             self._done, self._sums = rank0_first(self._load)
 
     def over(
@@ -55,24 +55,24 @@ class ResumableSums:
         describe: Callable[[float], str],
         advance: Callable[[int], None],
     ) -> dict[str, Tensor]:
-        """The sums over all samples, on every rank. Collective.
+        """Returns the sums over all samples, on every rank. Collective.
 
         Args:
             name: of these sums, within the file.
             samples: each is read once over all data-parallel ranks.
-            num_samples: how many of them.
-            sums: what this rank adds to, and no other rank does; zeros at first.
-            add: adds a micro-batch to `sums`, and returns the place of the first thing in them that is not finite,
-                a number that is infinite if there is none.
-            describe: what to say of such a place.
-            advance: told how many micro-batches are done.
+            num_samples: number of samples.
+            sums: this rank's own sums, zero at first.
+            add: adds a micro-batch to `sums`, and returns the place of the first value that is not finite, inf if all
+                are.
+            describe: names such a place for messages.
+            advance: called with the number of finished micro-batches.
 
         Returns:
             float64 tensors on the CPU, by the names in `sums`.
 
         Raises:
-            DataError: something is not finite. Every rank, in any layout, names the first place in the first such
-                micro-batch; no sums with it are kept.
+            DataError: a value is not finite. In any layout, every rank names the first place in the first such
+                micro-batch, and no sums with it are saved.
         """
         layout, collection = self.ctx.layout, self.ctx.collection
         parallel = (collection.tp, collection.pp, collection.dp)
@@ -103,7 +103,7 @@ class ResumableSums:
         return total
 
     def remove(self) -> None:
-        """Remove the file: the work is done."""
+        """Removes the file once the work is done."""
         if self.file is not None and self.ctx.is_main:
             self.file.unlink(missing_ok=True)
 
@@ -116,7 +116,7 @@ class ResumableSums:
             save_file(tensors, temporary, metadata={"content": self.content, "done": json.dumps(self._done)})
 
     def _load(self) -> tuple[dict[str, int], dict[str, dict[str, Tensor]]]:
-        """How many samples are done, and their sums, by the names of both; nothing if the file is of something else."""
+        """Reads the number of samples done and their sums, by name; nothing if the file is of something else."""
         sums: dict[str, dict[str, Tensor]] = {}
         try:
             with safe_open(self.file, framework="pt") as f:
@@ -133,7 +133,7 @@ class ResumableSums:
 def _require_none(
     faults: dict[str, Tensor], parallel: Iterable[dist.ProcessGroup], describe: Callable[[float], str]
 ) -> None:
-    """Raise for the first micro-batch in which any rank found a fault. Collective."""
+    """Raises for the first micro-batch in which any rank found a fault. Collective."""
     places = torch.stack(list(faults.values()))
     for group in parallel:
         if group.size() > 1:

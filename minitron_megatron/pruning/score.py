@@ -1,4 +1,4 @@
-"""The verb `score`: a checkpoint and text become importance scores."""
+"""The verb `score`: scores a checkpoint on a calibration set."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from minitron_megatron.config.schema import ScoreConfig
 from minitron_megatron.data.choices import ChoiceSamples, read_questions
 from minitron_megatron.data.corpus import text_parents
 from minitron_megatron.data.encoding import load_tokenizer
-from minitron_megatron.data.samples import training_samples
+from minitron_megatron.data.samples import Samples, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.errors import raise_if_any
 from minitron_megatron.model.axes import HIDDEN
@@ -29,7 +29,7 @@ from minitron_megatron.parallel.collectives import rank0_first
 from minitron_megatron.parallel.context import ParallelContext, parallel_context
 from minitron_megatron.pruning.depth_search import DepthSearcher
 from minitron_megatron.pruning.make_plan import plan_for
-from minitron_megatron.pruning.plan import Plan
+from minitron_megatron.pruning.plan import Plan, flat, nested
 from minitron_megatron.pruning.resumable_sums import ResumableSums
 from minitron_megatron.pruning.score_model import score_model
 from minitron_megatron.pruning.scores import DEPTH, Scores
@@ -38,27 +38,27 @@ from minitron_megatron.pruning.target import Target, resolve_target
 
 logger = logging.getLogger(__name__)
 
-# Tensor-parallel ranks that the sizes between two rounds are made for.
+# The sizes between two rounds allow up to this many tensor-parallel ranks.
 _MOST_RANKS = 64
 
 
 def score(config: ScoreConfig) -> Path:
-    """Score every hidden channel, neuron, head and layer of a checkpoint on a calibration set.
+    """Scores every hidden channel, neuron, head and layer of a checkpoint on a calibration set.
 
-    An interrupted scoring goes on from its last partial sums when it is started again with the same settings.
+    An interrupted scoring resumes from its last saved sums when it is started again with the same settings.
 
     Returns:
         the folder with `scores.safetensors`.
 
     Raises:
         CheckpointError: the checkpoint is not whole.
-        DataError: the text is shorter than one sequence, a question is none, or activations are not finite.
+        DataError: the text is shorter than one sequence, a question is malformed, or activations are not finite.
         ConfigError: the layout does not fit the network or the world, or the target cannot be reached.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
     raise_if_any(build_problems(checkpoint.network, config.parallel, "checkpoint"))
     questions = read_questions(Path(config.depth.choices)) if config.depth.choices else None
-    settings, ways = _settings_that_count(config, checkpoint)
+    settings, round_targets = _relevant_settings(config, checkpoint)
     parents = [Parent.of("checkpoint", checkpoint.root), *text_parents(config.data.text)]
     if config.depth.choices:
         parents.append(Parent.of("choices", Path(config.depth.choices)))
@@ -66,10 +66,10 @@ def score(config: ScoreConfig) -> Path:
     if is_done(output, manifest):
         return output
     for number in range(1, config.rounds) if config.save_rounds else ():
-        is_done(*_round(output, manifest, number))  # or it is something else, which is said now
+        is_done(*_round(output, manifest, number))  # raises now if the folder holds something else
     with parallel_context(config.parallel) as ctx:
         corpus = rank0_first(lambda: prepare_corpus(config.data, checkpoint.huggingface_folder))
-        # More would be the same sequences again, which count no more than once.
+        # More samples would only repeat sequences.
         num_samples = min(config.num_samples, corpus.num_sequences(config.data.sequence_length))
         if num_samples < config.num_samples:
             logger.warning("num_samples = %d: the text has only %d sequences", config.num_samples, num_samples)
@@ -84,11 +84,18 @@ def score(config: ScoreConfig) -> Path:
             ctx,
             config.micro_batch,
             output.with_name(f".{output.name}.sums"),
-            json.dumps([parents[0].fingerprint, corpus.fingerprint, manifest.cache_key, [way.sizes for way in ways]]),
+            json.dumps(
+                [
+                    parents[0].fingerprint,
+                    corpus.fingerprint,
+                    manifest.cache_key,
+                    [round_target.sizes for round_target in round_targets],
+                ]
+            ),
             config.save_every,
         )
         scores = _score_in_rounds(config, checkpoint, manifest, ctx, samples, choices, resumable)
-        scores.settings = _described(config, corpus.fingerprint)
+        scores.settings = _description(config, corpus.fingerprint)
         if ctx.is_main:
             with writing(output, manifest) as folder:
                 scores.write(folder)
@@ -96,29 +103,29 @@ def score(config: ScoreConfig) -> Path:
     return output
 
 
-def _settings_that_count(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[dict[str, Any], list[Target]]:
-    """The settings that scores depend on, and what is left after each round but the last.
+def _relevant_settings(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[dict[str, Any], list[Target]]:
+    """Returns the settings that scores depend on, and the target of each round but the last.
 
     Raises:
-        ConfigError: the target cannot be reached, or what a round leaves cannot be built.
+        ConfigError: the target cannot be reached, or the network after a round cannot be built.
     """
     settings = to_plain(config)
     if not config.depends_on_target:
-        # What does not depend on the target need not be scored again for another one.
+        # These scores are reused for other targets.
         del settings["target"]
         return settings, []
-    # In numbers, so that a layout for which a fraction is rounded otherwise is not taken for the same target.
+    # As numbers, because another layout may round the same fraction differently.
     settings["target"] = resolve_target(checkpoint.network, config.target, config.parallel).sizes
-    DepthSearcher(checkpoint.network, config)  # which says now what could not be left out later
-    ways = [_part_way(config, checkpoint, number) for number in range(1, config.rounds)]
-    for number, way in enumerate(ways, start=1):
-        if left := way.network_of(checkpoint.network):
+    DepthSearcher(checkpoint.network, config)  # raises now if the target cannot be searched for
+    round_targets = [_round_target(config, checkpoint, number) for number in range(1, config.rounds)]
+    for number, round_target in enumerate(round_targets, start=1):
+        if left := round_target.network_of(checkpoint.network):
             raise_if_any(build_problems(left, config.parallel, f"what round {number} leaves"))
-    return settings, ways
+    return settings, round_targets
 
 
-def _described(config: ScoreConfig, corpus: str) -> dict[str, Any]:
-    """How scores were made, for those who look at them."""
+def _description(config: ScoreConfig, corpus: str) -> dict[str, Any]:
+    """Returns how scores were made, for display."""
     return {
         **{
             axis: f"{how.criterion.value}, {how.sequence_aggregation.value} over tokens, "
@@ -134,37 +141,47 @@ def _described(config: ScoreConfig, corpus: str) -> dict[str, Any]:
 
 
 def _score_in_rounds(
-    config: ScoreConfig, checkpoint: Checkpoint, manifest: Manifest, ctx: ParallelContext, samples, choices, resumable
+    config: ScoreConfig,
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    ctx: ParallelContext,
+    samples: Samples,
+    choices: ChoiceSamples | None,
+    resumable: ResumableSums,
 ) -> Scores:
-    """Score, prune a little on the way to the target, score what is left, and so on.
+    """Scores, prunes a little on the way to the target, scores what is left, and so on.
 
-    Nothing is written between rounds: a smaller model is loaded through the plan so far.
+    The plan so far is applied while loading, so that nothing has to be written between rounds.
     """
-    plan, scores = None, None
-    for number in range(1, config.rounds + 1):
-        source = Pruned(checkpoint, plan) if plan else checkpoint
+
+    def score_round(number: int, source: Checkpoint | Pruned) -> Scores:
         if config.rounds > 1:
             logger.info("round %d of %d: %.1fM parameters", number, config.rounds, num_parameters(source.network) / 1e6)
         model_chunks = build_model(source.network, ctx, config.dtype)
         load_weights(model_chunks, source, ctx)
-        found = score_model(model_chunks, source.network, ctx, samples, config, choices, resumable, f"{number}.")
-        found.checkpoint = None if plan else manifest.parents[0].fingerprint
-        del model_chunks
-        scores = _as_of_source(scores, found, plan, number) if config.rounds > 1 else found
-        if number < config.rounds:
-            step = plan_for(found, _part_way(config, checkpoint, number))
-            plan = plan.then(step) if plan else step
-            if config.save_rounds:
-                folder, made_from = _round(Path(config.output), manifest, number)
-                if not is_done(folder, made_from):
-                    write_pruned(folder, checkpoint, plan, made_from, config.parallel.tensor)
+        return score_model(model_chunks, source.network, ctx, samples, config, choices, resumable, f"{number}.")
+
+    latest = score_round(1, checkpoint)
+    latest.checkpoint = manifest.parents[0].fingerprint
+    if config.rounds == 1:
+        return latest
+    scores, plan = _of_first_round(latest), None
+    for number in range(2, config.rounds + 1):
+        step = plan_for(latest, _round_target(config, checkpoint, number - 1))
+        plan = plan.then(step) if plan else step
+        if config.save_rounds:
+            folder, made_from = _round(Path(config.output), manifest, number - 1)
+            if not is_done(folder, made_from):
+                write_pruned(folder, checkpoint, plan, made_from, config.parallel.tensor)
+        latest = score_round(number, Pruned(checkpoint, plan))
+        _lay_over(scores, latest, plan, number)
     return scores
 
 
-def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int) -> Target:
-    """The target of one round among several: so far on the way from the source to the last target.
+def _round_target(config: ScoreConfig, checkpoint: Checkpoint, number: int) -> Target:
+    """Returns the target of one of several rounds, between the source and the final target.
 
-    Layers that are named rather than counted go in the first round.
+    `target.keep_layers` is applied in the first round.
     """
     source, part = checkpoint.network, number / config.rounds
     target = resolve_target(source, config.target, config.parallel)
@@ -172,7 +189,7 @@ def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int) -> Targe
     def between(has: int, wanted: int, split: bool = False) -> int:
         multiple = 1
         if split:
-            # What tensor-parallel ranks share: a multiple that does not depend on how many they are, as far as it can.
+            # Tensor-parallel ranks share these: a multiple that depends on their number as little as possible.
             both = math.gcd(has, wanted)
             multiple = math.lcm(min(both & -both, _MOST_RANKS), math.gcd(both, config.parallel.tensor))
         return max(wanted, round((has + (wanted - has) * part) / multiple) * multiple)
@@ -197,21 +214,31 @@ def _part_way(config: ScoreConfig, checkpoint: Checkpoint, number: int) -> Targe
     )
 
 
-def _as_of_source(before: Scores | None, latest: Scores, plan: Plan | None, number: int) -> Scores:
-    """Scores of what a plan leaves of a network, laid over those of the rounds before, as scores of the whole."""
-    if before is None or plan is None:
+def _of_first_round(latest: Scores) -> Scores:
+    """Returns the scores of the first of several rounds, with the number of that round for every element."""
 
-        def rounds(values: Tensor) -> Tensor:
-            return torch.full_like(values, number, dtype=torch.int64)
+    def rounds(values: Tensor) -> Tensor:
+        return torch.ones_like(values, dtype=torch.int64)
 
-        depth = {DEPTH: rounds(next(iter(latest.depth.values())))} if latest.depth else {}
-        return dataclasses.replace(
-            latest,
-            rounds={HIDDEN.name: rounds(latest.hidden), **depth},
-            element_rounds={setting: list(map(rounds, values)) for setting, values in latest.elements.items()},
-        )
+    depth = {DEPTH: rounds(next(iter(latest.depth.values())))} if latest.depth else {}
+    return dataclasses.replace(
+        latest,
+        rounds={HIDDEN.name: rounds(latest.hidden), **depth},
+        element_rounds={setting: list(map(rounds, values)) for setting, values in latest.elements.items()},
+    )
 
-    def lay(target: Tensor, rounds: Tensor, where, values: Tensor) -> None:
+
+def _lay_over(before: Scores, latest: Scores, plan: Plan, number: int) -> None:
+    """Writes the scores of a round over those of the rounds before it.
+
+    Args:
+        before: of the whole network; changed.
+        latest: of what the plan leaves of it.
+        plan: what was scored in this round.
+        number: of the round.
+    """
+
+    def lay(target: Tensor, rounds: Tensor, where: list[int] | tuple[int, list[int]], values: Tensor) -> None:
         target[where] = values
         rounds[where] = number
 
@@ -222,18 +249,17 @@ def _as_of_source(before: Scores | None, latest: Scores, plan: Plan | None, numb
         for setting, values in latest.of(position).items():
             outer = sublayer.outer(sublayer.axis(setting))
             if outer is None:
-                lay(scores[setting], rounds[setting], kept[setting], values)
+                lay(scores[setting], rounds[setting], flat(kept[setting]), values)
                 continue
-            for element, within, own in zip(kept[outer.setting], kept[setting], values, strict=True):
+            for element, within, own in zip(flat(kept[outer.setting]), nested(kept[setting]), values, strict=True):
                 lay(scores[setting], rounds[setting], (element, within), own)
     units = before.depth_settings.units(before.network)
-    left = [number for number, unit in enumerate(units) if set(unit) <= set(plan.sublayers)]
+    left = [index for index, unit in enumerate(units) if set(unit) <= set(plan.sublayers)]
     for criterion, values in latest.depth.items():
         lay(before.depth[criterion], before.rounds[DEPTH], left, values)
-    return before
 
 
 def _round(output: Path, manifest: Manifest, number: int) -> tuple[Path, Manifest]:
-    """Folder of the checkpoint between two rounds, beside the scores, and what it is made from."""
+    """Returns the folder of the checkpoint between two rounds, beside the scores, and its manifest."""
     made_from = Manifest("checkpoint", parents=manifest.parents, config=manifest.config, verb="score")
     return output.with_name(f"{output.name}.round_{number}"), made_from

@@ -1,15 +1,17 @@
-"""Scoring a model that is there already: what to run, and how sums over a calibration set become scores."""
+"""Scores a model in memory: runs it on a calibration set, and turns the sums into scores."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import pad
 
 from minitron_megatron.config.parallel import ModelParallelConfig
-from minitron_megatron.config.schema import AxisConfig, Criterion, DepthCriterion, ScoreConfig
+from minitron_megatron.config.schema import AxisScoring, Criterion, DepthCriterion, ScoreConfig
 from minitron_megatron.data.choices import ChoiceSamples
 from minitron_megatron.data.samples import Samples
 from minitron_megatron.errors import ConfigError, DataError, raise_if_any
@@ -31,7 +33,7 @@ _NEED_OUTPUTS = {DepthCriterion.LOSS, DepthCriterion.KL, DepthCriterion.LOGITS}
 
 
 def score_model(
-    model_chunks: Sequence[torch.nn.Module],
+    model_chunks: Sequence[MegatronModule],
     network: Network,
     ctx: ParallelContext,
     samples: Samples,
@@ -40,48 +42,37 @@ def score_model(
     resumable: ResumableSums | None = None,
     name: str = "",
 ) -> Scores:
-    """Score a model that is there already, on this rank's share of `samples`. Collective.
+    """Scores a model in memory on this rank's share of `samples`. Collective.
 
     Args:
-        model_chunks: this rank's part of a model, one per virtual pipeline stage. For a model of your own see
-            `network_of` and `current_context`.
+        model_chunks: this rank's part of a model, one per virtual pipeline stage. For your own model see `network_of`
+            and `current_context`.
         network: the whole network.
         ctx: this rank's place.
         samples: the calibration set; every sequence is read once over all data-parallel ranks.
-        config: what to score and how; its checkpoint, output and rounds are for the verb.
-        choices: questions, if accuracy is asked for.
-        resumable: keeps the sums on the way.
-        name: of this scoring among several in `partial`.
+        config: what to score and how; checkpoint, output and rounds are ignored.
+        choices: questions, for accuracy.
+        resumable: saves the sums at intervals.
+        name: of this scoring in `resumable`.
 
     Returns:
         the same scores on every rank, for any layout.
 
     Raises:
         DataError: activations are not finite, or no token counts.
-        ConfigError: a setting has no value that it may have, no layer could be left out, the layout cannot split the
-            network, or `ctx` are not those of the model.
+        ConfigError: a setting is invalid, no layer could be skipped, the layout cannot split the network, or `ctx` is
+            not that of the model.
     """
-    depth = replace(config.depth, choices=None if choices is None else config.depth.choices or "choices")
-    problems = replace(config, depth=depth).problems()
-    raise_if_any(problems + layout_problems(network, ModelParallelConfig(ctx.layout.tensor)))
-    model = model_chunks[0].config
-    if model.sequence_parallel != ctx.layout.sequence:
-        raise ConfigError(
-            [
-                f"ctx.layout.sequence = {ctx.layout.sequence}, and the model has sequence_parallel = "
-                f"{model.sequence_parallel}: give current_context(sequence={model.sequence_parallel})"
-            ]
-        )
+    _require_fit(model_chunks, network, ctx, config, choices)
     calibration = _Calibration(model_chunks, network, ctx, samples, config, choices, resumable, name)
     watch = any(a.criterion in (Criterion.ACTIVATION, Criterion.ACTIVATION_WEIGHT) for a in config.axes.values())
     search = DepthSearcher(network, config)
     sums: dict[str, Tensor] = {}
     num_steps = calibration.num_steps(search.num_sweeps, watch)
-    timeout_min = ctx.timeout_min
     with (
         _evaluating(model_chunks),
         torch.no_grad(),
-        watchdog(timeout_min) as heartbeat,
+        watchdog(ctx.timeout_min) as heartbeat,
         progress("score", num_steps) as advance,
     ):
 
@@ -100,9 +91,34 @@ def score_model(
     return Scores(network, hidden, elements, depth=search.scores, depth_settings=search.settings, rounds=search.rounds)
 
 
+def _require_fit(
+    model_chunks: Sequence[MegatronModule],
+    network: Network,
+    ctx: ParallelContext,
+    config: ScoreConfig,
+    choices: ChoiceSamples | None,
+) -> None:
+    """Checks settings, network, layout and model against each other; see `score_model`.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    depth = replace(config.depth, choices=None if choices is None else config.depth.choices or "choices")
+    problems = replace(config, depth=depth).problems()
+    raise_if_any(problems + layout_problems(network, ModelParallelConfig(ctx.layout.tensor)))
+    model = model_chunks[0].config
+    if model.sequence_parallel != ctx.layout.sequence:
+        raise ConfigError(
+            [
+                f"ctx.layout.sequence = {ctx.layout.sequence}, and the model has sequence_parallel = "
+                f"{model.sequence_parallel}: give current_context(sequence={model.sequence_parallel})"
+            ]
+        )
+
+
 @contextmanager
-def _evaluating(model_chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """A model in evaluation mode, and afterwards in the mode that it was in."""
+def _evaluating(model_chunks: Sequence[MegatronModule]) -> Iterator[None]:
+    """Puts a model into evaluation mode, and afterwards back into its former mode."""
     modes = [chunk.training for chunk in model_chunks]
     for chunk in model_chunks:
         chunk.eval()
@@ -114,11 +130,11 @@ def _evaluating(model_chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 class _Calibration:
-    """Runs a calibration set through a model, and through what is left of it without some sublayers."""
+    """Runs a calibration set through a model, with and without some sublayers."""
 
     def __init__(
         self,
-        model_chunks: Sequence[torch.nn.Module],
+        model_chunks: Sequence[MegatronModule],
         network: Network,
         ctx: ParallelContext,
         samples: Samples,
@@ -138,35 +154,35 @@ class _Calibration:
         self.name = name
         self.advance: Callable[[int], None] = lambda steps: None
         self.sweeps = 0
-        # Accuracy takes the questions alone.
+        # Accuracy needs only the questions.
         self.compares = bool(set(config.depth.criteria) - {DepthCriterion.ACCURACY})
 
     def num_steps(self, num_sweeps: int, watch: bool) -> int:
-        """Micro-batches of all passes, one of which may watch activations."""
+        """Returns the number of micro-batches of all passes, one of which may capture activations."""
         per_step = self.config.micro_batch * self.ctx.layout.replicas
         of_samples, of_choices = -(-self.num_samples // per_step), -(-len(self.choices or ()) // per_step)
         over_samples = num_sweeps if self.compares else 0
         return max(over_samples, int(watch)) * of_samples + num_sweeps * of_choices
 
     def sweep(self, base: Skipped, paths: list[Skipped], watch: bool) -> dict[str, Tensor]:
-        """One pass over the calibration set.
+        """Makes one pass over the calibration set.
 
         Args:
-            base: what all paths leave out.
-            paths: what to leave out.
+            base: sublayers that all paths skip.
+            paths: sets of sublayers to skip.
             watch: also capture activations of the whole network.
 
         Returns:
-            sums over all samples, the same on every rank. What criteria need: `num_tokens`, `cosine` `[path]`,
-            `outputs` `[whole and paths, measure]`, and `losses` `[whole and paths, choice]`. Of what is watched:
-            those by setting and `num_sequences` of `ActivationStats`.
+            sums over all samples, the same on every rank. For the criteria: `num_tokens`, `cosine` `[path]`,
+            `outputs` `[whole and paths, measure]`, and `losses` `[whole and paths, choice]`. For activations: `sums` by
+            setting and `num_sequences` of `ActivationStats`.
         """
         name = f"{self.name}{self.sweeps}"
         self.sweeps += 1
         sums = {}
         if watch or self.compares:
             sums = self._over_samples(name, base, paths if self.compares else [], watch)
-        return sums if self.choices is None else {**sums, **self._over_choices(name, base, paths)}
+        return sums if self.choices is None else {**sums, **self._over_choices(self.choices, name, base, paths)}
 
     def _over_samples(self, name: str, base: Skipped, paths: list[Skipped], watch: bool) -> dict[str, Tensor]:
         config, ctx, device = self.config, self.ctx, self.ctx.device
@@ -183,12 +199,12 @@ class _Calibration:
         def add(batch: Batch) -> Tensor:
             if watch:
                 stats.set_mask(batch["loss_mask"])
-            found = runner.run(self.model_chunks, batch, stats if watch else nullcontext())
+            changes = runner.run(self.model_chunks, batch, stats if watch else nullcontext())
             if self._counts_here:
                 mask = batch["loss_mask"].transpose(0, 1).flatten()
                 num_tokens.add_(mask.sum())
-                if found is not None:
-                    outputs.add_((found * mask).sum(-1, dtype=torch.float64))
+                if changes is not None:
+                    outputs.add_((changes * mask).sum(-1, dtype=torch.float64))
             faults = [_first_fault(outputs, self._behind), _first_fault(runner.cosine, self._behind + 1)]
             return torch.stack([stats.add_up(), *faults]).min()
 
@@ -198,16 +214,18 @@ class _Calibration:
             raise DataError("the calibration samples have no token that counts: give others, or another loss_mask")
         return total
 
-    def _over_choices(self, name: str, base: Skipped, paths: list[Skipped]) -> dict[str, Tensor]:
-        networks, choices = [WHOLE, *paths], self.choices
+    def _over_choices(
+        self, choices: ChoiceSamples, name: str, base: Skipped, paths: list[Skipped]
+    ) -> dict[str, Tensor]:
+        networks = [WHOLE, *paths]
         runner = SkipRunner(self.network, self.ctx, base, paths, outputs=True)
         losses = torch.zeros(len(networks), len(choices), dtype=torch.float64, device=self.ctx.device)
 
         def add(batch: Batch) -> Tensor:
-            found = runner.run(self.model_chunks, batch, nullcontext())
-            if self._counts_here:
+            changes = runner.run(self.model_chunks, batch, nullcontext())
+            if changes is not None and self._counts_here:
                 mask = batch["loss_mask"].transpose(0, 1)
-                of_samples = (found[:, 0].view(-1, *mask.shape) * mask).sum(1, dtype=torch.float64)
+                of_samples = (changes[:, 0].view(-1, *mask.shape) * mask).sum(1, dtype=torch.float64)
                 losses.index_add_(1, batch["row"], of_samples)
             return _first_fault(losses, self._behind)
 
@@ -218,13 +236,12 @@ class _Calibration:
 
     @property
     def _counts_here(self) -> bool:
-        """Whether this rank adds what all ranks of its replica know."""
+        """Whether this rank adds values that all ranks of its replica know."""
         return self.ctx.tensor_rank == 0 and self.ctx.is_last_stage
 
     @property
     def _behind(self) -> int:
-        """Number of the first fault of whole networks, behind those of activations; the network itself comes before its
-        parts."""
+        """Place of faults in outputs, behind all places of activations: first the whole network, then the paths."""
         return len(self.network.sublayers) + 1
 
     def _describe(self, networks: list[Skipped]) -> Callable[[float], str]:
@@ -237,7 +254,7 @@ class _Calibration:
         return describe
 
     def effects(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What leaving out each path does, by criterion `[path]`, in the order of the settings."""
+        """Returns the effect of skipping each path, by criterion `[path]`, in the order of the settings."""
 
         def per_token(values: Tensor) -> Tensor:
             return values / sums["num_tokens"]
@@ -245,35 +262,39 @@ class _Calibration:
         def outputs(measure: str) -> Tensor:
             return sums["outputs"][:, MEASURES.index(measure)]
 
-        found = {
+        choices = self.choices
+        measures: dict[DepthCriterion, Callable[[], Tensor]] = {
             DepthCriterion.BLOCK_INFLUENCE: lambda: 1 - per_token(sums["cosine"]),
             DepthCriterion.LOSS: lambda: per_token(outputs("loss")[1:] - outputs("loss")[0]),
             DepthCriterion.KL: lambda: per_token(outputs("kl")[1:]),
             DepthCriterion.LOGITS: lambda: outputs("logits")[1:] / outputs("logits")[0],
-            DepthCriterion.ACCURACY: lambda: self._accuracy_lost(sums["losses"]),
         }
-        return {criterion.value: found[criterion]() for criterion in self.config.depth.criteria}
+        if choices is not None:
+            measures[DepthCriterion.ACCURACY] = partial(_accuracy_lost, choices, sums["losses"])
+        return {criterion.value: measures[criterion]() for criterion in self.config.depth.criteria}
 
-    def _accuracy_lost(self, losses: Tensor) -> Tensor:
-        accuracy = torch.tensor([self.choices.accuracy(row) for row in losses], dtype=torch.float64)
-        return accuracy[0] - accuracy[1:]
+
+def _accuracy_lost(choices: ChoiceSamples, losses: Tensor) -> Tensor:
+    """Returns how much accuracy each path loses `[path]`, from losses `[whole network and paths, choice]`."""
+    accuracy = torch.tensor([choices.accuracy(row) for row in losses], dtype=torch.float64)
+    return accuracy[0] - accuracy[1:]
 
 
 def _first_fault(values: Tensor, before: int) -> Tensor:
-    """`before` and the index of the first of `[n, ...]` in which something is not finite, inf if there is none."""
+    """Returns `before` plus the index of the first entry of `[n, ...]` that is not finite, inf if all are finite."""
     places = torch.arange(before, before + len(values), device=values.device, dtype=torch.float64)
     is_finite = values.isfinite().unsqueeze(-1).flatten(1).all(1)
     return pad(places.where(~is_finite, torch.inf), (0, 1), value=torch.inf).min()
 
 
 def _width_scores(
-    model_chunks: Sequence[torch.nn.Module],
+    model_chunks: Sequence[MegatronModule],
     network: Network,
     ctx: ParallelContext,
     config: ScoreConfig,
     sums: dict[str, Tensor],
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    """Scores of hidden channels, and of the elements of all sublayers, as in `Scores`."""
+    """Returns the scores of hidden channels, and of the elements of all sublayers, as in `Scores`."""
     spans = ElementSpans(network)
     axes = {setting: config.axes[setting] for setting in spans.totals}
     generator = torch.Generator().manual_seed(config.seed)
@@ -285,13 +306,14 @@ def _width_scores(
         if criterion in {axis.criterion for axis in axes.values()}
     }
 
-    def score(setting: str, axis: AxisConfig) -> Tensor:
+    def score(setting: str, axis: AxisScoring) -> Tensor:
         if axis.criterion is Criterion.RANDOM:
             return chance[setting]
         if axis.criterion is Criterion.WEIGHT:  # of a channel: all of the network's that go with it
             own = squares[axis.criterion][setting]
             return (own.view(-1, network.hidden_size).sum(0) if setting == HIDDEN.name else own).sqrt()
-        activations = batch_score(*sums[setting], sums["num_sequences"], axis.batch_aggregation)
+        first, second = sums[setting]
+        activations = batch_score(first, second, sums["num_sequences"], axis.batch_aggregation)
         if axis.criterion is Criterion.ACTIVATION_WEIGHT:
             return activations * squares[axis.criterion][setting].sqrt()
         return activations

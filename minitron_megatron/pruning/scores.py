@@ -1,8 +1,8 @@
-"""Importance scores: what they are, how they are aggregated, and the file they are kept in.
+"""Importance scores: their aggregation, and the file that stores them.
 
-Minitron (2407.14679, section 2.2): forward passes over a calibration set give every hidden channel, ffn
-neuron and query head a number per token; the numbers are aggregated over the tokens of each sequence
-first, and over the sequences second.
+Minitron (2407.14679, section 2.2): forward passes over a calibration set give every hidden channel, ffn neuron and
+query head a number per token; the numbers are aggregated first over the tokens of each sequence, then over the
+sequences.
 """
 
 import json
@@ -30,13 +30,13 @@ _DTYPES = (torch.float32, torch.float64, torch.int64)
 
 @dataclass
 class DepthSettings:
-    """What the numbers in `Scores.depth` are of.
+    """How `Scores.depth` was measured.
 
     Attributes:
         unit: transformer layers, or sublayers by their position in the network.
-        search: what was left out: one unit, a block of units, or one unit after another.
-        drop: how many units a block has, or how many were left out one after another.
-        protect_first, protect_last: layers at both ends that never go.
+        search: what was skipped: one unit, a block of units, or one unit after another.
+        drop: number of units in a block, or number that was skipped one after another.
+        protect_first, protect_last: number of leading and trailing layers that are never dropped.
     """
 
     unit: Unit = Unit.LAYER
@@ -46,13 +46,13 @@ class DepthSettings:
     protect_last: int = 0
 
     def units(self, network: Network) -> list[tuple[int, ...]]:
-        """Positions of the sublayers in each unit."""
+        """Returns the positions of the sublayers in each unit."""
         if self.unit is Unit.LAYER:
             return network.layers
         return [(position,) for position in range(len(network.sublayers))]
 
     def protected(self, network: Network) -> list[int]:
-        """Which of all units never go."""
+        """Returns the units that are never dropped."""
         last = len(network.layers) - self.protect_last
         return [
             number
@@ -68,17 +68,16 @@ class Scores:
     Attributes:
         network: that was scored.
         hidden: `[hidden]`, summed over all norms of the network.
-        elements: by the setting of an axis, for each sublayer that has it, in order, `[element]`; where the axis lies
-            within another one, `[element of that one, element]`. Of that one, an element is as important as the sum of
-            what lies within.
-        depth: by criterion, what leaving out a unit does, `[unit]`; with a search for blocks, what leaving out the
-            block that begins there does. NaN where nothing was left out.
-        depth_settings: what these numbers are of.
-        rounds: for `hidden` and `depth`, in which round of several an element was scored last; in a greedy search, at
-            which step a unit went, and for those that stay one more than the last step. An element of an earlier round
-            is less important, whatever its score. Empty if one round scored everything.
+        elements: by the setting of an axis, for each sublayer that has it, in order, `[element]`; for an axis within an
+            outer one, `[outer element, element]`. The score of an outer element is the sum over its elements.
+        depth: by criterion, the effect of skipping a unit, `[unit]`; in a block search, of skipping the block that
+            begins there. NaN where nothing was skipped.
+        depth_settings: how `depth` was measured.
+        rounds: for `hidden` and `depth`, the round in which an element was last scored; in a greedy search, the step at
+            which a unit was dropped, and one more than the last step for the others. An element of an earlier round is
+            less important, whatever its score. Empty if there was one round.
         element_rounds: the same for `elements`.
-        settings: how it was scored, with the calibration data and its hash.
+        settings: how it was scored, and the hash of the calibration data.
         checkpoint: fingerprint of the checkpoint that was scored, or None.
     """
 
@@ -93,19 +92,32 @@ class Scores:
     checkpoint: str | None = None
 
     def of(self, position: int) -> dict[str, Tensor]:
-        """Scores of the sublayer at a position, by setting."""
+        """Returns the scores of the sublayer at a position, by setting."""
         return self._at(position, self.elements)
 
     def rounds_of(self, position: int) -> dict[str, Tensor]:
-        """Rounds of the sublayer at a position, by setting."""
+        """Returns the rounds of the sublayer at a position, by setting."""
         return self._at(position, self.element_rounds)
+
+    def along(self, position: int, axis: PrunableAxis) -> tuple[Tensor, Tensor | None]:
+        """Returns scores and rounds of the elements of any axis of a sublayer.
+
+        An axis that others lie within has no scores of its own: an element is as important as the sum of what lies
+        within it and was scored last.
+        """
+        own, rounds = self.of(position), self.rounds_of(position)
+        if axis.setting in own:
+            return own[axis.setting], rounds.get(axis.setting)
+        prunable = self.network.sublayers[position].prunable
+        inner = next(other for other in prunable if other.axis.within == axis.axis.name)
+        return _outer_scores(own[inner.setting], rounds.get(inner.setting))
 
     def _at(self, position: int, values: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         kind, number = type(self.network.sublayers[position]), self.network.number(position)
         return {axis.setting: values[axis.setting][number] for axis in kind.scored() if axis.setting in values}
 
     def write(self, folder: Path) -> None:
-        """Write `scores.safetensors` into `folder`."""
+        """Writes `scores.safetensors` into `folder`."""
         tensors = {HIDDEN.name: self.hidden}
         tensors |= {f"depth.{name}": values for name, values in self.depth.items()}
         tensors |= {f"rounds.{name}": values for name, values in self.rounds.items()}
@@ -128,10 +140,10 @@ class Scores:
 
     @classmethod
     def read(cls, folder: Path) -> "Scores":
-        """Read the scores in `folder`.
+        """Reads the scores in `folder`.
 
         Raises:
-            CheckpointError: there are none, or they are not whole.
+            CheckpointError: there are no scores, or they are damaged.
         """
         if not (folder / MANIFEST).exists():
             raise CheckpointError(f"scores = {folder} is not the finished output of `score`: it has no {MANIFEST}")
@@ -166,11 +178,13 @@ class Scores:
         return scores
 
     def _problems(self) -> list[str]:
-        """What does not go with the network, one sentence each."""
+        """Returns what does not match the network, one sentence each."""
         network, depth = self.network, self.depth_settings
         counts = {name: getattr(depth, name) for name in ("drop", "protect_first", "protect_last")}
         problems = [
-            f"{name} = {value!r} is no count" for name, value in counts.items() if type(value) is not int or value < 0
+            f"{name} = {value!r} is not a count"
+            for name, value in counts.items()
+            if type(value) is not int or value < 0
         ]
         expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {HIDDEN.name: (self.hidden, (network.hidden_size,))}
         for kind, axis in scored_axes(network):
@@ -190,20 +204,20 @@ class Scores:
 
 
 def scored_axes(network: Network) -> list[tuple[type[Sublayer], PrunableAxis]]:
-    """The axes of a network's kinds that have scores of their own, sorted by setting."""
+    """Returns the axes of a network's kinds that have scores of their own, sorted by setting."""
     axes = [(kind, axis) for kind in network.kinds for axis in kind.scored()]
     return sorted(axes, key=lambda pair: pair[1].setting)
 
 
 def _named(name: str, values: list[Tensor]) -> dict[str, Tensor]:
-    """Tensors of all sublayers in a file: stacked in one where they are of one size, else one by one."""
+    """Names the tensors of all sublayers for the file: stacked to one if they are of one size, else one by one."""
     if len({tuple(value.shape) for value in values}) == 1:
         return {name: torch.stack(values)}
     return {f"{name}.{number}": value for number, value in enumerate(values)}
 
 
 def _listed(tensors: dict[str, Tensor], name: str, count: int) -> list[Tensor]:
-    """What `_named` was made from."""
+    """Reverses `_named`."""
     values = list(tensors[name]) if name in tensors else [tensors[f"{name}.{number}"] for number in range(count)]
     if len(values) != count:
         raise ValueError(f"{name} is of {len(values)} sublayers, and the network has {count}")
@@ -211,14 +225,14 @@ def _listed(tensors: dict[str, Tensor], name: str, count: int) -> list[Tensor]:
 
 
 def descending(values: Tensor, rounds: Tensor | None) -> np.ndarray:
-    """Indices along the last axis by falling importance. What was scored in a later round is more important."""
+    """Returns indices along the last axis by falling importance. Later rounds are more important."""
     values = values.numpy()
     rounds = np.zeros_like(values) if rounds is None else rounds.numpy()
     return np.lexsort((-values, -rounds))
 
 
-def outer_scores(values: Tensor, rounds: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Scores and rounds of the elements of an axis that others lie within: the sum of those scored last.
+def _outer_scores(values: Tensor, rounds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Sums the scores within each element of an outer axis, over what was scored last; returns them with their rounds.
 
     Args:
         values, rounds: `[..., outer element, element within]`.
@@ -230,7 +244,7 @@ def outer_scores(values: Tensor, rounds: Tensor | None) -> tuple[Tensor, Tensor 
 
 
 def aggregate_sequence(x: Tensor, how: Aggregation) -> Tensor:
-    """The sums over tokens from which a per-sequence score follows; parts of a sequence add up.
+    """Sums over tokens what a per-sequence score is computed from; parts of a sequence add up.
 
     Args:
         x: `[seq, batch, elements]`, zero for tokens that do not count.
@@ -249,7 +263,7 @@ def aggregate_sequence(x: Tensor, how: Aggregation) -> Tensor:
 
 
 def sequence_score(first: Tensor, second: Tensor, num_tokens: Tensor, how: Aggregation) -> Tensor:
-    """Scores of whole sequences, from the sums over all their tokens.
+    """Returns the scores of whole sequences, from the sums over all their tokens.
 
     Args:
         first, second: sums `[..., batch, elements]`, see `aggregate_sequence`.
@@ -264,8 +278,8 @@ def sequence_score(first: Tensor, second: Tensor, num_tokens: Tensor, how: Aggre
     return (second / n - (first / n).square()).clamp(min=0)
 
 
-def batch_score(first: Tensor, second: Tensor, num_sequences: float, how: Aggregation) -> Tensor:
-    """One score from those of all sequences.
+def batch_score(first: Tensor, second: Tensor, num_sequences: Tensor | float, how: Aggregation) -> Tensor:
+    """Aggregates the scores of all sequences to one.
 
     Args:
         first, second: sums over the sequences of their scores, none of them negative, and of the squares.

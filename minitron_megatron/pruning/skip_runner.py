@@ -1,20 +1,22 @@
-"""Running a network with sublayers left out, computing once what several such networks share.
+"""Runs a network without some sublayers, and computes only once what several such runs share.
 
-A path is the set of sublayers that it leaves out, by their positions in the network. Up to the first position at
-which two paths part they have the same hidden states. So leaving out each layer of an L-layer network by itself
-costs about L/2 forward passes beside the whole network's, and not L; measuring where a layer is left out alone
-(Block Influence) costs none.
+A path is the set of sublayers that it skips, by their positions in the network. Up to the first position at which two
+paths differ they have the same hidden states. So skipping each layer of an L-layer network by itself costs about L/2
+additional forward passes rather than L; a measurement right behind the skipped layer (Block Influence) costs none.
 
-Every stage of a pipeline runs all paths through its own layers and sends their states on.
+Every pipeline stage runs all paths through its own layers and sends their states on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from minitron_megatron.model.build import first_position, held_sublayers
 from minitron_megatron.model.network import Network
@@ -27,22 +29,22 @@ Skipped = frozenset[int]
 WHOLE: Skipped = frozenset()
 
 _Held = tuple[tuple[int, ...], torch.nn.Module]
-"""A layer of Megatron-Core's on this rank, behind the positions of its sublayers."""
+"""The positions of a layer's sublayers, and the layer of Megatron-Core on this rank."""
 
 
 class SkipRunner:
-    """Runs micro-batches through a network and through what is left of it when paths leave sublayers out.
+    """Runs micro-batches through a network, and through paths that skip some of its sublayers.
 
     Args:
         network: the whole network.
         ctx: this rank's place.
-        base: what every path leaves out; Block Influence is relative to it.
-        paths: what to leave out, each a superset of `base`.
+        base: sublayers that every path skips; Block Influence is relative to it.
+        paths: sets of sublayers to skip, each a superset of `base`.
         outputs: whether to run all paths to the end and compare their predictions.
 
     Attributes:
-        cosine: sum over valid tokens, for each path, of the cosine between the hidden states of base and path just
-            behind the last sublayer that the path leaves out, `[path]` in float64. Each rank adds what no other adds.
+        cosine: sum over valid tokens, for each path, of the cosine between the hidden states of base and path right
+            behind the last sublayer that the path skips, `[path]` in float64. Each rank adds what no other adds.
     """
 
     def __init__(self, network: Network, ctx: ParallelContext, base: Skipped, paths: Sequence[Skipped], outputs: bool):
@@ -53,13 +55,13 @@ class SkipRunner:
         self.outputs = outputs
         self.cosine = torch.zeros(len(self.paths), dtype=torch.float64, device=ctx.device)
         self._ends = [max(path - base) for path in self.paths]
-        # Where nothing has to run again, no layer's output is kept longer than it takes to look at it.
+        # If no layer has to run again, no layer's output is kept.
         self._only_looks = not outputs and not base and all(map(self._is_block, self.paths))
 
     def run(
-        self, model_chunks: Sequence[torch.nn.Module], batch: Batch, watching: AbstractContextManager
+        self, model_chunks: Sequence[MegatronModule], batch: Batch, watching: AbstractContextManager
     ) -> Tensor | None:
-        """Run one micro-batch through the whole network, and through every path.
+        """Runs one micro-batch through the whole network, and through every path.
 
         Args:
             model_chunks: this rank's model.
@@ -67,21 +69,22 @@ class SkipRunner:
             watching: entered while the whole network runs, and only then.
 
         Returns:
-            on the last stage and if outputs are asked for, the comparison of `compare_outputs`, of the whole
-            network and of the paths; else None.
+            the result of `compare_outputs` for the whole network and the paths, on the last stage and if `outputs` is
+            set; else None.
         """
-        ctx, last = self.ctx, None
+        ctx = self.ctx
+        last: Tensor  # of the chunk that ran last
         mask = own_tokens(batch["loss_mask"], ctx)
         num_stages = ctx.layout.stages
         states: dict[Skipped, Tensor] = {}
-        runs: list[tuple] = []
+        runs: list[tuple[_Held, dict, Tensor]] = []
 
         def advance(held: _Held, inputs: dict, output: Tensor) -> None:
             nonlocal states
             states = self._advance(held, inputs, output, states | {WHOLE: inputs["hidden_states"]}, mask)
 
-        def keep(*run) -> None:
-            runs.append(run)
+        def keep(held: _Held, inputs: dict, output: Tensor) -> None:
+            runs.append((held, inputs, output))
 
         for number, chunk in enumerate(model_chunks):
             stage = number * ctx.layout.pipeline + ctx.pipeline_rank
@@ -116,15 +119,15 @@ class SkipRunner:
         )
 
     def _parts(self, position: int) -> list[Skipped]:
-        """What base and paths have left out up to `position`, where that is something. Each once, in a fixed order.
+        """Returns what base and paths have skipped up to `position`, if anything. Each once, in a fixed order.
 
-        A path whose outputs are of no interest ends behind the last sublayer that it leaves out.
+        Without `outputs` a path ends behind the last sublayer that it skips.
         """
         alive = [path for path, end in zip(self.paths, self._ends, strict=True) if self.outputs or position <= end]
         return sorted({_up_to(path, position) for path in [self.base, *alive]} - {WHOLE}, key=sorted)
 
     def _advance(self, held: _Held, inputs: dict, output: Tensor, states: dict[Skipped, Tensor], mask: Tensor) -> dict:
-        """The states behind a layer, by what has been left out, from those before it."""
+        """Returns the states behind a layer, by what was skipped, from those before it."""
         positions, _ = held
         behind = {WHOLE: output}
         for part in self._parts(positions[-1]):
@@ -133,7 +136,7 @@ class SkipRunner:
         for number, (path, end) in enumerate(zip(self.paths, self._ends, strict=True)):
             if end not in positions:
                 continue
-            # Inside of a layer these are the states behind the sublayer, without what follows it.
+            # Inside a layer these are the states behind the sublayer, without the rest of the layer.
             after = [position for position in positions if position > end]
             base, other = (
                 self._behind(held, inputs, states, behind, _up_to(drops, end), end, after)
@@ -153,7 +156,7 @@ class SkipRunner:
         end: int,
         after: list[int],
     ) -> Tensor:
-        """The state behind the sublayer at `end` of a layer, with a part left out, whatever follows in the layer."""
+        """Returns the state right behind the sublayer at `end` of a layer, without the sublayers of `part`."""
         if not after:
             return behind[part]
         own = set(held[0])
@@ -161,14 +164,14 @@ class SkipRunner:
         return self._run_layer(held, inputs, states[part - own], [*gone, *after])
 
     def _run_layer(self, held: _Held, inputs: dict, state: Tensor, without: list[int]) -> Tensor:
-        """A layer's output for another hidden state, without some of its sublayers."""
+        """Runs a layer on another hidden state, without some of its sublayers."""
         positions, layer = held
         if len(without) == len(positions):
             return state
         names = [self.network.sublayers[position].slot.module for position in without]
         left_out = {name: getattr(layer, name) for name in names}
         for name in left_out:
-            setattr(layer, name, _Nothing())
+            setattr(layer, name, _ZeroOutput())
         try:
             output = layer(**{**inputs, "hidden_states": state})
         finally:
@@ -177,13 +180,13 @@ class SkipRunner:
         return output[0] if isinstance(output, tuple) else output
 
     def _is_block(self, path: Skipped) -> bool:
-        """Whether a path leaves out layers as a whole that follow upon each other."""
+        """Returns whether a path skips a contiguous block of whole layers."""
         layers = sorted({self.network.layer_of(position) for position in path})
         whole = {position for layer in layers for position in self.network.layers[layer]}
         return path == whole and layers == list(range(layers[0], layers[-1] + 1))
 
     def _receive(self, position: int, batch: Batch, dtype: torch.dtype) -> dict[Skipped, Tensor]:
-        """The states behind `position`, from the stage before this one."""
+        """Receives the states behind `position` from the previous stage."""
         parts, (size, sequence_length) = [WHOLE, *self._parts(position)], batch["tokens"].shape
         if self.ctx.layout.sequence:
             sequence_length //= self.ctx.layout.tensor
@@ -194,7 +197,7 @@ class SkipRunner:
         return dict(zip(parts, states, strict=True))
 
     def _send(self, states: dict[Skipped, Tensor], position: int) -> None:
-        """Send the states behind `position` to the next stage."""
+        """Sends the states behind `position` to the next stage."""
         together = torch.stack([states[part] for part in [WHOLE, *self._parts(position)]])
         dist.send(together, self._neighbour(1), self.ctx.collection.pp)
 
@@ -203,29 +206,29 @@ class SkipRunner:
         return dist.get_global_rank(group, (group.rank() + step) % group.size())
 
     def _whole_sequence(self, hidden: Tensor) -> Tensor:
-        """`[seq(/tp), batch, hidden]` to `[seq * batch, hidden]`."""
+        """Reshapes `[seq(/tp), batch, hidden]` to `[seq * batch, hidden]`."""
         if self.ctx.layout.sequence:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.ctx.collection.tp)
         return hidden.flatten(0, 1)
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine over the last dimension, in float32."""
-    found, dot = [], torch.linalg.vecdot
+    """Returns the cosine over the last dimension, in float32."""
+    cosines, dot = [], torch.linalg.vecdot
     for one, other in in_blocks(a, b):
         one, other = one.float(), other.float()
-        found.append(dot(one, other) * (dot(one, one) * dot(other, other)).clamp(min=1e-30).rsqrt())
-    return torch.cat(found)
+        cosines.append(dot(one, other) * (dot(one, one) * dot(other, other)).clamp(min=1e-30).rsqrt())
+    return torch.cat(cosines)
 
 
 def _up_to(path: Skipped, position: int) -> Skipped:
     return frozenset(p for p in path if p <= position)
 
 
-class _Nothing(torch.nn.Module):
+class _ZeroOutput(torch.nn.Module):
     """A sublayer that adds nothing to the residual stream."""
 
-    def forward(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         return torch.zeros_like(x), None
 
 
@@ -233,7 +236,7 @@ class _Nothing(torch.nn.Module):
 def _after_layers(held: Sequence[_Held], call: Callable[[_Held, dict, Tensor], None]) -> Iterator[None]:
     """Calls with each layer of a chunk that has run, what it was called with, and what it returned."""
 
-    def watch(own: _Held):
+    def watch(own: _Held) -> RemovableHandle:
         def hook(layer: torch.nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
             assert not args, "Megatron-Core calls layers by keyword"
             call(own, kwargs, output[0] if isinstance(output, tuple) else output)

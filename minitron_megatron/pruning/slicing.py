@@ -1,9 +1,9 @@
 """Pruning is indexing: a plan turns any source of weights into a smaller one.
 
-With merged heads (Minitron, 2407.14679, section 2.3) the last kept heads keep a trace of the first dropped ones:
-`head_i + (head_i - head_(2K-i+1))`. The paper does not say which matrices take part. We read it so that it is the
-rows of the query projection (and their biases): under grouped-query attention the paper merges query heads only, and
-keys and values are shared by kept and dropped heads anyway.
+`merge_heads` merges the first dropped heads into the last kept ones (Minitron, 2407.14679, section 2.3):
+`head_i + (head_i - head_(2K-i+1))`. The paper does not say which matrices this applies to. We apply it to the rows of
+the query projection (and their biases): under grouped-query attention the paper merges query heads only, and kept and
+dropped heads share keys and values anyway.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from minitron_megatron.pruning.plan import Plan
 
 
 class Pruned:
-    """What a plan leaves of a source, as a source. Nothing is read before it is asked for."""
+    """A source of weights, pruned by a plan. Reads lazily."""
 
     def __init__(self, source: TensorSource, plan: Plan):
         assert source.network == plan.source
@@ -37,12 +37,14 @@ class Pruned:
         origin, kept = self._origins[position, param.name], self.plan.kept(position)
         positions = [k[i] for k, i in zip(origin.index(kept), index, strict=True)]
         tensor = self.source.read(origin, positions)
-        if not origin.takes_merged or position not in self.plan.merge:
+        if position is None or position not in self.plan.merge or not origin.takes_merged:
             return tensor
         sublayer = self.plan.source.sublayers[position]
-        merged = sublayer.axis(sublayer.merged).axis.name
-        rows = origin.index({**kept, merged: np.array(self.plan.merge[position])})[0][index[0]]
-        # Partners do not ascend; a source wants ascending positions, each once.
+        if sublayer.merged is None:
+            return tensor
+        merged = sublayer.axis(sublayer.merged).axis
+        rows = origin.index({**kept, merged.name: np.array(self.plan.merge[position])})[0][index[0]]
+        # A source needs ascending, distinct positions, which those of partners are not.
         wanted, back = np.unique(rows, return_inverse=True)
         partner = self.source.read(origin, [wanted, *positions[1:]])[torch.from_numpy(back)]
         mixed = (2 * tensor.float() - partner.float()).to(tensor.dtype)
@@ -50,12 +52,12 @@ class Pruned:
 
 
 def write_pruned(output: Path, checkpoint: Checkpoint, plan: Plan, manifest: Manifest, tensor_ranks: int) -> None:
-    """Write what a plan leaves of a checkpoint, with the plan and all that travels with the checkpoint. Collective.
+    """Writes the pruned checkpoint, with the plan and the files that accompany the source. Collective.
 
     Args:
-        output: the folder to make.
-        checkpoint: to cut; it is only read.
-        plan: what stays.
+        output: the folder to write.
+        checkpoint: to prune; it is not changed.
+        plan: what to keep.
         manifest: of the result.
         tensor_ranks: see `write_checkpoint`.
     """

@@ -1,8 +1,9 @@
 """Resolves a requested shape to sizes that the network and the layout allow."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minitron_megatron.config.schema import ModelParallelConfig, TargetConfig
@@ -11,24 +12,24 @@ from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.layers import PrunableAxis, Sublayer
 from minitron_megatron.model.network import Network
 
-# What tensor cores want of bf16 matrices: 64 at best, 8 at least.
+# Multiples that tensor cores want for bf16 matrices: 64 at best, 8 at least.
 _ALIGNMENTS = (64, 8, 1)
 
 Size = int | float
-"""A number of elements, or a share of those that there are."""
+"""A number of elements, or a fraction of the source's."""
 
 
 @dataclass
 class Target:
-    """How much of everything stays.
+    """The resolved shape: how much of everything is kept.
 
     Attributes:
         hidden: channels of the residual stream.
-        sublayers: each of the source's with the sizes that it shall have, if it stays.
-        counts: by the name of a kind, how many of its sublayers stay.
-        layers: how many transformer layers stay; None if their sublayers stay or go by themselves.
-        keep_layers: these layers, instead of those of highest score.
-        rounded: what was asked for and what became of it, one sentence each.
+        sublayers: all sublayers of the source, each with the sizes that it gets if it is kept.
+        counts: number of sublayers to keep, by the name of their kind.
+        layers: number of transformer layers to keep; None if sublayers are dropped separately.
+        keep_layers: the layers to keep, instead of those of highest score.
+        rounded: a sentence for each size that was rounded.
     """
 
     hidden: int
@@ -40,7 +41,7 @@ class Target:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """All of it that decides what stays, as plain values: one number where all layers agree, else a list."""
+        """Everything that decides what is kept, as plain values: one number where all layers agree, else a list."""
         sizes: dict[str, Any] = {**self.counts, "keep_layers": self.keep_layers, HIDDEN.name: self.hidden}
         for kind in dict.fromkeys(type(sublayer) for sublayer in self.sublayers):
             own = [sublayer for sublayer in self.sublayers if type(sublayer) is kind]
@@ -51,7 +52,7 @@ class Target:
         return sizes
 
     def network_of(self, source: Network) -> Network | None:
-        """What is left of a network, as far as that is known before its layers are ranked: None if it is not."""
+        """Returns the network that the target leaves; None if that depends on how its sublayers are ranked."""
         if self.layers is None:
             return None
         layers = (
@@ -62,7 +63,7 @@ class Target:
 
 
 def resolve_target(source: Network, config: TargetConfig, parallel: ModelParallelConfig) -> Target:
-    """Resolve a requested shape to whole numbers.
+    """Resolves a requested shape to whole numbers.
 
     Args:
         source: the network to prune.
@@ -87,8 +88,37 @@ def resolve_target(source: Network, config: TargetConfig, parallel: ModelParalle
     return Target(hidden, sublayers, counts, layers, config.keep_layers, rounded)
 
 
+def in_terms_of_target(problem: str, network: Network, config: TargetConfig) -> str:
+    """Renames a size in a layout problem to the setting by which the user chose it.
+
+    `target.mlp.ffn_hidden_size = 31` becomes `target.ffn = 31`, if `target.ffn` is set.
+
+    Args:
+        problem: of `layout_problems`, with `target` for the network.
+        network: what the target leaves.
+        config: the settings.
+    """
+    for sublayer, _ in network.alike():
+        for axis in sublayer.prunable:
+            for name in _fields_of(sublayer, axis) if axis.setting in config.sizes else ():
+                size = rf"^target(?:\.(layers? [\d, ]+))?\.{sublayer.name}\.{name} = (\d+)"
+                if match := re.match(size, problem):
+                    where = f" in {match[1]}" if match[1] else ""
+                    return f"target.{axis.setting} = {match[2]}{where}{problem[match.end() :]}"
+    return problem
+
+
+def _fields_of(sublayer: Sublayer, axis: PrunableAxis) -> Iterator[str]:
+    """Yields the fields of a sublayer that hold the number of its elements along an axis."""
+    resized = sublayer.resized({axis.axis.name: sublayer.sizes[axis.axis.name] + 1})
+    for own in fields(sublayer):
+        size = getattr(sublayer, own.name)
+        if size == sublayer.total(axis) and size != getattr(resized, own.name):
+            yield own.name
+
+
 class _Resolver:
-    """Resolves sizes one by one, and gathers what is wrong or was rounded."""
+    """Resolves sizes one by one, and collects problems and roundings."""
 
     def __init__(self, config: TargetConfig, parallel: ModelParallelConfig):
         self.config = config
@@ -108,18 +138,18 @@ class _Resolver:
         where: str = "",
         owner: str = "the source's",
     ) -> int:
-        """The number for one size.
+        """Resolves one size to a whole number.
 
         Args:
             name: of the setting.
-            wanted: what is asked for; None for all that there are.
-            has: how many there are to choose from.
-            multiple: of which it has to be one, where it may be rounded.
-            exact: whole numbers are taken as they are.
-            whole: that a share is of; None for `has`.
-            fits: whether a number is possible.
-            where: the layer it is of, where layers differ.
-            owner: whose `has` is.
+            wanted: requested size; None for all of `has`.
+            has: largest possible size.
+            multiple: what a rounded size must be a multiple of.
+            exact: take whole numbers as they are.
+            whole: size that a fraction refers to; None for `has`.
+            fits: returns whether a size is possible.
+            where: layer, for messages, if layers differ.
+            owner: what `has` is the size of, for messages.
         """
         whole, wanted = whole or has, has if wanted is None else wanted
         if wanted > has:
@@ -131,7 +161,7 @@ class _Resolver:
             nearest = min(options, key=lambda option: (abs(option - number), -option), default=None)
             if nearest is None:
                 self.problems.append(
-                    f"target.{name} = {wanted}{where} shall be a multiple of {multiple}, and the source has {has}: "
+                    f"target.{name} = {wanted}{where} must be a multiple of {multiple}, and the source has {has}: "
                     f"lower target.round_to or parallel.tensor"
                 )
             elif nearest != number or share:
@@ -141,13 +171,13 @@ class _Resolver:
         return int(number)
 
     def multiple(self, has: int, shards: int) -> int:
-        """What an aligned size is rounded to."""
+        """Returns what an aligned size is rounded to a multiple of."""
         if self.config.round_to:
             return math.lcm(self.config.round_to, shards)
         return next(a * shards for a in _ALIGNMENTS if a * shards <= has // 8 or a == 1)
 
     def sublayers(self, source: Network) -> tuple[Sublayer, ...]:
-        """Every sublayer of the source with the sizes that are asked for."""
+        """Returns every sublayer of the source with the requested sizes."""
         resized = list(source.sublayers)
         for kind in source.kinds:
             positions = source.positions(kind)
@@ -164,7 +194,7 @@ class _Resolver:
         return tuple(resized)
 
     def _by_sublayer(self, axis: PrunableAxis, kind: type[Sublayer], count: int) -> list[Size | None]:
-        """What is asked for of an axis, for each of the kind's sublayers."""
+        """Returns the requested size of an axis for each sublayer of the kind."""
         given = self.config.sizes.get(axis.setting)
         if not isinstance(given, list):
             return [given] * count
@@ -179,10 +209,10 @@ class _Resolver:
     def _resized(
         self, source: Sublayer, sublayer: Sublayer, axis: PrunableAxis, wanted: Size | None, where: str
     ) -> Sublayer:
-        """A sublayer, whose outer axes are resized already, with another size along one axis."""
+        """Resizes a sublayer along one axis; its outer axes are already resized."""
         outer, shards = sublayer.outer(axis), sublayer.multiple(axis, self.tensor)
         has = sublayer.total(axis)
-        # A size of an outer axis that ranks cannot share is for the check of the layout to name.
+        # If ranks cannot share the outer axis, the check of the layout reports it.
         is_unsplittable = outer is not None and bool(sublayer.split_problems(self.tensor, ""))
 
         def with_total(total: int) -> Sublayer:
@@ -208,7 +238,7 @@ class _Resolver:
         return with_total(min(total, has))
 
     def depth(self, source: Network) -> tuple[dict[str, int], int | None]:
-        """How many sublayers of each kind stay, and how many whole layers, if layers stay or go as a whole."""
+        """Returns how many sublayers of each kind are kept, and how many layers; None if not as whole layers."""
         asked, has = self.config.sizes, len(source.layers)
         counts = {kind.name: len(source.positions(kind)) for kind in source.kinds}
         for name in counts:

@@ -1,4 +1,4 @@
-"""Norms of the weights that go with every element of every axis, from a model on any layout."""
+"""Computes the norms of the weights of every element of every axis, from a model in any layout."""
 
 from collections.abc import Sequence
 
@@ -18,17 +18,17 @@ from minitron_megatron.pruning.activation_stats import ElementSpans
 def squared_weights(
     model_chunks: Sequence[torch.nn.Module], network: Network, ctx: ParallelContext, outgoing: bool
 ) -> dict[str, Tensor]:
-    """Sum of the squares of the weights that go with every element. Collective; the same on every rank.
+    """Sums the squares of the weights of every element. Collective; the same on every rank.
 
     Args:
         model_chunks: this rank's model.
         network: the whole network.
         ctx: this rank's place.
-        outgoing: only the weights that multiply the element's activation, and not those that make it.
+        outgoing: only weights that read the element's activation, not those that produce it.
 
     Returns:
-        by setting, `[total]` in float64 on the CPU (see `ElementSpans`). Of the places of `hidden`, the last one also
-        has embedding and output projection.
+        by setting, `[total]` in float64 on the CPU (see `ElementSpans`). The last place of `hidden` includes embedding
+        and output projection.
     """
     layout = ElementSpans(network)
     spans = {setting: layout.spans(setting) for setting in layout.totals}
@@ -37,12 +37,12 @@ def squared_weights(
     }
     for chunk in model_chunks:
         for parameter, param, index in local_parameters(chunk, network, ctx):
-            # Every weight counts on one rank alone. A tied table has a copy on the last stage.
+            # Every weight counts on one rank only. A tied embedding has a copy on the last stage.
             is_copy = param.is_embedding and not chunk.pre_process
             if is_copy or ctx.data_rank > 0 or (param.split is None and ctx.tensor_rank > 0):
                 continue
             own = parameter.detach().double().square()
-            if param.split == VOCAB.name:  # rows that pad the vocabulary take no part
+            if param.split == VOCAB.name:  # ignore rows that pad the vocabulary
                 own[torch.from_numpy(index[0] >= network.vocab_size)] = 0
             for dim in _reading_dims(param, network) if outgoing else range(len(param.dims)):
                 sums = own.movedim(dim, 0).reshape(own.size(dim), -1).sum(1)
@@ -58,27 +58,27 @@ def squared_weights(
 
 
 def _reading_dims(param: Param, network: Network) -> list[int]:
-    """The dimension, if any, along which a parameter multiplies activations."""
+    """Returns the dimension, if any, along which a parameter multiplies activations."""
     return [len(param.dims) - 1] if param.matmul or (network.tie_embeddings and param.is_embedding) else []
 
 
 def _labels(param: Param, dim: int, index: np.ndarray, network: Network) -> list[tuple[str, int, np.ndarray]]:
-    """Which element each of some positions of a dimension belongs to, -1 where to none, for every axis it has any of.
+    """Maps positions of a dimension to elements, -1 for none, for every axis with any of them there.
 
     Returns:
         setting of the axis, place (see `ElementSpans`), and the labels.
     """
     final = len(network.sublayers)
     labels = param.dims[dim].labels(HIDDEN.name, param.sizes)[index]
-    found = [(HIDDEN.name, final if param.position is None else param.position, labels)]
+    labelled = [(HIDDEN.name, final if param.position is None else param.position, labels)]
     if param.position is not None:
         kind = network.sublayers[param.position]
-        found += [(axis.setting, param.position, _all_labels(param, dim, axis)[index]) for axis in kind.scored()]
-    return [one for one in found if (one[2] >= 0).any()]
+        labelled += [(axis.setting, param.position, _all_labels(param, dim, axis)[index]) for axis in kind.scored()]
+    return [one for one in labelled if (one[2] >= 0).any()]
 
 
 def _all_labels(param: Param, dim: int, axis: PrunableAxis) -> np.ndarray:
-    """Which element of an axis every position of a dimension belongs to, counted over the axis that it lies within."""
+    """Maps every position of a dimension to an element of an axis, counted over all elements of its outer axis."""
     labels = param.dims[dim].labels(axis.axis.name, param.sizes)
     if axis.axis.within is None:
         return labels

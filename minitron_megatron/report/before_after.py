@@ -6,11 +6,11 @@ from matplotlib.ticker import FuncFormatter
 from minitron_megatron.plotting import CUT, INK, KEPT, MUTED, label, new_figure, short, spread, tidy
 from minitron_megatron.report.results import Evaluation, find_teacher
 
-_COLOURS = {"prune": CUT, "distill": KEPT, "export": KEPT}
+_COLOURS: dict[str | None, str] = {"prune": CUT, "distill": KEPT, "export": KEPT}
 
 
 def before_after(evaluations: list[Evaluation]) -> Figure:
-    """Models by size and held-out loss, with the teacher's loss as the mark to reach."""
+    """Draws models by size and held-out loss, with the teacher's loss as the mark to reach."""
     figure = new_figure("Held-out loss against size", 3.6)
     axes = figure.subplots()
     teacher = find_teacher(evaluations)
@@ -36,10 +36,10 @@ def before_after(evaluations: list[Evaluation]) -> Figure:
 
 
 def _before_and_after(evaluations: list[Evaluation]) -> list[tuple[Evaluation, Evaluation]]:
-    """Each trained model with the last pruned one before it that has its size."""
-    found = []
+    """Returns each trained model with the last pruned model of its size before it."""
+    pairs = []
     for i, distilled in enumerate(evaluations):
         before = [e for e in evaluations[:i] if e.made_by == "prune" and e.parameters == distilled.parameters]
         if before and distilled.made_by == "distill":
-            found.append((before[-1], distilled))
-    return found
+            pairs.append((before[-1], distilled))
+    return pairs

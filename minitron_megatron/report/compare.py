@@ -1,4 +1,4 @@
-"""The verb `compare`: evaluations side by side, and how much of the first model each other one recovers."""
+"""The verb `compare`: shows evaluations side by side, and how much of the first model the others recover."""
 
 import sys
 from collections import Counter
@@ -23,8 +23,8 @@ class Value:
 
     Attributes:
         value: the number.
-        stderr: its standard error, where one is known.
-        recovery: share of the teacher's that is left, in percent; None where no number is the better one.
+        stderr: its standard error, if known.
+        recovery: share of the teacher's number, in percent; None if neither higher nor lower is better.
     """
 
     value: float
@@ -38,12 +38,12 @@ class Value:
 
 @dataclass
 class Measure:
-    """One number of every model, in their order; None for a model of which it is not known.
+    """One number of every model, in order; None where it is unknown.
 
     Attributes:
-        name: what it is.
+        name: of the number.
         values: of the models.
-        digits: that are worth showing.
+        digits: decimals to show.
     """
 
     name: str
@@ -56,10 +56,10 @@ class Measure:
 
 
 def compare(config: CompareConfig) -> None:
-    """Show evaluations that were made before, beside each other; the first one is the teacher's.
+    """Shows earlier evaluations side by side; the first one is the teacher's.
 
     Raises:
-        CheckpointError: a folder is no evaluation.
+        CheckpointError: a folder is not an evaluation.
     """
     folders = [Path(folder) for folder in config.evaluations]
     count = Counter(folder.name for folder in folders)
@@ -73,7 +73,7 @@ def compare(config: CompareConfig) -> None:
         table.add_column(Text(column), justify="right" if number else "left")
     for measure in measures:
         table.add_row(*map(Text, measure.cells))
-    # Output that goes into a file has no width, and broken lines cannot be searched.
+    # A file has no width, and wrapped lines cannot be searched.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(table)
     for note in notes:
@@ -87,12 +87,12 @@ def compare(config: CompareConfig) -> None:
 
 
 def header(evaluations: list[Evaluation]) -> list[str]:
-    """Titles of the columns that `Measure.cells` fills."""
+    """Returns the titles of the columns of `Measure.cells`."""
     return ["", *(evaluation.name for evaluation in evaluations)]
 
 
 def model_measures(evaluations: list[Evaluation]) -> list[Measure]:
-    """Size, held-out loss and perplexity, and speed; the first model is the teacher."""
+    """Returns size, held-out loss and perplexity, and speed; the first model is the teacher."""
     teacher = evaluations[0]
     speeds = [None if e.generation is None else Value(e.generation["tokens_per_s"]) for e in evaluations]
     return [
@@ -110,7 +110,7 @@ def model_measures(evaluations: list[Evaluation]) -> list[Measure]:
 
 
 def task_measures(evaluations: list[Evaluation], teacher: Evaluation | None) -> list[Measure]:
-    """Every metric of every task that one of the models was given."""
+    """Returns every metric of every task that any of the models was evaluated on."""
     names = {(task, metric): None for e in evaluations for task in e.tasks for metric in e.tasks[task]["metrics"]}
 
     def value(evaluation: Evaluation, task: str, metric: str) -> Value | None:
@@ -124,7 +124,7 @@ def task_measures(evaluations: list[Evaluation], teacher: Evaluation | None) -> 
 
 
 def differences(evaluations: list[Evaluation]) -> list[str]:
-    """What makes numbers of models not comparable, one sentence each."""
+    """Returns what makes the numbers of the models not comparable, one sentence each."""
     notes = []
     if len({e.num_tokens for e in evaluations}) > 1:
         numbers = ", ".join(f"{e.num_tokens:,} of {e.name}" for e in evaluations)
@@ -143,7 +143,7 @@ def _metric(evaluation: Evaluation | None, task: str, metric: str) -> dict | Non
 
 
 def _recovery(value: float, teacher: float, higher_is_better: bool | None) -> float | None:
-    """A model's share of its teacher's number, in percent; of one that is better when lower, the inverse."""
+    """Returns a model's share of its teacher's number, in percent; the inverse if lower is better."""
     part, whole = (value, teacher) if higher_is_better else (teacher, value)
     return None if higher_is_better is None or whole <= 0 else 100 * part / whole
 

@@ -1,4 +1,4 @@
-"""Figure of what leaving out layers does, with a panel for each criterion."""
+"""Draws the depth scores, with a panel for each criterion."""
 
 from itertools import cycle
 from typing import Any
@@ -29,10 +29,10 @@ _PANELS = {
     DepthCriterion.LOSS: "increase of the loss, in nats per token",
     DepthCriterion.KL: "divergence from the whole network's predictions, in nats per token",
     DepthCriterion.LOGITS: "squared change of the logits, relative to their square",
-    DepthCriterion.ACCURACY: "decrease of the share of right answers",
+    DepthCriterion.ACCURACY: "decrease of the accuracy",
 }
-_WIDE = 10  # times the smallest value: what ranges further is drawn on a logarithmic scale
-# Of layers the first; of sublayers one for each kind, in turn.
+_WIDE = 10  # times the smallest value: wider ranges are drawn on a logarithmic scale
+# Layers have the first style; kinds of sublayers take turns.
 _STYLES: list[dict[str, Any]] = [
     dict(marker="o", markersize=5.5, linestyle="solid", linewidth=0.9),
     dict(marker="D", markersize=5, linestyle=(0, (3, 2)), linewidth=0.9, markerfacecolor="white"),
@@ -42,11 +42,11 @@ _STYLES: list[dict[str, Any]] = [
 
 
 def depth_importance(scores: Scores, plan: Plan | None = None) -> Figure:
-    """What leaving out each unit does, or each block, or one unit after another; what the plan drops is marked.
+    """Draws what skipping each unit, each block, or one unit after another does, and marks what the plan drops.
 
     Args:
         scores: with at least one depth criterion.
-        plan: what stays; if it is not given, nothing is dropped.
+        plan: marks what it drops.
     """
     units = _Units(scores, plan)
     figure = new_figure(_title(scores.depth_settings), 0.75 + 1.75 * len(scores.depth))
@@ -71,13 +71,13 @@ def depth_importance(scores: Scores, plan: Plan | None = None) -> Figure:
 
 
 class _Units:
-    """Everything that is left out, as arrays over the units: where it stands, of which kind it is, and whether it goes.
+    """The skipped units as arrays: position, kind, and whether the plan drops them.
 
     Attributes:
-        kinds: title of each, and which units are of it; of layers all are of one.
-        numbers: of the transformer layers that they are in.
-        dropped: whether the plan drops it.
-        protected: which of them never go.
+        kinds: title of each kind, and which units are of it; all layers are of one kind.
+        numbers: of their transformer layers.
+        dropped: whether the plan drops each.
+        protected: units that are never dropped.
         xlabel: what the horizontal axis counts.
     """
 
@@ -97,12 +97,12 @@ class _Units:
         if self.settings.search is DepthSearch.GREEDY:
             self.x = scores.rounds[DEPTH].numpy()
             self.shown = self.x <= self.settings.drop
-            self.xlabel += ", in the order in which they go"
+            self.xlabel += ", in the order of dropping"
         elif self.settings.search is DepthSearch.BLOCK:
             self.xlabel = f"first layer of the block of {self.settings.drop}"
 
     def draw(self, axes: Axes, values: np.ndarray) -> None:
-        """Draw values of one criterion `[unit]`; what was not measured leaves a gap."""
+        """Draws values of one criterion `[unit]`; what was not measured leaves a gap."""
         greedy, block = (self.settings.search is search for search in (DepthSearch.GREEDY, DepthSearch.BLOCK))
         styled = [(own, style) for (_, own), style in zip(self.kinds, cycle(_STYLES))]
         if greedy:
@@ -130,7 +130,7 @@ class _Units:
 
 
 def _scale(axes: Axes) -> None:
-    """Logarithmic where values are of different sizes, and linear around zero where some are not positive."""
+    """Chooses a logarithmic scale for values of different magnitudes, linear around zero if some are not positive."""
     drawn = np.concatenate([line.get_ydata() for line in axes.lines])
     drawn = drawn[np.isfinite(drawn)]
     sizes = np.abs(drawn)
@@ -147,7 +147,7 @@ def _scale(axes: Axes) -> None:
 
 def _title(settings: DepthSettings) -> str:
     return {
-        DepthSearch.SINGLE: f"What leaving out each {settings.unit.value} by itself does",
-        DepthSearch.BLOCK: f"What leaving out each block of {settings.drop} layers does",
-        DepthSearch.GREEDY: f"What leaving out one {settings.unit.value} after another does",
+        DepthSearch.SINGLE: f"Effect of skipping each {settings.unit.value} by itself",
+        DepthSearch.BLOCK: f"Effect of skipping each block of {settings.drop} layers",
+        DepthSearch.GREEDY: f"Effect of skipping one {settings.unit.value} after another",
     }[settings.search]

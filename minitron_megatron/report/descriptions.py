@@ -24,7 +24,7 @@ from minitron_megatron.report.gallery import Picture, loss_pictures, pruning_pic
 from minitron_megatron.report.results import Evaluation, read_evaluation
 from minitron_megatron.tracking import metrics
 
-_SHOWN = 8  # units that are missed least
+_SHOWN = 8  # least important units
 
 
 @dataclass
@@ -32,9 +32,9 @@ class Description:
     """What a folder holds.
 
     Attributes:
-        kind: what it is, in words.
-        networks: those it speaks of, by what they are to it.
-        facts: what else there is to say, in order.
+        kind: in words.
+        networks: by role; empty for its only one.
+        facts: other facts by name, in order.
         pictures: makes its figures, if it has any.
     """
 
@@ -45,10 +45,10 @@ class Description:
 
 
 def describe(path: Path) -> Description:
-    """Describe what lies at `path`, which is a folder or the file that tells what its folder is.
+    """Describes what lies at `path`: a folder, or the file that identifies its folder.
 
     Raises:
-        CheckpointError: nothing that is known, or not whole.
+        CheckpointError: it is unknown, or not whole.
     """
     if not path.exists():
         raise CheckpointError(f"path = {path} does not exist: name a folder that this project wrote")
@@ -60,7 +60,7 @@ def describe(path: Path) -> Description:
     if path.suffix == ".json":
         return _plan(path)
     raise CheckpointError(
-        f"path = {path} is nothing that is known here: looked for {', '.join(_READERS)}; name a folder that has one"
+        f"path = {path} is not a known result: looked for {', '.join(_READERS)}; name a folder that has one"
     )
 
 
@@ -78,7 +78,7 @@ def _checkpoint(folder: Path) -> Description:
 
 
 def _storage(checkpoint: Checkpoint) -> str:
-    """How the weights lie on disk: a chunk is what one rank of the layout that wrote them had of a tensor, or less."""
+    """Describes how the weights lie on disk: a chunk is at most one rank's part of a tensor."""
     tensors = checkpoint.weights.values()
     chunks = [chunk for tensor in tensors for chunk in tensor.chunks]
     num_bytes, num_files = sum(chunk.length for chunk in chunks), len({chunk.path for chunk in chunks})
@@ -102,7 +102,7 @@ def _scores(folder: Path) -> Description:
     scores = Scores.read(folder)
     facts = {name: str(value) for name, value in scores.settings.items()}
     facts |= _depth_facts(scores) if scores.depth else {"depth criteria": "none"}
-    if HIDDEN.name in scores.rounds:  # that of depth alone is the order of a greedy search
+    if HIDDEN.name in scores.rounds:  # `depth` by itself is the order of a greedy search
         elements = {name: torch.cat([own.flatten() for own in rows]) for name, rows in scores.element_rounds.items()}
         for name, rounds in {**scores.rounds, **elements}.items():
             counts = zip(*rounds.unique(return_counts=True), strict=True)
@@ -111,7 +111,7 @@ def _scores(folder: Path) -> Description:
 
 
 def _depth_facts(scores: Scores) -> dict[str, str]:
-    """What was left out, how, and the units that are missed least."""
+    """Describes what was skipped, how, and which units are the least important."""
     depth = scores.depth_settings
     search = {
         DepthSearch.SINGLE: f"each {depth.unit.value} by itself",
@@ -126,10 +126,10 @@ def _depth_facts(scores: Scores) -> dict[str, str]:
     if depth.search is DepthSearch.GREEDY:
         gone = scores.rounds[DEPTH].argsort()[: depth.drop]
         return facts | {"left out, in this order": _unit_names(scores, gone.tolist())}
-    least = "blocks missed least begin at" if depth.search is DepthSearch.BLOCK else "missed least"
+    least = "least important blocks begin at" if depth.search is DepthSearch.BLOCK else "least important"
     rounds = scores.rounds.get(DEPTH)
     for name, values in scores.depth.items():
-        # What earlier rounds left out was missed less, whatever its score. NaN comes last.
+        # Earlier rounds come first, whatever the score; NaN comes last.
         order = descending(-values, None if rounds is None else -rounds)
         shown = order[: min(_SHOWN, int(values.isfinite().sum()))]
         facts[f"{least} ({name})"] = _unit_names(scores, shown.tolist())
@@ -137,7 +137,7 @@ def _depth_facts(scores: Scores) -> dict[str, str]:
 
 
 def _unit_names(scores: Scores, units: list[int]) -> str:
-    """Layers by their numbers, sublayers with those of their layers."""
+    """Names layers by number, and sublayers by their layer."""
     if scores.depth_settings.unit is Unit.LAYER:
         return ", ".join(map(str, units))
     return ", ".join(map(scores.network.describe, units))
@@ -174,7 +174,7 @@ def _plan(path: Path) -> Description:
 
 
 def _dropped(plan: Plan) -> dict[str, str]:
-    """Layers that go as a whole, or else the sublayers of every kind, by the numbers of their layers."""
+    """Lists the layers that are dropped as a whole, or else the dropped sublayers of every kind by layer."""
     source, kept = plan.source, set(plan.sublayers)
     layers = [number for number, positions in enumerate(source.layers) if kept.isdisjoint(positions)]
     if sum(len(source.layers[number]) for number in layers) == len(source.sublayers) - len(kept):
@@ -192,7 +192,7 @@ def _huggingface(folder: Path) -> Description:
     return Description("Hugging Face folder", {"": source.network}, {"dtype": dtype})
 
 
-# The file that tells what a folder is, and who reads it. A pruned checkpoint also holds a plan, so order matters.
+# The file that identifies a kind of folder, and its reader. A pruned checkpoint also holds a plan, so order matters.
 _READERS: dict[str, Callable[[Path], Description]] = {
     TRACKER: _checkpoint,
     f"checkpoints/{TRACKER}": _run,

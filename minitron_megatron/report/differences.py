@@ -1,9 +1,10 @@
-"""What tells the weights of two networks apart."""
+"""Compares the weights of two networks."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -15,19 +16,19 @@ from minitron_megatron.model.network import Network
 from minitron_megatron.model.parameters import layer_key, parameters, stacked_key
 from minitron_megatron.progress import progress
 
-# Of one tensor, as many as are in memory at a time.
+# Number of a tensor's elements that are compared at a time.
 _ELEMENTS = 2**22
 
 
 @dataclass
 class Difference:
-    """How far a parameter of two networks is apart.
+    """The difference of a parameter between two networks.
 
     Attributes:
         name: of the parameter, the same in every layer.
-        largest: absolute difference over all elements and layers; NaN if one of the two has NaN where it differs.
-        layer: number of the transformer layer where it is; None outside the layers, and where nothing differs.
-        num_layers: how many layers differ at all; 1 outside the layers.
+        largest: largest absolute difference over all elements and layers; NaN if either has NaN where they differ.
+        layer: transformer layer of that element; None outside the layers, or if nothing differs.
+        num_layers: number of layers that differ; 1 outside the layers.
     """
 
     name: str
@@ -37,21 +38,23 @@ class Difference:
 
 
 def open_network(path: Path) -> TensorSource:
-    """A checkpoint or a Hugging Face folder.
+    """Opens a checkpoint or a Hugging Face folder.
 
     Raises:
         CheckpointError: it is neither, or not whole.
     """
-    return HuggingFaceFolder(path) if (path / "config.json").is_file() else Checkpoint(path)
+    is_folder = (path / "config.json").is_file()
+    # Either knows its dtype once it is open.
+    return cast(TensorSource, HuggingFaceFolder(path) if is_folder else Checkpoint(path))
 
 
 def comparable(first: TensorSource, second: TensorSource) -> bool:
-    """Whether two networks have the same parameters, up to rows that pad the vocabulary."""
+    """Returns whether two networks have the same parameters, up to rows that pad the vocabulary."""
     return _table(first.network) == _table(second.network)
 
 
 def _table(network: Network) -> list[tuple[str, tuple[Dim, ...], dict[str, int]]]:
-    """What has to be equal of two networks so that their parameters mean the same."""
+    """Returns what must be equal in two networks for their parameters to be comparable."""
     return [
         (layer_key(param), param.dims, {**param.sizes, VOCAB.name: network.vocab_size}) for param in parameters(network)
     ]
@@ -81,12 +84,12 @@ def differences(first: TensorSource, second: TensorSource) -> list[Difference]:
 
 
 def _larger(a: float, b: float) -> float:
-    """NaN before everything else."""
+    """Returns the larger number; NaN counts as the largest."""
     return a if math.isnan(a) or a >= b else b
 
 
 def _blocks(param: Param, vocab_size: int) -> Iterator[list[np.ndarray]]:
-    """The positions of a parameter, a few rows at a time."""
+    """Yields the positions of a parameter, a few rows at a time."""
     rows, *columns = param.shape
     rows = vocab_size if param.split == VOCAB.name else rows
     step = max(1, _ELEMENTS // math.prod(columns))

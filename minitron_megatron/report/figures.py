@@ -1,6 +1,6 @@
-"""Figures of how important channels and the elements of sublayers are, and of where a plan cuts.
+"""Draws the importance of channels and of the elements of sublayers, and where a plan cuts.
 
-Every function returns a figure and leaves no state behind. Where the plan is optional and not given, nothing is cut.
+Every function returns a figure and leaves no state behind. Without a plan no cut is drawn.
 """
 
 from itertools import pairwise
@@ -11,10 +11,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter
-from torch import Tensor
 
 from minitron_megatron.model.axes import HIDDEN
-from minitron_megatron.model.layers import PrunableAxis, prunable_axes
+from minitron_megatron.model.layers import prunable_axes
 from minitron_megatron.plotting import (
     CUT,
     FEW,
@@ -33,28 +32,28 @@ from minitron_megatron.plotting import (
 )
 from minitron_megatron.pruning.kept_shares import kept_elements, kept_hidden_share
 from minitron_megatron.pruning.plan import Plan
-from minitron_megatron.pruning.scores import Scores, descending, outer_scores
+from minitron_megatron.pruning.scores import Scores, descending
 
-_FAINT = 0.01  # of the layer's largest score: smaller ones have one colour
+_FAINT = 0.01  # share of the layer's largest score; smaller ones have the same colour
 
 
 def axis_importance(scores: Scores, setting: str, plan: Plan | None = None) -> Figure:
-    """Elements of an axis, a row for each sublayer that has it, relative to the largest score of that sublayer.
+    """Draws the elements of an axis, a row for each sublayer that has it, relative to that sublayer's largest score.
 
-    Few elements are drawn by their place and by their rank, with a dot on those that go; many by their rank, with a
-    line where the plan cuts. Of an axis around another one, an element is as important as the sum of what lies within.
+    Few elements are drawn by position and by rank, with a dot on those that the plan drops; many only by rank, with a
+    line where the plan cuts. The score of an outer element is the sum over its elements.
 
     Args:
         scores: of the network.
         setting: of the axis, as in `target.*`; at least one sublayer of the network has it.
-        plan: what stays; if it is not given, nothing is cut.
+        plan: draws its cut.
     """
     rows = _Rows(scores, setting, plan)
     return _by_place_and_rank(rows) if max(rows.sizes) <= FEW else _by_rank(rows)
 
 
 def hidden_importance(scores: Scores, plan: Plan | None = None) -> Figure:
-    """Channels of the residual stream by rank, and how many of them stay."""
+    """Draws the channels of the residual stream by rank, and how many of them are kept."""
     ranked = scores.hidden.numpy()[descending(scores.hidden, scores.rounds.get(HIDDEN.name))]
     figure = new_figure("Channels of the residual stream, most important first", 3.2)
     axes = figure.subplots()
@@ -72,17 +71,17 @@ def hidden_importance(scores: Scores, plan: Plan | None = None) -> Figure:
 
 
 class _Rows:
-    """An axis of all sublayers that have it. Lists have an entry for each, arrays the shape of its scores.
+    """An axis over all sublayers that have it. Lists have an entry for each, arrays the shape of its scores.
 
     Attributes:
-        axis, outer: the axis, and the one that it lies within, if any.
+        axis, outer: the axis, and its outer axis, if any.
         title: `Neurons of each MLP`.
         layers: numbers of the transformer layers.
         shapes: of the scores.
         sizes: numbers of elements.
-        relative: scores, divided by the sublayer's largest; zeros stay.
+        relative: scores divided by the sublayer's largest; zeros stay.
         scores, rounds: what elements are ranked by.
-        kept: whether each element stays; None if nothing is cut.
+        kept: whether each element is kept; None without a plan.
     """
 
     def __init__(self, scores: Scores, setting: str, plan: Plan | None):
@@ -91,7 +90,7 @@ class _Rows:
         self.title = f"{self.axis.elements.capitalize()}s of each {kind.title}"
         positions = scores.network.positions(kind)
         self.layers = [scores.network.layer_of(position) for position in positions]
-        pairs = [_element_scores(scores, position, self.axis) for position in positions]
+        pairs = [scores.along(position, self.axis) for position in positions]
         self.scores, self.rounds = [values for values, _ in pairs], [rounds for _, rounds in pairs]
         self.shapes = [tuple(values.shape) for values in self.scores]
         self.sizes = np.array([values.numel() for values in self.scores])
@@ -99,18 +98,18 @@ class _Rows:
         self.kept = None if plan is None else [kept_elements(plan, position, self.axis) for position in positions]
 
     def by_place(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """Values of every element, a row for each sublayer."""
+        """Returns the values of every element by position, a row for each sublayer."""
         return _stacked([array.ravel() for array in arrays])
 
     def by_rank(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """The same in the order of falling importance within the sublayer."""
+        """Returns the same in the order of falling importance within the sublayer."""
         ordered = []
         for array, scores, rounds in zip(arrays, self.scores, self.rounds, strict=True):
             ordered.append(array.ravel()[descending(scores.flatten(), None if rounds is None else rounds.flatten())])
         return _stacked(ordered)
 
     def by_rank_within(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """In the order of falling importance within each outer element, a mean over these."""
+        """Returns the same in the order of falling importance within each outer element, as a mean over these."""
         ordered = []
         for array, scores, rounds in zip(arrays, self.scores, self.rounds, strict=True):
             ranked = np.take_along_axis(array, descending(scores, rounds), axis=-1)
@@ -118,18 +117,8 @@ class _Rows:
         return _stacked(ordered)
 
 
-def _element_scores(scores: Scores, position: int, axis: PrunableAxis) -> tuple[Tensor, Tensor | None]:
-    """Scores and rounds along an axis of a sublayer: its own, or those of what lies within its elements together."""
-    own, rounds = scores.of(position), scores.rounds_of(position)
-    if axis.setting in own:
-        return own[axis.setting], rounds.get(axis.setting)
-    prunable = scores.network.sublayers[position].prunable
-    inner = next(other for other in prunable if other.axis.within == axis.axis.name)
-    return outer_scores(own[inner.setting], rounds.get(inner.setting))
-
-
 def _by_rank(rows: _Rows) -> Figure:
-    """A map of the elements, ranked within what each is chosen from, and how many of them stay."""
+    """Draws a map of the elements by rank, and where the plan cuts."""
     lengths = np.array([shape[-1] for shape in rows.shapes])
     num_rows, longest = len(lengths), max(lengths)
     title = f"{rows.title}, most important first"
@@ -141,11 +130,11 @@ def _by_rank(rows: _Rows) -> Figure:
     within = rows.outer.elements if rows.outer else "layer"
     tidy(axes, f"rank of the {rows.axis.elements} within its {within}", "layer")
     _scale(image, [_FAINT, 0.1, 1], ["≤ 1%", "10%", "100%"])
-    if min(lengths) < longest:  # what is blank is not just faint
+    if min(lengths) < longest:  # tells blank from faint
         axes.vlines(lengths, np.arange(num_rows) - 0.5, np.arange(num_rows) + 0.5, color=MUTED, linewidth=0.8)
     if rows.kept is None:
         return figure
-    cuts = np.array([kept.sum(-1).max() for kept in rows.kept])  # 0 of a sublayer that goes as a whole
+    cuts = np.array([kept.sum(-1).max() for kept in rows.kept])  # 0 for a dropped sublayer
     axes.barh(np.arange(num_rows), lengths - cuts, left=cuts, height=1, color="white", alpha=0.6)
     lines = np.flatnonzero((cuts > 0) & (cuts < lengths))
     if len(lines):
@@ -157,7 +146,7 @@ def _by_rank(rows: _Rows) -> Figure:
 
 
 def _by_place_and_rank(rows: _Rows) -> Figure:
-    """Two maps of the elements, by their place and sorted. Sublayers that go as a whole are veiled."""
+    """Draws two maps of the elements, by position and by rank. Sublayers that are dropped as a whole are faded."""
     num_rows, longest = len(rows.sizes), max(rows.sizes)
     figure = new_figure(rows.title, _height(num_rows))
     panels = figure.subplots(1, 2, sharey=True)
@@ -190,7 +179,7 @@ def _by_place_and_rank(rows: _Rows) -> Figure:
 
 
 def _mark_outer(axes: Axes, rows: _Rows) -> None:
-    """White lines between the outer elements of a map by place, and ticks at them if all rows have the same."""
+    """Draws white lines between the outer elements of a map by position, with ticks if all rows have the same."""
     assert rows.outer is not None
     for places, low, high in outer_edges(rows.shapes):
         axes.vlines(places, low, high, color="white", linewidth=min(3, 80 / max(rows.sizes)))
@@ -200,12 +189,12 @@ def _mark_outer(axes: Axes, rows: _Rows) -> None:
 
 
 def _relative(scores: np.ndarray) -> np.ndarray:
-    """Divided by the largest value; zeros stay."""
+    """Divides by the largest value; zeros stay."""
     return scores / (scores.max() or 1)
 
 
 def _stacked(rows: list[np.ndarray]) -> np.ndarray:
-    """Rows of unlike lengths, filled up with NaN."""
+    """Stacks rows of unequal lengths, filled up with NaN."""
     stacked = np.full((len(rows), max(map(len, rows))), np.nan)
     for number, row in enumerate(rows):
         stacked[number, : len(row)] = row
@@ -213,14 +202,14 @@ def _stacked(rows: list[np.ndarray]) -> np.ndarray:
 
 
 def _height(rows: int) -> float:
-    """Inches of a heat map."""
+    """Returns the height of a heat map in inches."""
     return 1.2 + min(max(0.11 * rows, 1.5), 7)
 
 
 def _heat_map(
     axes: Axes, values: np.ndarray, norm: Normalize, extent: tuple[float, float, float, float], layers: list[int]
 ) -> AxesImage:
-    """A map with a row for each of some layers, blank where a value is NaN."""
+    """Draws a map with a row for each of some layers, blank where a value is NaN."""
 
     def layer_at(row: float, _: int) -> str:
         return str(layers[round(row)]) if 0 <= row < len(layers) else ""

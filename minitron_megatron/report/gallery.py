@@ -1,4 +1,4 @@
-"""The figures of a report, with captions that say what to see in them."""
+"""Makes the figures of a report, with captions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,8 @@ class Picture:
     """A figure of the report.
 
     Attributes:
-        name: of its file, without the ending.
-        caption: what to see in it.
+        name: of its file, without suffix.
+        caption: how to read it.
     """
 
     name: str
@@ -39,16 +39,16 @@ class Picture:
 
 
 def draw(folder: Path, scores: Scores | None = None, plan: Plan | None = None) -> list[Path]:
-    """Write the figures of scores, of a plan, or of a plan and the scores it was made from, as PNG files.
+    """Writes the figures of scores, of a plan, or of a plan and its scores, as PNG files.
 
     Returns:
-        the files, in `folder`, which is made if it is not there.
+        the files in `folder`, which is created if needed.
     """
     return write_pictures(pruning_pictures(scores, plan), folder)
 
 
 def write_pictures(pictures: list[Picture], folder: Path) -> list[Path]:
-    """Write `NAME.png` of every picture into `folder`, and say where they are."""
+    """Writes `NAME.png` of every picture into `folder`, and returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{picture.name}.png" for picture in pictures]
     for picture, path in zip(pictures, paths, strict=True):
@@ -57,7 +57,7 @@ def write_pictures(pictures: list[Picture], folder: Path) -> list[Path]:
 
 
 def gallery(stages: list[Stage], evaluations: list[Evaluation]) -> list[Picture]:
-    """Every figure for which the stages left the data, the result first."""
+    """Draws every figure for which the stages left the data, the result first."""
     pictures = []
     if evaluations:
         pictures.append(Picture("before_after", before_after(evaluations), _BEFORE_AFTER))
@@ -75,16 +75,16 @@ def gallery(stages: list[Stage], evaluations: list[Evaluation]) -> list[Picture]
 
 
 def loss_pictures(runs: dict[str, Path]) -> list[Picture]:
-    """The losses of training runs, by the run's name; nothing if none has made a step."""
+    """Draws the losses of training runs, by the run's name; nothing before the first step."""
     lines = {name: read_metrics(folder) for name, folder in runs.items() if (folder / metrics.FILE).is_file()}
     return [Picture("loss", loss_curves(lines), _LOSS)] if any(lines.values()) else []
 
 
 def pruning_pictures(scores: Scores | None, plan: Plan | None = None, prefix: str = "") -> list[Picture]:
-    """The figures of scores, of a plan, or of both, what stays first.
+    """Draws the figures of scores, of a plan, or of both, beginning with what is kept.
 
     Args:
-        scores, plan: what is known.
+        scores, plan: at least one of them.
         prefix: of all names.
     """
     figures = {}
@@ -102,7 +102,7 @@ def pruning_pictures(scores: Scores | None, plan: Plan | None = None, prefix: st
 
 
 def scores_of(folder: Path) -> Scores | None:
-    """The scores that the plan in `folder` was made from, if they are where they were."""
+    """Reads the scores that the plan in `folder` was made from, if they are still there."""
     scores = _folder_of_scores(folder)
     return Scores.read(scores) if scores and (scores / MANIFEST).is_file() else None
 
@@ -115,7 +115,7 @@ def _folder_of_scores(folder: Path) -> Path | None:
 
 
 def _drawn_axes(scores: Scores) -> list[tuple[type[Sublayer], PrunableAxis]]:
-    """The axes with scores, each followed by the one around it, unless every element of that has one alone within."""
+    """Returns the scored axes, each followed by its outer axis, unless that has one element within each of its own."""
     drawn, network = [], scores.network
     for kind, axis in scored_axes(network):
         drawn.append((kind, axis))
@@ -126,11 +126,11 @@ def _drawn_axes(scores: Scores) -> list[tuple[type[Sublayer], PrunableAxis]]:
 
 
 def _axis_caption(scores: Scores, kind: type[Sublayer], axis: PrunableAxis) -> str:
-    """What to see in the figure of an axis."""
+    """Returns the caption of the figure of an axis."""
     element, outer = axis.elements, kind.outer(axis)
     if axis not in kind.scored():
         inner = next(other for other in kind.prunable if kind.outer(other) == axis)
-        return f"Every {element} is as important as the sum of its {inner.elements}s, which stay or go with it."
+        return f"The score of a {element} is the sum over its {inner.elements}s, which are kept or dropped with it."
     network = scores.network
     if max(network.sublayers[position].total(axis) for position in network.positions(kind)) > FEW:
         return _BY_RANK.format(element=element)
@@ -139,7 +139,7 @@ def _axis_caption(scores: Scores, kind: type[Sublayer], axis: PrunableAxis) -> s
 
 
 def _kept_caption(plan: Plan, scores: Scores | None) -> str:
-    caption, source = "Blue stays, grey goes.", plan.source
+    caption, source = "Blue is kept, grey is dropped.", plan.source
     if scores is None:
         return caption
     for kind, axis in scored_axes(source):
@@ -152,37 +152,37 @@ def _kept_caption(plan: Plan, scores: Scores | None) -> str:
 
 
 _BEFORE_AFTER = (
-    "Further left is smaller, further down is better. The dashed line is the teacher's loss, and an arrow is what "
-    "training after pruning brought back."
+    "Further left is smaller, further down is better. The dashed line is the teacher's loss; an arrow shows what "
+    "training after pruning recovered."
 )
 _LOSS = (
-    "Every panel is one term of the loss. Dots are the same term on held-out text: where they leave the line "
-    "upwards, the student has begun to learn its training text by heart."
+    "Every panel is one term of the loss. Dots are the same term on held-out text: where they rise above the line, the "
+    "student overfits its training text."
 )
 _BY_RANK = (
-    "A row is a layer. Where its colour is still strong at the cut, its {element}s share the work evenly and the cut "
-    "costs most; where it has faded before, the cut takes little away."
+    "A row is a layer. Where its colour is still strong at the cut, its {element}s are about equally important and the "
+    "cut costs most; where it has faded before, the cut removes little."
 )
 _NESTED = (
-    "Every {outer} that stays keeps the same number of {element}s, those of its highest scores, so a strong one can go "
-    "where its whole {outer} is strong: a dot far to the left of the right panel."
+    "Every kept {outer} keeps the same number of {element}s, those of highest score, so an important one can be "
+    "dropped where its whole {outer} is important: a dot far to the left in the right panel."
 )
 _HIDDEN = (
-    "A steep start means that a few channels stand out. Where the curve is flat at the cut, the channels just "
-    "before it and just behind it matter about alike."
+    "A steep start means that a few channels stand out. Where the curve is flat at the cut, the channels on both sides "
+    "of it are about equally important."
 )
 _LAYERS = {
     DepthSearch.SINGLE: (
-        "A low dot is missed least by itself; several of them together can be missed more than their sum. What is on "
-        "grey ground is protected and never goes."
+        "The lowest dot is the least important by itself; dropping several together can cost more than the sum of "
+        "their values. Units on a grey background are protected and never dropped."
     ),
     DepthSearch.BLOCK: (
-        "A dot is the block that begins there, and the lowest one is missed least. What is on orange ground goes; what "
-        "is on grey ground is protected and never does."
+        "A dot is the block that begins there; the lowest is the least important. Layers on an orange background are "
+        "dropped; those on a grey background are protected and never dropped."
     ),
     DepthSearch.GREEDY: (
-        "From left to right, each time that one goes which is missed least beside those that are gone already. A "
-        "value is of all that are gone by then, except for Block Influence, which is of the last one alone."
+        "From left to right, each step drops the unit that is then the least important. A value is the effect of all "
+        "units dropped so far, except for Block Influence, which is that of the last one."
     ),
 }
-_ROUNDS = " Scored in several rounds: what an earlier round cut has the score it had then, and ranks behind the rest."
+_ROUNDS = " Scored in several rounds: elements cut in an earlier round have their score of that round, and rank last."

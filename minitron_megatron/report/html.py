@@ -1,4 +1,4 @@
-"""The report of a recipe: one HTML file that needs nothing beside it, and its figures as PNG files."""
+"""Writes the report of a recipe: one self-contained HTML file, and its figures as PNG files."""
 
 import base64
 from pathlib import Path
@@ -32,12 +32,12 @@ _TEMPLATE = "template.html.j2"
 
 
 def write_report(run_dir: Path, title: str, stages: list[Stage]) -> Path:
-    """Write `report.html` and `figures/*.png` into a run's folder, from whatever the stages left there.
+    """Writes `report.html` and `figures/*.png` into a run's folder, from whatever the stages left there.
 
     Args:
         run_dir: folder of the recipe's run.
         title: headline of the report.
-        stages: all that have run, in order.
+        stages: all stages that have run, in order.
 
     Returns:
         path of the HTML file.
@@ -77,7 +77,7 @@ def write_report(run_dir: Path, title: str, stages: list[Stage]) -> Path:
 
 
 def headline(evaluations: list[Evaluation], stages: list[Stage]) -> str:
-    """One sentence with the numbers that matter, as far as they are known."""
+    """Returns one sentence with the numbers that matter, as far as they are known."""
     teacher, pruned, result = (find(evaluations) for find in (find_teacher, find_worst_pruned, find_result))
     cuts = [Plan.read(s.output) for s in stages if s.verb == "prune" and (s.output / plans.FILE).is_file()]
     parts = []
@@ -99,7 +99,7 @@ def _sizes(before: int, after: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time as people say it: `3 min 12 s`."""
+    """Formats a duration: `3 min 12 s`."""
     if seconds is None:
         return "done before"
     if round(seconds, 1) < 60:
@@ -109,7 +109,7 @@ def duration(seconds: float | None) -> str:
 
 
 def _parents(manifest: Manifest | None, stages: list[Stage]) -> list[tuple[str, str, str]]:
-    """Role, name (the stage's, where one made it) and fingerprint of everything that a result was made from."""
+    """Returns role, name (that of the stage that made it, if any) and fingerprint of every input of a result."""
     parents = []
     for parent in manifest.parents if manifest else []:
         maker = stage_of(Path(parent.path), stages)

@@ -1,4 +1,4 @@
-"""The verb `inspect`: what a folder is, how large, and where it comes from, on the screen."""
+"""The verb `inspect`: prints what a folder is, its size and its lineage."""
 
 import sys
 from pathlib import Path
@@ -20,11 +20,11 @@ from minitron_megatron.report.network_tables import comparison, fact_table, laye
 
 
 def inspect(config: InspectConfig) -> None:
-    """Print what lies at a path: kind, network, counts, origin and settings; if asked for, write its figures.
+    """Prints what lies at a path: kind, network, counts, origin and settings; writes its figures on request.
 
     Raises:
-        CheckpointError: it is nothing that this project writes, or not whole, or it and `other` are no networks.
-        ConfigError: figures are asked for, and it has none.
+        CheckpointError: it is not a result of this project, or not whole, or it and `other` are not networks.
+        ConfigError: figures are requested, and it has none.
     """
     path = Path(config.path)
     description = describe(path)
@@ -38,7 +38,7 @@ def inspect(config: InspectConfig) -> None:
             ]
         )
     manifest = _manifest(path if path.is_dir() else path.parent)
-    # Output that goes into a file has no width, and broken lines cannot be searched.
+    # A file has no width, and wrapped lines cannot be searched.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(Text(f"{path}: {description.kind}", style="bold"))
     facts = {**description.facts, "on disk": f"{_size(path):,} bytes"}
@@ -68,13 +68,13 @@ def _size(path: Path) -> int:
 
 
 def _manifest(folder: Path) -> Manifest | None:
-    """What is written about a folder; a run that is not finished has it beside its checkpoints."""
+    """Reads the manifest of a folder; an unfinished run has it beside its checkpoints."""
     places = [place for place in (folder, folder / "checkpoints") if (place / MANIFEST).is_file()]
     return Manifest.read(places[0]) if places else None
 
 
 def _sequence_length(manifest: Manifest | None) -> int | None:
-    """Of the text that a result was made with, if it was made with text."""
+    """Returns the sequence length that a result was made with, if any."""
     return manifest.config.get("data", {}).get("sequence_length") if manifest else None
 
 
@@ -86,7 +86,7 @@ def _print_section(console: Console, title: str, content: RenderableType) -> Non
 
 
 def _lineage(label: Text, origins: list[Origin]) -> Tree:
-    """The inputs of a result, and theirs, as long as they are where they were."""
+    """Returns the inputs of a result, and theirs, as far as they are still in place."""
     tree = Tree(label)
     for origin in origins:
         parent = origin.parent

@@ -1,4 +1,4 @@
-"""Tables of networks for a terminal: sizes and costs side by side, unlike layers, and what tells two apart."""
+"""Tables of networks for a terminal: sizes and costs side by side, unequal layers, and differences."""
 
 from itertools import zip_longest
 
@@ -20,7 +20,7 @@ _NONE = "–"
 
 
 def fact_table(facts: dict[str, str]) -> Table:
-    """Names and values."""
+    """Returns a table of names and values."""
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         table.add_row(Text(name, style="dim"), Text(value))
@@ -28,11 +28,11 @@ def fact_table(facts: dict[str, str]) -> Table:
 
 
 def network_table(networks: dict[str, Network], sequence_length: int | None) -> Table:
-    """Sizes, counts, costs and switches, a column for each network.
+    """Returns a table of sizes, counts, costs and switches, a column for each network.
 
     Args:
-        networks: by what they are.
-        sequence_length: that operations are counted for, in tokens; None for the longest that each was made for.
+        networks: by role.
+        sequence_length: tokens to count FLOPs for; None for the maximum of each network.
     """
     table = Table(box=None, show_header=len(networks) > 1, pad_edge=False)
     table.add_column()
@@ -45,7 +45,7 @@ def network_table(networks: dict[str, Network], sequence_length: int | None) -> 
 
 
 def layer_table(network: Network) -> Table:
-    """A row for each transformer layer: how many elements it has along every axis, and which sublayers it lacks."""
+    """Returns a row for each transformer layer: its size along every axis, and which sublayers it lacks."""
     axes = [(kind, axis) for kind in network.kinds for axis in kind.prunable]
     titles = {slot: " or ".join(kind.title for kind in network.kinds if kind.slot is slot) for slot in Slot}
     table = Table(box=None, pad_edge=False)
@@ -62,7 +62,7 @@ def layer_table(network: Network) -> Table:
 
 
 def comparison(first: TensorSource, second: TensorSource) -> Group:
-    """What of two networks is not the same: sizes and switches, and, where all sizes are the same, weights."""
+    """Compares two networks: sizes and switches and, if all sizes are equal, weights."""
     parts: list[Table | Text] = []
     facts = _differing_facts(first.network, second.network)
     if facts.row_count:
@@ -87,7 +87,7 @@ def _differing_facts(first: Network, second: Network) -> Table:
 
 
 def _differing_layers(first: Network, second: Network) -> list[int]:
-    """Numbers of the layers that are not alike, or that only one of two networks has."""
+    """Returns the numbers of the layers that differ, or that only one of two networks has."""
     layers = [
         [tuple(network.sublayers[position] for position in layer) for layer in network.layers]
         for network in (first, second)
@@ -96,7 +96,7 @@ def _differing_layers(first: Network, second: Network) -> list[int]:
 
 
 def _weights(first: TensorSource, second: TensorSource) -> Table | Text:
-    """The largest difference of each tensor."""
+    """Returns the largest difference of each tensor."""
     tensors = differences(first, second)
     if not any(difference.num_layers for difference in tensors):
         return Text("all tensors are equal")
@@ -111,7 +111,7 @@ def _weights(first: TensorSource, second: TensorSource) -> Table | Text:
 
 
 def _facts(network: Network, sequence_length: int) -> dict[str, str]:
-    """Sizes first, then costs, then switches."""
+    """Returns sizes first, then costs, then switches."""
     costs = {
         f"forward FLOPs per token of {sequence_length}": short(forward_flops_per_token(network, sequence_length)),
         "bytes of KV cache per token in bf16": f"{cache_bytes_per_token(network, _BF16_BYTES):,}",
@@ -120,7 +120,7 @@ def _facts(network: Network, sequence_length: int) -> dict[str, str]:
 
 
 def _merged(columns: list[dict[str, str]]) -> list[str]:
-    """The names of all columns, each behind the one that it follows in its own."""
+    """Merges the names of all columns, in an order that fits each of them."""
     names: list[str] = []
     for column in columns:
         place = 0
@@ -132,6 +132,6 @@ def _merged(columns: list[dict[str, str]]) -> list[str]:
 
 
 def _share(before: str, after: str) -> str:
-    """What is left of a count, in percent; nothing of what is no count."""
+    """Returns the kept share of a count, in percent; an empty string for what is not a count."""
     before, after = before.replace(",", ""), after.replace(",", "")
     return f"{100 * int(after) / int(before):.1f}%" if before.isdigit() and after.isdigit() and int(before) else ""

@@ -1,4 +1,4 @@
-"""Figure of what a plan keeps: a map of the channels, and layer by layer of the sublayers and their elements."""
+"""Draws what a plan keeps: a map of the channels, and layer by layer of the sublayers and their elements."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,15 +26,15 @@ from minitron_megatron.pruning.scores import Scores, scored_axes
 
 
 def kept_map(plan: Plan, scores: Scores | None = None) -> Figure:
-    """What stays of the network: channels, and layer by layer the sublayers and the elements of their axes.
+    """Draws what is kept of the network: channels, and layer by layer the sublayers and the elements of their axes.
 
-    Elements that are chosen within those of another axis are drawn one by one where they are few. Of others a bar is
-    the share of the sublayer's scores that the kept ones hold, or, without scores, their share of the number.
+    Elements within an outer axis are drawn one by one if they are few. For others a bar is the share of the sublayer's
+    scores that the kept elements hold or, without scores, their share of the number.
     """
     rows = _sublayer_rows(plan)
     axes = [_Axis(plan, kind, axis) for kind, axis in scored_axes(plan.source)]
     ratios = [0.4, 0.25 * len(rows), *(axis.height for axis in axes)]
-    figure = new_figure("What stays", 1.9 + sum(ratios))
+    figure = new_figure("What the plan keeps", 1.9 + sum(ratios))
     channels, strip, *panels = figure.subplots(len(ratios), gridspec_kw={"height_ratios": ratios})
     _draw_channels(channels, plan)
     _draw_sublayers(strip, plan, rows)
@@ -49,17 +49,17 @@ def kept_map(plan: Plan, scores: Scores | None = None) -> Figure:
 
 
 def has_bars(network: Network, kind: type[Sublayer], axis: PrunableAxis) -> bool:
-    """Whether `kept_map` draws the kept share of an axis, and not its elements one by one."""
+    """Returns whether `kept_map` draws the kept share of an axis, rather than its elements one by one."""
     sizes = [network.sublayers[position].total(axis) for position in network.positions(kind)]
     return kind.outer(axis) is None or max(sizes) > FEW
 
 
 class _Axis:
-    """A panel for an axis of all sublayers that have it. Lists have an entry for each.
+    """A panel for an axis over all sublayers that have it. Lists have an entry for each.
 
     Attributes:
         layers: numbers of the transformer layers.
-        kept: whether each element stays, in the shape of the scores.
+        kept: whether each element is kept, in the shape of the scores.
         height: of the panel, in inches.
     """
 
@@ -73,7 +73,7 @@ class _Axis:
 
     @property
     def counts(self) -> str:
-        """How many elements of the sublayers that stay are kept: `6 of 10`."""
+        """How many elements the kept sublayers keep: `6 of 10`."""
         return f"{span(kept.sum() for kept in self.kept if kept.any())} of {span(kept.size for kept in self.kept)}"
 
     def draw(self, panel: Axes, scores: Scores | None) -> None:
@@ -95,7 +95,7 @@ class _Axis:
         heading(panel, f"{self.axis.elements}s of each {self.kind.title}: {self.counts}{what}")
 
     def _draw_elements(self, panel: Axes) -> None:
-        """A map with a column for each layer, lines between the elements of the outer axis."""
+        """Draws a map with a column for each layer, and lines between the elements of the outer axis."""
         assert self.outer is not None
         cells = np.full((max(kept.size for kept in self.kept), len(self.plan.source.layers)), np.nan)
         shapes: list[tuple[int, ...] | None] = [None] * cells.shape[1]
@@ -103,7 +103,7 @@ class _Axis:
             cells[: kept.size, layer], shapes[layer] = kept.ravel(), kept.shape
         _binary(panel, cells)
         row = 72 * self.height / len(cells)  # in points
-        _cell_edges(panel, *cells.shape, min(1, row / 5))
+        _cell_edges(panel, cells.shape, min(1, row / 5))
         for places, low, high in outer_edges(shapes):
             panel.hlines(places, low, high, color="white", linewidth=min(3, row / 2))
         if len({kept.shape for kept in self.kept}) == 1:
@@ -116,12 +116,12 @@ class _Axis:
         within = ""
         if any(stays.any() and not stays.all() for stays in outer):
             kept_outer = span(stays.sum() for stays in outer if stays.any())
-            within = f", in {kept_outer} of {span(len(stays) for stays in outer)} {self.outer.elements}s"
+            within = f", in {kept_outer} of {span(stays.size for stays in outer)} {self.outer.elements}s"
         heading(panel, f"{self.axis.elements}s: {self.counts}{within}")
 
 
 def _sublayer_rows(plan: Plan) -> np.ndarray:
-    """Whether each layer's sublayer of each kind stays `[kind, layer]`, NaN where it has none; one row if all agree."""
+    """Returns whether sublayers are kept `[kind, layer]`, NaN where a layer has none; one row if all kinds agree."""
     source = plan.source
     rows = np.full((len(source.kinds), len(source.layers)), np.nan)
     for row, kind in zip(rows, source.kinds, strict=True):
@@ -137,9 +137,9 @@ def _draw_channels(panel: Axes, plan: Plan) -> None:
 
 
 def _draw_sublayers(panel: Axes, plan: Plan, rows: np.ndarray) -> None:
-    """A strip for each of `rows`, see `_sublayer_rows`."""
+    """Draws a strip for each of `rows`, see `_sublayer_rows`."""
     _binary(panel, rows)
-    _cell_edges(panel, *rows.shape, 2)
+    _cell_edges(panel, rows.shape, 2)
     tidy(panel)
     panel.spines[:].set_visible(False)
     panel.set_xticks([])
@@ -155,12 +155,13 @@ def _draw_sublayers(panel: Axes, plan: Plan, rows: np.ndarray) -> None:
 
 
 def _binary(axes: Axes, kept: np.ndarray) -> None:
-    """A map of what is kept `[row, column]`; NaN where there is nothing."""
+    """Draws a map of what is kept `[row, column]`; NaN where there is nothing."""
     colours = ListedColormap([GRID, KEPT])
     axes.imshow(kept, aspect="auto", cmap=colours, vmin=0, vmax=1, interpolation="nearest")
 
 
-def _cell_edges(axes: Axes, rows: int, columns: int, between_rows: float) -> None:
-    """White lines between the cells of a map, those between its rows `between_rows` points wide."""
+def _cell_edges(axes: Axes, shape: tuple[int, ...], between_rows: float) -> None:
+    """Draws white lines between the cells of a map `[row, column]`, `between_rows` points wide between rows."""
+    rows, columns = shape
     axes.vlines(np.arange(1, columns) - 0.5, -0.5, rows - 0.5, color="white", linewidth=min(1.5, 90 / columns))
     axes.hlines(np.arange(1, rows) - 0.5, -0.5, columns - 0.5, color="white", linewidth=between_rows)

@@ -1,4 +1,4 @@
-"""What the stages of a recipe left behind, in the form in which tables and figures want it."""
+"""Results of a recipe's stages, in the form that tables and figures need."""
 
 import json
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ class Stage:
 
     Attributes:
         name: of the stage, e.g. `evaluate_teacher`.
-        verb: what it did.
-        output: the folder it wrote.
-        seconds: how long it took; None if it was skipped because it was done.
+        verb: of the stage.
+        output: its folder.
+        seconds: its duration; None if it was done before.
     """
 
     name: str
@@ -29,18 +29,18 @@ class Stage:
 
 @dataclass
 class Evaluation:
-    """What was measured of one model.
+    """The evaluation of one model.
 
     Attributes:
-        name: short, for people: `teacher` for the stage `evaluate_teacher`.
+        name: short name: `teacher` for the stage `evaluate_teacher`.
         made_by: verb of the stage that made the model; None if no stage did.
         parameters: of the model.
         parameters_without_embeddings: without embedding table and output projection.
         loss: held-out, in nats per token.
         perplexity: held-out.
-        num_tokens: that the two are a mean over.
-        generation: `tokens_per_s`, `num_tokens`, `prompt` and `text`, if any was asked for.
-        tasks: what lm-eval measured, by task: see `evaluation.tasks.Tasks.run`.
+        num_tokens: number of tokens that the two are a mean over.
+        generation: `tokens_per_s`, `num_tokens`, `prompt` and `text`; None if not requested.
+        tasks: lm-eval results by task: see `evaluation.tasks.Tasks.run`.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: Path, name: str, made_by: str | None = None) -> "Evaluation":
-        """What lies in the output of `evaluate`; see `read_evaluation`."""
+        """Reads the output of `evaluate`; see `read_evaluation`."""
         values = read_evaluation(folder)
         return cls(
             name=name,
@@ -70,7 +70,7 @@ class Evaluation:
         )
 
     def numbers(self) -> dict[str, float]:
-        """All that is a number, by the names that trackers know it under; standard errors end in `_stderr`."""
+        """Returns all numbers by their names in trackers; standard errors end in `_stderr`."""
         numbers = {
             "parameters": self.parameters,
             "parameters_without_embeddings": self.parameters_without_embeddings,
@@ -88,16 +88,16 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path) -> dict:
-    """The content of a folder's `evaluation.json`.
+    """Reads a folder's `evaluation.json`.
 
     Raises:
-        CheckpointError: there is none, or it is not of an evaluation, or not whole.
+        CheckpointError: it is missing, not of an evaluation, or not whole.
     """
     path = folder / EVALUATION
     if not path.is_file():
         raise CheckpointError(f"{folder} is not an evaluation: it has no {EVALUATION}; name an output of `evaluate`")
     try:
-        # Earlier releases knew no tasks.
+        # Earlier releases had no tasks.
         values = {"tasks": {}} | json.loads(path.read_text())
     except ValueError as e:
         raise CheckpointError(f"{path} is not JSON: {e}") from e
@@ -107,7 +107,7 @@ def read_evaluation(folder: Path) -> dict:
 
 
 def read_evaluations(stages: list[Stage]) -> list[Evaluation]:
-    """The results of all stages that evaluated something, in order."""
+    """Reads the results of all stages that evaluated something, in order."""
     evaluations = []
     for stage in stages:
         if stage.verb == "evaluate" and (stage.output / EVALUATION).is_file():
@@ -118,7 +118,7 @@ def read_evaluations(stages: list[Stage]) -> list[Evaluation]:
 
 
 def stage_of(path: Path, stages: list[Stage]) -> Stage | None:
-    """The stage whose output is `path` or holds it."""
+    """Returns the stage whose output is `path` or contains it."""
     path = path.resolve()
     for stage in stages:
         output = stage.output.resolve()
@@ -128,31 +128,34 @@ def stage_of(path: Path, stages: list[Stage]) -> Stage | None:
 
 
 def find_teacher(evaluations: list[Evaluation]) -> Evaluation | None:
-    """The model that it all began with: the largest of those that no stage pruned or trained."""
+    """Returns the original model: the largest of those that no stage pruned or trained."""
     originals = [e for e in evaluations if e.made_by in (None, "import")]
     return max(originals, key=lambda e: e.parameters, default=None)
 
 
 def find_worst_pruned(evaluations: list[Evaluation]) -> Evaluation | None:
-    """Of the models that were pruned and not trained since, the one of highest loss."""
+    """Returns the pruned, untrained model of highest loss."""
     return max((e for e in evaluations if e.made_by == "prune"), key=lambda e: e.loss, default=None)
 
 
 def find_result(evaluations: list[Evaluation]) -> Evaluation | None:
-    """What it all led to: the smallest trained model, and the best of equal ones."""
+    """Returns the final model: the smallest trained one, and the best among equals."""
     trained = [e for e in evaluations if e.made_by == "distill"]
     return min(trained, key=lambda e: (e.parameters, e.loss), default=None)
 
 
 def recoveries(evaluations: list[Evaluation]) -> list[float | None]:
-    """For each model, the share of the gap between the worst pruned model and the teacher that it closes.
+    """Returns for each model the share of the gap between the worst pruned model and the teacher that it closes.
 
-    None for the teacher, for pruned models, which make the gap, and where a model before them is missing.
+    None for the teacher, for pruned models, which define the gap, and if either is missing.
     """
     shares: list[float | None] = []
     for i, evaluation in enumerate(evaluations):
-        teacher, pruned = find_teacher(evaluations[:i]), find_worst_pruned(evaluations[:i])
-        gap = pruned.loss - teacher.loss if teacher and pruned else 0
         is_end = evaluation.made_by == "prune" or evaluation is find_teacher(evaluations)
-        shares.append((pruned.loss - evaluation.loss) / gap if gap > 0 and not is_end else None)
+        teacher, pruned = find_teacher(evaluations[:i]), find_worst_pruned(evaluations[:i])
+        if is_end or teacher is None or pruned is None:
+            shares.append(None)
+            continue
+        gap = pruned.loss - teacher.loss
+        shares.append((pruned.loss - evaluation.loss) / gap if gap > 0 else None)
     return shares

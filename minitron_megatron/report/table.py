@@ -1,4 +1,4 @@
-"""The table of a recipe's models: size, held-out loss, speed, and how much of what pruning lost is back."""
+"""The table of a recipe's models: size, held-out loss, speed, and how much of the loss of pruning is recovered."""
 
 from rich.table import Table
 from rich.text import Text
@@ -9,7 +9,7 @@ COLUMNS = ["model", "parameters", "without embeddings", "held-out loss", "perple
 
 
 def cells(evaluations: list[Evaluation]) -> list[list[str]]:
-    """A row for each model, as text, in the order of `COLUMNS`. A dash stands for what was not measured."""
+    """Returns a row of text for each model, in the order of `COLUMNS`. A dash means not measured."""
     return [
         [
             e.name,
@@ -25,7 +25,7 @@ def cells(evaluations: list[Evaluation]) -> list[list[str]]:
 
 
 def summary_table(evaluations: list[Evaluation]) -> Table:
-    """The table for a terminal."""
+    """Returns the table for a terminal."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     rows = cells(evaluations)
     for column, values in zip(COLUMNS, zip(*rows, strict=True) if rows else [()] * len(COLUMNS), strict=True):

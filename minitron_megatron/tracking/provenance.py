@@ -9,7 +9,7 @@ import torch
 import minitron_megatron
 from minitron_megatron.launch.version import revision
 
-# By the names that their installers give them; those that are not installed are left out.
+# Distribution names; packages that are not installed are skipped.
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex")
 
 

@@ -1,8 +1,8 @@
 """Sends a run's metrics to trackers: Weights & Biases, TensorBoard.
 
-A tracker gets its whole history again from `metrics.jsonl` when a killed run goes on. Both of them hold what was logged
-last in memory for a while, W&B for 15 s and TensorBoard for 120 s, so a kill leaves them behind a checkpoint, or
-before it with lines of steps that will be made again.
+When a killed run resumes, a tracker gets its whole history again from `metrics.jsonl`. Both trackers buffer what is
+logged, W&B for 15 s and TensorBoard for 120 s, so after a kill they may lack steps, or have steps that will be
+repeated.
 """
 
 import json
@@ -51,34 +51,34 @@ class Wandb:
             self._run = wandb.init(
                 project=tracking.project,
                 name=tracking.name or folder.name,
-                mode=tracking.mode,
+                mode=tracking.mode,  # type: ignore[arg-type]  # one of these words, which `problems` checks
                 id=path.read_text(),
                 resume="allow",
                 dir=folder,
                 config={**manifest.config, MADE_WITH: provenance()},
-                reinit="create_new",  # a run that the caller has open is not this one
+                reinit="create_new",  # not a run that the caller has open
                 settings=wandb.Settings(
                     init_timeout=tracking.timeout_s,
                     finish_timeout=tracking.timeout_s,
-                    allow_val_change=True,  # of the host, when the run goes on elsewhere
-                    # What others print, their code, and the address of a remote, which may hold a password.
+                    allow_val_change=True,  # of the host, if the run resumes elsewhere
+                    # Do not upload output, code, or the URL of a git remote, which may contain a password.
                     console="off",
                     disable_code=True,
                     disable_git=True,
                 ),
             )
-        except Exception as e:  # whatever it is, the tracker that was asked for is not there
+        except Exception as e:  # whatever the reason, a requested tracker that does not start is an error
             limit = f"tracking.timeout_s = {tracking.timeout_s:g}"
             fix = f"run `wandb login`, see whether the server answers within {limit}, or set tracking.mode=offline"
             raise _does_not_start(Tracker.WANDB, tracking, e, fix) from e
-        # W&B ignores lines whose `step=` is not above the last one, and those of steps made again are not. So it counts
-        # lines by itself, and curves are drawn over our steps, of which the last line counts.
+        # W&B ignores lines whose `step=` is not above the last one, as for repeated steps. So it numbers the lines
+        # itself, and draws curves over our steps, where the last line of a step counts.
         self._run.define_metric("*", step_metric=STEP, step_sync=False)
 
-    def go_on(self, lines: list[dict[str, float]]) -> None:
-        """Logs what W&B has not got of the lines so far, and the run's inputs.
+    def resume(self, lines: list[dict[str, float]]) -> None:
+        """Logs the lines that W&B does not have yet, and the run's inputs.
 
-        Offline nothing is known of earlier sessions, so that each one's folder has everything and is enough to sync.
+        Offline, W&B does not know earlier sessions, so each session logs everything and can be synced by itself.
         """
         seen = self._run.summary.get(STEP) or 0
         for values in lines:
@@ -86,7 +86,7 @@ class Wandb:
                 self.log(values)
         for origin in in_creation_order(origins_of(self._manifest)):
             artifact = self._artifact(origin)
-            # `use_artifact` waits for the server, and refuses to work offline; this is what it does before it waits.
+            # `use_artifact` waits for the server, and does not work offline; this is what it does before it waits.
             self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 
     def log(self, values: dict[str, float]) -> None:
@@ -109,8 +109,7 @@ class Wandb:
         self._run.finish(exit_code=int(failed))
 
     def _artifact(self, origin: Origin) -> Any:
-        """Returns a reference to files that stay where they are, under a name that is the same in every run that sees
-        them."""
+        """Returns an artifact that refers to files in place, under the same name in every run."""
         parent, manifest = origin.parent, origin.manifest
         path = Path(parent.path).resolve()
         folder = path.parent.name if path.name == "checkpoints" else path.name
@@ -120,11 +119,11 @@ class Wandb:
             "fingerprint": parent.fingerprint,
             "parents": {p.role: p.fingerprint for p in manifest.parents} if manifest else {},
         }
-        # W&B takes no other characters, and no more than 128 of them.
+        # W&B allows only these characters, at most 128.
         name = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', folder)[:100]}-{parent.fingerprint[:12]}"
         artifact = self._wandb.Artifact(name, type=manifest.kind if manifest else "source", metadata=metadata)
         if path.exists():
-            # Without checksums W&B knows a version by the names in it alone.
+            # Without checksums W&B identifies a version by the names in it.
             artifact.add_reference(path.as_uri(), name=parent.fingerprint, checksum=False)
         return artifact
 
@@ -137,12 +136,12 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
             raise _does_not_start(Tracker.TENSORBOARD, tracking, e, "pip install tensorboard") from e
-        # From step 0 on, which makes readers forget what earlier files say: `go_on` writes all of it again.
+        # Purging from step 0 makes readers ignore earlier files: `resume` writes everything again.
         self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=0)
         self._writer.add_text("config", _as_text(manifest.config))
         self._writer.add_text(MADE_WITH, _as_text(provenance()))
 
-    def go_on(self, lines: list[dict[str, float]]) -> None:
+    def resume(self, lines: list[dict[str, float]]) -> None:
         for values in lines:
             self.log(values)
 
@@ -161,13 +160,13 @@ class TensorBoard:
             self._writer.add_scalar(f"{EVALUATE}/{model}/{name}", value)
 
     def log_output(self, output: Parent) -> None:
-        """Does nothing: TensorBoard knows no lineage."""
+        """Does nothing: TensorBoard has no lineage."""
 
     def finish(self, failed: bool) -> None:
         self._writer.close()
 
 
-_KINDS = {Tracker.WANDB: Wandb, Tracker.TENSORBOARD: TensorBoard}
+_KINDS: dict[Tracker, type[Wandb] | type[TensorBoard]] = {Tracker.WANDB: Wandb, Tracker.TENSORBOARD: TensorBoard}
 
 
 def start_trackers(folder: Path, tracking: TrackingConfig, manifest: Manifest) -> list[Wandb | TensorBoard]:
@@ -176,10 +175,10 @@ def start_trackers(folder: Path, tracking: TrackingConfig, manifest: Manifest) -
     Raises:
         ConfigError: one of them does not start.
     """
-    started = []
+    started: list[Wandb | TensorBoard] = []
     try:
-        for tracker in tracking.trackers:
-            started.append(_KINDS[tracker](folder, tracking, manifest))
+        for kind in tracking.trackers:
+            started.append(_KINDS[kind](folder, tracking, manifest))
     except ConfigError:
         for tracker in started:
             tracker.finish(failed=True)
@@ -198,10 +197,10 @@ def _does_not_start(tracker: Tracker, tracking: TrackingConfig, error: Exception
     settings = f"tracking.trackers = [{asked}]"
     if tracker is Tracker.WANDB:
         settings += f" with tracking.mode = {tracking.mode}"
-    reason = " ".join(str(error).split())  # of several lines, and a problem is one
+    reason = " ".join(str(error).split())  # on one line
     return ConfigError([f"{settings}: {tracker.value} does not start ({reason}): {fix}, or leave it out"])
 
 
 def _as_text(values: dict) -> str:
-    """Returns values as TensorBoard shows them, which takes text for Markdown: four spaces make a line code."""
+    """Formats values for TensorBoard, which reads text as Markdown: four spaces make a line code."""
     return "".join(f"    {line}\n" for line in json.dumps(values, indent=2).splitlines())

@@ -44,7 +44,7 @@ _BYTES_PER_PARAMETER = 2 + 3 * 4
 def distill(config: DistillConfig) -> Path:
     """Trains a student checkpoint, from a teacher or from the text alone.
 
-    A run that was killed goes on from its last checkpoint when it is started again with the same settings.
+    A killed run resumes from its last checkpoint when it is started again with the same settings.
 
     Args:
         config: settings of the run.
@@ -54,10 +54,10 @@ def distill(config: DistillConfig) -> Path:
 
     Raises:
         CheckpointError: teacher or student is not whole.
-        ConfigError: they do not belong together, the output holds another run, or a tracker does not start.
-        DataError: the text is too short, or the teacher is no better than chance on it.
-        Preempted: a signal asked the run to stop; it is saved as it was after that step.
-        TrainingError: losses or gradients were not finite, again and again.
+        ConfigError: teacher and student do not match, the output holds another run, or a tracker does not start.
+        DataError: the text is too short, or the teacher is not better than chance on it.
+        Preempted: a signal asked the run to stop; it was saved after the current step.
+        TrainingError: too many steps in a row had no finite loss and gradient.
     """
     student = Checkpoint(config.student)
     teacher = Checkpoint(config.teacher) if config.teacher else None
@@ -74,14 +74,14 @@ def distill(config: DistillConfig) -> Path:
         samples = training_samples(corpus, config.data, config.steps * config.global_batch)
         heldout = heldout_samples(corpus, config.data)
         rank0_first(lambda: _prepare(output, config, student, manifest))
-        # A signal that comes earlier ends the process, for there is nothing to save.
-        with convert_enospc(output), stop_requests() as asked_to_stop:
-            with _leaving_together(), ExitStack() as stack:
+        # An earlier signal ends the process, because there is nothing to save.
+        with convert_enospc(output), stop_requests() as stop_requested:
+            with _leave_together(), ExitStack() as stack:
                 metrics = None
                 with raise_on_all_ranks():  # before anything is loaded, for a tracker may not start
                     if ctx.is_main:
                         metrics = stack.enter_context(Metrics(output, config.tracking, manifest))
-                _run(config, teacher, student, samples, heldout, ctx, metrics, asked_to_stop)
+                _run(config, teacher, student, samples, heldout, ctx, metrics, stop_requested)
                 if metrics and config.tracking.trackers:
                     # matplotlib takes a second to import, and few runs have a tracker
                     from minitron_megatron.tracking.curves import write_loss_curves
@@ -95,10 +95,10 @@ def distill(config: DistillConfig) -> Path:
 
 
 @contextmanager
-def _leaving_together() -> Iterator[None]:
-    """Leaves a run that was asked to stop when all ranks are ready to.
+def _leave_together() -> Iterator[None]:
+    """Leaves a preempted run on all ranks at the same time.
 
-    Launchers end the other ranks when one goes, and the first rank has its trackers to finish.
+    A launcher ends the other ranks when one leaves, and rank 0 has to finish its trackers first.
     """
     try:
         yield
@@ -115,16 +115,21 @@ def _run(
     heldout: Samples,
     ctx: ParallelContext,
     metrics: Metrics | None,
-    asked_to_stop: Callable[[], bool],
+    stop_requested: Callable[[], bool],
 ) -> None:
     """Builds the models and trains, from the last checkpoint of the run if there is one."""
-    # A teacher whose predictions count nothing is not loaded.
+    # A teacher that no loss uses is not loaded.
     setup = set_up(config, student, teacher if config.loss.needs_teacher else None, ctx)
     checkpoints = Path(config.output) / "checkpoints"
     run = load_state(checkpoints, setup.models)
     if run.step:
-        logger.info("going on after step %d", run.step)
-    rank0_first(lambda: metrics.go_on(run.step))
+        logger.info("resuming after step %d", run.step)
+
+    def begin_log() -> None:
+        if metrics:
+            metrics.resume(run.step)
+
+    rank0_first(begin_log)
     args = args_of_network(student.megatron_args(), student.network)
     args.tensor_model_parallel_size = ctx.layout.tensor
     args.pipeline_model_parallel_size = ctx.layout.pipeline
@@ -139,12 +144,12 @@ def _run(
         Saver(checkpoints, config.keep_checkpoints, setup.models, args),
         metrics,
         setup.flops_per_token,
-        asked_to_stop,
+        stop_requested,
     ).train()
 
 
 def _require_fit(config: DistillConfig, student: Checkpoint, teacher: Checkpoint | None) -> None:
-    """Checks that the networks belong together and can be built, before anything is.
+    """Checks that teacher and student match and can be built, before anything is.
 
     Raises:
         ConfigError: they do not, or cannot.
@@ -159,7 +164,7 @@ def _require_fit(config: DistillConfig, student: Checkpoint, teacher: Checkpoint
 
 
 def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: DistillConfig) -> list[str]:
-    """Returns why teacher and student do not belong together, one sentence each."""
+    """Returns why teacher and student do not match, one sentence each."""
     if teacher is None:
         return []
     problems = hidden_problems(config.loss.hidden, student.network, teacher.network)
@@ -188,10 +193,10 @@ def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: Distill
 
 
 def _is_finished(output: Path, manifest: Manifest) -> bool:
-    """Returns whether the run is there already; an unfinished one of the same settings may go on.
+    """Returns whether the run is finished; an unfinished one of the same settings will be resumed.
 
     Raises:
-        ConfigError: something else is there.
+        ConfigError: the output holds something else.
     """
     checkpoints = output / "checkpoints"
     known = output if (output / MANIFEST).exists() else checkpoints
@@ -215,9 +220,11 @@ def _prepare(output: Path, config: DistillConfig, student: Checkpoint, manifest:
     """Makes the run's folder, with everything that describes its checkpoints before there are any."""
     checkpoints = output / "checkpoints"
     if not (checkpoints / MANIFEST).exists():
-        # What is kept stays until the next one is whole, and the best one may be none of the latest.
+        # An old checkpoint is kept until the next one is whole, and the best one may not be among the latest.
         count = config.keep_checkpoints + 1 + bool(config.validate_every)
-        trained = [student] if config.teacher_lr is None else [student, Checkpoint(config.teacher)]
+        trained = [student]
+        if config.teacher and config.teacher_lr is not None:
+            trained.append(Checkpoint(config.teacher))
         num_bytes = count * _BYTES_PER_PARAMETER * sum(num_parameters(checkpoint.network) for checkpoint in trained)
         with writing(checkpoints, dataclasses.replace(manifest, kind="checkpoint"), num_bytes) as folder:
             copy_hf_assets(student.huggingface_folder, folder / HUGGINGFACE)

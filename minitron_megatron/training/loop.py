@@ -1,4 +1,4 @@
-"""The training loop: batches in, weights and metrics out, and nothing lost when it is killed."""
+"""The training loop: trains, validates, logs and saves, so that a killed run can resume."""
 
 import logging
 import math
@@ -30,19 +30,19 @@ from minitron_megatron.training.step_metrics import (
 logger = logging.getLogger(__name__)
 
 Heartbeat = Callable[[], None]
-"""Tells the watchdog that a piece of work is done."""
+"""Resets the timer of the watchdog."""
 
 
 @dataclass
 class _Outcome:
-    """What a step did.
+    """The outcome of a step.
 
     Attributes:
         result: its losses.
         grad_norm: of the student's gradient, before clipping.
-        values: for the line of metrics.
-        is_stopping: whether a signal has asked a rank to stop.
-        heldout_loss: the loss on held-out text that is compared, if it was measured.
+        values: the metrics of the step.
+        is_stopping: whether a signal has asked any rank to stop.
+        heldout_loss: the held-out loss that decides which checkpoint is best, if measured.
         is_best: whether it is the lowest so far.
     """
 
@@ -58,20 +58,20 @@ class _Outcome:
 class Trainer:
     """A training run.
 
-    A step whose loss or gradient is not finite changes nothing but the count of such steps.
+    A step with a loss or gradient that is not finite is skipped, and counted.
 
     Attributes:
         config: settings of the run.
-        step: student, and the entries of what it minimises.
-        models: what is trained, by the prefix of its keys in checkpoints; the student, whose prefix is empty, first.
-        samples: of the whole run; step i takes sequences i * global_batch and on, whatever the layout.
+        step: student, and the entries of its loss.
+        models: trained models, by the prefix of its keys in checkpoints; the student, whose prefix is empty, first.
+        samples: of the whole run; step i takes `global_batch` sequences from i * global_batch on, in any layout.
         heldout: for validation.
         ctx: this rank's place.
-        run: how far the run has come.
+        run: progress of the run.
         saver: of checkpoints.
         metrics: where to log, on rank 0; None elsewhere.
-        flops_per_token: of a step of student and teacher, for the throughput.
-        asked_to_stop: whether a signal has come to this rank.
+        flops_per_token: of student and teacher in a step, for the throughput.
+        stop_requested: returns whether this rank has received a signal to stop.
     """
 
     config: DistillConfig
@@ -84,15 +84,15 @@ class Trainer:
     saver: Saver
     metrics: Metrics | None
     flops_per_token: float
-    asked_to_stop: Callable[[], bool]
+    stop_requested: Callable[[], bool]
 
     def train(self) -> None:
         """Trains to the end, or until a signal asks one of the ranks to stop. Collective.
 
         Raises:
-            DataError: the teacher knows no more of the text than chance does.
-            Preempted: after the step in which a signal came. The run is saved as it was then.
-            TrainingError: too many steps in a row had no finite loss or gradient.
+            DataError: the teacher is not better than chance on the text.
+            Preempted: a signal came; the run was saved after the current step.
+            TrainingError: too many steps in a row had no finite loss and gradient.
         """
         self.step.alpha = self.run.alpha
         title = "distill" if self.step.teachers else "train"
@@ -107,7 +107,7 @@ class Trainer:
                     self.metrics.log(outcome.values)
                 loss, tokens_per_s = outcome.values["loss/total"], outcome.values["throughput/tokens_per_s"]
                 advance(1, f"loss {loss:.3f}  {tokens_per_s:.0f} tokens/s")
-                self._give_up_if_hopeless(outcome)
+                self._stop_if_diverged(outcome)
                 self._save_if_due(outcome, heartbeat)
                 if outcome.is_stopping and not self._is_last:
                     raise Preempted(
@@ -122,11 +122,12 @@ class Trainer:
     @property
     def _is_validation_due(self) -> bool:
         every = self.config.validate_every
-        return bool(every) and (self.run.step % every == 0 or self._is_last)
+        return bool(every and (self.run.step % every == 0 or self._is_last))
 
     def _make_step(self) -> _Outcome:
-        """Makes the next step, and gathers its numbers."""
-        watch, run, values = Stopwatch(), self.run, {}
+        """Makes the next step, and collects its metrics."""
+        watch, run = Stopwatch(), self.run
+        values: dict[str, float] = {}
         batches = self._next_batches()
         watch.lap("data")
         if self.step.teachers and run.step == 0:
@@ -140,7 +141,7 @@ class Trainer:
         norms, rates = self._update_weights(result)
         watch.lap("optimizer")
         run.alpha = self.step.alpha
-        seconds = {**watch.seconds, "step": watch.total, "stop": float(self.asked_to_stop())}
+        seconds = {**watch.seconds, "step": watch.total, "stop": float(self.stop_requested())}
         seconds = largest_over_ranks(seconds, self.ctx)
         is_stopping = bool(seconds.pop("stop"))
         values |= {
@@ -169,7 +170,7 @@ class Trainer:
         """Measures the teachers on the first batch.
 
         Raises:
-            DataError: one of them is no better than chance.
+            DataError: one of them is not better than chance.
         """
         results = [result for teacher in self.step.teachers if (result := teacher.evaluate(batches)) is not None]
         losses = [_better_than_chance(result, self.config, self.step.vocab) for result in results]
@@ -198,21 +199,21 @@ class Trainer:
         """Measures the losses on held-out text."""
         result = validate(self.step, self.heldout, self.config, self.ctx, self.run.step, heartbeat)
         outcome.values |= loss_values("val", result)
-        # The weights of a sum may change over the run, and so may a teacher; the text does not.
+        # The total loss is not comparable over the run: its weights may change, and a trained teacher does.
         follows_teacher = Divergence.name in result.losses and self.config.teacher_lr is None
         outcome.heldout_loss = result.losses[Divergence.name if follows_teacher else CrossEntropy.name]
-        # Validation takes a while, and a signal may have come.
-        stop = largest_over_ranks({"stop": float(self.asked_to_stop())}, self.ctx)["stop"]
+        # A signal may have come during validation.
+        stop = largest_over_ranks({"stop": float(self.stop_requested())}, self.ctx)["stop"]
         outcome.is_stopping |= bool(stop)
         outcome.is_best = outcome.heldout_loss < self.run.best_loss
         if outcome.is_best:
             self.run.best_loss = outcome.heldout_loss
 
-    def _give_up_if_hopeless(self, outcome: _Outcome) -> None:
-        """Ends training when too many steps in a row had no finite loss and gradient.
+    def _stop_if_diverged(self, outcome: _Outcome) -> None:
+        """Ends training after too many steps in a row without a finite loss and gradient.
 
         Raises:
-            TrainingError: they had not.
+            TrainingError: there were too many.
         """
         run = self.run
         if run.skipped_in_a_row < self.config.max_skipped_steps:
@@ -223,17 +224,17 @@ class Trainer:
             f"no finite loss and gradient in the last {run.skipped_in_a_row} steps, which were skipped. In step "
             f"{run.step}, of sequences {first} to {first + self.config.global_batch - 1}, the loss was "
             f"{outcome.result.total} and the gradient's norm {outcome.grad_norm}: look at that text, or "
-            f"{self.saver.way_out()}, with a lower optimizer.lr or another dtype"
+            f"{self.saver.advice()}, with a lower optimizer.lr or another dtype"
         )
 
     def _save_if_due(self, outcome: _Outcome, heartbeat: Heartbeat) -> None:
-        """Saves the run every so many steps, at the best held-out loss, and when it ends.
+        """Saves the run every `save_every` steps, at the best held-out loss, and at the end.
 
         Raises:
-            TrainingError: the last weights have no finite loss on held-out text, so that they are not saved.
+            TrainingError: the held-out loss of the final weights is not finite; they are not saved.
         """
         run, config, loss = self.run, self.config, outcome.heldout_loss
-        # While steps are skipped, the weights may be what is wrong: the checkpoints before stay.
+        # While steps are skipped, the weights may be broken, so earlier checkpoints are kept.
         is_suspect = run.skipped_in_a_row > 0
         if loss is not None and not math.isfinite(loss):
             is_suspect, problem = True, f"the loss on held-out text is {loss} after step {run.step}"
@@ -243,7 +244,7 @@ class Trainer:
                     f"optimizer.lr or another dtype"
                 )
             logger.warning(problem)
-        is_due = bool(config.save_every) and run.step % config.save_every == 0 and not is_suspect
+        is_due = bool(config.save_every and run.step % config.save_every == 0) and not is_suspect
         if self._is_last or outcome.is_best or outcome.is_stopping or is_due:
             heartbeat()
             self.saver.save(run, outcome.is_best, self._is_last, loss is not None, is_suspect)
@@ -261,11 +262,11 @@ def validate(
     """Measures mean losses per token over the first `validate_batches` global batches of held-out text. Collective.
 
     Args:
-        step: student and entries.
+        step: student, and the entries of its loss.
         heldout: the samples.
         config: settings of the run.
         ctx: this rank's place.
-        number: of the training step, for the entries' weights.
+        number: training step, for the weights of the entries.
         heartbeat: called after every few micro-batches.
     """
     count = min(len(heldout), config.validate_batches * config.global_batch)
@@ -281,7 +282,7 @@ def _better_than_chance(result: StepResult, config: DistillConfig, vocab: int) -
     """Returns a teacher's loss per token on the first batch, if it is better than chance.
 
     Raises:
-        DataError: it is not, or the batch has no token that counts.
+        DataError: it is not, or the batch has no valid token.
     """
     chance, loss = math.log(vocab), result.losses[CrossEntropy.name]
     if not result.num_tokens:

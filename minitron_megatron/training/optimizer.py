@@ -1,4 +1,4 @@
-"""Puts Megatron's gradient buffers, optimiser and schedule around a model."""
+"""Wraps a model in Megatron's DistributedDataParallel, with optimiser and learning-rate schedule."""
 
 import itertools
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from minitron_megatron.parallel.context import ParallelContext
 
 @dataclass
 class TrainableModel:
-    """A model with what it takes to train it.
+    """A model with optimiser and schedule.
 
     Attributes:
         model_chunks: this rank's model in Megatron's DistributedDataParallel, which holds the gradients in float32.
@@ -47,10 +47,10 @@ class TrainableModel:
         """Applies the gradients. Collective.
 
         Returns:
-            the learning rate that was used.
+            the learning rate of this step.
         """
-        # Megatron sets the rate for the step to come, starting at 0: moving first makes the first step count
-        # and the last one end exactly on the lowest rate.
+        # Megatron's schedule starts at 0: advancing it first gives the first step a rate above 0, and the last one
+        # exactly the minimum.
         self.schedule.step(1)
         self.optimizer.step()
         return self.optimizer.param_groups[0]["lr"]
@@ -62,16 +62,16 @@ def setup_optimizer(
     """Makes a model trainable. Collective.
 
     Args:
-        model_chunks: this rank's model, with the weights it starts from.
+        model_chunks: this rank's model, with its initial weights.
         config: settings of the optimiser.
-        num_steps: steps of the whole run, over which the learning rate falls.
+        num_steps: steps of the whole run, over which the learning rate decays.
         dtype: of the weights.
         ctx: this rank's place.
     """
     wrapped = _wrap(model_chunks, config, ctx)
     optimizer = _make_optimizer(wrapped, config, dtype, ctx)
     for chunk in model_chunks:
-        if config.overlap:  # after the last micro-batch alone
+        if config.overlap:  # reduce only after the last micro-batch
             no_sync = [own.no_sync for own in wrapped]
             chunk.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
         chunk.config.finalize_model_grads_func = _finalize_gradients
@@ -80,7 +80,7 @@ def setup_optimizer(
 
 
 def _wrap(model_chunks: list[GPTModel], config: OptimizerConfig, ctx: ParallelContext) -> list[DistributedDataParallel]:
-    """Gives a model Megatron's buffers for gradients, which replicas add up."""
+    """Wraps a model in Megatron's DistributedDataParallel."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.distributed, overlap_grad_reduce=config.overlap
     )
@@ -98,7 +98,7 @@ def _wrap(model_chunks: list[GPTModel], config: OptimizerConfig, ctx: ParallelCo
 def _make_optimizer(
     wrapped: list[DistributedDataParallel], config: OptimizerConfig, dtype: DType, ctx: ParallelContext
 ) -> MegatronOptimizer:
-    """Makes AdamW as Megatron has it, with all of its state."""
+    """Makes Megatron's AdamW, with all of its state."""
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -118,8 +118,8 @@ def _make_optimizer(
         use_gloo_process_groups=not torch.cuda.is_available(),
     )
     for group in optimizer.param_groups:
-        # torch's AdamW, which Megatron-Core takes where neither Transformer Engine nor Apex imports, walks over the
-        # parameters one operation at a time on the CPU unless it is told to fuse them. The others have no such switch.
+        # Without Transformer Engine and Apex, Megatron-Core uses torch's AdamW, which is not fused on the CPU by
+        # default. The others have no such option.
         if "fused" in group and ctx.device.type == "cpu":
             group["fused"] = True
     for part in optimizer.chained_optimizers:
@@ -128,7 +128,7 @@ def _make_optimizer(
 
 
 def _make_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, num_steps: int) -> OptimizerParamScheduler:
-    """Makes the schedule of the learning rate: linear warm-up, then a cosine down to the lowest."""
+    """Makes the learning-rate schedule: linear warm-up, then cosine decay to the minimum."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -145,7 +145,7 @@ def _make_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, num_st
 
 
 def _finalize_gradients(model: list[torch.nn.Module], *args: Any, **options: Any) -> None:
-    """Adds up gradients over ranks as Megatron does, and those of projections that several stages share."""
+    """Reduces gradients over ranks as Megatron does, and those of projections that several stages share."""
     finalize_model_grads(model, *args, **options)
     for chunk in unwrap_model(model):
         if hasattr(chunk, PROJECTIONS):
@@ -153,11 +153,11 @@ def _finalize_gradients(model: list[torch.nn.Module], *args: Any, **options: Any
 
 
 def _count_padding(model_chunks: list[DistributedDataParallel]) -> None:
-    """Has checkpoints keep the padding between buckets as well.
+    """Makes checkpoints include the padding between buckets.
 
-    Megatron-Core (0.16 and 0.19: DistributedOptimizer.get_parameter_state_dp_zero) strings the buckets' states together
-    without it, and sharded_param_state_fully_reshardable then looks for each parameter where it stands with it. Behind
-    a padded bucket all states would be saved shifted. A table or projection on several stages has a bucket of its own.
+    Megatron-Core (0.16 and 0.19: DistributedOptimizer.get_parameter_state_dp_zero) concatenates the buckets' states
+    without padding, but sharded_param_state_fully_reshardable indexes them with padding, so all states behind a padded
+    bucket would be saved shifted. An embedding or projection on several stages has a bucket of its own.
     """
     for buffer in itertools.chain.from_iterable(chunk.buffers for chunk in model_chunks):
         buffer.numel_unpadded = buffer.numel
@@ -166,11 +166,10 @@ def _count_padding(model_chunks: list[DistributedDataParallel]) -> None:
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the state that torch's AdamW otherwise makes in its first step.
+    """Makes the state that torch's AdamW would make in its first step.
 
-    Megatron-Core's DistributedOptimizer.state_dict asks for it before it loads a checkpoint, and then makes it itself
-    for Transformer Engine's and Apex's optimisers alone. And what is allocated before the first activations does not
-    settle in the gaps between them.
+    Megatron-Core's DistributedOptimizer.state_dict needs it before loading a checkpoint, and makes it itself only for
+    the optimisers of Transformer Engine and Apex. Allocating it before the first activations also avoids fragmentation.
     """
     if not isinstance(optimizer, torch.optim.AdamW):
         return

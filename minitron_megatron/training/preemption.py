@@ -1,4 +1,4 @@
-"""Notices signals that ask a run to stop: Slurm's warning before the end (SIGUSR1), and SIGTERM."""
+"""Catches signals that ask a run to stop: Slurm's warning before the time limit (SIGUSR1), and SIGTERM."""
 
 import signal
 import threading
@@ -14,19 +14,18 @@ _WARNING, _END = signal.SIGUSR1, signal.SIGTERM
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Remembers signals while the block runs, instead of ending the process.
 
-    Ranks get a signal at different moments, or only some of them do: they have to agree on what to do.
+    Ranks receive a signal at different moments, or only some of them do, so they have to agree on stopping.
 
-    Slurm warns every process of a job step, including those that write checkpoints and send metrics. These are started
-    from this thread and block what it blocks. So the warning is blocked here and polled, and caught where it comes to
-    another thread.
+    Slurm signals every process of a job step, including those that write checkpoints and send metrics. They inherit the
+    signal mask of this thread, so the warning is blocked and polled here, and caught if another thread receives it.
 
     Yields:
         a function that returns whether a signal has come to this process.
     """
-    asked = threading.Event()
-    with handle_signals((_WARNING, _END), lambda *_: asked.set()) as handled:
+    requested = threading.Event()
+    with handle_signals((_WARNING, _END), lambda *_: requested.set()) as handled:
         if not handled:
             yield lambda: False
             return
         with blocked_signal(_WARNING):
-            yield lambda: asked.is_set() or _WARNING in signal.sigpending()
+            yield lambda: requested.is_set() or _WARNING in signal.sigpending()

@@ -1,4 +1,4 @@
-"""When checkpoints of a run are removed: not before the next one is seen to work."""
+"""Saves checkpoints, and removes old ones once the latest is known to work."""
 
 import argparse
 import logging
@@ -13,18 +13,18 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves a run, and keeps the checkpoints before until a finite loss has come from the weights of the latest.
+    """Saves a run, and keeps older checkpoints until the weights of the latest have given a finite loss.
 
-    Its methods are collective, but for `way_out`.
+    All methods but `advice` are collective.
 
     Args:
         root: folder of the run's checkpoints.
-        keep: how many of the latest stay.
-        models: what is trained, by the prefix of its keys; the student has none.
-        args: that tell Megatron-LM what the network is.
+        keep: number of latest checkpoints to keep.
+        models: trained models, by the prefix of their keys; the student's is empty.
+        args: of Megatron-LM, which describe the network.
 
     Attributes:
-        loss_seen_since_save: whether a finite loss has come from the weights of the latest checkpoint.
+        loss_seen_since_save: whether the weights of the latest checkpoint have given a finite loss.
         cleanup_pending: whether checkpoints before it are still to be removed.
     """
 
@@ -37,7 +37,7 @@ class Saver:
         self.cleanup_pending = True
 
     def weights_updated(self) -> None:
-        """Removes what is not kept: loss and gradient were finite, so that the latest checkpoint works."""
+        """Removes old checkpoints: loss and gradient were finite, so the latest one works."""
         if self.cleanup_pending:
             remove_old(self.root, self.keep)
             self.cleanup_pending = False
@@ -46,26 +46,26 @@ class Saver:
         """Saves the run.
 
         Args:
-            run: how far it has come.
+            run: its progress.
             is_best: whether it has the lowest held-out loss so far.
-            is_last: whether training ends here, so that no step can show whether the weights work.
-            is_validated: whether there is a held-out loss of these weights.
-            is_suspect: whether these weights may be what is wrong; then nothing is removed.
+            is_last: whether training ends here, so that no later step can test the weights.
+            is_validated: whether the held-out loss of these weights is known.
+            is_suspect: whether these weights may be broken; then nothing is removed.
         """
         save_state(self.root, run, self.models, is_best, self.args)
         self.loss_seen_since_save = is_validated
         self.cleanup_pending = is_suspect or not (is_validated or is_last)
         if is_suspect:
-            logger.warning("step %d is saved in doubt: the checkpoints before it stay", run.step)
+            logger.warning("the weights saved at step %d may be broken: earlier checkpoints are kept", run.step)
         elif not self.cleanup_pending:
             remove_old(self.root, self.keep)
 
     def distrust_latest(self) -> None:
-        """Makes the checkpoint before the latest one the latest, if no finite loss has come from the latest."""
+        """Steps back to the checkpoint before the latest, if the latest has not given a finite loss."""
         if not self.loss_seen_since_save:
             step_back(self.root)
 
-    def way_out(self) -> str:
+    def advice(self) -> str:
         """Returns what a user can do after training has failed."""
         if (self.root / TRACKER).is_file():
             return f"start a new output from the last checkpoint in {self.root}"

@@ -1,4 +1,4 @@
-"""Builds what a run trains: student, teacher if there is one, their optimisers, and the step."""
+"""Builds student, teacher, their optimisers, and the distillation step of a run."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from minitron_megatron.training.optimizer import TrainableModel, setup_optimizer
 
 @dataclass
 class TrainingSetup:
-    """What a run trains.
+    """Models and step of a training run.
 
     Attributes:
-        step: student, and the entries of what it minimises.
-        models: what is trained, by the prefix of its keys in checkpoints; the student, whose prefix is empty, first.
+        step: student, and the entries of its loss.
+        models: trained models, by the prefix of its keys in checkpoints; the student, whose prefix is empty, first.
         flops_per_token: floating-point operations of student and teacher in one step.
     """
 
@@ -43,25 +43,26 @@ def set_up(
     Args:
         config: settings of the run.
         student: checkpoint to start from.
-        teacher: checkpoint of the teacher; None where no loss looks at one.
+        teacher: checkpoint of the teacher; None if no loss uses it.
         ctx: this rank's place.
     """
     vocab, chunk_tokens = student.network.vocab_size, config.loss.chunk_tokens
     model_chunks = build_model(student.network, ctx, config.dtype, recompute=config.recompute)
     load_weights(model_chunks, RandomWeights(student.network, config.seed) if config.random_init else student, ctx)
-    # A backward pass costs two forward passes.
+    # A backward pass costs as much as two forward passes.
     flops = 3 * forward_flops_per_token(student.network, config.data.sequence_length)
     models, live_teacher, hidden = {}, None, None
     if teacher:
         teacher_chunks = _load_teacher(config, teacher, ctx)
-        is_trained = config.teacher_lr is not None
-        flops += (3 if is_trained else 1) * forward_flops_per_token(teacher.network, config.data.sequence_length)
+        flops += (1 if config.teacher_lr is None else 3) * forward_flops_per_token(
+            teacher.network, config.data.sequence_length
+        )
         if config.loss.hidden.weight:
             networks = student.network, teacher.network
             add_projections(model_chunks, config.loss.hidden, *networks, ctx, config.seed)  # before the optimiser
             hidden = HiddenDistance(config.loss.hidden, model_chunks, networks, ctx)
-        if is_trained:
-            models[TEACHER] = _trainable_teacher(config, teacher, teacher_chunks, ctx)
+        if config.teacher_lr is not None:
+            models[TEACHER] = _trainable_teacher(config, config.teacher_lr, teacher, teacher_chunks, ctx)
             teacher_chunks = models[TEACHER].model_chunks
         live_teacher = LiveTeacher(teacher_chunks, ctx, vocab, chunk_tokens)
     models = {"": setup_optimizer(model_chunks, config.optimizer, config.steps, config.dtype, ctx), **models}
@@ -70,7 +71,7 @@ def set_up(
 
 
 def _teacher_dtype(config: DistillConfig, teacher: Checkpoint) -> DType:
-    """Returns the number format of a teacher's weights: the setting's, or that of its checkpoint."""
+    """Returns the number format of a teacher's weights: the given one, or that of its checkpoint."""
     return config.teacher_dtype or next(own for own, torchs in TORCH_DTYPES.items() if torchs is teacher.dtype)
 
 
@@ -86,9 +87,9 @@ def _load_teacher(config: DistillConfig, teacher: Checkpoint, ctx: ParallelConte
 
 
 def _trainable_teacher(
-    config: DistillConfig, teacher: Checkpoint, model_chunks: list[GPTModel], ctx: ParallelContext
+    config: DistillConfig, lr: float, teacher: Checkpoint, model_chunks: list[GPTModel], ctx: ParallelContext
 ) -> TrainableModel:
-    """Gives the teacher an optimiser with the student's settings, scaled to `teacher_lr`."""
-    share = config.teacher_lr / config.optimizer.lr
-    settings = dataclasses.replace(config.optimizer, lr=config.teacher_lr, min_lr=share * config.optimizer.min_lr)
+    """Makes the teacher trainable with the student's settings, scaled to its own peak learning rate."""
+    share = lr / config.optimizer.lr
+    settings = dataclasses.replace(config.optimizer, lr=lr, min_lr=share * config.optimizer.min_lr)
     return setup_optimizer(model_chunks, settings, config.steps, _teacher_dtype(config, teacher), ctx)

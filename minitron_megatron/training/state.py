@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from minitron_megatron.artifacts.files import publish, write_atomically
@@ -19,7 +20,7 @@ from minitron_megatron.disk import convert_enospc
 from minitron_megatron.parallel.collectives import rank0_first
 from minitron_megatron.training.optimizer import TrainableModel
 
-# Folder of the checkpoint with the lowest loss on held-out text, beside that of the latest ones.
+# Folder of the checkpoint with the lowest held-out loss, beside the folder of the latest ones.
 BEST = "best"
 # Names in Megatron-LM's checkpoints, and one of ours.
 _OPTIMIZER, _SCHEDULE, _RUN = "optimizer", "opt_param_scheduler", "run"
@@ -27,13 +28,13 @@ _OPTIMIZER, _SCHEDULE, _RUN = "optimizer", "opt_param_scheduler", "run"
 
 @dataclass
 class RunState:
-    """How far a run has come, apart from its weights and optimisers.
+    """Progress of a run, apart from its weights and optimisers.
 
     Attributes:
-        step: steps done, with those that were skipped.
-        skipped: steps whose loss or gradient was not finite, so that nothing was learned from them.
-        skipped_in_a_row: how many of the latest steps were skipped, without one between that was not.
-        best_loss: the lowest on held-out text so far.
+        step: steps done, including skipped ones.
+        skipped: skipped steps, whose loss or gradient was not finite.
+        skipped_in_a_row: length of the current series of skipped steps.
+        best_loss: lowest held-out loss so far.
         alpha: see `DistillationStep`.
     """
 
@@ -53,18 +54,18 @@ def save_state(
 ) -> None:
     """Writes `root/iter_STEP` and makes it the latest. Collective.
 
-    At every moment the tracker names a whole checkpoint: the new one is written under another name, renamed when it is
-    whole, and only then announced.
+    The tracker file names a whole checkpoint at all times: the new one is written under another name, renamed when it
+    is whole, and only then announced.
 
     Args:
         root: folder of the run's checkpoints.
-        run: how far it has come.
-        models: what is trained, by the prefix of its keys; the student has none.
-        best: also make it the checkpoint `BEST` beside `root`, in place of the one that was best so far.
-        args: that tell Megatron-LM what the network is.
+        run: its progress.
+        models: trained models, by the prefix of their keys; the student's is empty.
+        best: also make it the checkpoint `BEST` beside `root`, replacing the previous best.
+        args: of Megatron-LM, which describe the network.
 
     Raises:
-        DiskSpaceError: the disk got full. The checkpoint before is still there.
+        DiskSpaceError: the disk is full. The previous checkpoint is still there.
     """
     folder = root / iteration_folder(run.step)
     temporary = root / f".{folder.name}.partial"
@@ -78,7 +79,7 @@ def save_state(
         with convert_enospc(root):
             dist_checkpointing.save(state, str(temporary))
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # what is left of it may be what fills the disk
+        shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
         raise
     dist.barrier()
     rank0_first(lambda: _announce(temporary, folder, best))
@@ -91,7 +92,7 @@ def _make_empty(temporary: Path) -> None:
 
 
 def remove_old(root: Path, keep: int) -> None:
-    """Removes all but so many of the latest checkpoints. Collective."""
+    """Removes all but the `keep` latest checkpoints. Collective."""
 
     def remove() -> None:
         for old in _announced(root)[:-keep]:
@@ -111,8 +112,10 @@ def step_back(root: Path) -> None:
 
 
 def _announced(root: Path) -> list[Path]:
-    """Returns the checkpoints up to the one that the tracker names. Later ones were not announced by a run that was
-    interrupted, or were stepped back from."""
+    """Returns the checkpoints up to the one that the tracker file names.
+
+    Later ones are from an interrupted save, or were stepped back from.
+    """
     if not (root / TRACKER).is_file():
         return []
     latest = latest_folder(root)
@@ -127,9 +130,9 @@ def _announce(temporary: Path, folder: Path, best: bool) -> None:
     """Makes a whole checkpoint the latest one."""
     root, step = folder.parent, _step_of(folder)
     if folder.exists():
-        shutil.rmtree(folder)  # not announced, so left by a run that ended between these lines
+        shutil.rmtree(folder)  # left by a run that ended before it was announced
     publish(temporary, folder)
-    if best:  # first: a run that ends between the two makes this step again
+    if best:  # first: a run that ends in between repeats this step
         _announce_best(folder, step)
     write_atomically(root / TRACKER, step)
     for later in set(root.glob("iter_*")) - set(_announced(root)):
@@ -137,7 +140,7 @@ def _announce(temporary: Path, folder: Path, best: bool) -> None:
 
 
 def _announce_best(folder: Path, step: str) -> None:
-    """Makes a checkpoint the best one: the same files under other names, which take no space of their own."""
+    """Makes a checkpoint the best one, by hard links to its files."""
     root = folder.parent
     best, new, old = (root.with_name(name) for name in (BEST, f".{BEST}.new", f".{BEST}.old"))
     for left in (new, old):
@@ -156,7 +159,7 @@ def _announce_best(folder: Path, step: str) -> None:
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         shutil.copy2(source, target)
 
 
@@ -165,13 +168,13 @@ def load_state(root: Path, models: Mapping[str, TrainableModel]) -> RunState:
 
     Args:
         root: folder of the run's checkpoints.
-        models: what is trained, by the prefix of its keys; their weights, optimisers and schedules are overwritten.
+        models: trained models, by the prefix of their keys; weights, optimisers and schedules are overwritten.
 
     Returns:
-        how far the run had come; a new state, if there is no checkpoint.
+        progress of the run; a new state if there is no checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or holds what is no plain value.
+        CheckpointError: the checkpoint is damaged, or holds objects other than plain values.
     """
     if not (root / TRACKER).is_file():
         return RunState()
@@ -187,16 +190,16 @@ def load_state(root: Path, models: Mapping[str, TrainableModel]) -> RunState:
     return RunState(**loaded[_RUN])
 
 
-def _named(model: TrainableModel, prefix: str) -> list[tuple[str, torch.nn.Module]]:
+def _named(model: TrainableModel, prefix: str) -> list[tuple[str, MegatronModule]]:
     """Returns a model's chunks with the names that Megatron-LM gives them."""
     model_chunks = unwrap_model(model.model_chunks)
     names = ["model"] if len(model_chunks) == 1 else [f"model{i}" for i in range(len(model_chunks))]
     return [(f"{prefix}{name}", chunk) for name, chunk in zip(names, model_chunks, strict=True)]
 
 
-def _sharded_state(models: Mapping[str, TrainableModel], is_loading: bool) -> dict:
+def _sharded_state(models: Mapping[str, TrainableModel], is_loading: bool) -> dict[str, Any]:
     """Returns weights and optimisers as Megatron-Core's sharded tensors."""
-    state = {}
+    state: dict[str, Any] = {}
     for prefix, model in models.items():
         own = {name: chunk.sharded_state_dict(prefix=prefix) for name, chunk in _named(model, prefix)}
         state |= own

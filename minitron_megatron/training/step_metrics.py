@@ -1,4 +1,4 @@
-"""The numbers of a step, under the keys of `metrics.jsonl`."""
+"""Metrics of a step, under the keys of `metrics.jsonl`."""
 
 import time
 

@@ -91,7 +91,7 @@ def test_a_warning_that_comes_too_late_for_a_step_is_told_of():
         (["status"], "takes the folder of a run"),
         (["status", "nowhere", "--cfg"], "takes the folder of a run"),
         (["distill", "--config", "distill.yaml"], "--config distill.yaml is of no use to launch"),
-        (["status", "nowhere"], "nowhere is no folder that a run was launched into"),
+        (["status", "nowhere"], "nowhere is not the folder of a launched run"),
         (["cluster=mine"], "cluster = mine: not in"),
         (["cluster.node=2"], "cluster.node is not a setting"),
         (["--multirun", "+experiment=smollm2_135m"], "several values"),

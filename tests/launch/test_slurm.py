@@ -208,7 +208,7 @@ def test_a_job_that_is_interrupted_comes_back_and_ends_as_if_it_had_not_been(
     assert len(wandb_ids) == 1 and rows == read_metrics(output)
     said = logs(tmp_path / "out.launch")
     assert ("saved and stopped" in said) == (event != "killed")
-    assert ("going on after step 15" in said) == (event == "killed")
+    assert ("resuming after step 15" in said) == (event == "killed")
 
 
 def test_a_sweep_is_an_array_of_which_few_run_at_once(done, tmp_path, minitron, job, ended, ask):

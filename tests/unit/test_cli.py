@@ -102,8 +102,8 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["distil"], "minitron distil: 'distil' is no verb: did you mean distill?\n"),
-        (["score", "--cgf"], "minitron score: --cgf is no option: did you mean --cfg?\n"),
+        (["distil"], "minitron distil: unknown command 'distil': did you mean distill?\n"),
+        (["score", "--cgf"], "minitron score: unknown option --cgf: did you mean --cfg?\n"),
         (
             ["score", "num_samples=0"],
             "minitron score: checkpoint is missing: give checkpoint=VALUE\n"

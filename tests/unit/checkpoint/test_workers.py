@@ -116,7 +116,7 @@ def test_workers_export_the_same_files_as_one_process(llama, tmp_path):
 @pytest.mark.parametrize(
     "way, error, status",
     [
-        ("killed", "minitron: rank 1 was ended by SIGKILL: see whether the memory was enough", 1),
+        ("killed", "minitron: rank 1 was killed by SIGKILL: it may have run out of memory", 1),
         ("full", "minitron prune: the disk of {} is full: free some space and run it again", 2),
     ],
 )

@@ -169,7 +169,7 @@ def test_a_stage_can_be_added():
             "stages.distiled.steps=3",
             "stages.distiled.verb is missing: give stages.distiled.verb=VERB; did you mean distilled?",
         ),
-        ("stages.pruned.verb=prun", "stages.pruned.verb = 'prun' is no verb of a stage: did you mean prune?"),
+        ("stages.pruned.verb=prun", "stages.pruned.verb = 'prun' is not a verb of a stage: did you mean prune?"),
         ("stages.teacher=3", "stages.teacher = 3: must be a verb and its settings, or null"),
         ("~stages.teacher.output", "stages.teacher.output is missing: give stages.teacher.output=VALUE"),
         ("stages=null", "stages = null: must be settings by name"),

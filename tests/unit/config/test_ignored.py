@@ -100,11 +100,11 @@ def test_sequence_parallelism_asks_nothing_of_the_length_of_what_is_evaluated():
         ),
         (
             DistillConfig(None, "s", "o", teacher_fp8=True, loss=LossConfig(0.0, 1.0)),
-            "teacher = null, and teacher_fp8 is of a teacher: leave it out, or name one",
+            "teacher = null, and teacher_fp8 is for a teacher: leave it out, or name one",
         ),
         (
             DistillConfig(None, "s", "o", teacher_dtype=DType.BF16, loss=LossConfig(0.0, 1.0)),
-            "teacher = null, and teacher_dtype is of a teacher: leave it out, or name one",
+            "teacher = null, and teacher_dtype is for a teacher: leave it out, or name one",
         ),
         (EvaluateConfig("m", "o", limit=3), "limit = 3, and tasks is empty: set both or neither"),
         (

@@ -73,7 +73,7 @@ LOSS, ACCURACY = DepthCriterion.LOSS, DepthCriterion.ACCURACY
         ),
         (
             dict(depth=DepthConfig(search=DepthSearch.BLOCK, unit=Unit.SUBLAYER), target=TargetConfig(mlp=2)),
-            "depth.search = block is of whole layers: set depth.unit=layer",
+            "depth.search = block skips whole layers: set depth.unit=layer",
         ),
         (dict(depth=DepthConfig(criteria=[LOSS, LOSS])), "depth.criteria = ['loss', 'loss']: names one twice"),
         (
@@ -110,7 +110,7 @@ def test_scorings(settings, message):
         (dict(scores="scores"), "target changes nothing: set at least one of its sizes"),
         (
             dict(plan="plan.json", scores="scores", target=TargetConfig(ffn=8), merge_heads=True),
-            "plan = plan.json says already what stays: leave out scores and target and merge_heads; a dry run may have",
+            "plan = plan.json already says what stays: leave out scores and target and merge_heads; a dry run may have",
         ),
         (dict(plan="plan.json", workers=0), "workers = 0"),
     ],

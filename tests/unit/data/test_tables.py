@@ -60,7 +60,7 @@ def test_no_code_of_a_dataset_runs(tmp_path):
     assert contents(tmp_path / "saved") == ["a", "b"]
     state["_data_files"] = [{"filename": "../saved/data-00000-of-00001.arrow"}]
     (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
-    with pytest.raises(DataError, match="which is no file in its folder"):
+    with pytest.raises(DataError, match="which is not a file in its folder"):
         contents(tmp_path / "saved")
 
 

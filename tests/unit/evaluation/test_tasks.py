@@ -93,7 +93,7 @@ def test_settings_reach_the_tasks(folder, result):
     "changes, error, named",
     [
         ({"tasks": ["broken"]}, DataError, r"tasks = \['broken'\] cannot be loaded: .*nowhere"),
-        ({"task_dir": "nowhere"}, ConfigError, "task_dir = nowhere is no folder"),
+        ({"task_dir": "nowhere"}, ConfigError, "task_dir = nowhere is not a folder"),
     ],
 )
 def test_a_task_that_cannot_be_loaded_is_named_before_any_work(folder, monkeypatch, changes, error, named):

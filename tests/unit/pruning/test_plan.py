@@ -380,7 +380,7 @@ def test_a_multiple_that_the_source_does_not_reach_is_refused():
     with pytest.raises(ConfigError) as raised:
         plan_for(random_scores(), hidden=32, round_to=64)
     assert raised.value.problems == [
-        "target.hidden = 32 shall be a multiple of 64, and the source has 48: lower target.round_to or parallel.tensor"
+        "target.hidden = 32 must be a multiple of 64, and the source has 48: lower target.round_to or parallel.tensor"
     ]
 
 

@@ -121,7 +121,7 @@ def plan_or_nothing(scores, parallel, target, merge):
         return make_plan(scores, target, parallel, merge_heads=merge)
     except ConfigError as error:
         # Of sizes within those of the source, only a whole number of heads can be wrong, or too few to merge, or what
-        # shall be a multiple of more than there is.
+        # must be a multiple of more than there is.
         multiples = [re.search(r"a multiple of (\d+), and the source has (\d+)", p) for p in error.problems]
         assert all(int(found[1]) > int(found[2]) for found in multiples if found)
         others = [problem for problem, found in zip(error.problems, multiples, strict=True) if not found]

@@ -157,7 +157,7 @@ def test_what_goes_is_as_if_silenced(source, tmp_path, target):
             dict(ffn=31, layers=3),
             ParallelConfig(tensor=2, pipeline=4),
             [
-                "target.mlp.ffn_hidden_size = 31 does not divide by parallel.tensor = 2",
+                "target.ffn = 31 does not divide by parallel.tensor = 2",
                 "target has 3 layers, too few for the 4 stages of parallel.pipeline x virtual_pipeline = 4 x 1",
             ],
         ),

@@ -28,7 +28,7 @@ from minitron_megatron.model.parameters import parameters
 from minitron_megatron.pruning.make_plan import make_plan
 from minitron_megatron.pruning.plan import Plan
 from minitron_megatron.pruning.prune import prune
-from minitron_megatron.pruning.score import _part_way, score
+from minitron_megatron.pruning.score import _round_target, score
 from minitron_megatron.pruning.scores import Scores
 from minitron_megatron.pruning.skip_runner import SkipRunner
 from tests.ranks import run_on_ranks
@@ -303,7 +303,7 @@ def test_rounds_go_the_same_way_in_any_layout(settings):
 
     def sizes(config, checkpoint, tensor):
         split = replace(config, parallel=ParallelConfig(tensor=tensor))
-        return [_part_way(split, checkpoint, number) for number in range(1, config.rounds)]
+        return [_round_target(split, checkpoint, number) for number in range(1, config.rounds)]
 
     targets = sizes(config, checkpoint, 1)
     assert targets == sizes(config, checkpoint, 2)

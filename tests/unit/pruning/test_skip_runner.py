@@ -289,13 +289,13 @@ def test_no_sublayer_is_missing_afterwards(ours, score):
         (
             dict(search="block", protect_first=2),
             {"layers": 2},
-            "leave 1 of 4 layers, of which 2 shall go: protect less",
+            "leave 1 of 4 layers, and the target drops 2: protect less",
         ),
-        (dict(search="greedy"), {"layers": 1}, "leave 2 of 4 layers, of which 3 shall go: protect less"),
+        (dict(search="greedy"), {"layers": 1}, "leave 2 of 4 layers, and the target drops 3: protect less"),
         (
             dict(search="greedy", unit="sublayer", protect_last=2),
             {"attention": 2, "mlp": 3},
-            "leave 1 of 4 attention sublayers, of which 2 shall go: protect less",
+            "leave 1 of 4 attention sublayers, and the target drops 2: protect less",
         ),
         (dict(search="greedy"), {"hidden": 40}, "depth.search = greedy needs to know how many go: set"),
     ],

@@ -44,15 +44,15 @@ def test_captions_name_the_elements(scores, plan):
     captions = {picture.name: picture.caption for picture in pruning_pictures(scores, plan)}
     # The scores of a layer are 1 to 10, and six of ten stay.
     assert captions["kept"] == (
-        f"Blue stays, grey goes. The kept neurons of each MLP hold between {45 / 55:.0%} and {45 / 55:.0%} of its "
-        f"scores."
+        f"Blue is kept, grey is dropped. The kept neurons of each MLP hold between {45 / 55:.0%} and {45 / 55:.0%} of "
+        f"its scores."
     )
     assert captions["ffn"] == "A cell is one neuron."
-    assert captions["heads"].startswith("A cell is one query head. Every query group that stays keeps the same number")
-    assert captions["groups"].startswith("Every query group is as important as the sum of its query heads")
+    assert captions["heads"].startswith("A cell is one query head. Every kept query group keeps the same number")
+    assert captions["groups"].startswith("The score of a query group is the sum over its query heads")
     many = make_scores(NETWORK.replace(sublayers=transformer(2, [MLP(140)])))
     captions = {picture.name: picture.caption for picture in pruning_pictures(many)}
-    assert "its neurons share the work evenly" in captions["ffn"]
+    assert "its neurons are about equally important" in captions["ffn"]
 
 
 def test_captions_say_how_the_layers_were_left_out(scores):

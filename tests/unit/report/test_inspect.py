@@ -117,7 +117,7 @@ def test_scores_say_what_was_left_out_and_what_is_missed_least(shared_run, show,
     assert "protected the first 1 and the last 0 layers" in lines
     for name, values in scores.depth.items():
         order = sorted(range(5), key=values.tolist().__getitem__)
-        assert f"missed least ({name}) {', '.join(map(str, order))}" in lines
+        assert f"least important ({name}) {', '.join(map(str, order))}" in lines
     assert not any("scored last" in line for line in lines)
 
 
@@ -142,7 +142,7 @@ def test_scores_of_a_search_for_blocks_say_where_they_begin(scores, show, tmp_pa
     nan = float("nan")
     searched = replace(scores, depth={"loss": torch.tensor([nan, 3, 1, 2, nan])}, depth_settings=settings)
     lines = show(written(tmp_path / "blocks", searched))
-    assert "blocks missed least begin at (loss) 2, 3, 1" in lines  # not where nothing was measured
+    assert "least important blocks begin at (loss) 2, 3, 1" in lines  # not where nothing was measured
 
 
 def test_scores_of_several_rounds_say_how_much_each_decided(scores, show, tmp_path):

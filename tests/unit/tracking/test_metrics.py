@@ -61,7 +61,7 @@ def start(folder, trackers=(), mode="offline", manifest=None, **settings):
 
 def log_steps(folder, first, last, *arguments, **settings):
     with start(folder, *arguments, **settings) as metrics:
-        metrics.go_on(first - 1)
+        metrics.resume(first - 1)
         log(metrics, first, last)
 
 
@@ -78,7 +78,7 @@ def tensorboard(folder):
 
 def test_lines_are_on_disk_as_soon_as_they_are_logged(tmp_path):
     with start(tmp_path) as metrics:
-        metrics.go_on(0)
+        metrics.resume(0)
         metrics.log({"progress/step": 1, "loss/total": 2.5})
         assert read_metrics(tmp_path) == [{"progress/step": 1, "loss/total": 2.5}]
 
@@ -94,7 +94,7 @@ def test_going_on_drops_what_came_after_the_checkpoint(tmp_path):
 def killed(folder):
     """Log seven steps, as if the last checkpoint were at the fifth, and be killed: what is in memory is lost."""
     metrics = start(folder, BOTH)
-    metrics.go_on(0)
+    metrics.resume(0)
     log(metrics, 1, 7, scale=9.0)
     signal.raise_signal(signal.SIGKILL)
 
@@ -108,7 +108,7 @@ def test_the_trackers_know_what_the_file_knows_after_a_kill(tmp_path):
     time.sleep(1)  # TensorBoard reads files in the order of their seconds
     for first, last in ((6, 9), (8, 10)):  # of which the first is not killed, so that all it logged is there
         with start(tmp_path, BOTH) as metrics:
-            metrics.go_on(first - 1)
+            metrics.resume(first - 1)
             log(metrics, first, last)
         lines = read_metrics(tmp_path)
         assert [line["progress/step"] for line in lines] == list(range(1, last + 1))
@@ -129,7 +129,7 @@ def test_online_sends_what_the_server_lacks(tmp_path, server):
     assert found.history() == read_metrics(tmp_path)
     # From a checkpoint at the fifth step.
     with start(tmp_path, WANDB, mode="online") as metrics:
-        metrics.go_on(5)
+        metrics.resume(5)
         log(metrics, 6, 8, scale=9.0)
     assert len(found.lines) == 7 + 3 and found.history() == read_metrics(tmp_path)
     # The last two were still in memory when the run was killed.
@@ -155,7 +155,7 @@ def test_the_newest_offline_folder_is_enough_to_sync(tmp_path, server):
 def test_a_connection_that_breaks_later_stops_nothing(tmp_path, server):
     found = server()
     with start(tmp_path, WANDB, mode="online", timeout_s=1.0) as metrics:
-        metrics.go_on(0)
+        metrics.resume(0)
         log(metrics, 1, 1)
         found.close()
         log(metrics, 2, 5)
@@ -196,12 +196,12 @@ def test_lineage_is_artifacts_by_reference(tmp_path):
     output = result(tmp_path / "distilled/checkpoints", "checkpoint", student=pruned, teacher=teacher)
     manifest = Manifest("run", parents=[Parent.of("student", pruned), Parent.of("teacher", teacher)])
     with start(tmp_path / "distilled", WANDB, manifest=manifest) as metrics:
-        metrics.go_on(0)
+        metrics.resume(0)
         log(metrics, 1, 1)
         metrics.log_output("distilled", output)
     [session] = sessions(tmp_path / "distilled")
     found = {a.name.rpartition("-")[0]: a for a in artifacts(session)}
-    assert list(found) == ["pruned", "teacher", "scores", "distilled"]
+    assert list(found) == ["teacher", "scores", "pruned", "distilled"]  # each after what it was made from
     assert {name for name, a in found.items() if a.use_after_commit} == {"pruned", "teacher", "scores"}
     metadata = {name: json.loads(a.metadata) for name, a in found.items()}
     ours = {name: values["fingerprint"] for name, values in metadata.items()}
@@ -222,7 +222,7 @@ def test_figures_are_images(tmp_path):
     figure = Figure(figsize=(2, 1))
     figure.savefig(tmp_path / "loss.png", dpi=50)
     with start(tmp_path, BOTH) as metrics:
-        metrics.go_on(0)
+        metrics.resume(0)
         log(metrics, 1, 2)
         metrics.log_figures([tmp_path / "loss.png"])
     [session] = sessions(tmp_path)
@@ -238,7 +238,7 @@ def test_figures_are_images(tmp_path):
 def test_results_are_numbers_by_model_and_a_table(tmp_path):
     results = {"teacher": {"heldout/loss": 2.5, "arc/acc": 0.5}, "distilled": {"heldout/loss": 2.75}}
     with start(tmp_path, BOTH) as metrics:
-        metrics.go_on(0)
+        metrics.resume(0)
         log(metrics, 1, 2)
         metrics.log_results(results)
     [session] = sessions(tmp_path)
