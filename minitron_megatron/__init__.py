@@ -1,15 +1,16 @@
 """Prunes and distills large language models held as Megatron-Core checkpoints.
 
 Each verb of the command line is a function here too (`import` is `import_checkpoint`). It takes the verb's settings
-from `minitron_megatron.config.schema`, checks them, and is imported when it is first asked for.
+from `minitron_megatron.config.schema` and checks them. Attributes are imported on first use.
 
-In your own Megatron job use `current_context`, `network_of`, `score_model` (gives `Scores`) and `make_plan` (gives a
-`Plan`); `Pruned` is what a plan leaves of any source of weights, and `draw` makes the figures. `DistillationStep` is a
-step of distillation: its entries say what is minimised (those that `loss_entries` makes of a `LossConfig`, or your own
-objectives), and a `LiveTeacher` gives the targets.
+In your own Megatron job use `current_context`, `network_of`, `score_model` (returns `Scores`) and `make_plan` (returns
+a `Plan`). `Pruned` applies a plan to any source of weights, and `draw` makes the figures. `DistillationStep` runs a
+step of distillation: its entries name the losses (made by `loss_entries` from a `LossConfig`, or your own objectives),
+and a `LiveTeacher` gives the targets.
 """
 
 from importlib import import_module
+from typing import Any
 
 from minitron_megatron.config.verbs import VERBS, verb_function
 
@@ -35,7 +36,7 @@ _PARTS = {
 __all__ = ["__version__", *_VERBS, *_PARTS]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _VERBS:
         return verb_function(_VERBS[name])
     if name in _PARTS:

@@ -21,7 +21,7 @@ from minitron_megatron.config.verbs import DISTRIBUTED, SHARED, VERBS, verb_func
 from minitron_megatron.errors import PREEMPTED, ConfigError, Preempted, UserError
 from minitron_megatron.launch.local import ROLE, run_ranks
 from minitron_megatron.launch.world import ranks_to_start, slurm_environment
-from minitron_megatron.process import adopt, set_up_logging
+from minitron_megatron.process import set_up_logging, update_environment
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def _run(verb: str | None, overrides: list[str], options: set[str], file: str | 
 
 def _start(verb: str, arguments: list[str], settings: Any) -> int:
     """Runs a verb in the current world of ranks, or in ranks that it starts."""
-    adopt(slurm_environment(os.environ))
+    update_environment(slurm_environment(os.environ))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" not in os.environ and ranks_to_start(verb, settings) > 1:
         return run_ranks(ranks_to_start(verb, settings), [verb, *arguments])

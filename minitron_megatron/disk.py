@@ -1,4 +1,4 @@
-"""Disks that are too small, told by name."""
+"""Reports a disk that is too small as an error that names it."""
 
 import shutil
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from minitron_megatron.errors import DiskSpaceError, UserError
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Refuse work whose result would not fit on the disk of `folder`, which need not exist yet.
+    """Checks before any work that the result fits on the disk of `folder`, which need not exist yet.
 
     Raises:
-        DiskSpaceError: it would not fit.
+        DiskSpaceError: it does not fit.
     """
     free = _free(folder)
     if free < num_bytes:
@@ -24,20 +24,20 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 @contextmanager
 def convert_enospc(folder: Path) -> Iterator[None]:
-    """Turn what fails in the block because the disk of `folder` is full into a `DiskSpaceError`."""
+    """Converts exceptions in the block that a full disk causes into a `DiskSpaceError` that names `folder`."""
     try:
         yield
     except UserError:
         raise
-    except BaseException as error:  # as those of torch's distributed checkpoints are
-        # Megatron's writing processes pass on no more than that a file came out too short, so the disk is asked too.
+    except BaseException as error:  # CheckpointException of torch's distributed checkpoints is no Exception
+        # Megatron's writer processes report only that a file came out too short, so the free space counts too.
         if _disk_was_full(error) or _free(folder) < 2**20:
             raise DiskSpaceError(f"the disk of {folder} is full: free some space and run it again") from error
         raise
 
 
 def _disk_was_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is the system's. Some libraries keep its words alone."""
+    """Returns whether a full disk caused an error. Some libraries keep only the message of the OSError."""
     if error is None:
         return False
     # torch's distributed checkpoints collect the errors of all ranks instead of chaining them.

@@ -1,18 +1,18 @@
-"""What a user can get wrong, by name.
+"""The errors a user can fix.
 
-Every class here is a `ValueError` whose message names the field, the value and the fix. The command
-line prints the message alone and exits with its status; anything else is a defect and keeps its traceback.
+Each `UserError` is a `ValueError` whose message names the field, the value and the fix. The command line prints the
+message alone and exits with its status; any other exception is a defect and keeps its traceback.
 """
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what, where and how."""
+    """An error the user can fix. The message says what is wrong, where, and how to fix it."""
 
     exit_status = 2
 
 
 class ConfigError(UserError):
-    """One or more settings are wrong. Every problem found is listed, not only the first.
+    """One or more settings are wrong. The message lists every problem, not only the first.
 
     Args:
         problems: one sentence per problem, each naming the field, the value and the fix.
@@ -22,46 +22,46 @@ class ConfigError(UserError):
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
 
-    def __reduce__(self):
-        # An exception is otherwise made again from its message, which is no list.
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
+        # Unpickling would otherwise pass the message, a string, to a constructor that takes a list.
         return type(self), (self.problems,)
 
 
 class CheckpointError(UserError):
-    """A folder is not a whole checkpoint, or not of the model that was expected."""
+    """A folder is not a complete checkpoint, or not of the expected model."""
 
 
 class UnsupportedModelError(UserError):
-    """A model family, or a part of one, that the axis table does not describe."""
+    """The axis table does not describe a model family, or a feature of it."""
 
 
 class DataError(UserError):
-    """A corpus that is missing, empty, too short, or tokenised for another tokenizer."""
+    """A corpus is missing, empty, too short, or was tokenised with another tokenizer."""
 
 
 class TrainingError(UserError):
-    """A training run that cannot go on. What it has saved is whole."""
+    """A training run cannot continue. What it has saved is complete."""
 
 
 class DiskSpaceError(UserError):
-    """The target disk cannot hold what is about to be written."""
+    """The output does not fit on the disk."""
 
 
 class LostWorkerError(UserError):
-    """One of the processes that share one piece of work was ended from outside."""
+    """Another process of the job was killed from outside."""
 
-    exit_status = 1  # the same settings may do the next time
+    exit_status = 1  # the same settings may work next time
 
 
 PREEMPTED = 75
-"""Exit status of a run that a signal has stopped, and that can go on: EX_TEMPFAIL of sysexits.h."""
+"""Exit status of a run that a signal has stopped and that can be resumed: EX_TEMPFAIL of sysexits.h."""
 
 
 class Preempted(Exception):
-    """A signal asked a run to stop. What it has done is saved, and the same command goes on from there."""
+    """A signal asked a run to stop. Its progress is saved, and the same command resumes it."""
 
 
 def raise_if_any(problems: list[str]) -> None:
-    """Raise one `ConfigError` that lists all `problems`, if there are any."""
+    """Raises one `ConfigError` that lists all `problems`, if there are any."""
     if problems:
         raise ConfigError(problems)

@@ -1,7 +1,6 @@
-"""What is set for the whole process: signal handlers, timers, environment, garbage collection, logging.
+"""Process-wide settings: signal handlers, timers, environment, garbage collection, logging.
 
-All of it stands here, but for the stand-ins for CUDA (`parallel.cpu`), so that whoever calls this package in a program
-of their own can see what it does to the rest.
+Everything that affects the caller's whole process is in this module, except for the CPU backend (`parallel.cpu`).
 """
 
 import faulthandler
@@ -18,16 +17,18 @@ from importlib import import_module
 from types import FrameType, ModuleType
 from typing import Any
 
-# Ranks do not reach a limit at the same moment, and launchers end those that are left when one goes.
+# Ranks do not reach a limit at the same moment, and launchers kill the others as soon as one exits.
 _MAX_GRACE_S = 30.0
 
 
 @contextmanager
-def handling(numbers: tuple[signal.Signals, ...], handler: Callable[[int, FrameType | None], Any]) -> Iterator[bool]:
-    """Have a function called for signals while the block runs.
+def handle_signals(
+    numbers: tuple[signal.Signals, ...], handler: Callable[[int, FrameType | None], Any]
+) -> Iterator[bool]:
+    """Installs a signal handler while the block runs.
 
     Yields:
-        whether it will be: Python handles signals in its main thread alone.
+        whether it is installed: Python handles signals in its main thread only.
     """
     if threading.current_thread() is not threading.main_thread():
         yield False
@@ -41,8 +42,8 @@ def handling(numbers: tuple[signal.Signals, ...], handler: Callable[[int, FrameT
 
 
 @contextmanager
-def blocking(number: signal.Signals) -> Iterator[None]:
-    """Have a signal wait while the block runs, in this thread and in those that it starts; it is answered in there."""
+def blocked_signal(number: signal.Signals) -> Iterator[None]:
+    """Blocks a signal while the block runs, in this thread and in threads started there; the block itself reads it."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
@@ -52,21 +53,22 @@ def blocking(number: signal.Signals) -> Iterator[None]:
 
 
 def restart_deadline(limit_s: float) -> None:
-    """End this process when `limit_s` seconds have passed, with the stack of every thread on stderr; 0 for never.
+    """Restarts the timer that kills this process after `limit_s` seconds; 0 stops it.
 
-    It ends a little later, when other ranks will have said it, too: as long again, or after half a minute. The timers
-    are those of C and of the kernel, which wait for neither the interpreter nor a GPU.
+    At the limit the stack of every thread goes to stderr. The process is killed up to half a minute later, so that
+    other ranks can print theirs. Both timers run outside of the interpreter (C and kernel), so a hung call into CUDA
+    does not stop them.
     """
     faulthandler.cancel_dump_traceback_later()
     if limit_s:
-        # What replaces stderr in tests has no file behind it.
-        stream = sys.stderr if _has_file(sys.stderr) else sys.__stderr__
+        # pytest's replacement of stderr has no file descriptor.
+        stream = sys.stderr if _has_descriptor(sys.stderr) else sys.__stderr__
         faulthandler.dump_traceback_later(limit_s, file=stream or 2)
-    # SIGALRM, which ends a process that does nothing about it; no time at all stops the clock.
+    # SIGALRM kills a process that has no handler for it; 0 stops the timer.
     signal.setitimer(signal.ITIMER_REAL, limit_s + min(limit_s, _MAX_GRACE_S))
 
 
-def _has_file(stream: Any) -> bool:
+def _has_descriptor(stream: Any) -> bool:
     try:
         stream.fileno()
     except (OSError, ValueError, AttributeError):
@@ -74,15 +76,15 @@ def _has_file(stream: Any) -> bool:
     return True
 
 
-def adopt(environment: Mapping[str, str]) -> None:
-    """Give this process, and those that it starts, variables of the environment."""
+def update_environment(environment: Mapping[str, str]) -> None:
+    """Sets environment variables for this process and its children."""
     os.environ.update(environment)
 
 
-def import_for_good(module: str) -> ModuleType:
-    """A module that imports much, such as torch and Megatron-Core, and stays.
+def import_without_gc(module: str) -> ModuleType:
+    """Imports a module that loads a lot, such as torch and Megatron-Core, without garbage collection.
 
-    Looking for garbage among so many objects takes a third of the time, and seconds when Python ends. There is none.
+    Scanning that many objects takes a third of the import time, and seconds at exit, and finds nothing to free.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -95,17 +97,17 @@ def import_for_good(module: str) -> ModuleType:
 
 
 def set_up_logging(is_first: bool) -> None:
-    """Messages of this package on the first rank, warnings of everything on all; all on stderr."""
+    """Logs to stderr: this package's messages on the first rank, all warnings on every rank."""
     from rich.console import Console
     from rich.logging import RichHandler
 
-    # A file has no width, and lines broken at column 80 cannot be searched.
+    # A file has no width; rich would break lines at column 80, where they cannot be searched.
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 200)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
     if is_first:
         logging.getLogger("minitron_megatron").setLevel(logging.INFO)
-    # Megatron-Core says these at import, for every configuration and for every model. The manual says which kernels are
-    # used when, and the class of the model is this package's choice.
+    # Megatron-Core warns of these at import, for every configuration and every model. The documentation says which
+    # kernels are used when, and the class of the model is this package's choice.
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(

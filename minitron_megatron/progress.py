@@ -1,4 +1,4 @@
-"""Progress of long work, shown by rank 0: a bar on a terminal, ten lines in a log."""
+"""Shows progress on rank 0: a bar on a terminal, ten lines in a log."""
 
 import logging
 import os
@@ -14,16 +14,16 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """Show how far a work of `total` steps has come while the block runs.
+    """Shows progress over `total` steps while the block runs.
 
-    Yields a function `advance(steps=1, text="")` that any thread may call; `text` is shown beside the steps. Ranks
-    other than the first show nothing.
+    Yields a function `advance(steps=1, text="")` that any thread may call; `text` is shown beside the steps. Other
+    ranks show nothing.
     """
     console = Console(stderr=True)
     if int(os.environ.get("RANK", 0)) > 0:
         yield lambda steps=1, text="": None
     elif not console.is_terminal:
-        yield _lines(title, total)
+        yield _log_progress(title, total)
     else:
         columns = (
             TextColumn("{task.description}"),
@@ -42,7 +42,7 @@ def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
             yield advance
 
 
-def _lines(title: str, total: int) -> Callable[..., None]:
+def _log_progress(title: str, total: int) -> Callable[..., None]:
     done, lock = 0, threading.Lock()
 
     def advance(steps: int = 1, text: str = "") -> None:

@@ -175,7 +175,7 @@ def with_other(command, key, value):
                 "unknown: output_layer.weight [128, 48]",
             ],
         ),
-        (f"{DISTILL} teacher_fp8=true", 1, ["teacher_fp8 = true takes CUDA and Transformer Engine"]),
+        (f"{DISTILL} teacher_fp8=true", 1, ["teacher_fp8 = true needs CUDA and Transformer Engine"]),
         (f"{DISTILL} teacher_lr=0", 1, ["teacher_lr = 0.0: must be above 0, or null for a frozen teacher"]),
         (
             f"{DISTILL} teacher_lr=1 loss.kd_logits_weight=0 loss.lm_weight=1",

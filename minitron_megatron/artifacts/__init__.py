@@ -1,1 +1,1 @@
-"""Results on disk, whatever they hold: manifests, lineage, and files and folders that appear whole or not at all."""
+"""Results on disk: manifests, lineage, and atomic writes of files and folders."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and small files of JSON."""
+"""Atomic writes of files and folders, and small JSON files."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from minitron_megatron.errors import CheckpointError
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Gives a file or folder its final name in one step, once all of it is on the disk.
+    """Gives a file or folder its final name atomically, once all of it is on the disk.
 
     Args:
         temporary: what was written, on the same file system.
-        path: its name from now on. A file or an empty folder there is replaced.
+        path: its final name. A file or an empty folder there is replaced.
     """
     for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
         if file.is_file():
@@ -27,9 +27,10 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Writes a file or folder so that a reader sees the old one or the new one, never a part.
+    """Replaces a file or folder atomically: a reader sees the old one or the new one, never a part.
 
-    Yields a path beside `path`. What the block writes there takes its name at the end, or is removed if it fails.
+    Yields a temporary path beside `path`. It is renamed to `path` when the block ends, and removed when the block
+    fails.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -43,13 +44,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file; a reader sees the old or the new text, never a part."""
+    """Writes a small text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Writes a small file of JSON like `write_atomically`."""
+    """Writes a small JSON file atomically."""
     write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
@@ -58,10 +59,10 @@ def read_json(path: Path, what: str) -> dict:
 
     Args:
         path: of the file.
-        what: it should be, for the error.
+        what: what the file should be, for the error message.
 
     Raises:
-        CheckpointError: it cannot be read, or is something else.
+        CheckpointError: it cannot be read, or holds no object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Where a result comes from: the tree of what it was made from, and what that was made from."""
+"""The lineage of a result: the tree of its inputs, their inputs, and so on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from minitron_megatron.artifacts.manifest import MANIFEST, Manifest, Parent, fin
 
 
 class State(str, Enum):
-    """What is at the place that a manifest names."""
+    """What is now at the path of an input that a manifest names."""
 
     SAME = ""
     CHANGED = "changed since"
@@ -18,13 +18,13 @@ class State(str, Enum):
 
 @dataclass
 class Origin:
-    """One thing that a result was made from.
+    """One input of a result.
 
     Attributes:
-        parent: role, place and fingerprint.
-        state: what is there now. Only of what is the same is more known.
-        manifest: of a result, if it is one.
-        origins: what it was made from; empty where it is listed a second time.
+        parent: role, path and fingerprint.
+        state: whether it is still there. Only an unchanged input has a manifest and origins.
+        manifest: of the input, if it is a result itself.
+        origins: its own inputs; empty where the same input is listed a second time.
     """
 
     parent: Parent
@@ -34,17 +34,17 @@ class Origin:
 
 
 def origins_of(manifest: Manifest) -> list[Origin]:
-    """Finds out what a result was made from, as far back as things are where they were."""
+    """Returns the inputs of a result with their own inputs, as far back as they are still in place."""
     seen: set[str] = set()
     return [origin_of(parent, seen) for parent in manifest.parents]
 
 
 def origin_of(parent: Parent, seen: set[str] | None = None) -> Origin:
-    """Finds out where something comes from, as far back as things are where they were.
+    """Returns an input with its own inputs, as far back as they are still in place.
 
     Args:
-        parent: what to begin with.
-        seen: fingerprints whose origins are listed already, and are not again; added to.
+        parent: the input.
+        seen: fingerprints of inputs whose origins are listed already and are not listed again; extended.
     """
     seen = set() if seen is None else seen
     path = Path(parent.path)
@@ -59,8 +59,8 @@ def origin_of(parent: Parent, seen: set[str] | None = None) -> Origin:
     return Origin(parent, manifest=manifest, origins=[origin_of(earlier, seen) for earlier in manifest.parents])
 
 
-def makers_first(origins: list[Origin]) -> Iterator[Origin]:
-    """Yields origins and theirs, each after what it was made from, and each once."""
+def in_creation_order(origins: list[Origin]) -> Iterator[Origin]:
+    """Yields all origins in the tree in the order in which they were made, each once."""
     seen: set[str] = set()
     for origin in _depth_first(origins):
         if origin.parent.fingerprint not in seen:

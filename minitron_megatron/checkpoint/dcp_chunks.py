@@ -1,7 +1,7 @@
-"""One chunk of a `torch_dist` checkpoint: a tensor as `torch.save` writes it, among others in one file.
+"""Reads one chunk of a `torch_dist` checkpoint: a tensor written by `torch.save`, one of many in a file.
 
-Such a chunk is a zip archive whose records are stored as they are. So the elements of a plain tensor lie row by row at
-some byte of the file, and beside them a CRC32, which `torch.load` does not look at.
+A chunk is a zip archive with uncompressed records. So the elements of a plain tensor are in row-major order at some
+offset of the file, with a CRC32, which `torch.load` does not check.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from io import SEEK_CUR, SEEK_END, SEEK_SET, FileIO, RawIOBase
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,17 +21,20 @@ from minitron_megatron.checkpoint.row_io import bits, copy_rows, take_bits
 from minitron_megatron.checkpoint.safe_load import PlainUnpickler, load_plain, open_archive
 from minitron_megatron.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 
 @dataclass(frozen=True)
 class StoredObject:
-    """What is no tensor, pickled: the bytes of a file that it is stored in."""
+    """The location of a pickled object that is not a tensor."""
 
     path: Path
     position: int
     length: int
 
     def read(self) -> bytes:
-        """The pickle as it is. Nothing in it is run."""
+        """Reads the bytes of the pickle, without unpickling."""
         with open(self.path, "rb") as file:
             file.seek(self.position)
             return file.read(self.length)
@@ -43,9 +46,9 @@ class Chunk:
 
     Attributes:
         key: of the tensor.
-        offsets, sizes: which part of it the chunk is.
+        offsets, sizes: of the chunk within the tensor.
         dtype: of the tensor.
-        path, position, length: the bytes that it is stored in.
+        path, position, length: of the chunk's bytes.
     """
 
     key: str
@@ -55,20 +58,20 @@ class Chunk:
     path: Path
     position: int
     length: int
-    # Byte of the file at which its elements begin, once they have been read and found undamaged.
+    # File offset of its elements, known once its checksum has been verified.
     _start: int | None = None
 
     def read(self, index: list[np.ndarray], out: np.ndarray) -> None:
-        """Copy some positions of the chunk into `out`.
+        """Copies some positions of the chunk into `out`.
 
-        The first time all of it is read, so that its checksum can be compared; after that, rows that are wanted.
+        The first call reads the whole chunk and verifies its checksum; later calls read only the rows needed.
 
         Args:
-            index: for each dimension, the positions wanted, ascending, counted from the chunk's first.
-            out: integers as of `rows.bits`, of the lengths of `index`.
+            index: for each dimension, ascending positions within the chunk.
+            out: integers as of `row_io.bits`, with the lengths of `index`.
 
         Raises:
-            CheckpointError: the chunk is damaged, or another tensor than the checkpoint's index says.
+            CheckpointError: the chunk is damaged, or does not match the checkpoint's index.
         """
         try:
             with open(self.path, "rb", buffering=0) as file:
@@ -76,7 +79,7 @@ class Chunk:
                     self._read_first(file, index, out)
                 else:
                     copy_rows(file, self._start, self.sizes, index, out)
-        except Exception as e:  # as many kinds as there are ways to be damaged
+        except Exception as e:  # damaged files raise exceptions of many types
             raise CheckpointError(
                 f"{self.path} is damaged at byte {self.position}, where {self.key} {list(self.sizes)} is kept: {e}"
             ) from e
@@ -102,7 +105,7 @@ class Chunk:
 
 
 class _Window(RawIOBase):
-    """A part of a file as a file."""
+    """A byte range of a file, as a file."""
 
     def __init__(self, file: FileIO, start: int, length: int):
         self._file, self._start, self._length = file, start, length
@@ -118,7 +121,7 @@ class _Window(RawIOBase):
         self._position = offset + {SEEK_SET: 0, SEEK_CUR: self._position, SEEK_END: self._length}[whence]
         return self._position
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         left = max(0, self._length - self._position)
         self._file.seek(self._start + self._position)
         count = self._file.readinto(memoryview(buffer)[:left])
@@ -147,9 +150,9 @@ class _Tensor(NamedTuple):
 
 
 class _TensorUnpickler(PlainUnpickler):
-    """Reads what a chunk says of its tensor, without making one. Nothing else can be in it, so that nothing can run."""
+    """Reads the metadata of a chunk's tensor, without making the tensor. Allows no other objects, so no code runs."""
 
-    _FOUND = {
+    _CLASSES: dict[tuple[str, str], Any] = {
         ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
         ("collections", "OrderedDict"): OrderedDict,
         ("torch", "BFloat16Storage"): torch.bfloat16,
@@ -158,36 +161,36 @@ class _TensorUnpickler(PlainUnpickler):
         ("torch", "DoubleStorage"): torch.float64,
     }
 
-    def find_class(self, module, name):
-        return self._FOUND[module, name]
+    def find_class(self, module: str, name: str) -> Any:
+        return self._CLASSES[module, name]
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: tuple[Any, ...]) -> _Storage:
         return _Storage(*pid)
 
 
 def _is_plain(archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], chunk: Chunk) -> bool:
-    """Whether the chunk's elements, and no others, lie row by row as they are in memory.
+    """Returns whether the archive holds exactly the chunk's elements, in row-major order and native byte order.
 
-    If not, it may still hold a tensor that torch can load.
+    If not, torch may still be able to load it.
     """
     if "byteorder" not in records or archive.read(records["byteorder"]) != sys.byteorder.encode():
         return False
     try:
-        found = _TensorUnpickler(archive.read(records["data.pkl"])).load()
-        content = records[f"data/{found.storage.record}"]
-        contiguous = torch.empty_strided(found.size, found.stride, device="meta").is_contiguous()
+        tensor: _Tensor = _TensorUnpickler(archive.read(records["data.pkl"])).load()
+        content = records[f"data/{tensor.storage.record}"]
+        is_contiguous = torch.empty_strided(tensor.size, tensor.stride, device="meta").is_contiguous()
     except (KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError):
         return False
     return (
-        (found.storage.dtype, tuple(found.size), found.storage_offset) == (chunk.dtype, chunk.sizes, 0)
-        and contiguous
+        (tensor.storage.dtype, tuple(tensor.size), tensor.storage_offset) == (chunk.dtype, chunk.sizes, 0)
+        and is_contiguous
         and content.filename.endswith("data/0")
         and content.file_size == math.prod(chunk.sizes) * chunk.dtype.itemsize
     )
 
 
 def _content_offset(window: _Window, record: zipfile.ZipInfo) -> int:
-    """Where the content of a record begins: after its header, a name, and what torch aligns it with."""
+    """Returns the offset of a record's content, after its header, its name, and torch's padding for alignment."""
     window.seek(record.header_offset + 26)
     lengths = window.read(4)
     return record.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")

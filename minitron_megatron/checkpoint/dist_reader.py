@@ -1,7 +1,7 @@
-"""Reading Megatron's `torch_dist` checkpoints tensor by tensor, without building a model.
+"""Reads Megatron's `torch_dist` checkpoints tensor by tensor, without building a model.
 
-On disk every parameter is one global tensor in chunks, whatever layout wrote it. Reading takes any positions of it
-and touches only the chunks they lie in, block by block. So memory is bounded by what is asked for.
+On disk every parameter is one global tensor in chunks, whatever layout wrote it. A read may take any positions of it,
+and reads only the chunks with these, block by block. So memory is bounded by the size of the result.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,29 +37,29 @@ from minitron_megatron.model.parameters import PROJECTIONS, layer_key, parameter
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HUGGINGFACE = "huggingface"
-# In the folder of an iteration, where Megatron-LM (--save-tokenizer-assets) and Megatron-Bridge keep theirs.
+# Where Megatron-LM (--save-tokenizer-assets) and Megatron-Bridge save the tokenizer, in the folder of an iteration.
 _TOKENIZER = "tokenizer"
-# Where a user may describe a network, and what the first of them was called in earlier versions.
+# Where a user may describe a network, and its name in earlier versions.
 NETWORK, _FORMER_NETWORK = "network.json", "shape.json"
-# How HybridModel calls its final norm, where GPTModel has another name.
+# HybridModel's and GPTModel's names of the final norm.
 _HYBRID_NORM, _GPT_NORM = "decoder.final_norm.", "decoder.final_layernorm."
-# Megatron-LM's name, in the place of an iteration, for weights that no run has trained on yet.
+# Megatron-LM's name, instead of an iteration, for weights that no run has trained yet.
 RELEASE = "release"
-# Keys of a teacher that is trained beside its student begin with it.
+# Key prefix of a teacher that is trained beside its student.
 TEACHER = "teacher."
-# Tensors of a training run that are not weights of its network.
+# Key prefixes of a training run's tensors that are not weights of its network.
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", f"{PROJECTIONS}.", TEACHER)
-# Of an iteration, that int() may take.
+# Digits of an iteration's number.
 _MAX_DIGITS = 18
 
 
 def iteration_folder(iteration: int) -> str:
-    """Megatron's name for the folder of one iteration."""
+    """Returns Megatron's name for the folder of one iteration."""
     return f"iter_{iteration:07d}"
 
 
 def checkpoint_root(path: Path) -> Path:
-    """The folder that holds the iterations: `path`, or its `checkpoints/` if `path` is a training run.
+    """Returns the folder that holds the iterations: `path`, or its `checkpoints/` if `path` is a training run.
 
     Raises:
         CheckpointError: neither is a checkpoint.
@@ -69,12 +70,12 @@ def checkpoint_root(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name the folder of a checkpoint")
     if (path.parent / TRACKER).is_file():
-        raise CheckpointError(f"{path} is one iteration: name {path.parent}, whose {TRACKER} says which is read")
+        raise CheckpointError(f"{path} is one iteration: name {path.parent}, whose {TRACKER} selects the iteration")
     raise CheckpointError(f"{path} is not a checkpoint: it has no {TRACKER}")
 
 
 def latest_iteration(root: Path) -> int | None:
-    """What the tracker of a checkpoint says; None for weights that no run goes on from.
+    """Reads the latest iteration from the tracker file of a checkpoint; None for `RELEASE` weights.
 
     Raises:
         CheckpointError: it is neither a number nor `RELEASE`.
@@ -90,7 +91,7 @@ def latest_iteration(root: Path) -> int | None:
 
 
 def latest_folder(root: Path) -> Path:
-    """The folder that the tracker of a checkpoint names.
+    """Returns the folder that the tracker file of a checkpoint names.
 
     Raises:
         CheckpointError: as `latest_iteration`.
@@ -100,14 +101,14 @@ def latest_folder(root: Path) -> Path:
 
 
 def require_plain(folder: Path) -> None:
-    """See that Megatron-Core, which trusts what it reads, can read an iteration: it is whole, and none of it would run.
+    """Validates the objects of an iteration before Megatron-Core unpickles them: complete, and only plain values.
 
     Args:
         folder: of the iteration.
 
     Raises:
-        CheckpointError: its index, `common.pt`, or one of the objects beside its tensors is damaged, or holds more
-            than plain values.
+        CheckpointError: its index, `common.pt`, or another object beside its tensors is damaged, or holds more than
+            plain values.
     """
     _, objects = _read_index(folder)
     common = folder / "common.pt"
@@ -116,7 +117,7 @@ def require_plain(folder: Path) -> None:
     for key, stored in objects.items():
         try:
             load_plain(io.BytesIO(stored.read()))
-        except Exception as e:  # as many kinds as there are ways to be damaged
+        except Exception as e:  # damaged files raise exceptions of many types
             place = f"{stored.path} is damaged at byte {stored.position}"
             raise CheckpointError(f"{place}, where {key} is kept: {e}") from e
 
@@ -131,17 +132,16 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """A whole `torch_dist` checkpoint on disk, as a source of weights.
+    """A `torch_dist` checkpoint on disk, as a source of weights.
 
-    Opening reads the index alone and checks that every file it names is there and long enough. Layers may lie in one
-    tensor, one behind the other, or each in its own; numbered as GPTModel's, or as HybridModel's, whose every sublayer
-    is a layer.
+    Opening reads only the index, and checks that every file it names exists and is long enough. Layers may be stacked
+    in one tensor or each in its own, numbered as GPTModel's or as HybridModel's, where every sublayer is a layer.
 
     Args:
         path: the folder with `latest_checkpointed_iteration.txt`, or a training run's folder.
 
     Raises:
-        CheckpointError: it is not a checkpoint, not whole, or not of the network that it claims.
+        CheckpointError: it is not a checkpoint, not complete, or does not match its network.
     """
 
     def __init__(self, path: Path | str):
@@ -168,17 +168,17 @@ class Checkpoint:
 
     @property
     def huggingface_folder(self) -> Path:
-        """Tokenizer and Hugging Face config that travel with the checkpoint, or the tokenizer that its run saved."""
+        """The checkpoint's folder with tokenizer and Hugging Face config, or else the tokenizer that its run saved."""
         own, of_run = self.root / HUGGINGFACE, self.folder / _TOKENIZER
         return of_run if of_run.is_dir() and not own.is_dir() else own
 
     @property
     def weights(self) -> dict[str, StoredTensor]:
-        """The tensors of the network, without those of the optimiser and the like."""
+        """The tensors of the network, without optimiser state and the like."""
         return {key: tensor for key, tensor in self.tensors.items() if not key.startswith(_NOT_WEIGHTS)}
 
     def megatron_args(self) -> argparse.Namespace | None:
-        """The `args` that Megatron-LM saved beside the weights, see `read_args`."""
+        """Returns the `args` that Megatron-LM saved beside the weights; see `read_args`."""
         return read_args(self.folder, self._objects)
 
     def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
@@ -189,7 +189,7 @@ class Checkpoint:
         return self._gather(stored, index)
 
     def _key(self, param: Param) -> str:
-        """Under which key a parameter is stored."""
+        """Returns the key of a parameter on disk."""
         if self.stacked:
             return stacked_key(param)
         if not self._is_hybrid:
@@ -199,10 +199,10 @@ class Checkpoint:
         return f"decoder.layers.{param.position}.{param.name}"
 
     def _gather(self, stored: StoredTensor, index: list[np.ndarray]) -> torch.Tensor:
-        """The positions `index[0] x index[1] x ...` of a global tensor, read chunk by chunk."""
+        """Reads the positions `index[0] x index[1] x ...` of a global tensor, chunk by chunk."""
         out = torch.empty([len(i) for i in index], dtype=stored.dtype)
         for chunk in stored.chunks:
-            # Ascending positions that fall into one chunk are neighbours in `index`.
+            # Positions are ascending, so those within a chunk are a slice of `index`.
             inside = [
                 slice(*np.searchsorted(positions, [start, start + size]))
                 for positions, start, size in zip(index, chunk.offsets, chunk.sizes, strict=True)
@@ -213,16 +213,17 @@ class Checkpoint:
         return out
 
     def _read_network(self) -> Network:
-        """The network as this package or a user wrote it down, or else as the args of a Megatron-LM run tell."""
+        """Reads the network from the manifest or the user's description, or else from the args of a Megatron-LM run."""
         names = (MANIFEST, NETWORK, _FORMER_NETWORK)
         file = next((self.root / name for name in names if (self.root / name).exists()), None)
         if file is None:
             return self._network_of_args()
         values = read_json(file, "the description of a network")
         try:
-            if file.name == MANIFEST:
-                values = Manifest.from_dict(values).network
-            return Network.from_dict(values)
+            described = Manifest.from_dict(values).network if file.name == MANIFEST else values
+            if described is None:
+                raise ValueError("its network is null")
+            return Network.from_dict(described)
         except (TypeError, ValueError, KeyError) as e:
             raise CheckpointError(f"{file} does not describe a network: {e}") from e
 
@@ -237,8 +238,8 @@ class Checkpoint:
         try:
             network = network_of_args(args)
         except UserError as e:
-            raise UnsupportedModelError(f"{self.folder}: {e}\nif they do not tell the truth, {describe}") from e
-        # A tokenizer may have fewer tokens than its model has rows for, and then the args know better.
+            raise UnsupportedModelError(f"{self.folder}: {e}\nif the args are wrong, {describe}") from e
+        # The args' vocabulary size is right even if the tokenizer has fewer tokens than the model has rows.
         if getattr(args, "vocab_size", None) and not (self.huggingface_folder / "config.json").is_file():
             return network
         known = num_tokens(self.huggingface_folder, network.padded_vocab_size)
@@ -264,9 +265,9 @@ class Checkpoint:
 
 
 def _is_whole(tensor: StoredTensor) -> bool:
-    """Whether its chunks are there and fill it, each position once.
+    """Returns whether the chunks of a tensor cover every position exactly once.
 
-    They do if their corners, of alternating sign, add up to those of the whole: all others come in pairs.
+    They do if their corners, with alternating signs, sum to those of the whole tensor: inner corners cancel in pairs.
     """
     left = Counter(_corners((0,) * len(tensor.shape), tensor.shape))
     for chunk in tensor.chunks:
@@ -277,13 +278,13 @@ def _is_whole(tensor: StoredTensor) -> bool:
 
 
 def _corners(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> dict[tuple[int, ...], int]:
-    """The corners of a box of any number of dimensions, and the sign of each."""
+    """Returns the corners of a box of any dimension, and the sign of each."""
     ends = [((offset, 1), (offset + size, -1)) for offset, size in zip(offsets, sizes, strict=True)]
     return {tuple(at for at, _ in corner): math.prod(sign for _, sign in corner) for corner in itertools.product(*ends)}
 
 
 class _IndexUnpickler(PlainUnpickler):
-    """Unpickles a checkpoint's index and nothing else: plain records, so that nothing can run."""
+    """Unpickles a checkpoint's index: only plain records, so no code runs."""
 
     _RECORDS = (
         "torch.distributed.checkpoint.metadata",
@@ -298,23 +299,23 @@ class _IndexUnpickler(PlainUnpickler):
         ("pathlib", "PosixPath"),
     }
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in self._OTHERS:
             return super().find_class(module, name)
         if module in self._RECORDS:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, Enum)):
-                return found
+            kind = super().find_class(module, name)
+            if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, Enum)):
+                return kind
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's index")
 
 
 def _read_index(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:
-    """The tensors of an iteration by key, and the other objects."""
+    """Reads the index of an iteration. Returns its tensors and its other objects, by key."""
     path = folder / ".metadata"
     try:
-        tensors, objects, needed = _stored(_IndexUnpickler(path.read_bytes()).load(), folder)
-    except Exception as e:  # as many kinds as there are ways to be damaged
+        tensors, objects, needed = _parse_index(_IndexUnpickler(path.read_bytes()).load(), folder)
+    except Exception as e:  # damaged files raise exceptions of many types
         raise CheckpointError(f"{path} cannot be read as a checkpoint's index: {e!r}") from e
     for path, size in needed.items():
         if not path.is_file():
@@ -325,16 +326,16 @@ def _read_index(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, Stored
 
 
 def _whole_numbers(values: Iterable[int]) -> tuple[int, ...]:
-    found = tuple(values)
-    if any(type(value) is not int for value in found):
-        raise TypeError(f"{found!r} are no whole numbers")
-    return found
+    numbers = tuple(values)
+    if any(type(number) is not int for number in numbers):
+        raise TypeError(f"{numbers!r} are not integers")
+    return numbers
 
 
-def _stored(
+def _parse_index(
     metadata: Metadata, folder: Path
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredObject], dict[Path, int]]:
-    """What an index says: all tensors, all other objects, and every file with the bytes that it must have at least."""
+    """Converts an index to tensors by key, other objects by key, and the minimum size of every file."""
     needed: dict[Path, int] = {}
     places = {}
     for index, info in metadata.storage_data.items():

@@ -1,8 +1,8 @@
-"""Writing any source of weights as a `torch_dist` checkpoint, by several threads of several processes.
+"""Writes any source of weights as a `torch_dist` checkpoint, with several threads in several processes.
 
-Every process writes its share of the chunks to files of its own, several at a time, each of them read from the source,
-cut, and written before the next one. So the disk is read and written while others cut, and the memory of a process is
-bounded by the largest chunk and not by the model. The first process writes the index when all are done.
+Every process writes its share of the chunks to files of its own, one per thread. A thread reads, slices and writes one
+chunk at a time. So reading, slicing and writing overlap, and the memory of a process is bounded by the largest chunk
+and not by the model. The first process writes the index when all are done.
 """
 
 import argparse
@@ -53,37 +53,37 @@ class _Item:
     """One chunk to write: the positions `ranges[0] x ranges[1] x ...` of a parameter.
 
     Attributes:
-        stacked: the tensor of its key holds all layers, one behind the other.
+        layer: its index in the tensor of its key, where that stacks all layers; else None.
     """
 
     param: Param
     ranges: tuple[range, ...]
-    stacked: bool
+    layer: int | None
 
     @property
     def key(self) -> str:
-        return stacked_key(self.param) if self.stacked else layer_key(self.param)
+        return layer_key(self.param) if self.layer is None else stacked_key(self.param)
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """Where it begins in the tensor of its key."""
         own = tuple(r.start for r in self.ranges)
-        return (self.param.layer, *own) if self.stacked else own
+        return own if self.layer is None else (self.layer, *own)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         own = tuple(len(r) for r in self.ranges)
-        return (1, *own) if self.stacked else own
+        return own if self.layer is None else (1, *own)
 
     def read(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
         index = [np.arange(r.start, r.stop) for r in self.ranges]
         tensor = source.read(self.param, index).to(dtype).reshape(self.sizes).contiguous()
-        # Of a view, `torch.save` would write all of the tensor that it is a part of.
+        # `torch.save` writes the whole storage of a view.
         return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 _Place = tuple[str, tuple[int, ...], str, int, int]
-"""Where a chunk was written: its key and offsets, then file, first byte, and number of bytes."""
+"""Where a chunk was written: its key and offsets, then file, offset in the file, and number of bytes."""
 
 
 def write_checkpoint(
@@ -96,25 +96,26 @@ def write_checkpoint(
     tensor_ranks: int = 1,
     args: argparse.Namespace | None = None,
 ) -> None:
-    """Write the network of `source` as a `torch_dist` checkpoint that Megatron-Core loads. Collective.
+    """Writes a network as a `torch_dist` checkpoint that Megatron-Core loads. Collective.
 
-    The folder appears whole or not at all. Optimiser state is not part of it. The ranks that torchrun or srun started
-    share the work; each of them calls this with an equal source.
+    The folder is written atomically. It has no optimiser state. The ranks that torchrun or srun started share the work;
+    each calls this with an equal source.
 
     Args:
-        output: the folder to make; `release/` below it holds the tensors. So Megatron-LM calls weights that no run has
-            trained on yet: it begins at iteration 0 and looks for no optimiser, without `--finetune`.
-        source: where the weights come from, read a chunk at a time, by several threads.
+        output: the folder to make. Its `release/` holds the tensors: from weights of that name, Megatron-LM starts at
+            iteration 0 without an optimiser, and needs no `--finetune`.
+        source: of the weights, read a chunk at a time, by several threads.
         dtype: of the written weights.
         manifest: of the result; its network is set here.
-        huggingface: tokenizer and Hugging Face config that shall travel with the checkpoint.
-        files: writes what else belongs into the folder.
-        tensor_ranks: chunks end where the shares of so many tensor-parallel ranks do, so that each reads its own.
-        args: of the Megatron-LM run that the weights come from, if any; those of the new network are written.
+        huggingface: folder with tokenizer and Hugging Face config to copy into the checkpoint.
+        files: writes further files into the folder.
+        tensor_ranks: chunks are split at the borders of this number of tensor-parallel shards, so that each rank reads
+            only its own.
+        args: of the Megatron-LM run that the weights come from, if any; they are saved with the new network's sizes.
 
     Raises:
-        DiskSpaceError: the disk is or gets full.
-        LostWorkerError: another rank was ended from outside.
+        DiskSpaceError: the disk is full, or becomes full.
+        LostWorkerError: another rank was killed.
     """
     network = source.network
     manifest.network = network.to_dict()
@@ -127,7 +128,7 @@ def write_checkpoint(
         def write_share() -> list[_Place]:
             folder.mkdir(exist_ok=True)
             with convert_enospc(output):
-                return _write_files(folder, workers.rank, _deal(jobs, workers.size)[workers.rank], source, dtype)
+                return _write_files(folder, workers.rank, _balance(jobs, workers.size)[workers.rank], source, dtype)
 
         places = [place for share in workers.run(write_share) for place in share]
 
@@ -148,10 +149,10 @@ def write_checkpoint(
 
 
 def _jobs(network: Network, tensor_ranks: int, dtype: torch.dtype) -> list[list[_Item]]:
-    """The chunks of all parameters. Those of one parameter are one job: a chunk read is soon read again."""
+    """Returns the chunks of all parameters, one job per parameter, whose chunks share parts of the source."""
     return [
         [
-            _Item(param, ranges, param.layer is not None and network.has_equal_layers)
+            _Item(param, ranges, param.layer if network.has_equal_layers else None)
             for ranges in _chunks(param, tensor_ranks, dtype.itemsize)
         ]
         for param in parameters(network)
@@ -159,9 +160,9 @@ def _jobs(network: Network, tensor_ranks: int, dtype: torch.dtype) -> list[list[
 
 
 def _chunks(param: Param, tensor_ranks: int, itemsize: int) -> list[tuple[range, ...]]:
-    """How a parameter is cut: at the ends of what each tensor-parallel rank holds, and then by `CHUNK_BYTES`.
+    """Splits a parameter into chunks: at the borders of tensor-parallel shards, and then by `CHUNK_BYTES`.
 
-    A rank's rows of a fused projection lie in several runs, each of which is a chunk of its own.
+    A rank's rows of a fused projection are several runs, each in chunks of its own.
     """
     shards = [param.shard(rank, tensor_ranks) for rank in range(tensor_ranks if param.split else 1)]
     boxes = [box for shard in shards for box in itertools.product(*map(_runs, shard))]
@@ -175,7 +176,7 @@ def _chunks(param: Param, tensor_ranks: int, itemsize: int) -> list[tuple[range,
 
 
 def _runs(positions: np.ndarray) -> list[range]:
-    """Ascending positions as runs of neighbours."""
+    """Returns ascending positions as runs of consecutive ones."""
     runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
     return [range(int(run[0]), int(run[-1]) + 1) for run in runs]
 
@@ -184,23 +185,23 @@ def _num_elements(job: list[_Item]) -> int:
     return sum(math.prod(item.sizes) for item in job)
 
 
-def _deal(jobs: list[list[_Item]], count: int) -> list[list[list[_Item]]]:
-    """Spread jobs so that all `count` get about as much: the largest first, each to whom has least. Order is kept."""
-    hands: list[list[int]] = [[] for _ in range(count)]
+def _balance(jobs: list[list[_Item]], count: int) -> list[list[list[_Item]]]:
+    """Balances jobs over `count` workers: the largest job first, each to the worker with least. Keeps their order."""
+    shares: list[list[int]] = [[] for _ in range(count)]
     filled = [0] * count
     for number in sorted(range(len(jobs)), key=lambda number: -_num_elements(jobs[number])):
         least = filled.index(min(filled))
-        hands[least].append(number)
+        shares[least].append(number)
         filled[least] += _num_elements(jobs[number])
-    return [[jobs[number] for number in sorted(hand)] for hand in hands]
+    return [[jobs[number] for number in sorted(share)] for share in shares]
 
 
 def _write_files(
     folder: Path, rank: int, jobs: list[list[_Item]], source: TensorSource, dtype: torch.dtype
 ) -> list[_Place]:
-    """Write this process's share of the chunks, a file per thread. What fails in one thread stops the others."""
+    """Writes this process's share of the chunks, one file per thread. A failure in one thread stops the others."""
     stop = Event()
-    hands = [list(itertools.chain(*hand)) for hand in _deal(jobs, num_threads()) if hand]
+    shares = [list(itertools.chain(*share)) for share in _balance(jobs, num_threads()) if share]
 
     def write_file(name: str, items: list[_Item]) -> list[_Place]:
         places: list[_Place] = []
@@ -216,9 +217,9 @@ def _write_files(
             os.fsync(file.fileno())
         return places
 
-    with progress("write chunks", sum(map(len, hands))) as advance, ThreadPoolExecutor(max(1, len(hands))) as pool:
+    with progress("write chunks", sum(map(len, shares))) as advance, ThreadPoolExecutor(max(1, len(shares))) as pool:
         try:
-            work = [pool.submit(write_file, f"__{rank}_{number}.distcp", hand) for number, hand in enumerate(hands)]
+            work = [pool.submit(write_file, f"__{rank}_{number}.distcp", share) for number, share in enumerate(shares)]
             for future in as_completed(work):
                 future.result()
             return [place for future in work for place in future.result()]
@@ -227,7 +228,7 @@ def _write_files(
 
 
 def num_threads() -> int:
-    """One more than the cores of this process, so that none waits for the disk."""
+    """Returns the number of writer threads: one more than this process's cores, so that no core waits for the disk."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MAX_THREADS, 1 + cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -235,27 +236,30 @@ def num_threads() -> int:
 def _write_index(
     folder: Path, network: Network, dtype: torch.dtype, jobs: list[list[_Item]], places: list[_Place]
 ) -> None:
-    """Write `.metadata`: what the tensors are, and where their chunks lie."""
-    stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    """Writes `.metadata`: the tensors, and the location of their chunks."""
+    tensors: dict[str, TensorStorageMetadata] = {}
     for item in itertools.chain(*jobs):
-        layers = (len(network.layers),) if item.stacked else ()
+        layers = () if item.layer is None else (len(network.layers),)
         size = torch.Size((*layers, *item.param.shape))
         whole = TensorStorageMetadata(TensorProperties(dtype=dtype), size, [])
         chunk = ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes))
-        stored.setdefault(item.key, whole).chunks.append(chunk)
-    files = {MetadataIndex(key, offsets): _StorageInfo(*place) for key, offsets, *place in places}
+        tensors.setdefault(item.key, whole).chunks.append(chunk)
+    files = {
+        MetadataIndex(key, offsets): _StorageInfo(file, start, num_bytes)
+        for key, offsets, file, start, num_bytes in places
+    }
     empty = io.BytesIO()
     torch.save([None], empty)  # Megatron-Core keeps a list of objects under each key
     (folder / "__extra_state.distcp").write_bytes(empty.getvalue())
-    for key in _extra_states(network):
-        stored[key] = BytesStorageMetadata()
+    extra_states = {key: BytesStorageMetadata() for key in _extra_states(network)}
+    for key in extra_states:
         files[MetadataIndex(key)] = _StorageInfo("__extra_state.distcp", 0, len(empty.getvalue()))
-    metadata = Metadata(stored, storage_data=files, storage_meta=StorageMeta())
+    metadata = Metadata({**tensors, **extra_states}, storage_data=files, storage_meta=StorageMeta())
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def _extra_states(network: Network) -> list[str]:
-    """Keys of the states of Transformer Engine's that Megatron's layers expect beside their weights."""
+    """Returns the keys of Transformer Engine's extra states that Megatron's layers expect beside their weights."""
     count = len(network.layers)
     keys = ["decoder.final_layernorm._extra_state/shard_0_1"]
     for position, sublayer in enumerate(network.sublayers):

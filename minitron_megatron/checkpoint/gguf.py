@@ -1,4 +1,4 @@
-"""GGUF files as sources of weights, read and de-quantised a block of rows at a time.
+"""Reads GGUF files as sources of weights, de-quantised a block of rows at a time.
 
     magic GGUF, uint32 version, uint64 tensors, uint64 values
     values:  text key, uint32 type, value
@@ -38,17 +38,21 @@ _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _MAX_DIMENSIONS = 4
 _MAX_NAME = 4096
 _ROPE_FACTORS = "rope_freqs.weight"
-# What a file keeps of the scaling of Llama 3.1, 3.2 and 3.3 is its effect; these are equal in all of them.
+# A file has only the effect of Llama 3.1's to 3.3's rotary scaling; these settings are the same in all of them.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def open_gguf(path: Path, hf_assets: Path) -> HuggingFaceTensors:
-    """The weights of a GGUF file. What transformers makes of its config and tokenizer goes into `hf_assets`.
+    """Opens a GGUF file as a source of weights, and writes its config and tokenizer as Hugging Face files.
+
+    Args:
+        path: of the file.
+        hf_assets: folder for config and tokenizer.
 
     Raises:
-        CheckpointError: the file is not whole.
+        CheckpointError: the file is damaged.
         ConfigError: the packages that read such files are not installed.
-        UnsupportedModelError: its family, its number format or its rotary scaling is not supported.
+        UnsupportedModelError: its family, its quantisation or its rotary scaling is not supported.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError([f"source = {path} is a GGUF file, which the demo extra reads: pip install -e '.[demo]'"])
@@ -65,14 +69,14 @@ def open_gguf(path: Path, hf_assets: Path) -> HuggingFaceTensors:
                 f"{', '.join(sorted(FAMILIES))}"
             )
         if family == "llama" and settings["hidden_size"] % settings["num_attention_heads"]:
-            # llama.cpp has one name for the network of both, and transformers' LlamaConfig refuses such a width.
+            # llama.cpp has one name for both families, and transformers' LlamaConfig refuses such a hidden size.
             settings["model_type"] = "mistral"
         config = AutoConfig.for_model(**settings)
-        if config.model_type == "mistral":  # whose config assumes a window where none is named
+        if config.model_type == "mistral":  # its config defaults to a sliding window
             config.sliding_window = header.of_model("attention.sliding_window")
-        if head_dim := header.of_model("attention.key_length"):  # which transformers reads of few families
+        if head_dim := header.of_model("attention.key_length"):  # transformers reads it for few families
             config.head_dim = head_dim
-        if (scaling := header.of_model("rope.scaling.type")) not in (None, "none"):  # which it reads of none
+        if (scaling := header.of_model("rope.scaling.type")) not in (None, "none"):  # transformers never reads it
             raise UnsupportedModelError(f"{path}: rope.scaling.type = {scaling!r} is not supported: choose another one")
         if _ROPE_FACTORS in header.tensors:
             config.rope_parameters = _llama3_scaling(path, config, header.tensors.pop(_ROPE_FACTORS))
@@ -82,23 +86,28 @@ def open_gguf(path: Path, hf_assets: Path) -> HuggingFaceTensors:
             raise CheckpointError(
                 f"{path} says that it has {len(network.layers)} layers, and holds {len(header.tensors)} tensors"
             )
-        # The former builds the refused config too, and comes to the latter for a Llama.
+        # AutoTokenizer would build the refused Llama config again; for Llama it returns the latter class anyway.
         tokenizer = AutoTokenizer if config.model_type == family else PreTrainedTokenizerFast
         tokenizer.from_pretrained(**where).save_pretrained(hf_assets)
-        return HuggingFaceTensors(path, network, _by_their_name(header, network))
+        return HuggingFaceTensors(path, network, _by_hf_name(header, network))
     except UserError:
         raise
-    except Exception as e:  # as many kinds as there are ways to be damaged
+    except Exception as e:  # damaged files raise exceptions of many types
         raise CheckpointError(f"{path} cannot be read as a GGUF file: {e!r}") from e
 
 
 @dataclass(frozen=True)
 class _QuantizedTensor:
-    """A tensor in a GGUF file, of which `start` is its first byte and `type` its number format.
+    """A tensor in a GGUF file.
 
-    `paired_heads` heads hold the two halves of their rows, which rotary embeddings pair, in turn: Hugging Face's row
-    j of the first half is row 2 j of the file's head, and row j of the second one 2 j + 1. `added` is what the file's
-    values are larger by.
+    Attributes:
+        path: of the file.
+        start: offset of its first byte.
+        size: of the tensor.
+        type: of quantisation.
+        paired_heads: number of heads whose rows are interleaved for the rotary embedding: Hugging Face's row j of a
+            head's first half is row 2 j in the file, and row j of the second half is row 2 j + 1. None for plain rows.
+        added: constant that the converter added to the values.
     """
 
     path: Path
@@ -114,7 +123,7 @@ class _QuantizedTensor:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of what is read: float32, or None where nothing de-quantises the file's format."""
+        """Dtype of the de-quantised values: float32, or None if the type of quantisation is not supported."""
         try:
             self._dequantized(np.zeros((1, self._block[1]), np.uint8))
         except NotImplementedError:
@@ -126,7 +135,7 @@ class _QuantizedTensor:
         return math.prod(self.size[:-1]) * self._row_bytes
 
     def read(self, index: list[np.ndarray]) -> torch.Tensor:
-        """The values at the rows and columns of `index`, or at those of its only dimension."""
+        """Reads the values at rows and columns of `index`, or at its only dimension."""
         *rows, columns = index
         rows = self._in_file(rows[0]) if rows else np.zeros(1, np.int64)
         low, high = int(rows.min()), int(rows.max()) + 1
@@ -151,7 +160,7 @@ class _QuantizedTensor:
 
     @property
     def _block(self) -> tuple[int, int]:
-        """Values of a block, and bytes."""
+        """Values and bytes of a quantisation block."""
         from gguf import GGML_QUANT_SIZES
 
         return GGML_QUANT_SIZES[self.type]
@@ -166,7 +175,7 @@ class _QuantizedTensor:
 
 @dataclass
 class _Header:
-    """A file's texts and whole numbers, and its tensors."""
+    """A file's metadata, of which only texts and integers are read, and its tensors."""
 
     values: dict[str, str | int | None]
     tensors: dict[str, _QuantizedTensor]
@@ -176,12 +185,12 @@ class _Header:
         return str(self.values.get("general.architecture", ""))
 
     def of_model(self, name: str) -> str | int | None:
-        """A value whose name begins with the architecture's."""
+        """Returns a metadata value whose key begins with the architecture."""
         return self.values.get(f"{self.architecture}.{name}")
 
 
-def _by_their_name(header: _Header, network: Network) -> dict[str, _QuantizedTensor]:
-    """The file's tensors under Hugging Face's names, and those that have none under their own."""
+def _by_hf_name(header: _Header, network: Network) -> dict[str, _QuantizedTensor]:
+    """Returns the file's tensors by Hugging Face names; those without one keep their own."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     [architecture] = [key for key, name in MODEL_ARCH_NAMES.items() if name == header.architecture]
@@ -192,7 +201,7 @@ def _by_their_name(header: _Header, network: Network) -> dict[str, _QuantizedTen
         tensor = tensors.pop(f"{names.get_name(module)}.{kind}", None)
         if tensor is None:
             continue
-        # What llama.cpp's converter has done to them.
+        # llama.cpp's converter has permuted or shifted these.
         if header.architecture == "llama":
             heads = size[0] // part.rotary_dim if part.rotary_dim else None
             tensor = replace(tensor, paired_heads=heads)
@@ -203,15 +212,15 @@ def _by_their_name(header: _Header, network: Network) -> dict[str, _QuantizedTen
 
 
 def _llama3_scaling(path: Path, config: "PretrainedConfig", factors: _QuantizedTensor) -> dict:
-    """The settings of rotary scaling whose effect on each frequency a file holds."""
+    """Recovers the settings of rotary scaling from the divisors of the frequencies in the file."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     divisors = factors.read([np.arange(factors.size[-1])])
     plain = dict(config.rope_parameters)
     scaled = {**plain, **_LLAMA3, "rope_type": "llama3", "factor": float(divisors.max())}
-    found = copy.deepcopy(config)
-    found.rope_parameters = scaled
-    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](found, torch.device("cpu"))
+    scaled_config = copy.deepcopy(config)
+    scaled_config.rope_parameters = scaled
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](scaled_config, torch.device("cpu"))
     dim = 2 * len(divisors)
     unscaled = 1.0 / plain["rope_theta"] ** (torch.arange(0, dim, 2) / dim)
     if len(frequencies) != len(divisors) or not torch.allclose(unscaled / frequencies, divisors, rtol=1e-4):
@@ -222,10 +231,10 @@ def _llama3_scaling(path: Path, config: "PretrainedConfig", factors: _QuantizedT
 
 
 def _read_header(path: Path) -> _Header:
-    """What a GGUF file says of itself, once it is seen that all of it fits into the file.
+    """Reads the header of a GGUF file, and checks that all tensors are inside the file.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: the file is damaged.
     """
     try:
         with open(path, "rb") as file:
@@ -241,12 +250,12 @@ def _parse(file: BufferedReader, path: Path, size: int) -> _Header:
         return struct.unpack(f"<{code}", file.read(struct.calcsize(code)))[0]
 
     def take(num_bytes: int) -> bytes:
-        """What follows, of which more than a name may have is passed over."""
+        """Reads bytes, and skips those beyond the longest name."""
         if num_bytes > size - (begin := file.tell()):
             raise ValueError(f"{num_bytes} bytes should follow at byte {begin}, and it has {size}")
-        found = file.read(min(num_bytes, _MAX_NAME))
+        content = file.read(min(num_bytes, _MAX_NAME))
         file.seek(begin + num_bytes)
-        return found
+        return content
 
     def text() -> str:
         return take(number("Q")).decode(errors="replace")
@@ -259,12 +268,12 @@ def _parse(file: BufferedReader, path: Path, size: int) -> _Header:
             if kind in _BYTES:
                 take(_BYTES[kind] * length)
                 return None
-            for _ in range(length):  # each of which takes some bytes, so that it ends with the file
+            for _ in range(length):  # each takes some bytes, so a false length ends with the file
                 value(kind, is_element=True)
             return None
         if kind in _BYTES:
             return int.from_bytes(take(_BYTES[kind]), "little")
-        raise ValueError(f"type {kind} at byte {file.tell() - 4} is none")
+        raise ValueError(f"the value type {kind} at byte {file.tell() - 4} is unknown")
 
     magic, version = file.read(4), number("I")
     if magic != b"GGUF" or version not in (2, 3):

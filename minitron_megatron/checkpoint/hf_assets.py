@@ -1,4 +1,4 @@
-"""The small files beside a network's weights: config, tokenizer, and what the model's authors say of it."""
+"""The small files beside a network's weights: config, tokenizer, model card and licence."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,7 @@ from tokenizers import Tokenizer
 from minitron_megatron.artifacts.files import read_json
 from minitron_megatron.errors import CheckpointError
 
-# What travels beside the weights, where it is there: the model card for what it says of the licence. Weights and code
-# never do.
+# Files that are copied along with the weights, if present; the model card for its licence. Never weights or code.
 HF_ASSETS = (
     "config.json",
     "generation_config.json",
@@ -33,45 +32,45 @@ HF_ASSETS = (
 
 
 def read_config(folder: Path) -> dict:
-    """The `config.json` of a Hugging Face folder.
+    """Reads the `config.json` of a Hugging Face folder.
 
     Raises:
-        CheckpointError: it is not there, or not whole.
+        CheckpointError: it is missing or damaged.
     """
     return read_json(folder / "config.json", "the whole config of a model")
 
 
 def original_config(hf_assets: Path) -> dict:
-    """The `config.json` that travels with a checkpoint; empty where none does."""
+    """Reads the `config.json` in a checkpoint's folder of Hugging Face files; empty if there is none."""
     return read_config(hf_assets) if (hf_assets / "config.json").is_file() else {}
 
 
 def num_tokens(folder: Path, padded_vocab: int) -> int | None:
-    """How many tokens the model of a Hugging Face folder has, by its config or else its tokenizer; None without both.
+    """Returns the vocabulary size of a Hugging Face folder, from its config or else its tokenizer; None without both.
 
     Args:
         folder: that may hold them.
-        padded_vocab: rows of the embedding table that they are for.
+        padded_vocab: rows of the model's embedding table.
 
     Raises:
         CheckpointError: there are more tokens than rows.
     """
     if (config := folder / "config.json").is_file():
-        where, found = config, read_config(folder).get("vocab_size")
+        where, count = config, read_config(folder).get("vocab_size")
     elif (tokenizer := folder / "tokenizer.json").is_file():
-        where, found = tokenizer, 1 + max(Tokenizer.from_file(str(tokenizer)).get_vocab().values(), default=-1)
+        where, count = tokenizer, 1 + max(Tokenizer.from_file(str(tokenizer)).get_vocab().values(), default=-1)
     else:
         return None
-    if found is not None and found > padded_vocab:
+    if count is not None and count > padded_vocab:
         raise CheckpointError(
-            f"{where} has {found} tokens, and the checkpoint an embedding table of {padded_vocab} rows: put the files "
+            f"{where} has {count} tokens, and the checkpoint an embedding table of {padded_vocab} rows: put the files "
             f"of the checkpoint's own model there"
         )
-    return found
+    return count
 
 
 def copy_hf_assets(source: Path, target: Path) -> None:
-    """Copy tokenizer and config, the small files beside the weights, into a new folder."""
+    """Copies the files of `HF_ASSETS` that exist into a new folder."""
     target.mkdir(parents=True)
     for name in HF_ASSETS:
         if (source / name).is_file():

@@ -1,4 +1,4 @@
-"""Hugging Face folders as sources of weights, and any source as a Hugging Face folder."""
+"""Reads Hugging Face folders as sources of weights, and writes any source as a Hugging Face folder."""
 
 import json
 import shutil
@@ -36,12 +36,13 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "
 
 
 class StoredTensor(Protocol):
-    """A tensor on the disk: its size, what its number format is called, and the dtype of what is read of it.
+    """A tensor on disk: its size, the name of its number format in the file, and the dtype of what `read` returns.
 
     The dtype is None where the format is not supported.
     """
 
-    size: tuple[int, ...]
+    @property
+    def size(self) -> tuple[int, ...]: ...
 
     @property
     def kind(self) -> str: ...
@@ -54,9 +55,9 @@ class StoredTensor(Protocol):
 
 @dataclass(frozen=True)
 class _SafeTensor:
-    """A tensor in a safetensors file, of which `start` is its first byte and `kind` the file's word for its dtype.
+    """A tensor in a safetensors file, with the offset `start`, and `kind`, the file's name of its dtype.
 
-    It is read in place. safetensors would map the file into memory, and what is mapped counts as used.
+    It is read directly, because safetensors would map the file into memory, and mapped pages count as used.
     """
 
     path: Path
@@ -76,7 +77,7 @@ class _SafeTensor:
 
 
 class HuggingFaceTensors:
-    """Tensors on the disk under Hugging Face names, as a source of weights that is read row by row.
+    """Tensors on disk with Hugging Face names, as a source of weights that is read row by row.
 
     Raises:
         CheckpointError: a tensor is missing, of another size than the network says, or unknown.
@@ -86,9 +87,9 @@ class HuggingFaceTensors:
         self.path = path
         self.network = network
         self._tensors = tensors
-        self._check()
+        dtypes = self._check()
         first = parameters(network)[0]
-        self.dtype = tensors[first.hf_name(first.parts[0])].dtype
+        self.dtype = dtypes[first.hf_name(first.parts[0])]
 
     def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`. Rows that pad the vocabulary are zero."""
@@ -104,16 +105,20 @@ class HuggingFaceTensors:
             out[torch.from_numpy(where)] = piece.to(self.dtype)
         return out
 
-    def _check(self) -> None:
+    def _check(self) -> dict[str, torch.dtype]:
+        """Checks the tensors against the network's, and returns the dtype of each."""
         expected = {name: size for name, size, *_ in hf_tensors(self.network)}
         problems = []
+        dtypes: dict[str, torch.dtype] = {}
         for name, size in expected.items():
-            if name not in self._tensors:
+            if (tensor := self._tensors.get(name)) is None:
                 problems.append(f"missing: {name} {size}")
-            elif (found := list(self._tensors[name].size)) != size:
-                problems.append(f"wrong size: {name} is {found}, the config says {size}")
-            elif self._tensors[name].dtype is None:
-                problems.append(f"unknown number format: {name} is {self._tensors[name].kind}")
+            elif list(tensor.size) != size:
+                problems.append(f"wrong size: {name} is {list(tensor.size)}, the config says {size}")
+            elif (dtype := tensor.dtype) is None:
+                problems.append(f"unknown number format: {name} is {tensor.kind}")
+            else:
+                dtypes[name] = dtype
         ignored = {*expected, "lm_head.weight"} if self.network.tie_embeddings else set(expected)
         unknown = [name for name in self._tensors if name not in ignored and "rotary_emb.inv_freq" not in name]
         problems += [f"unknown: {name}" for name in unknown]
@@ -122,10 +127,11 @@ class HuggingFaceTensors:
             if len(problems) > len(shown):
                 shown.append(f"and {len(problems) - len(shown)} more")
             raise CheckpointError(f"{self.path} does not hold the network of its config:\n  " + "\n  ".join(shown))
+        return dtypes
 
 
 class HuggingFaceFolder(HuggingFaceTensors):
-    """A Hugging Face folder, one or many safetensors files, as a source of weights.
+    """A Hugging Face folder with one or more safetensors files, as a source of weights.
 
     Raises:
         CheckpointError: a file or tensor is missing, cut short, of another size than the config says, or unknown.
@@ -146,7 +152,7 @@ class HuggingFaceFolder(HuggingFaceTensors):
 
 
 def hf_tensors(network: Network) -> Iterator[tuple[str, list[int], Param, Part]]:
-    """Every tensor of the Hugging Face layout: name, size, and the parameter that it lies in."""
+    """Yields every tensor of the Hugging Face layout: name, size, and the parameter and part that it is."""
     for param in parameters(network):
         for part in param.parts:
             yield param.hf_name(part), param.hf_shape(part, network.vocab_size), param, part
@@ -155,7 +161,7 @@ def hf_tensors(network: Network) -> Iterator[tuple[str, list[int], Param, Part]]
 def read_hf_tensor(
     source: TensorSource, param: Param, part: Part, low: int = 0, high: int | None = None
 ) -> torch.Tensor:
-    """One tensor of the Hugging Face layout, or some of its rows, out of any source."""
+    """Reads a tensor of the Hugging Face layout, or its rows `low:high`, from any source."""
     rows = param.hf_rows(part, source.network.vocab_size)[low:high]
     columns = [np.arange(n) for n in param.shape[1:]]
     return source.read(param, [rows, *columns])
@@ -164,22 +170,22 @@ def read_hf_tensor(
 def write_huggingface(
     output: Path, source: TensorSource, hf_assets: Path, max_shard_bytes: float, manifest: Manifest, card: str
 ) -> None:
-    """Write a network as a Hugging Face folder, a block of rows at a time. Collective.
+    """Writes a network as a Hugging Face folder, a block of rows at a time. Collective.
 
-    The folder appears whole or not at all. The ranks that torchrun or srun started share its weight files; each of them
-    calls this with an equal source.
+    The folder is written atomically. The ranks that torchrun or srun started share its weight files; each calls this
+    with an equal source.
 
     Args:
         output: the folder to make.
-        source: where the weights come from, read by several threads.
-        hf_assets: folder with the tokenizer and, where there is one, the original `config.json`.
+        source: of the weights, read by several threads.
+        hf_assets: folder with the tokenizer and, if there is one, the original `config.json`.
         max_shard_bytes: largest size of one safetensors file, unless one tensor alone is larger.
         manifest: of the result; its network is set here.
         card: text of its `README.md`.
 
     Raises:
-        DiskSpaceError: the disk is or gets full.
-        LostWorkerError: another rank was ended from outside.
+        DiskSpaceError: the disk is full, or becomes full.
+        LostWorkerError: another rank was killed.
     """
     config = config_from_network(source.network, original_config(hf_assets))
     # transformers 5 writes `dtype`; earlier readers know `torch_dtype`.
@@ -218,7 +224,7 @@ def write_huggingface(
 
 
 def _tensors_in(path: Path) -> dict[str, _SafeTensor]:
-    """The tensors of a safetensors file by name. Opening it checks that it is whole."""
+    """Returns the tensors of a safetensors file by name. Opening it checks that it is complete."""
     try:
         with safe_open(path, framework="pt"), open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""From a checkpoint on disk into a model on this rank, in any layout."""
+"""Loads weights into a model on this rank, in any layout."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
 
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError
@@ -16,22 +17,21 @@ from minitron_megatron.parallel.context import ParallelContext
 
 
 def local_parameters(
-    model: torch.nn.Module, network: Network, ctx: ParallelContext
+    model: MegatronModule, network: Network, ctx: ParallelContext
 ) -> Iterator[tuple[torch.nn.Parameter, Param, list[np.ndarray]]]:
-    """What of the network a model on this rank holds.
+    """Yields the parameters of a model on this rank, with their places in the network.
 
-    A tensor-parallel shard is a range of one axis, or of a query group's rows, so that sharding is indexing, as pruning
-    is.
+    A tensor-parallel shard is a range of one axis, or of a query group's rows, so sharding is indexing, like pruning.
 
     Yields:
-        every parameter of `model` but what distillation has added, what it is of the network, and the positions of it
+        every parameter of `model` except distillation's projections, the network's parameter, and the positions of it
         that this rank holds.
 
     Raises:
         UnsupportedModelError: it has parameters that the network does not have.
     """
     table = by_key(parameters(network))
-    # Megatron's own sharded state dict knows the checkpoint key of each parameter, whatever the layer spec.
+    # Megatron's own sharded state dict gives the checkpoint key of each parameter, whatever the layer spec.
     keys = {
         entry.data.data_ptr(): entry.key
         for entry in model.sharded_state_dict(metadata={"non_homogeneous_layers": True}).values()
@@ -46,10 +46,10 @@ def local_parameters(
         yield parameter, param, param.shard(ctx.tensor_rank, ctx.layout.tensor)
 
 
-def load_weights(model_chunks: Sequence[torch.nn.Module], source: TensorSource, ctx: ParallelContext) -> None:
-    """Fill all parameters of this rank's model from a source, reading only what this rank holds.
+def load_weights(model_chunks: Sequence[MegatronModule], source: TensorSource, ctx: ParallelContext) -> None:
+    """Loads all parameters of this rank's model from a source, reading only what this rank holds.
 
-    Weights are converted to the model's number format. That each of them was really filled is checked.
+    Converts weights to the model's dtype, and checks that each was filled.
 
     Raises:
         CheckpointError: a weight was not filled, or the source has NaN in it.
@@ -60,9 +60,9 @@ def load_weights(model_chunks: Sequence[torch.nn.Module], source: TensorSource, 
                 parameter.fill_(torch.nan)
             for parameter, param, index in local_parameters(model, source.network, ctx):
                 weight = source.read(param, index)
-                assert weight.shape == parameter.shape  # or it would be repeated to fill the parameter
+                assert weight.shape == parameter.shape  # copy_ would broadcast
                 parameter.copy_(weight)
             if wrong := [name for name, parameter in model.named_parameters() if parameter.isnan().any()]:
                 raise CheckpointError(
-                    f"{getattr(source, 'root', 'the source')} leaves weights that are no numbers: {', '.join(wrong)}"
+                    f"{getattr(source, 'root', 'the source')} leaves NaN in weights: {', '.join(wrong)}"
                 )

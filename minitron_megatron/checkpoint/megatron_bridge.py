@@ -1,4 +1,4 @@
-"""The `run_config.yaml` that Megatron-Bridge writes into a checkpoint, in the words of Megatron-LM's args."""
+"""Converts the `run_config.yaml` that Megatron-Bridge writes into a checkpoint to Megatron-LM's args."""
 
 import argparse
 from pathlib import Path
@@ -13,23 +13,23 @@ _ACTIVATIONS = ("silu", "gelu", "squared_relu")
 
 
 def args_of_bridge(folder: Path) -> argparse.Namespace | None:
-    """What Megatron-LM's args would be of the network that Megatron-Bridge has trained; None without its file.
+    """Returns Megatron-LM's args for the network of a Megatron-Bridge run; None without its file.
 
-    Its `_target_` entries name classes and functions of Python. They are compared with names and never loaded.
+    `_target_` entries, which name Python classes and functions, are compared by name and never loaded.
 
     Args:
         folder: of one iteration.
 
     Raises:
         CheckpointError: the file cannot be read, or does not describe a model.
-        UnsupportedModelError: its activation is one that `Network` has no field for.
+        UnsupportedModelError: `Network` has no such activation.
     """
     path = folder / RUN_CONFIG
     if not path.is_file():
         return None
     try:
         model = yaml.safe_load(path.read_text())["model"]
-        model = {**model, **(model.get("transformer") or {})}  # which some releases keep in a section of its own
+        model = {**model, **(model.get("transformer") or {})}  # a section of its own in some releases
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path} does not describe a model: {e!r}") from e
     target = model.get("activation_func") or "gelu"

@@ -1,14 +1,16 @@
-"""The model card of an exported network: what it is, what it was made from and how, and what was measured of it."""
+"""Writes the model card of an exported network: its sizes, its lineage and settings, and evaluations."""
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from minitron_megatron.artifacts.files import read_json
-from minitron_megatron.artifacts.lineage import makers_first, origin_of
+from minitron_megatron.artifacts.lineage import in_creation_order, origin_of
 from minitron_megatron.artifacts.manifest import EVALUATION, Manifest, Parent
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.count import num_parameters
@@ -17,19 +19,19 @@ from minitron_megatron.model.network import Network
 
 CARD = "README.md"
 _LICENSE = ("license", "license_name", "license_link")
-_DONE = {"distill": "distilled", "prune": "pruned", "score": "scored", "import": "imported"}
-# Settings that say which verb made a result of a version that did not say it; the first that a result has is it.
+_STEP_NAMES = {"distill": "distilled", "prune": "pruned", "score": "scored", "import": "imported"}
+# Settings by which the verb of an earlier version's result is recognised; the first that is present counts.
 _VERB_BY_SETTING = {"student": "distill", "target": "prune", "num_samples": "score", "source": "import"}
 
 
 @dataclass
 class Step:
-    """One stage on the way to a network.
+    """One step in the making of a network.
 
     Attributes:
-        name: what it did.
-        fingerprint: of what it made.
-        manifest: of what it made.
+        name: of what it did, such as "pruned".
+        fingerprint: of its result.
+        manifest: of its result.
     """
 
     name: str
@@ -38,30 +40,30 @@ class Step:
 
 
 def steps_to(result: Parent) -> list[Step]:
-    """The stages that led to a result, first to last, as far back as their outputs are where they were."""
+    """Returns the steps that led to a result, first to last, as far back as their outputs are still in place."""
     return [
-        Step(_what_was_done(origin.manifest), origin.parent.fingerprint, origin.manifest)
-        for origin in makers_first([origin_of(result)])
+        Step(_step_name(origin.manifest), origin.parent.fingerprint, origin.manifest)
+        for origin in in_creation_order([origin_of(result)])
         if origin.manifest
     ]
 
 
-def _what_was_done(manifest: Manifest) -> str:
+def _step_name(manifest: Manifest) -> str:
     if manifest.verb == "score" and manifest.kind == "checkpoint":  # between two rounds of scoring
-        return _DONE["prune"]
+        return _STEP_NAMES["prune"]
     guesses = (verb for setting, verb in _VERB_BY_SETTING.items() if setting in manifest.config)
-    return _DONE.get(manifest.verb or next(guesses, ""), manifest.kind)
+    return _STEP_NAMES.get(manifest.verb or next(guesses, ""), manifest.kind)
 
 
 def model_card(checkpoint: Parent, network: Network, hf_assets: Path) -> str:
-    """The text of a `README.md`, with the front matter that Hugging Face reads.
+    """Returns the text of a `README.md`, with the front matter that Hugging Face reads.
 
-    The licence is the source's, if that has a model card of its own that says it, and none else.
+    The licence is that of the source's model card, if it has one.
 
     Args:
         checkpoint: that is exported.
-        network: that it holds.
-        hf_assets: folder with the source's model card, where there is one.
+        network: of the checkpoint.
+        hf_assets: folder with the source's model card, if there is one.
 
     Raises:
         CheckpointError: the front matter of the source's card cannot be read.
@@ -76,7 +78,7 @@ def model_card(checkpoint: Parent, network: Network, hf_assets: Path) -> str:
         tags=["minitron", "pruned"] if any(step.name == "pruned" for step in steps) else ["minitron"],
         **_license_of(hf_assets / CARD),
     )
-    before = Network.from_dict(first.manifest.network) if first else network
+    before = Network.from_dict(first.manifest.network) if first and first.manifest.network else network
     title = " and ".join(dict.fromkeys(step.name for step in steps if step.name in ("pruned", "distilled")))
     name = base_model(source) if source else Path(checkpoint.path).name
     paragraphs = [
@@ -106,12 +108,12 @@ def model_card(checkpoint: Parent, network: Network, hf_assets: Path) -> str:
 
 
 def base_model(source: Path) -> str:
-    """A name for the model that was imported: its id, where it lies in Hugging Face's cache, or else its folder's."""
+    """Returns the name of an imported model: its id, if it is in Hugging Face's cache, or else its folder's name."""
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{source}/")
     return "/".join(cached.groups()) if cached else source.stem if source.suffix == ".gguf" else source.name
 
 
-def _license_of(card: Path) -> dict[str, str]:
+def _license_of(card: Path) -> dict[str, Any]:
     if not card.is_file():
         return {}
     try:
@@ -128,10 +130,11 @@ def _size_table(before: Network, after: Network) -> str:
 
 
 def _evaluations(checkpoint: Path, steps: list[Step]) -> list[str]:
-    """Tables of what was measured of the networks on the way, from the folders beside the checkpoint's."""
+    """Returns tables of evaluations of the steps' networks, from the folders beside the checkpoint."""
     names = {step.fingerprint: f"{number}. {step.name}" for number, step in enumerate(steps, start=1)}
     run = checkpoint.parent.parent if checkpoint.name in ("checkpoints", "best") else checkpoint.parent
-    losses, tasks = [], []
+    losses: list[tuple[str, ...]] = []
+    tasks: list[tuple[str, ...]] = []
     for file in sorted(run.glob(f"*/{EVALUATION}")):
         model = Manifest.read(file.parent).parent("model")
         if model and (name := names.get(model.fingerprint)):
@@ -150,6 +153,6 @@ def _evaluations(checkpoint: Path, steps: list[Step]) -> list[str]:
     return [_table(header, sorted(rows)) for header, rows in tables if rows]
 
 
-def _table(header: list[str], rows) -> str:
+def _table(header: list[str], rows: Iterable[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])

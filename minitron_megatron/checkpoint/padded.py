@@ -1,8 +1,8 @@
-"""A network of unlike layers as one whose layers are alike, filled up with zeros.
+"""Pads a network of unlike layers with zeros to one of equal layers.
 
 No class of transformers has layers of unlike sizes. A neuron, a head or a sublayer whose weights are all zero adds
-nothing to the residual stream, so that the larger network is the same function, exactly, for every reader; it is no
-faster and no smaller than its largest layer makes it.
+nothing to the residual stream, so the padded network is exactly the same function. It is as large and as slow as if all
+layers were like the largest.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ from minitron_megatron.model.parameters import parameters
 
 
 class Padded:
-    """A source of weights whose layers are all alike, as a source."""
+    """Pads a source of weights to equal layers; a source itself."""
 
     def __init__(self, source: TensorSource):
         self.source = source
@@ -30,8 +30,8 @@ class Padded:
         """See `TensorSource.read`."""
         own = self._own.get((param.layer, param.name))
         if own is None:
-            return self._of_nothing(param, index)
-        # Its elements come first along every axis; where in the larger tensor they stand, the table says.
+            return self._missing_sublayer(param, index)
+        # The original elements come first along every axis; `Param.index` gives their positions in the padded tensor.
         kept = {axis: np.arange(own.sizes[axis]) for axis in own.sizes if own.sizes[axis] < param.sizes[axis]}
         places, positions = [], []
         for wanted, there in zip(index, param.index(kept), strict=True):
@@ -43,15 +43,15 @@ class Padded:
             out[torch.meshgrid(*places, indexing="ij")] = self.source.read(own, positions)
         return out
 
-    def _of_nothing(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
-        """Of a sublayer that is not there: zeros, and norms that leave their input as it is."""
+    def _missing_sublayer(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
+        """Returns the values of a missing sublayer: zeros, and ones for the scale of norms."""
         is_scale = len(param.dims) == 1 and param.split is None and not param.name.endswith("bias")
         value = 1.0 if is_scale and not self.network.norm_zero_centered else 0.0
         return torch.full([len(i) for i in index], value, dtype=self.dtype)
 
 
 def padded_network(network: Network) -> Network:
-    """The smallest network of equal layers that another one fits into.
+    """Returns the smallest network of equal layers that a network fits into.
 
     Raises:
         UnsupportedModelError: layers differ in more than sizes and missing sublayers.
@@ -65,7 +65,7 @@ def padded_network(network: Network) -> Network:
 
 
 def _largest(sublayers: list[Sublayer]) -> Sublayer:
-    """A sublayer that every one of some fits into."""
+    """Returns the smallest sublayer that each of the given ones fits into."""
     kind = type(sublayers[0])
     names = [axis.axis.name for axis in kind.prunable]
     if any(type(sublayer) is not kind for sublayer in sublayers):
@@ -74,6 +74,6 @@ def _largest(sublayers: list[Sublayer]) -> Sublayer:
     lengths = {name: max(sublayer.sizes[name] for sublayer in sublayers) for name in names}
     if len(padded := {sublayer.resized(lengths) for sublayer in sublayers}) > 1:
         raise UnsupportedModelError(
-            f"format = padded: {kind.title} sublayers differ in more than {', '.join(names)}, and zeros fill up no more"
+            f"format = padded: {kind.title} sublayers differ in more than {', '.join(names)}, and zeros pad only these"
         )
     return padded.pop()

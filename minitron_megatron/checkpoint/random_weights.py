@@ -1,4 +1,4 @@
-"""Random weights as a source: the same ones for every layout."""
+"""Random weights as a source, the same for every layout."""
 
 import hashlib
 import math
@@ -15,14 +15,14 @@ _STD = 0.02
 
 
 class RandomWeights:
-    """Weights to start a training from, distributed as Megatron-Core's own.
+    """Initial weights for training, distributed as Megatron-Core's own.
 
-    Matrices are normal with a deviation of 0.02, those that write to the residual stream divided by the square root
-    of the number of sublayers that do. Norms start as the identity, biases and rows that pad the vocabulary at zero.
+    Matrices are normal with a standard deviation of 0.02, divided by the square root of the number of sublayers for
+    those that write to the residual stream. Norms are the identity; biases and the vocabulary's padding are zero.
 
     Args:
-        network: whose weights they are.
-        seed: with the name of a parameter and the number of its sublayer, decides its values.
+        network: the whole network.
+        seed: determines the values of a parameter, with its name and the number of its sublayer.
     """
 
     dtype = torch.float32
@@ -32,7 +32,7 @@ class RandomWeights:
         self.seed = seed
 
     def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
-        """See `TensorSource.read`. The whole parameter is made first, in float32."""
+        """See `TensorSource.read`. Makes the whole parameter first, in float32."""
         return take(self._whole(param), index)
 
     def _whole(self, param: Param) -> torch.Tensor:

@@ -1,7 +1,6 @@
-"""Any positions of a tensor that lies row by row in a file, read block by block.
+"""Reads arbitrary index slices of a row-major tensor from a file, block by block.
 
-Elements are moved as plain bits: unsigned integers of their size. numpy does that several times as fast as torch,
-without holding up other threads.
+Elements are moved as integers of their size: numpy does that several times as fast as torch, and releases the GIL.
 """
 
 import zlib
@@ -11,18 +10,18 @@ import numpy as np
 import torch
 
 BLOCK_BYTES = 8 * 2**20
-"""Read at one time, at most (or a row, if that is longer): small enough to stay in a core's cache while it is cut."""
+"""Bytes read at a time, at most (or one row, if that is longer): small enough to stay in a core's cache for slicing."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
-    """The elements of a tensor as integers of their size, in the same memory."""
+    """Returns a view of a tensor's elements as integers of their size."""
     return tensor.view(_BITS[tensor.itemsize]).numpy()
 
 
 def take_bits(array: np.ndarray, index: list[np.ndarray]) -> np.ndarray:
-    """`array` at `index[0] x index[1] x ...`, all ascending. A dimension of which neighbours stay is not copied."""
+    """Returns `array` at the ascending positions `index[0] x index[1] x ...`. Contiguous slices are not copied."""
     for dim, positions in enumerate(index):
         if not len(positions) or positions[-1] - positions[0] >= len(positions):
             array = array.take(positions, axis=dim)
@@ -34,18 +33,18 @@ def take_bits(array: np.ndarray, index: list[np.ndarray]) -> np.ndarray:
 def copy_rows(
     file: FileIO, start: int, size: tuple[int, ...], index: list[np.ndarray], out: np.ndarray, whole: bool = False
 ) -> int:
-    """Copy `index[0] x index[1] x ...` of a tensor in a file into `out`. Of the file, only blocks are in memory.
+    """Copies `index[0] x index[1] x ...` of a tensor in a file into `out`, with one block of the file in memory.
 
     Args:
         file: unbuffered.
-        start: byte at which the tensor begins.
-        size: of the tensor; its dimensions may be of any number above 0.
-        index: for each dimension, the positions wanted, ascending.
-        out: integers as of `bits`, of the lengths of `index`.
-        whole: read all of the tensor, whatever is wanted of it.
+        start: file offset of the tensor.
+        size: of the tensor, of one or more dimensions.
+        index: for each dimension, ascending positions.
+        out: integers as of `bits`, with the lengths of `index`.
+        whole: read the whole tensor, whatever the positions.
 
     Returns:
-        CRC32 of the bytes that were read.
+        CRC32 of the bytes read.
 
     Raises:
         EOFError: the file ends before the tensor does.

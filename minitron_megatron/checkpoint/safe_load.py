@@ -1,6 +1,6 @@
-"""Files that others may have written or damaged, read as plain values. Nothing in them is run, whatever they hold.
+"""Loads untrusted or damaged files as plain values, without running any code in them.
 
-Memory is bounded by the size of a file, not by what it says of itself.
+Memory is bounded by the size of the file, whatever sizes it claims.
 """
 
 import io
@@ -11,13 +11,13 @@ import torch
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """An unpickler whose subclasses say in `find_class` what may be found.
+    """An unpickler whose subclasses allow classes in `find_class`.
 
-    It is Python's own and not that in C, which makes a table as long as the largest number a pickle gives to a value:
-    one flipped bit, and that is of 64 GB. It reads from memory, for files are asked for as many bytes as they claim.
+    It is the one in Python, because the one in C allocates a memo table as long as the largest index in the pickle: one
+    flipped bit makes that 64 GB. It reads from memory, because files would be read for as many bytes as they claim.
     """
 
-    # What makes an array of as many bytes as a pickle claims, out of nothing. No protocol below 5 has it.
+    # Without the opcode that allocates as many bytes as a pickle claims. Only protocol 5 has it.
     dispatch = {code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def __init__(self, content: bytes):
@@ -25,27 +25,28 @@ class PlainUnpickler(pickle._Unpickler):
 
 
 def open_archive(file: io.RawIOBase | io.BufferedIOBase) -> zipfile.ZipFile:
-    """What `torch.save` wrote, as an archive none of whose records is larger than the file.
+    """Opens a file of `torch.save` as an archive, and checks that no record is larger than the file.
 
-    It compresses none of them. One that is may be a thousand times as large as it looks.
+    `torch.save` compresses no record. A compressed one may be a thousand times as large as the file.
 
     Raises:
-        ValueError, zipfile.BadZipFile: it is no such archive.
+        ValueError, zipfile.BadZipFile: it is not such an archive.
     """
     size = file.seek(0, io.SEEK_END)
     archive = zipfile.ZipFile(file)
     for info in archive.infolist():
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.file_size > size:
             raise ValueError(f"its record {info.filename} is not stored as torch.save does")
-        info.CRC = info.CRC or None  # 0 where `torch.serialization.set_crc32_options` switched it off
+        # 0 if `torch.serialization.set_crc32_options` switched it off; zipfile skips the check for None.
+        info.CRC = info.CRC or None  # type: ignore[assignment]
     return archive
 
 
 def check_archive(file: io.RawIOBase | io.BufferedIOBase) -> None:
-    """See that what `torch.save` wrote is undamaged, as far as its checksums tell.
+    """Verifies the checksums of a file of `torch.save`.
 
     Raises:
-        ValueError, EOFError, zipfile.BadZipFile: it is not.
+        ValueError, EOFError, zipfile.BadZipFile: the file is damaged.
     """
     with open_archive(file) as archive:
         if (name := archive.testzip()) is not None:
@@ -54,10 +55,11 @@ def check_archive(file: io.RawIOBase | io.BufferedIOBase) -> None:
 
 
 def load_plain(file: io.RawIOBase | io.BufferedIOBase) -> object:
-    """What `torch.save` wrote: tensors and plain values, in memory.
+    """Loads a file of `torch.save` with tensors and plain values into memory.
 
     Raises:
-        Exception: of many kinds, if it is damaged or holds anything else.
+        Exception: of many types, if it is damaged or holds other objects.
     """
     check_archive(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    # torch accepts any object with read, readinto, seek and tell.
+    return torch.load(file, map_location="cpu", weights_only=True)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""Weights as safetensors files, written by several threads of several processes, a block of rows at a time.
+"""Writes weights as safetensors files, with several threads in several processes, a block of rows at a time.
 
-Where every tensor lies in its file follows from the sizes alone. So a file is made with its header and at its full
-length first, and then filled by as many threads as there are, in any order. The processes share the files, and not one
-file among them, which file systems of a network do not like.
+The sizes determine where each tensor is in its file. So a file is created with its header and its full length, and then
+filled by several threads, in any order. Each process writes files of its own, because network file systems are slow
+when several processes write one file.
 """
 
 import json
@@ -22,17 +22,17 @@ from minitron_megatron.progress import progress
 
 BLOCK_BYTES = 64 * 2**20
 _KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
-_ALIGNMENT = 8  # of the first tensor, as safetensors pads its headers
+_ALIGNMENT = 8  # of the first tensor; safetensors pads its headers to it
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is to be written.
+    """A tensor to write.
 
     Attributes:
         name: its key.
-        size: of it.
-        read: gives rows of it, from one to before another.
+        size: its shape.
+        read: returns its rows `low:high`.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Tensor:
 
 
 def cut_into_shards(tensors: Sequence[Tensor], dtype: torch.dtype, max_bytes: float) -> list[list[Tensor]]:
-    """Neighbours of at most `max_bytes` together, or one that is larger."""
+    """Groups consecutive tensors into shards of at most `max_bytes`, or of one larger tensor."""
     shards: list[list[Tensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -57,10 +57,10 @@ def cut_into_shards(tensors: Sequence[Tensor], dtype: torch.dtype, max_bytes: fl
 
 
 def write_shards(files: dict[Path, list[Tensor]], dtype: torch.dtype) -> None:
-    """Write files as safetensors' `save_file` does, byte for byte.
+    """Writes files byte for byte as safetensors' `save_file` does.
 
     Args:
-        files: what goes into each.
+        files: the tensors of each file.
         dtype: of all tensors.
     """
     stop = Event()
@@ -96,10 +96,10 @@ def write_shards(files: dict[Path, list[Tensor]], dtype: torch.dtype) -> None:
 
 
 def _make_file(path: Path, tensors: list[Tensor], dtype: torch.dtype) -> list[int]:
-    """Write the header, and give the file its length.
+    """Creates a file with its header and its full length.
 
     Returns:
-        the first byte of every tensor.
+        the file offset of every tensor.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     ends = [0]

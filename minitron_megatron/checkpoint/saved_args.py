@@ -1,4 +1,4 @@
-"""The `args` of a Megatron-LM run, as it saves them in its checkpoints beside the tensors."""
+"""Reads the `args` of a Megatron-LM run from its checkpoints."""
 
 import argparse
 import io
@@ -20,31 +20,31 @@ from minitron_megatron.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 _COMMON = "common_state/shard_0_1"
-"""Where Megatron-Core keeps what is no tensor since it writes no `common.pt` any more."""
+"""Key of the common state in releases of Megatron-Core that write no `common.pt`."""
 
 _ENUMS = ("megatron.core.enums", "megatron.core.transformer.enums", "megatron.core.rerun_state_machine")
-"""Modules of the choices that are among Megatron's args. Any other class in a checkpoint is not even imported."""
+"""Modules of the enums among Megatron's args. No other class in a checkpoint is even imported."""
 
 
 class _LeftOut:
-    """Stands where a checkpoint names a class that is not loaded, and forgets what it would have been made of."""
+    """Replaces an object of a class that is not loaded, and discards its state."""
 
-    def __new__(cls, *args):
+    def __new__(cls, *args: object) -> "_LeftOut":
         return super().__new__(cls)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: object) -> None:
         pass
 
 
 def read_args(folder: Path, objects: Mapping[str, StoredObject]) -> argparse.Namespace | None:
-    """The args of one iteration's checkpoint, if it has any. Nothing in it is run.
+    """Reads the args of one iteration, if it has any, without running any code in them.
 
-    An arg that holds more than plain values, or a choice that this release of Megatron-Core does not have, is left
-    out, which a warning says. Where the rest cannot be read without it, there are no args.
+    An arg that holds more than plain values, or an enum that this release of Megatron-Core does not have, is left out
+    with a warning. If the rest cannot be read without it, there are no args.
 
     Args:
         folder: of the iteration.
-        objects: that the checkpoint's index names.
+        objects: the objects in the checkpoint's index.
 
     Raises:
         CheckpointError: it is damaged.
@@ -59,14 +59,14 @@ def read_args(folder: Path, objects: Mapping[str, StoredObject]) -> argparse.Nam
     try:
         check_archive(io.BytesIO(common))
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(common))
-        plain = {name: found for name in names if (found := _plain_class(name))}
+        plain = {name: kind for name in names if (kind := _plain_class(name))}
         unknown = sorted(set(names) - set(plain))
         classes = plain | {name: type(name, (_LeftOut,), {}) for name in unknown}
         with torch.serialization.safe_globals([(kind, name) for name, kind in classes.items()]):
-            found = load_plain(io.BytesIO(common))
-        # An object of the index is a list of one.
-        args = (found[0] if isinstance(found, list) else found).get("args")
-    except Exception as e:  # as many kinds as there are ways to be damaged
+            values: Any = load_plain(io.BytesIO(common))
+        # Objects in the index are lists of one.
+        args = (values[0] if isinstance(values, list) else values).get("args")
+    except Exception as e:  # damaged files raise exceptions of many types
         if unknown and isinstance(e, pickle.UnpicklingError):
             logger.warning(
                 "%s holds %s: that cannot be loaded safely, so Megatron's args are left out", where, ", ".join(unknown)
@@ -86,7 +86,7 @@ def _without_left_out(args: argparse.Namespace, where: Path) -> argparse.Namespa
 
 
 def _left_out(value: Any) -> set[str]:
-    """The names of the classes in a value, at any depth, that were not loaded."""
+    """Returns the names of the classes in a value, at any depth, that were not loaded."""
     if isinstance(value, _LeftOut):
         return {type(value).__name__}
     if isinstance(value, argparse.Namespace):
@@ -96,11 +96,11 @@ def _left_out(value: Any) -> set[str]:
 
 
 def _plain_class(name: str) -> type | None:
-    """A class of which a checkpoint may hold values, by its whole name."""
+    """Returns a class that a checkpoint may hold objects of, by its full name; None for any other."""
     if name in ("argparse.Namespace", "signal.Signals"):
         return {"argparse.Namespace": argparse.Namespace, "signal.Signals": signal.Signals}[name]
     module, _, attribute = name.rpartition(".")
     if module not in _ENUMS:
         return None
-    found = getattr(import_module(module), attribute, None)
-    return found if isinstance(found, type) and issubclass(found, Enum) else None
+    value = getattr(import_module(module), attribute, None)
+    return value if isinstance(value, type) and issubclass(value, Enum) else None

@@ -1,7 +1,7 @@
-"""A source of weights: anything that can give any part of any parameter of a network.
+"""A source of weights: anything that can return any part of any parameter of a network.
 
-A checkpoint on disk, a Hugging Face folder and a pruned view of either are all sources. Writers take a
-source, so that every way in goes with every way out and no whole model is ever held in memory.
+A checkpoint on disk, a Hugging Face folder and a pruned view of either are sources. Writers take a source, so every
+input format combines with every output format, and no whole model is ever in memory.
 """
 
 from typing import Protocol
@@ -21,18 +21,18 @@ class TensorSource(Protocol):
     dtype: torch.dtype
 
     def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
-        """Read the given positions of one parameter.
+        """Reads some positions of one parameter.
 
         Args:
             param: of `parameters(network)`.
-            index: for each dimension, the positions wanted, ascending.
+            index: for each dimension, ascending positions.
 
         Returns:
-            tensor with the lengths of `index`.
+            a tensor with the lengths of `index`.
         """
         ...
 
 
 def take(tensor: torch.Tensor, index: list[np.ndarray]) -> torch.Tensor:
-    """`tensor` at `index[0] x index[1] x ...`, copying once per dimension that is really cut."""
+    """Returns `tensor` at `index[0] x index[1] x ...`, with one copy per sliced dimension."""
     return torch.from_numpy(take_bits(bits(tensor), index)).view(tensor.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 from minitron_megatron.config.plugins import load_plugins
 from minitron_megatron.config.reader import MISSING
 from minitron_megatron.errors import raise_if_any
-from minitron_megatron.process import import_for_good
+from minitron_megatron.process import import_without_gc
 
 VERBS = {
     "import": "minitron_megatron.checkpoint.convert:import_checkpoint",
@@ -37,7 +37,7 @@ def verb_function(verb: str) -> Callable[[Any], Any]:
         ConfigError: a setting is missing or wrong. Checks that read no file come before any work.
     """
     module, name = VERBS[verb].split(":")
-    function = getattr(import_for_good(module), name)
+    function = getattr(import_without_gc(module), name)
 
     @functools.wraps(function)
     def checked(config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The entries of a step that `loss.*` settings ask for."""
+"""Makes a step's entries from the `loss.*` settings."""
 
 from minitron_megatron.config.loss import Balance, LossConfig
 from minitron_megatron.distillation.hidden import HiddenDistance
@@ -10,18 +10,18 @@ from minitron_megatron.errors import raise_if_any
 def loss_entries(
     loss: LossConfig, teacher: Teacher | None = None, hidden: HiddenDistance | None = None, steps: int = 1
 ) -> list[Entry]:
-    """Makes the entries of a step: `lm`, and with weights above 0 `kd_logits` and `kd_hidden`.
+    """Makes the entries of a step: `lm`, and for weights above 0 `kd_logits` and `kd_hidden`.
 
-    Cross-entropy is measured even where its weight is 0.
+    Cross-entropy is measured even if its weight is 0.
 
     Args:
-        loss: weights and what they are of.
-        teacher: whom the student learns from; None for the text alone.
-        hidden: the distance between their hidden states, where `loss.hidden.weight` is above 0.
+        loss: the losses and their weights.
+        teacher: the teacher; None for plain training.
+        hidden: the distance between hidden states, if `loss.hidden.weight` is above 0.
         steps: of the whole run, over which the weight of the cross-entropy may change.
 
     Raises:
-        ConfigError: a setting has no value that it may have, or needs a teacher or `hidden` that is not given.
+        ConfigError: a setting is invalid, or needs a teacher or `hidden` that is not given.
     """
     problems = loss.problems()
     if teacher is None:
@@ -39,7 +39,7 @@ def loss_entries(
     entries = [Entry(None, CrossEntropy(), lambda step: loss.at(step, steps).lm_weight)]
     if loss.kd_logits_weight:
         entries.append(Entry(teacher, Divergence(loss.logits), loss.kd_logits_weight))
-    if loss.hidden.weight:
+    if loss.hidden.weight and hidden is not None:
         is_dynamic = loss.hidden.balance is Balance.DYNAMIC
         weight = BalancedWeight(loss.hidden.weight, against=Divergence.name) if is_dynamic else loss.hidden.weight
         entries.append(Entry(teacher, hidden, weight))

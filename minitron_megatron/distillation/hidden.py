@@ -1,12 +1,13 @@
-"""The distance between hidden states of a student and its teacher, each on the stage that has the student's state.
+"""Losses between hidden states of a student and its teacher, each on the stage that has the student's state.
 
-A loss enters the backward pass where its state is made: an autograd function passes the state on and adds the loss's
-gradient to the state's. So neither schedules nor the messages between stages know of it.
+A loss enters the backward pass at its state: an autograd function passes the state on and adds the loss's gradient to
+the state's. So the schedules and the messages between stages stay as they are.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,12 @@ from minitron_megatron.parallel.schedule import Batch, own_tokens
 
 
 class HiddenDistance:
-    """How far states of the student are from its teacher's, as a mean over pairs of states.
+    """Distance between states of the student and its teacher, averaged over pairs of states.
 
     Args:
-        config: which pairs, and how they are compared. Of `weight` and `balance` nothing is read.
+        config: which pairs, and how to compare them. `weight` and `balance` are not used here.
         student: this rank's student, with its projections; see `add_projections`.
-        networks: the whole student and teacher.
+        networks: of the whole student and teacher.
         ctx: this rank's place.
 
     Attributes:
@@ -62,7 +63,7 @@ class HiddenDistance:
         self._projections = projections_of(student, self.pairs)
 
     def problems(self, vocab: int) -> list[str]:
-        """Returns what of its settings is wrong. Whether they suit the networks, `hidden_problems` says."""
+        """Returns what is wrong with its settings. `hidden_problems` checks them against the networks."""
         return self.config.problems()
 
     @contextmanager
@@ -74,8 +75,8 @@ class HiddenDistance:
         calls: Counter[int] = Counter()
 
         def compare(number: int, output: ModuleOutput) -> ModuleOutput | None:
-            # A layer that is run again in the backward pass comes with gradients then, and without at first. Backward
-            # passes take the micro-batches in the order of the forward passes.
+            # A recomputed layer runs first without gradients, and with them in the backward pass, which is the run that
+            # counts. Backward passes take the micro-batches in the order of the forward passes.
             if torch.is_grad_enabled() != training:
                 return None
             if not calls and training and self.config.loss is HiddenLoss.SQUAREHEAD:
@@ -88,7 +89,7 @@ class HiddenDistance:
             projection = self._projections[number]
             scale = weight / len(self.pairs) * scales.get(number, 1.0)
             weights = None if projection is None else projection.weight
-            error, loss = _Loss.apply(state_of(output), weights, target, mask, self.config.loss, scale)
+            error, loss = _StateLoss.apply(state_of(output), weights, target, mask, self.config.loss, scale)
             sums[:, number] += torch.stack([error.detach(), _denominator(target, mask, self.config.loss)])
             return _attach(output, loss) if training else None
 
@@ -98,11 +99,14 @@ class HiddenDistance:
                 stack.callback(hook.remove)
             yield sums
         if not self.ctx.layout.sequence and self.ctx.tensor_rank > 0:
-            sums.zero_()  # every tensor rank has found the same
+            sums.zero_()  # every tensor rank has the same sums; one counts
 
     def _scales(self, targets: Targets, masks: list[Tensor]) -> dict[int, Tensor]:
-        """Returns, for each pair of this stage, the step's tokens by the sum of the teacher's mean squares, over all
-        ranks that hold tokens: with it, the mean over tokens is the quotient of the sums (2310.06927, section 3.1)."""
+        """Returns for each pair of this stage the number of tokens divided by the sum of the teacher's mean squares.
+
+        Both are sums over the whole step and all ranks that hold tokens. With this factor, the mean over tokens is the
+        quotient of the sums (2310.06927, section 3.1).
+        """
         both = torch.zeros(2, len(self._modules), dtype=torch.float64, device=self.ctx.device)
         for column, number in enumerate(self._modules):
             for batch_number, mask in enumerate(masks):
@@ -116,33 +120,41 @@ class HiddenDistance:
 
 
 def _denominator(target: Tensor, mask: Tensor, kind: HiddenLoss) -> Tensor:
-    """Returns what the errors of a micro-batch are divided by, in sum: tokens, or the teacher's mean squares."""
+    """Returns a micro-batch's part of the loss's denominator: tokens, or the sum of the teacher's mean squares."""
     if kind is HiddenLoss.SQUAREHEAD:
         return (_wide(target).square().mean(-1) * mask).sum()
     return mask.sum()
 
 
 def _wide(states: Tensor) -> Tensor:
-    """Returns states in the number format of losses, float32 at least."""
+    """Converts states to the dtype of losses, at least float32."""
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 def _errors(state: Tensor, target: Tensor, kind: HiddenLoss) -> Tensor:
-    """Returns how far apart two states are, `[seq, batch]`."""
+    """Computes the distance between two states, `[seq, batch]`."""
     if kind is HiddenLoss.COSINE:
         return 1 - F.cosine_similarity(state, target, dim=-1)
     return (state - target).square().mean(-1)
 
 
-class _Loss(torch.autograd.Function):
-    """Error of a projected state, summed over valid tokens, as it is and scaled; the gradient is that of the latter.
+class _StateLoss(torch.autograd.Function):
+    """Error of a projected state, summed over valid tokens: unscaled and scaled. Only the scaled one has a gradient.
 
-    It is computed at once, so that until the backward pass there is one more tensor in the number format of the states,
-    and not the float32 ones that lead to the loss. A projection's gradient goes to Megatron's `main_grad` in float32.
+    The forward pass computes the gradient, so it keeps one tensor in the states' dtype for the backward pass and not
+    the float32 ones of the loss. A projection's gradient goes to Megatron's `main_grad` in float32.
     """
 
     @staticmethod
-    def forward(ctx, state, projection, target, mask, kind, scale):
+    def forward(
+        ctx: Any,
+        state: Tensor,
+        projection: Tensor | None,
+        target: Tensor,
+        mask: Tensor,
+        kind: HiddenLoss,
+        scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
         projected = state.detach() if projection is None else F.linear(state.detach(), projection.detach())
         if not state.requires_grad:
             error = (_errors(_wide(projected), _wide(target), kind) * mask).sum()
@@ -158,7 +170,7 @@ class _Loss(torch.autograd.Function):
         return error, scale * error
 
     @staticmethod
-    def backward(ctx, _, grad_loss):
+    def backward(ctx: Any, _: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad, *state = ctx.saved_tensors
         grad = grad * grad_loss.to(grad.dtype)
         weight = ctx.projection
@@ -171,21 +183,21 @@ class _Loss(torch.autograd.Function):
         return grad @ weight, share, *[None] * 4
 
 
-class _Attach(torch.autograd.Function):
-    """A state, unchanged; the backward pass also begins at a loss."""
+class _AttachLoss(torch.autograd.Function):
+    """Returns a state unchanged; the backward pass also starts at a loss."""
 
     @staticmethod
-    def forward(ctx, state, loss):
+    def forward(ctx: Any, state: Tensor, loss: Tensor) -> Tensor:
         ctx.like = loss
         return state
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, torch.ones_like(ctx.like)
 
 
 def _attach(output: ModuleOutput, loss: Tensor) -> ModuleOutput:
-    """Returns a module's output, whose first tensor takes a loss with it into the backward pass."""
+    """Attaches a loss to the first tensor of a module's output, so that the backward pass includes it."""
     state, *others = output if isinstance(output, tuple) else (output,)
-    state = make_viewless_tensor(_Attach.apply(state, loss), requires_grad=True, keep_graph=True)
+    state = make_viewless_tensor(_AttachLoss.apply(state, loss), requires_grad=True, keep_graph=True)
     return (state, *others) if isinstance(output, tuple) else state

@@ -1,17 +1,17 @@
-"""Computes losses straight from hidden states, a chunk of tokens at a time.
+"""Computes losses directly from hidden states, a chunk of tokens at a time.
 
-Output projection, vocab-parallel softmaxes, losses and their gradients are one pass over each chunk, so that
-full-vocabulary logits of neither model ever exist. With p the student's and q the teacher's distribution, the
-gradient of `kd * KL(q || p) + lm * CE` by the student's logits is `(kd + lm) * p - kd * q - lm * onehot(label)`, and
-is written down; at a temperature t the divergence has p and q at that temperature, and `kd * scale / t` for kd in the
-gradient, where scale is t squared or 1. Any other divergence of `losses` is differentiated by autograd, on a chunk of
-logits.
+Output projection, vocab-parallel softmaxes, losses and their gradients are one pass over each chunk, so full-vocabulary
+logits of all tokens never exist. With p the student's and q the teacher's distribution, the gradient of
+`kd * KL(q || p) + lm * CE` by the student's logits is `(kd + lm) * p - kd * q - lm * onehot(label)`, and is computed
+analytically. With a temperature t, the divergence uses p and q at that temperature, and its gradient has
+`kd * scale / t` in place of kd, where scale is t squared or 1. Autograd differentiates any other divergence of
+`losses`, on a chunk of logits.
 
-Matrix products run in the number format of the hidden states, softmaxes and losses in float32, and the
-gradient of the output weight is accumulated over chunks in float32 (in float64 where the hidden states are).
+Matrix products run in the dtype of the hidden states, softmaxes and losses in float32. The gradient of the output
+weight is accumulated over chunks in float32 (all in float64 if the hidden states are).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,18 +21,20 @@ from torch.nn.functional import pad
 
 from minitron_megatron.config.loss import LogitsConfig
 from minitron_megatron.distillation.losses import divergence
+from minitron_megatron.distillation.vocab_parallel import LogSumExp, gather_columns, log_softmax, softmaxes
+from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.cpu import bypass_cpu_mode
 
-# On the CPU, softmax work is done on blocks of rows that stay in the processor's cache; 2^18 float32 are 1 MiB.
+# On the CPU, softmaxes run on blocks of tokens that stay in a core's cache; 2^18 float32 are 1 MiB.
 _CACHE_ELEMENTS = 2**18
 
-# The gradient of the output weight is computed for so many of its rows at a time, whose share of one chunk is small
-# beside the weight, and on the CPU still in the cache when it is added to the sum.
+# Rows of the output weight whose gradient is computed at a time: the temporary is small beside the weight, and on the
+# CPU still in the cache when it is added to the sum.
 _WEIGHT_ROWS = 4096
 
 
 class Predictions(NamedTuple):
-    """A model's predictions, as what makes them: last hidden states `[tokens, hidden]`, output weight
+    """A model's predictions before the output projection: last hidden states `[tokens, hidden]` and output weight
     `[vocab/tp, hidden]`."""
 
     hidden: Tensor
@@ -52,10 +54,10 @@ def linear_distillation_loss(
     chunk_tokens: int = 512,
     config: LogitsConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the weighted sum over valid tokens of the divergence from a teacher and of cross-entropy.
+    """Computes the weighted sum of divergence and cross-entropy over valid tokens.
 
-    Under tensor parallelism every rank holds all tokens and its rows of the output weights. The gradient of
-    `hidden` is this rank's share; the region that `hidden` comes from sums it over the ranks.
+    Under tensor parallelism every rank holds all tokens and its rows of the output weights. The gradient of `hidden` is
+    this rank's share; the tensor-parallel region that `hidden` comes from sums it over the ranks.
 
     Args:
         hidden: the student's last hidden states `[tokens, hidden]`.
@@ -64,20 +66,20 @@ def linear_distillation_loss(
         labels: next tokens `[tokens]`.
         mask: `[tokens]`, 1 for tokens that count.
         group: tensor-parallel group.
-        vocab: tokens of the tokenizer; rows beyond it pad the vocabulary and take no part.
-        teacher: the teacher's predictions, where `kd_weight` is not 0.
+        vocab: tokens of the tokenizer; rows beyond it pad the vocabulary and are ignored.
+        teacher: the teacher's predictions; None only if `kd_weight` is 0.
         kd_weight: weight of the divergence.
         lm_weight: weight of the cross-entropy.
         chunk_tokens: tokens whose logits exist at one time.
         config: which divergence; None for KL(teacher || student).
 
     Returns:
-        the loss (a sum, not a mean), and its unweighted terms `[divergence, cross-entropy]` without gradient;
+        the loss (a sum, not a mean), and its unweighted terms, float64 `[divergence, cross-entropy]` without gradient;
         the same on every rank of `group`.
     """
     assert teacher is not None or kd_weight == 0
     config = config or LogitsConfig()
-    # Inside an autograd function gradients are off always, and its own flags know nothing of `no_grad` around it.
+    # Asked here, because inside an autograd function gradients are always off.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearDistillationLoss.apply(
         hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens, config, needs_grad
@@ -87,53 +89,62 @@ def linear_distillation_loss(
 class _LinearDistillationLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, labels, mask, group, vocab, teacher, kd_weight, lm_weight, chunk_tokens, config, needs_grad
-    ):
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        group: dist.ProcessGroup,
+        vocab: int,
+        teacher: Predictions | None,
+        kd_weight: float,
+        lm_weight: float,
+        chunk_tokens: int,
+        config: LogitsConfig,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
         first_row = group.rank() * weight.size(0)
         num_rows = min(max(vocab - first_row, 0), weight.size(0))
         local_labels = labels - first_row
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=_precise(weight)) if needs_grad else None
+        grads = (torch.empty_like(hidden), torch.zeros_like(weight, dtype=_precise(weight))) if needs_grad else None
         terms = torch.zeros(2, dtype=torch.float64, device=hidden.device)
-        # Written over by every chunk: memory that is new to the process costs more than the matrix product.
-        size = min(chunk_tokens, hidden.size(0)), num_rows
-        logits_buffer = hidden.new_empty(size)
-        teacher_buffer = teacher.hidden.new_empty(size) if teacher else None
-        # The ranks sum over their rows block by block, so that the block must not depend on how many of them are true.
+        options = _Options(group, kd_weight, lm_weight, needs_grad, config)
+        project = _Projection(Predictions(hidden, weight), chunk_tokens, num_rows)
+        project_teacher = _Projection(teacher, chunk_tokens, num_rows) if teacher else None
+        # The ranks sum over their rows block by block, so the block must not depend on how many rows are not padding.
         block = _block(chunk_tokens, weight.size(0), weight.is_cuda)
 
         for start in range(0, hidden.size(0), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits = _project(hidden[rows], weight[:num_rows], logits_buffer)
-            teacher_logits = None
-            if teacher:
-                teacher_logits = _project(teacher.hidden[rows], teacher.weight[:num_rows], teacher_buffer)
-            chunk = logits, teacher_logits, local_labels[rows], mask[rows], group, kd_weight, lm_weight, needs_grad
-            if teacher is None or config.is_whole_forward_kl:
+            logits = project(rows)
+            teacher_logits = project_teacher(rows) if project_teacher else None
+            text = local_labels[rows], mask[rows]
+            if teacher_logits is None or config.is_whole_forward_kl:
                 with bypass_cpu_mode():
-                    kd, ce, grad = _kl_chunk(*chunk, config, block)
+                    kd, ce, grad = _kl_chunk(logits, teacher_logits, *text, options, block)
             else:
-                kd, ce, grad = _any_chunk(*chunk, config)
+                kd, ce, grad = _any_chunk(logits, teacher_logits, *text, options)
             terms += torch.stack([kd, ce])
-            if needs_grad:
+            if grads:
+                grad_hidden, grad_weight = grads
                 torch.mm(grad, weight[:num_rows], out=grad_hidden[rows])
                 for first in range(0, num_rows, _WEIGHT_ROWS):
                     of_weight = slice(first, min(first + _WEIGHT_ROWS, num_rows))
                     grad_weight[of_weight].add_(torch.mm(grad[:, of_weight].T, hidden[rows]))
 
-        ctx.weight, ctx.grad_hidden, ctx.grad_weight = weight, grad_hidden, grad_weight
+        ctx.weight, ctx.grads = weight, grads
         loss = (kd_weight * terms[0] + lm_weight * terms[1]).to(_precise(hidden))
         ctx.mark_non_differentiable(terms)
         return loss, terms
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
-        weight, grad_weight = ctx.weight, ctx.grad_weight
-        ctx.grad_weight = None
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        weight, (grad_hidden, grad_weight) = ctx.weight, ctx.grads
+        ctx.grads = None
         if hasattr(weight, "main_grad"):
             weight.main_grad.addcmul_(grad_weight, grad_loss)
-            # Megatron's protocol for gradients that are in `main_grad` already: its hook must still fire. It marks a
-            # weight that is the embedding here too, whose own gradient makes it fire and must be added.
+            # Megatron's protocol for gradients that are in `main_grad` already: its hook must still fire. For a weight
+            # tied to the embedding on this stage (zero_out_wgrad), the embedding's gradient makes it fire.
             if getattr(weight, "zero_out_wgrad", False):
                 grad_weight = None
             else:
@@ -141,59 +152,89 @@ class _LinearDistillationLoss(torch.autograd.Function):
                 grad_weight = torch.empty_like(weight)
         else:
             grad_weight = grad_weight.mul_(grad_loss).to(weight.dtype)
-        return ctx.grad_hidden.mul_(grad_loss), grad_weight, *[None] * 10
+        return grad_hidden.mul_(grad_loss), grad_weight, *[None] * 10
 
 
-def _project(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    return torch.mm(hidden, weight.T, out=buffer[: hidden.size(0)])
+class _Projection:
+    """Projects hidden states to logits `[tokens, rows of this rank]`, a chunk of tokens at a time.
+
+    Every chunk overwrites the one before: memory that is new to the process costs more than the matrix product.
+    """
+
+    def __init__(self, predictions: Predictions, chunk_tokens: int, num_rows: int):
+        self.hidden = predictions.hidden
+        self.weight = predictions.weight[:num_rows]
+        self.buffer = self.hidden.new_empty((min(chunk_tokens, self.hidden.size(0)), num_rows))
+
+    def __call__(self, tokens: slice) -> Tensor:
+        hidden = self.hidden[tokens]
+        return torch.mm(hidden, self.weight.T, out=self.buffer[: hidden.size(0)])
 
 
 def _block(num_rows: int, num_columns: int, is_cuda: bool) -> int:
-    """Returns how many rows of a matrix to work on at a time: on the CPU what its cache holds, on CUDA all."""
+    """Returns how many rows of a matrix to work on at a time: on the CPU as many as fit into its cache, on CUDA all."""
     return max(1, num_rows if is_cuda else _CACHE_ELEMENTS // num_columns)
 
 
 def _precise(tensor: Tensor) -> torch.dtype:
-    """Returns the number format of softmaxes, losses and sums over tokens."""
+    """Returns the dtype of softmaxes, losses and sums over tokens."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, config, block):
-    """Computes KL and cross-entropy summed over a chunk, and the gradient by the logits in their number format.
+class _Options(NamedTuple):
+    """What is computed of every chunk: the weights of divergence and cross-entropy, and which divergence."""
 
-    The gradient is written over `logits` `[tokens, rows of this rank]`, `block` tokens at a time.
+    group: dist.ProcessGroup
+    kd_weight: float
+    lm_weight: float
+    needs_grad: bool
+    config: LogitsConfig
+
+
+def _own_labels(labels: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Returns which labels are rows of this rank, and a valid column for each label."""
+    return (labels >= 0) & (labels < num_rows), labels.clamp(0, max(num_rows - 1, 0))
+
+
+def _kl_chunk(
+    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, mask: Tensor, options: _Options, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes KL and cross-entropy summed over a chunk, and the gradient by the logits in their dtype.
+
+    The gradient overwrites `logits` `[tokens, rows of this rank]`, `block` tokens at a time.
     """
+    group, kd_weight, lm_weight, needs_grad, config = options
     num_tokens, num_rows = logits.shape
     dtype = _precise(logits)
-    labelled = (labels >= 0) & (labels < num_rows)
-    label_columns = labels.clamp(0, max(num_rows - 1, 0))
+    labelled, label_columns = _own_labels(labels, num_rows)
     label_logits = _zero_unless(labelled, logits, label_columns)
     mask = mask.to(dtype)
     has_teacher = teacher_logits is not None
-    # At a temperature, the divergence is of other probabilities than the cross-entropy.
+    # With a temperature, divergence and cross-entropy use different probabilities.
     is_tempered = has_teacher and config.temperature != 1
     kd_slope = kd_weight * config.scale / config.temperature if has_teacher else 0.0
-    # Reused by every block: results that are allocated each time leave the cache. Of the student, and as they are there
-    # of the teacher, of their difference and of the student without the temperature.
+    # Reused by every block, because newly allocated results are not in the cache. In this order: the student's, and if
+    # needed the teacher's, their difference, and the student's without the temperature.
     num_parts = 1 + 2 * has_teacher + is_tempered
     work = torch.empty(num_parts, min(block, num_tokens), num_rows, device=logits.device, dtype=dtype)
-    log_sums, products = [], torch.zeros(num_tokens, device=logits.device, dtype=dtype)
+    sums_of_blocks = []
+    products = torch.zeros(num_tokens, device=logits.device, dtype=dtype)
 
     for start in range(0, num_tokens, block):
         rows = slice(start, start + block)
         student, *parts = work[:, : logits[rows].size(0)]
         softened = [student.copy_(logits[rows])]
-        if has_teacher:
+        if teacher_logits is not None:
             target, difference, *untempered = parts
             softened += [target.copy_(teacher_logits[rows]), *(part.copy_(student) for part in untempered)]
             if is_tempered:
                 student.div_(config.temperature)
                 target.div_(config.temperature)
             torch.sub(target, student, out=difference)
-        of_block, shares = _softmaxes(softened, group)
-        log_sums.append(of_block)
+        of_block, shares = softmaxes(softened, group)
+        sums_of_blocks.append(of_block)
         if has_teacher:
-            # sum_v q (z_t - z_s), the part of the divergence that runs over the vocabulary
+            # sum_v q (z_t - z_s), the divergence's sum over the vocabulary
             products[rows] = difference.mul_(target).sum(1).mul_(shares[1])
         if needs_grad:
             counts = mask[rows]
@@ -207,8 +248,8 @@ def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight,
                 student.scatter_add_(1, label_columns[rows, None], (-lm_weight * counts * labelled[rows])[:, None])
             logits[rows] = student
 
-    log_sums = torch.cat(log_sums, dim=1)
-    label_logits, products = _sum(torch.stack([label_logits, products]), group)
+    log_sums = torch.cat(sums_of_blocks, dim=1)
+    label_logits, products = sum_over(torch.stack([label_logits, products]), group)
     mask = mask.double()
     ce = ((log_sums[2 if is_tempered else 0] - label_logits) * mask).sum()
     kl = torch.zeros_like(ce)
@@ -217,140 +258,74 @@ def _kl_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight,
     return kl, ce, logits
 
 
-def _any_chunk(logits, teacher_logits, labels, mask, group, kd_weight, lm_weight, needs_grad, config):
-    """Computes the same as `_kl_chunk` for any divergence: by autograd, on this chunk."""
-    num_rows = logits.size(1)
-    labelled = ((labels >= 0) & (labels < num_rows))[:, None]
-    label_columns = labels.clamp(0, max(num_rows - 1, 0))[:, None]
+def _any_chunk(
+    logits: Tensor, teacher_logits: Tensor, labels: Tensor, mask: Tensor, options: _Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the same as `_kl_chunk` for any divergence, with autograd's gradient."""
+    group, kd_weight, lm_weight, needs_grad, config = options
+    labelled, label_columns = (values[:, None] for values in _own_labels(labels, logits.size(1)))
     target = teacher_logits.to(_precise(logits)) / config.temperature
 
     def total(x: Tensor) -> Tensor:
-        """The sum over the vocabulary of all ranks, whose backward pass knows that every rank has the result."""
+        """Sums over the vocabulary of all ranks, with a backward pass for a result that every rank has."""
         return reduce_from_tensor_model_parallel_region(x.sum(-1), group=group)
 
     with torch.set_grad_enabled(needs_grad):
         student = logits.to(_precise(logits)).detach().requires_grad_(needs_grad)
-        of_labels = _gather(_log_softmax(student, group), label_columns)
+        of_labels = gather_columns(log_softmax(student, group), label_columns)
         ce = -total(of_labels * labelled)
         at_temperature = student / config.temperature
         if config.top_k:
-            pair, is_own = _on_top_k(at_temperature, target, group, config)
-            kd = divergence(*pair, config, lambda x: total(x * is_own))
+            own, target, is_own = _on_top_k(at_temperature, target, group, config.top_k, config.tail)
+            kd = divergence(own, target, config, lambda x: total(x * is_own))
         else:
-            kd = divergence(_log_softmax(at_temperature, group), _log_softmax(target, group), config, total)
+            kd = divergence(log_softmax(at_temperature, group), log_softmax(target, group), config, total)
         kd, ce = kd * mask, ce * mask
         if needs_grad:
-            torch.autograd.backward((kd_weight * kd + lm_weight * ce).sum())
-            logits = logits.copy_(student.grad)
+            [grad] = torch.autograd.grad((kd_weight * kd + lm_weight * ce).sum(), student)
+            logits.copy_(grad)
     return kd.detach().sum(dtype=torch.float64), ce.detach().sum(dtype=torch.float64), logits
 
 
 def _on_top_k(
-    student: Tensor, target: Tensor, group: dist.ProcessGroup, config: LogitsConfig
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """As `losses.on_top_k`, of logits `[tokens, rows of this rank]`.
+    student: Tensor, target: Tensor, group: dist.ProcessGroup, top_k: int, tail: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Restricts logits `[tokens, rows of this rank]` as `losses.on_top_k` does.
 
     Returns:
-        log-probabilities of student and teacher `[tokens, top_k (+ 1)]`, and which of them are this rank's to count.
+        log-probabilities of student and teacher `[tokens, top_k (+ 1)]`, and which of them this rank counts.
     """
-    count, num_rows = config.top_k, student.size(1)
-    values, columns = target.topk(min(count, num_rows))
-    missing = (0, count - values.size(1))
+    num_rows = student.size(1)
+    values, columns = target.topk(min(top_k, num_rows))
+    missing = (0, top_k - values.size(1))
     values, columns = pad(values, missing, value=-torch.inf), pad(columns, missing)
     of_ranks = [torch.empty_like(values) for _ in range(group.size())]
     if group.size() > 1:
         dist.all_gather(of_ranks, values, group=group)
     else:
         of_ranks = [values]
-    kept, order = torch.cat(of_ranks, dim=1).topk(count)
-    is_own = order // count == group.rank()
-    columns = columns.gather(1, order % count)
-    # What is not this rank's is 0 in both, which no divergence of them minds.
-    own = torch.where(is_own, _gather(_log_softmax(student, group), columns), 0)
-    if not config.tail:
-        return (own, torch.where(is_own, kept.log_softmax(1), 0)), is_own
+    kept, order = torch.cat(of_ranks, dim=1).topk(top_k)
+    is_own = order // top_k == group.rank()
+    columns = columns.gather(1, order % top_k)
+    # Entries of other ranks are 0 in both, and no divergence sees them.
+    own = torch.where(is_own, gather_columns(log_softmax(student, group), columns), 0)
+    if not tail:
+        return own, torch.where(is_own, kept.log_softmax(1), 0), is_own
     taken = torch.zeros(len(target), num_rows + 1, dtype=torch.bool, device=target.device)
     taken = taken.scatter(1, torch.where(is_own, columns, num_rows), True)[:, :num_rows]
-    pair = []
-    for logits, of_kept in ((student, own), (target, None)):
-        log_sum = _LogSumExp.apply(logits, group)[:, None]
-        tail = _LogSumExp.apply(logits.masked_fill(taken, -torch.inf), group)[:, None] - log_sum
-        of_kept = torch.where(is_own, kept - log_sum, 0) if of_kept is None else of_kept
-        pair.append(torch.cat([of_kept, tail], dim=1))
-    # The first rank counts the rest of the vocabulary.
-    return tuple(pair), pad(is_own, (0, 1), value=group.rank() == 0)
 
+    def sums(logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the log of the sum over the vocabulary, and the log-probability of all tokens not taken."""
+        log_sum = LogSumExp.apply(logits, group)[:, None]
+        return log_sum, LogSumExp.apply(logits.masked_fill(taken, -torch.inf), group)[:, None] - log_sum
 
-class _LogSumExp(torch.autograd.Function):
-    """Log of the sum of exponentials over a vocabulary that a group splits, `[tokens, rows]` to `[tokens]`.
-
-    Each rank goes on with it for its own rows, so that the gradients by it that the ranks have are parts of the whole.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, group):
-        largest = _largest(logits, group)
-        log_sum = _sum((logits - largest[:, None]).exp_().sum(1), group).log_().add_(largest)
-        ctx.save_for_backward(logits, log_sum)
-        ctx.group = group
-        return log_sum
-
-    @staticmethod
-    def backward(ctx, grad):
-        logits, log_sum = ctx.saved_tensors
-        return _sum(grad.clone(), ctx.group)[:, None] * (logits - log_sum[:, None]).exp_(), None
-
-
-def _log_softmax(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return logits - _LogSumExp.apply(logits, group)[:, None]
-
-
-def _gather(values: Tensor, columns: Tensor) -> Tensor:
-    """`values[i, columns[i]]`; of a rank without rows zeros, whose backward pass still joins the collectives."""
-    return values.gather(1, columns) if values.size(1) else values.sum(1, keepdim=True).expand_as(columns)
-
-
-def _largest(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    if logits.size(1):
-        largest = logits.amax(1)
-    else:
-        largest = logits.new_full((logits.size(0),), -torch.inf)
-    if group.size() > 1:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    return largest
-
-
-def _softmaxes(logits: list[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Vocab-parallel softmaxes in parts: turns the logits of this rank's rows into their own softmaxes, in place.
-
-    Returns:
-        log of the sum of all ranks' exponentials `[len(logits), tokens]`, and this rank's shares of these sums, the
-        factors that make its own softmaxes probabilities.
-    """
-    largest = logits[0].new_full((len(logits), len(logits[0])), -torch.inf)
-    sums = torch.zeros_like(largest)  # of exponentials of what is subtracted the largest from
-    if logits[0].size(1):
-        for number, part in enumerate(logits):
-            largest[number] = part.amax(1)
-            torch.softmax(part, 1, out=part)
-            sums[number] = part.amax(1).reciprocal_()
-    if group.size() == 1:
-        return largest.add_(sums.log_()), torch.ones_like(sums)
-    own = torch.stack([largest, sums])
-    of_ranks = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(of_ranks, own, group=group)
-    largest, sums = torch.stack(of_ranks, dim=1)
-    top = largest.amax(0)
-    sums *= (largest - top).exp_()
-    total = sums.sum(0)
-    return top + total.log(), sums[group.rank()] / total
-
-
-def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    if group.size() > 1:
-        dist.all_reduce(tensor, group=group)
-    return tensor
+    _, student_tail = sums(student)
+    log_sum, target_tail = sums(target)
+    with_tail = torch.cat([own, student_tail], dim=1)
+    target_with_tail = torch.cat([torch.where(is_own, kept - log_sum, 0), target_tail], dim=1)
+    # The first rank counts the tail.
+    return with_tail, target_with_tail, pad(is_own, (0, 1), value=group.rank() == 0)
 
 
 def _zero_unless(condition: Tensor, logits: Tensor, columns: Tensor) -> Tensor:
-    return torch.where(condition, _gather(logits, columns[:, None])[:, 0].to(_precise(logits)), 0.0)
+    return torch.where(condition, gather_columns(logits, columns[:, None])[:, 0].to(_precise(logits)), 0.0)

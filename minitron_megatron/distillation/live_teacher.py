@@ -1,7 +1,7 @@
-"""A teacher that runs beside its student, on the same ranks.
+"""A teacher model that runs beside its student, on the same ranks.
 
-It goes first: through Megatron's own schedules it runs over the step's micro-batches, and leaves its last hidden states
-`[seq(/tp), batch, hidden]` on the last stage, never its logits, and the states of layers where they are wanted. Its
+It runs first over the step's micro-batches, through Megatron's own schedules. It leaves its last hidden states
+`[seq(/tp), batch, hidden]`, never its logits, on the last stage, and states of layers on the stages that want them. Its
 stages need not match the student's.
 """
 
@@ -25,14 +25,14 @@ from minitron_megatron.parallel.schedule import Batch, run_forward
 
 
 class LiveTeacher:
-    """A model that teaches; see `Teacher`. One step takes targets from it at a time.
+    """A model as a teacher; see `Teacher`. Only one step at a time uses its targets.
 
     Args:
-        model_chunks: this rank's teacher, frozen. A teacher wrapped in Megatron's DistributedDataParallel is trained as
-            well: it gets the gradients of its cross-entropy on the same batches. Either may be in a Float16Module.
+        model_chunks: this rank's teacher, frozen. If wrapped in Megatron's DistributedDataParallel, it is trained too:
+            it gets the gradients of its cross-entropy on the same batches. Either may be in a Float16Module.
         ctx: this rank's place.
         vocab: tokens of the tokenizer.
-        chunk_tokens: tokens whose logits exist at one time where it is measured, or learns.
+        chunk_tokens: tokens whose logits exist at one time when it is evaluated or trained.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class LiveTeacher:
         self._exchange: StateExchange | None = None
 
     def prepare(self, wanted: Wanted) -> None:
-        """Tells what every step will want; see `Teacher`."""
+        """Sets what every step will want; see `Teacher`."""
         self._wanted = wanted
         self._exchange = StateExchange(self.model_chunks, wanted.states, self.ctx) if wanted.states else None
 
@@ -68,10 +68,11 @@ class LiveTeacher:
     def teach(self, batches: Sequence[Batch], training: bool) -> Iterator["LiveTargets"]:
         """Runs over the micro-batches of a step; see `Teacher`."""
         training = training and self.is_trained
-        text_loss, last_states = None, []
-        torch.cuda.synchronize()  # kernels run on after the call that starts them has returned
+        text_loss: float | None = None
+        last_states: list[Tensor] = []
+        torch.cuda.synchronize()  # kernels are asynchronous
         started = time.perf_counter()
-        with self._exchange.keeping(training) if self._exchange else nullcontext():
+        with self._exchange.capturing(training) if self._exchange else nullcontext():
             if training:
                 text_loss = self._text_step.train(batches, last_states=last_states).losses[CrossEntropy.name]
             else:
@@ -81,14 +82,14 @@ class LiveTeacher:
         if self._exchange:
             self._exchange.send(batches)
         if not self._wanted.predictions:
-            last_states = []  # or they would stay until the student is through
+            last_states = []  # free them before the student runs
         yield LiveTargets(self, last_states, self._exchange, seconds, text_loss)
         if self._exchange:
             self._exchange.finish()
 
 
 class LiveTargets:
-    """What a live teacher leaves for one step; see `Targets`."""
+    """The targets of a live teacher for one step; see `Targets`."""
 
     def __init__(
         self,
@@ -105,13 +106,19 @@ class LiveTargets:
         self._exchange = exchange
 
     def predictions(self, number: int) -> Predictions:
-        """Returns the predictions for a micro-batch, on the last stage, from its last hidden states."""
+        """Returns the predictions for a micro-batch, on the last stage."""
         return predictions_of(self._teacher.model_chunks[-1], self._last_states[number], self._teacher.ctx)
 
     def state(self, tap: Tap, number: int) -> Tensor:
-        """Returns a hidden state, as soon as it is here."""
-        return self._exchange.state(tap, number)
+        """Waits for a hidden state and returns it."""
+        return self._states.state(tap, number)
 
     def release(self, tap: Tap, number: int) -> None:
-        """Lets go of a state with the last one of those that want it here."""
-        self._exchange.release(tap, number)
+        """Frees a state when all that want it on this rank have released it."""
+        self._states.release(tap, number)
+
+    @property
+    def _states(self) -> StateExchange:
+        if self._exchange is None:
+            raise LookupError("no hidden states were requested: name them in the objective's `wanted.states`")
+        return self._exchange

@@ -1,8 +1,8 @@
-"""Measures how far a student's next-token distribution is from its teacher's.
+"""Divergences between the next-token distributions of a student and its teacher.
 
-Every divergence is a few lines of log-probabilities and of one operation, the sum over the vocabulary. With a plain sum
-they are the definitions, on one device and on whole logits; `linear_losses` gives a sum that runs over the ranks which
-share a vocabulary, and a chunk of tokens at a time.
+Every divergence is written in terms of log-probabilities and one operation, the sum over the vocabulary. With a plain
+sum it is the definition, on one device and whole logits; `linear_losses` passes a sum over the ranks that share the
+vocabulary, and a chunk of tokens at a time.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from minitron_megatron.config.loss import Divergence, LogitsConfig
 
 Total = Callable[[Tensor], Tensor]
-"""From `[tokens, vocab]` to `[tokens]`, the sum over the whole vocabulary."""
+"""Sums over the whole vocabulary, `[tokens, vocab]` to `[tokens]`."""
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def forward_kl(student: Tensor, teacher: Tensor, total: Total = _sum) -> Tensor:
-    """KL(teacher || student) of every token (Minitron, 2407.14679, section 3).
+    """Computes KL(teacher || student) of every token (Minitron, 2407.14679, section 3).
 
     Args:
         student, teacher: log-probabilities `[tokens, vocab]`.
@@ -36,43 +36,43 @@ def forward_kl(student: Tensor, teacher: Tensor, total: Total = _sum) -> Tensor:
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, total: Total = _sum) -> Tensor:
-    """KL(student || teacher); see `forward_kl`."""
+    """Computes KL(student || teacher); see `forward_kl`."""
     return forward_kl(teacher, student, total)
 
 
 def jensen_shannon(student: Tensor, teacher: Tensor, total: Total, beta: float) -> Tensor:
-    """beta KL(teacher || m) + (1 - beta) KL(student || m) with the mixture m = beta teacher + (1 - beta) student
-    (GKD, 2306.13649, equation 1); see `forward_kl`."""
+    """Computes beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student (GKD,
+    2306.13649, equation 1); see `forward_kl`."""
     mixture = _mixture(teacher, student, beta)
     return beta * forward_kl(mixture, teacher, total) + (1 - beta) * forward_kl(mixture, student, total)
 
 
 def skewed_kl(student: Tensor, teacher: Tensor, total: Total, skew: float) -> Tensor:
-    """KL(teacher || skew teacher + (1 - skew) student) (DistiLLM, 2402.03898, equation 4); see `forward_kl`."""
+    """Computes KL(teacher || skew teacher + (1 - skew) student) (DistiLLM, 2402.03898, eq. 4); see `forward_kl`."""
     return forward_kl(_mixture(teacher, student, skew), teacher, total)
 
 
 def total_variation(student: Tensor, teacher: Tensor, total: Total = _sum) -> Tensor:
-    """Half of the sum of absolute differences of the probabilities, between 0 and 1; see `forward_kl`."""
+    """Computes half the sum of absolute differences of the probabilities, between 0 and 1; see `forward_kl`."""
     return total((teacher.exp() - student.exp()).abs()) / 2
 
 
 def squared_error(student: Tensor, teacher: Tensor, total: Total = _sum) -> Tensor:
-    """Sum of squared differences of the probabilities, between 0 and 2; see `forward_kl`.
+    """Computes the sum of squared differences of the probabilities, between 0 and 2; see `forward_kl`.
 
-    Losses compare probabilities, as in Minitron's section 3; of a mean over so many tokens nothing would be left.
+    It compares probabilities, as in Minitron's section 3. It is a sum because a mean over the vocabulary would vanish.
     """
     return total((teacher.exp() - student.exp()).square())
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, total: Total = _sum) -> Tensor:
-    """1 - cosine of the probabilities, as vectors; see `forward_kl`."""
+    """Computes 1 - cosine of the probabilities, as vectors; see `forward_kl`."""
     p, q = student.exp(), teacher.exp()
     return 1 - total(p * q) * (total(p.square()) * total(q.square())).rsqrt()
 
 
 def divergence(student: Tensor, teacher: Tensor, config: LogitsConfig, total: Total = _sum) -> Tensor:
-    """Computes the divergence that a configuration names, of log-probabilities at its temperature; see `forward_kl`."""
+    """Computes the configured divergence of log-probabilities at the configured temperature; see `forward_kl`."""
     match config.divergence:
         case Divergence.JENSEN_SHANNON:
             value = jensen_shannon(student, teacher, total, config.beta)
@@ -93,20 +93,24 @@ _PLAIN = {
 
 
 def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """Returns the log-probabilities of `share` of the first distribution and the rest of the second."""
+    """Computes the log-probabilities of the mixture share * first + (1 - share) * second."""
     return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
 
 
-def on_top_k(student: Tensor, teacher: Tensor, config: LogitsConfig) -> tuple[Tensor, Tensor]:
-    """Returns the log-probabilities of the teacher's `top_k` tokens: the teacher's made to sum to one, or both with one
-    more for all other tokens together.
+def on_top_k(student: Tensor, teacher: Tensor, top_k: int, tail: bool) -> tuple[Tensor, Tensor]:
+    """Restricts both distributions to the teacher's `top_k` tokens.
 
     Args:
         student, teacher: log-probabilities `[tokens, vocab]`.
+        top_k: tokens that are kept.
+        tail: whether all other tokens count as one more; else the teacher's probabilities are made to sum to one.
+
+    Returns:
+        log-probabilities of student and teacher, `[tokens, top_k (+ 1)]`.
     """
-    kept, columns = teacher.topk(config.top_k, dim=-1)
+    kept, columns = teacher.topk(top_k, dim=-1)
     own = student.gather(1, columns)
-    if not config.tail:
+    if not tail:
         return own, kept - kept.logsumexp(-1, keepdim=True)
     others = torch.zeros_like(teacher, dtype=torch.bool).scatter(1, columns, True)
     tails = [x.masked_fill(others, -torch.inf).logsumexp(-1, keepdim=True) for x in (student, teacher)]
@@ -138,8 +142,10 @@ def distillation_loss(
     loss = lm_weight * F.cross_entropy(student_logits, labels, reduction="none")
     if teacher_logits is not None:
         config = config or LogitsConfig()
-        pair = [(logits / config.temperature).log_softmax(-1) for logits in (student_logits, teacher_logits)]
+        student, teacher = (
+            (logits / config.temperature).log_softmax(-1) for logits in (student_logits, teacher_logits)
+        )
         if config.top_k:
-            pair = on_top_k(*pair, config)
-        loss = loss + kd_weight * divergence(*pair, config)
+            student, teacher = on_top_k(student, teacher, config.top_k, config.tail)
+        loss = loss + kd_weight * divergence(student, teacher, config)
     return torch.sum(loss * mask)

@@ -21,13 +21,13 @@ from minitron_megatron.parallel.gpus import GPU
 GIB = 2**30
 
 # CUDA's context and kernels take 1.3 GB ("Model training anatomy" in the documentation of transformers). The rest is an
-# assumption: NCCL's buffers, the workspaces of cuBLAS and Transformer Engine, and what the allocator cannot use.
+# assumption: NCCL's buffers, the workspaces of cuBLAS and Transformer Engine, and fragmentation.
 _RESERVE = 3 * GIB
 
-# Copies of a block of logits in float32, `work` of `linear_losses._kl_chunk`: the student's for cross-entropy, and for
-# a forward KL the teacher's and their difference too. A temperature takes one more.
+# Copies of a block of logits in float32 (`work` in `linear_losses._kl_chunk`): the student's for cross-entropy; for a
+# forward KL also the teacher's and their difference. A temperature takes one more.
 _LM_COPIES, _KL_COPIES = 1, 3
-# In any other divergence, by autograd: as many as were alive at once on the CPU for the greediest, jensen_shannon.
+# Copies for any other divergence, by autograd: the peak measured on the CPU for jensen_shannon, which needs the most.
 _OTHER_COPIES = 12
 
 
@@ -37,14 +37,14 @@ class Memory:
 
     Attributes:
         stage: which pipeline stage, from 0.
-        teacher_weights, student_weights: in their number formats.
+        teacher_weights, student_weights: in their dtypes.
         gradients: Megatron's buffers in float32.
-        optimizer: main weights in float32, where the weights are not, and Adam's two moments.
-        activations: what the student keeps for its backward pass, of all micro-batches on their way.
+        optimizer: main weights in float32, if the weights are not, and Adam's two moments.
+        activations: kept by the student for its backward pass, of all micro-batches in flight.
         weight_gradient: of the largest weight, before Megatron adds it to the buffer.
         loss: a block of logits and its copies, and the gradients of the output weight and the last hidden states.
-        teacher_activations: while the teacher runs, which is over when the student begins.
-        teacher_states: what it leaves behind for the losses, of all micro-batches of a step.
+        teacher_activations: while the teacher runs; freed before the student runs.
+        teacher_states: the teacher's hidden states for the losses, of all micro-batches of a step.
         reserve: CUDA, NCCL and fragmentation; an assumption.
     """
 
@@ -62,13 +62,13 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The peak: the teacher's activations are gone when the student's come."""
+        """The peak: the larger of the teacher's and the student's activations, which are not there together."""
         lasting = self.teacher_weights + self.student_weights + self.gradients + self.optimizer + self.teacher_states
         passing = max(self.activations + self.weight_gradient + self.loss, self.teacher_activations)
         return lasting + passing + self.reserve
 
     def fits(self, gpu: GPU) -> bool:
-        """Whether the GPU has as much."""
+        """Returns whether it fits into a GPU's memory."""
         return self.total <= gpu.memory_gib * GIB
 
 
@@ -77,15 +77,15 @@ def estimate_memory(student: Network, teacher: Network | None, config: DistillCo
 
     Args:
         student, teacher: the whole networks; None for no teacher.
-        config: settings of the run. A `teacher_dtype` of null counts as `dtype`. Of `parallel` nothing is read.
-        layout: which can split both networks; see `layout_problems`.
+        config: settings of the run. A `teacher_dtype` of null means `dtype`. `parallel` is not used.
+        layout: can split both networks; see `layout_problems`.
     """
     stages = [_stage_memory(student, teacher, config, layout, stage) for stage in range(layout.pipeline)]
     return max(stages, key=lambda memory: memory.total)
 
 
 def num_micro_batches(config: DistillConfig, layout: ParallelConfig) -> int:
-    """Micro-batches of one replica in one step."""
+    """Returns the micro-batches of one replica in one step."""
     return -(-config.global_batch // (config.micro_batch * layout.replicas))
 
 
@@ -99,11 +99,11 @@ def _stage_memory(
         gradients=rank_parameters(student, layout, stage) * FLOAT32_BYTES,
         optimizer=_optimizer(student, config.dtype, config, layout, stage),
         activations=_activations(student, config.dtype, config, layout, stage),
-        # The loss adds the output weight's to the buffer by itself.
+        # Without the output weight's, which the loss adds to the buffer.
         weight_gradient=largest_weight(student, layout, stage) * size,
         loss=_loss(student, teacher, config, layout) if is_last else 0,
     )
-    if teacher is None or not config.loss.needs_teacher:  # then it is not loaded
+    if teacher is None or not config.loss.needs_teacher:  # not loaded
         return Memory(stage, **terms)
     dtype = config.teacher_dtype or config.dtype
     numel = rank_parameters(teacher, layout, stage)
@@ -120,19 +120,19 @@ def _stage_memory(
 
 
 def _batch_size(config: DistillConfig) -> tuple[int, int]:
-    """Sequences of a micro-batch, and tokens of each."""
+    """Returns the sequences of a micro-batch, and the tokens of each."""
     return config.micro_batch, config.data.sequence_length
 
 
 def _optimizer(network: Network, dtype: DType, config: DistillConfig, layout: ParallelConfig, stage: int) -> int:
-    """Two moments, and main weights beside weights that are not in float32."""
+    """Returns the bytes of two moments, and of main weights if the weights are not in float32."""
     per_parameter = (2 if dtype is DType.FP32 else 3) * FLOAT32_BYTES
     replicas = layout.replicas if config.optimizer.distributed else 1
     return -(-rank_parameters(network, layout, stage) * per_parameter // replicas)
 
 
 def _activations(network: Network, dtype: DType, config: DistillConfig, layout: ParallelConfig, stage: int) -> int:
-    """What a stage keeps of all micro-batches whose backward pass is still to come, and one layer that is run again."""
+    """Returns the activation bytes of all micro-batches in flight on a stage, and of one recomputed layer."""
     size = _batch_size(config)
     stream, model_chunks = residual_stream_bytes(network, *size, layout, dtype), stage_layers(network, layout, stage)
     layers = [number for chunk in model_chunks for number in chunk]
@@ -140,16 +140,16 @@ def _activations(network: Network, dtype: DType, config: DistillConfig, layout: 
         kept = len(layers) * stream
     else:
         kept = sum(layer_activations(network, number, *size, layout, dtype) for number in layers)
-    # What a model chunk hands on, which on the last stage is the final norm's input.
+    # A model chunk's output, on the last stage the final norm's input.
     kept += len(model_chunks) * stream
     again = largest_layer_activations(network, *size, layout, dtype) if config.recompute else 0
     return _chunks_in_flight(config, layout, stage) * kept // len(model_chunks) + again
 
 
 def _chunks_in_flight(config: DistillConfig, layout: ParallelConfig, stage: int) -> int:
-    """Forward passes of a model chunk that a stage is ahead of its backward passes, at most.
+    """Returns how many forward passes of model chunks a stage is ahead of its backward passes, at most.
 
-    One forward, one backward (2104.04473, section 2.2), with Megatron-Core's warm-up where stages are interleaved.
+    1F1B (2104.04473, section 2.2), with Megatron-Core's warm-up if stages are interleaved.
     """
     ahead, model_chunks = layout.pipeline - stage, layout.model_chunks
     if model_chunks > 1:
@@ -158,14 +158,14 @@ def _chunks_in_flight(config: DistillConfig, layout: ParallelConfig, stage: int)
 
 
 def _loss(student: Network, teacher: Network | None, config: DistillConfig, layout: ParallelConfig) -> int:
-    """What `linear_distillation_loss` takes while it runs or while its backward pass does, whichever is more."""
+    """Returns the peak bytes of `linear_distillation_loss`, in its forward or its backward pass."""
     teacher = teacher if config.loss.kd_logits_weight else None
     tokens = config.micro_batch * config.data.sequence_length
     rows, size = student.padded_vocab_size // layout.tensor, DTYPE_BYTES[config.dtype]
     logits = config.loss.logits
     copies = _KL_COPIES + (logits.temperature != 1) if logits.is_whole_forward_kl else _OTHER_COPIES
     per_logit = size + FLOAT32_BYTES * (copies if teacher else _LM_COPIES)
-    # The last hidden states and their gradient, of all tokens; under sequence parallelism they are gathered.
+    # The last hidden states and their gradient, of all tokens; sequence parallelism gathers them.
     states = (3 if layout.sequence else 2) * tokens * student.hidden_size * size
     if teacher:
         teacher_size = DTYPE_BYTES[config.teacher_dtype or config.dtype]
@@ -179,7 +179,7 @@ def _loss(student: Network, teacher: Network | None, config: DistillConfig, layo
 def _teacher_states(
     student: Network, teacher: Network, config: DistillConfig, layout: ParallelConfig, stage: int
 ) -> int:
-    """The teacher's last hidden states on the last stage, and those that hidden states are compared with on each."""
+    """Returns the bytes of the teacher's last hidden states, on the last stage, and of its states for hidden losses."""
     count = int(stage == layout.pipeline - 1 and config.loss.kd_logits_weight > 0)
     hidden = config.loss.hidden
     if hidden.weight:

@@ -1,4 +1,4 @@
-"""Finds the fewest changes of settings with which a distillation step fits a GPU, without torch."""
+"""Finds the fewest changes of settings with which a distillation step fits a GPU. Needs no torch."""
 
 import dataclasses
 import math
@@ -22,19 +22,19 @@ def nearest_layout(
 ) -> tuple[dict[str, int | bool], Memory] | None:
     """Finds the fewest changes of settings with which a step fits.
 
-    On the layout as it is come first recomputation, then the distributed optimiser, smaller micro-batches, and several
-    of these; then the same with twice as many tensor ranks, within a node; then with twice as many stages. Replicas are
-    given up for ranks as far as they divide, and where they do not, GPUs are added.
+    Tries, in the given layout, recomputation, the distributed optimiser, smaller micro-batches, and combinations; then
+    the same with twice as many tensor ranks, within a node; then with twice as many stages. Additional model-parallel
+    ranks come from the replicas as far as they divide; otherwise GPUs are added.
 
     Returns:
-        settings by their dotted names, none where it fits already, and the memory with them; None if nothing helps.
+        the changed settings by dotted name, empty if it fits already, and the memory with them; None if nothing helps.
     """
     for pipeline in _doublings(layout.pipeline, len(student.layers) // layout.model_chunks):
         for tensor in _doublings(layout.tensor, gpus_per_node):
             candidate = _with_ranks(layout, tensor, pipeline, config.data.sequence_length)
             if any(layout_problems(network, candidate) for network in (student, teacher) if network):
                 continue
-            for changed in _cheaper(config, candidate):
+            for changed in _cheaper_configs(config, candidate):
                 memory = estimate_memory(student, teacher, changed, candidate)
                 if memory.fits(gpu):
                     return _changes(config, layout, changed, candidate), memory
@@ -42,29 +42,29 @@ def nearest_layout(
 
 
 def _doublings(first: int, last: int) -> Iterator[int]:
-    """`first`, and twice as many again and again, up to `last`."""
+    """Yields `first`, and doubles it up to `last`."""
     yield first
     while (first := 2 * first) <= last:
         yield first
 
 
 def _with_ranks(layout: ParallelConfig, tensor: int, pipeline: int, sequence_length: int) -> ParallelConfig:
-    # A larger tensor group without sequence parallelism would keep all norms and residuals on each of its ranks.
+    # Without sequence parallelism each rank of a larger tensor group would keep all norms and residuals.
     sequence = layout.sequence or (tensor > layout.tensor and sequence_length % tensor == 0)
     more = tensor * pipeline // (layout.tensor * layout.pipeline)
     data = layout.replicas // math.gcd(layout.replicas, more)  # a divisor, so that the global batch still divides
     return dataclasses.replace(layout, tensor=tensor, pipeline=pipeline, data=data, sequence=sequence)
 
 
-def _cheaper(config: DistillConfig, layout: ParallelConfig) -> list[DistillConfig]:
-    """The settings as they are, and every way to save memory in the same layout, fewest changes first."""
+def _cheaper_configs(config: DistillConfig, layout: ParallelConfig) -> list[DistillConfig]:
+    """Returns the settings, and every way to save memory in the same layout, fewest changes first."""
     halvings = [halving for halving in range(config.micro_batch.bit_length()) if config.micro_batch % 2**halving == 0]
     ways = product(
         [False] if config.recompute else [False, True],
         [False] if config.optimizer.distributed or layout.replicas == 1 else [False, True],
         halvings,
     )
-    # Of as many changes, those to recomputation come before those to the optimizer and to the micro-batch.
+    # With equally many changes, recomputation comes before the optimizer, and this before the micro-batch.
     ordered = sorted(ways, key=lambda way: (sum(map(bool, way)), not way[0], not way[1], way[2]))
     return [
         dataclasses.replace(
@@ -89,6 +89,6 @@ def _changes(
             for name in ("tensor", "pipeline", "sequence")
         },
     }
-    if old.parallel.data is not None:  # else it is what the world has
+    if old.parallel.data is not None:  # else the world's size gives it
         values["parallel.data"] = old.parallel.data, layout.replicas
     return {name: after for name, (before, after) in values.items() if after != before}

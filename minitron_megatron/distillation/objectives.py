@@ -1,13 +1,14 @@
-"""What a student minimises: a list of entries, each an objective with its weight and, where it has one, its teacher.
+"""The losses of a student: a list of entries, each an objective with its weight and, if it has one, its teacher.
 
-There are two kinds of objectives. One kind looks at the student's predictions and is computed on the last pipeline
-stage, all objectives of one `compute` in one pass over the logits. The other kind looks at states inside of the student
-and enters the backward pass where they are made. A new objective is a class of its own that follows one of the two.
+There are two kinds of objectives. A `PredictionObjective` takes the student's predictions, on the last pipeline stage;
+all objectives with the same `compute` share a pass over the logits. A `StateObjective` takes hidden states inside of
+the student, and enters the backward pass there. A new objective is a class that follows one of the two protocols.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -25,22 +26,22 @@ class Objective(Protocol):
 
     Attributes:
         name: of its loss in metrics.
-        wanted: what it takes from its teacher; nothing if it has none.
+        wanted: what it needs from its teacher; empty if it has none.
     """
 
     name: str
     wanted: Wanted
 
     def problems(self, vocab: int) -> list[str]:
-        """Returns what of its settings cannot be done with so many tokens, one sentence each."""
+        """Returns what is wrong with its settings, or impossible with this vocabulary size, one sentence each."""
 
 
 @runtime_checkable
 class PredictionObjective(Objective, Protocol):
-    """Looks at the student's predictions.
+    """Takes the student's predictions.
 
     Attributes:
-        compute: computes objectives like this one, all of a step's in one pass.
+        compute: computes all of a step's objectives that have this function.
     """
 
     compute: "ComputeLoss"
@@ -48,10 +49,10 @@ class PredictionObjective(Objective, Protocol):
 
 @runtime_checkable
 class StateObjective(Objective, Protocol):
-    """Looks at hidden states of the student.
+    """Takes hidden states of the student.
 
     Attributes:
-        pair_names: its losses, whose mean is weighted; the same on every rank.
+        pair_names: names of its losses, whose mean is weighted; the same on every rank.
     """
 
     pair_names: Sequence[str]
@@ -59,21 +60,21 @@ class StateObjective(Objective, Protocol):
     def watch(
         self, batches: Sequence[Batch], targets: Targets, weight: float, training: bool
     ) -> AbstractContextManager[Tensor]:
-        """Adds the losses to what is minimised, while the student runs over the micro-batches inside of the block.
+        """Adds the losses to the backward pass while the student runs over the micro-batches inside the block.
 
         Args:
             batches: the step's micro-batches.
-            targets: what the teacher gives for them.
+            targets: the teacher's, for these batches.
             weight: of the mean over all losses.
             training: whether gradients are computed; else the losses are only measured.
 
         Yields:
-            float64 `[2, losses]`, complete behind the block: numerators and denominators that this rank alone found.
+            float64 `[2, losses]`: numerators and denominators that no other rank adds, complete when the block ends.
         """
 
 
 class Term(NamedTuple):
-    """An objective on predictions in one micro-batch, its weight in this step, and what its teacher predicts."""
+    """An objective on predictions in one micro-batch, its weight in this step, and its teacher's predictions."""
 
     objective: PredictionObjective
     weight: float
@@ -88,9 +89,10 @@ class Text(NamedTuple):
 
 
 ComputeLoss = Callable[[Predictions, Text, Sequence[Term], dist.ProcessGroup, int, int], tuple[Tensor, Tensor]]
-"""Computes objectives on predictions, given the student's, the text, the objectives, the tensor-parallel group, the
-tokens of the tokenizer, and the tokens whose logits may exist at one time. Returns the weighted loss, a sum over the
-valid tokens, and float64 `[objectives]`, their own sums without gradient; the same on every rank of the group."""
+"""Computes objectives on predictions. Takes the student's predictions, the text, the objectives, the tensor-parallel
+group, the tokens of the tokenizer, and the tokens whose logits may exist at one time. Returns the weighted loss, a sum
+over the valid tokens, and float64 `[objectives]`, their own sums without gradient; both the same on every rank of the
+group."""
 
 
 def fused_prediction_loss(
@@ -103,37 +105,39 @@ def fused_prediction_loss(
 ) -> tuple[Tensor, Tensor]:
     """Computes divergences and cross-entropy; see `ComputeLoss`.
 
-    Cross-entropy and a divergence share one pass over the student's logits. Every further divergence, of another
-    teacher or of another kind, takes a pass of its own.
+    Cross-entropy and the first divergence share one pass over the student's logits. Every further divergence takes a
+    pass of its own.
     """
-    divergences = [number for number, term in enumerate(terms) if isinstance(term.objective, Divergence)]
-    texts = [number for number in range(len(terms)) if number not in divergences]
+    configs = {
+        number: term.objective.config for number, term in enumerate(terms) if isinstance(term.objective, Divergence)
+    }
+    texts = [number for number in range(len(terms)) if number not in configs]
     lm_weight = sum(terms[number].weight for number in texts)
     sums = torch.zeros(len(terms), dtype=torch.float64, device=student.hidden.device)
-    total = None
-    for number in divergences or [None]:
-        objective, kd_weight, target = terms[number] if number is not None else (None, 0.0, None)
-        loss, (kd, lm) = linear_distillation_loss(
-            *student,
-            *text,
-            group,
-            vocab,
-            target,
-            kd_weight,
-            lm_weight if total is None else 0.0,
-            chunk_tokens,
-            objective and objective.config,
+
+    def run_pass(
+        lm_weight: float, target: Predictions | None = None, kd_weight: float = 0.0, config: LogitsConfig | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return linear_distillation_loss(
+            *student, *text, group, vocab, target, kd_weight, lm_weight, chunk_tokens, config
         )
-        if number is not None:
-            sums[number] = kd
-        for text_number in texts if total is None else ():
-            sums[text_number] = lm
-        total = loss if total is None else total + loss
-    return total, sums
+
+    losses = []
+    if not configs:
+        loss, (_, lm) = run_pass(lm_weight)
+        losses.append(loss)
+        sums[texts] = lm
+    for number, config in configs.items():
+        _, kd_weight, target = terms[number]
+        loss, (sums[number], lm) = run_pass(0.0 if losses else lm_weight, target, kd_weight, config)
+        if texts and not losses:
+            sums[texts] = lm
+        losses.append(loss)
+    return reduce(torch.add, losses), sums
 
 
 class Divergence:
-    """How far the student's predictions are from its teacher's.
+    """Divergence of the student's predictions from its teacher's.
 
     Args:
         config: which divergence.
@@ -147,12 +151,12 @@ class Divergence:
         self.config = config or LogitsConfig()
 
     def problems(self, vocab: int) -> list[str]:
-        """Returns what of its settings is wrong, or cannot be done with so many tokens."""
+        """Returns what is wrong with its settings, or impossible with this vocabulary size."""
         return self.config.problems() + self.config.vocab_problems(vocab)
 
 
 class CrossEntropy:
-    """How unlikely the student finds the text, in nats per token. It has no teacher."""
+    """Cross-entropy of the text, in nats per token. Needs no teacher."""
 
     name = "lm"
     wanted = Wanted()
@@ -164,15 +168,15 @@ class CrossEntropy:
 
 
 class BalancedWeight:
-    """A weight times alpha: the loss of another entry by that of its own, both of the step before (Minitron,
+    """A weight times alpha, the loss of another entry divided by the own entry's, both of the previous step (Minitron,
     2407.14679, section 3).
 
     Args:
-        weight: what alpha is multiplied by.
+        weight: factor of alpha.
         against: name of the other entry.
 
     Attributes:
-        alpha: of the next step; None before the first one, which measures both losses beforehand.
+        alpha: of the next step; None before the first one, which measures both losses in advance.
     """
 
     def __init__(self, weight: float, against: str):
@@ -184,19 +188,19 @@ class BalancedWeight:
         return (1.0 if self.alpha is None else self.alpha) * self.weight
 
     def update(self, own: float, other: float) -> None:
-        """Sets alpha by the losses of a step."""
+        """Sets alpha from the losses of a step."""
         self.alpha = other / max(own, 1e-12)
 
 
 @dataclass
 class Entry:
-    """One term of what a student minimises.
+    """One term of the student's loss.
 
     Attributes:
-        teacher: who gives the targets; None for an objective on the text.
+        teacher: gives the targets; None for an objective on the text.
         objective: the loss.
-        weight: of the loss per valid token; one that changes is a function of the step, the first of which is 1.
-        name: of the loss in metrics; empty for the objective's.
+        weight: of the loss per valid token; a function of the step, from 1, if it changes.
+        name: of the loss in metrics; by default the objective's.
     """
 
     teacher: Teacher | None

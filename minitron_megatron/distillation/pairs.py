@@ -1,4 +1,4 @@
-"""Which hidden states of a student and its teacher belong together."""
+"""Pairs the hidden states of a student with its teacher's."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from minitron_megatron.model.network import Network
 
 @dataclass(frozen=True)
 class Pair:
-    """Two states that are to become alike: of a student's transformer layer and a teacher's, which count from 0."""
+    """A state of a student's transformer layer and one of its teacher's. Layers count from 0."""
 
     point: str
     student: int
@@ -27,16 +27,16 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """What the pair's loss is called."""
+        """Name of the pair's loss."""
         return self.point if self.point == EMBEDDING else f"{self.point}_{self.student}_{self.teacher}"
 
 
 def resolve_pairs(config: HiddenConfig, student: Network, teacher: Network) -> list[Pair]:
-    """Returns the pairs that a configuration asks for.
+    """Returns the configured pairs.
 
     Args:
-        config: which.
-        student, teacher: the networks. Points that one of both layers of a pair does not have are left out.
+        config: which pairs.
+        student, teacher: the networks. Points that a layer of a pair does not have are left out.
     """
     count, of = len(student.layers), len(teacher.layers)
     if config.pairs is not None:
@@ -61,12 +61,12 @@ def resolve_pairs(config: HiddenConfig, student: Network, teacher: Network) -> l
 
 
 def _points(network: Network, layer: int) -> list[str]:
-    """Returns where a transformer layer has a state."""
+    """Returns the points at which a transformer layer has a state."""
     return [LAYER, *(network.sublayers[position].name for position in network.layers[layer])]
 
 
 def hidden_problems(config: HiddenConfig, student: Network, teacher: Network) -> list[str]:
-    """Returns why two networks cannot be compared so, one sentence each."""
+    """Returns why the hidden states of two networks cannot be compared as configured, one sentence each."""
     if not config.weight:
         return []
     problems = []

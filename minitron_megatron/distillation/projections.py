@@ -1,6 +1,6 @@
-"""Linear maps from a student's width to its teacher's, which are trained with the student."""
+"""Linear projections from a student's hidden size to its teacher's, trained with the student."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,13 +25,14 @@ def add_projections(
     ctx: ParallelContext,
     seed: int,
 ) -> None:
-    """Gives the student projections to the teacher's width, as modules that are trained with it. Collective.
+    """Adds projections to the teacher's hidden size to the student, as modules that are trained with it. Collective.
 
-    Every chunk has those of its own pairs. A shared one is on every stage that has pairs, on the first chunk that has.
+    Every model chunk has those of its own pairs. A shared projection is on every stage with pairs, in its first model
+    chunk with pairs.
 
     Args:
         model_chunks: this rank's student.
-        config: which pairs, and which projections; nothing happens without any.
+        config: which pairs, and which projections; none for `Projection.NONE` or a weight of 0.
         student, teacher: the whole networks.
         ctx: this rank's place.
         seed: of the random weights.
@@ -60,28 +61,29 @@ def add_projections(
 
 
 def projections_of(model_chunks: Sequence[GPTModel], pairs: Sequence[Pair]) -> list[torch.nn.Linear | None]:
-    """Returns the projection of each pair; None where this rank has none for it."""
+    """Returns the projection of each pair; None if this rank has none for it."""
     own = {name: p for chunk in model_chunks for name, p in getattr(chunk, PROJECTIONS, {}).items()}
     return [own.get(pair.name, own.get(_SHARED)) for pair in pairs]
 
 
 class Projections(torch.nn.ModuleDict):
-    """Projections by pair, or the one that all pairs share.
+    """Projections by pair, or one that all pairs share.
 
     Args:
         projections: by name.
-        group: the stages that have a copy each; None for this one alone.
+        group: the stages with a copy; None for only this one.
     """
 
-    def __init__(self, projections: dict[str, torch.nn.Module], group: dist.ProcessGroup | None):
+    def __init__(self, projections: Mapping[str, torch.nn.Linear], group: dist.ProcessGroup | None):
         super().__init__(projections)
         self.group = group
         self.replica = group.rank() if group else 0
         for parameter in self.parameters():
-            parameter.shared = self.replica > 0  # so that the gradient's norm counts the first stage's alone
-            # As Megatron marks a table on two stages: with the distributed optimiser it then has a bucket of its own,
-            # and each replica the same part of it on all stages.
-            parameter.shared_embedding = group is not None
+            # Megatron's marks. The gradient's norm counts the first stage's copy alone:
+            parameter.shared = self.replica > 0  # type: ignore[attr-defined]
+            # As on a tied embedding: the distributed optimiser gives the parameter a bucket of its own, and each
+            # replica the same part of it on all stages.
+            parameter.shared_embedding = group is not None  # type: ignore[attr-defined]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """See Megatron-Core's modules; tensor-parallel ranks and stages have copies of the same tensors."""
@@ -91,18 +93,18 @@ class Projections(torch.nn.ModuleDict):
         return tensors
 
     def add_up(self) -> None:
-        """Gives the copies on all stages the sum of their gradients, which are summed over replicas. Collective."""
+        """Sums the gradients of the copies on all stages, after the sum over replicas. Collective."""
         if self.group:
             for parameter in self.parameters():
-                dist.all_reduce(parameter.main_grad, group=self.group)
+                dist.all_reduce(parameter.main_grad, group=self.group)  # type: ignore[attr-defined]  # Megatron's
 
 
 def _projection(student: int, teacher: int, seed: int, chunk: GPTModel, ctx: ParallelContext) -> torch.nn.Linear:
-    """Makes a map from the student's width to the teacher's, the same on every rank that has it."""
+    """Makes a projection from the student's hidden size to the teacher's, the same on every rank that has it."""
     linear = torch.nn.Linear(student, teacher, bias=False, device=ctx.device, dtype=chunk.config.params_dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         linear.weight.copy_(torch.randn(teacher, student, generator=generator) * student**-0.5)
-    # Its gradient is then of this rank's tokens alone, and Megatron adds it up over the tensor ranks.
-    linear.weight.sequence_parallel = ctx.layout.sequence
+    # Each rank's gradient is then of its own tokens, and Megatron sums it over the tensor ranks.
+    linear.weight.sequence_parallel = ctx.layout.sequence  # type: ignore[attr-defined]  # Megatron's mark
     return linear

@@ -1,4 +1,4 @@
-"""What a step measures, over all ranks."""
+"""The losses that a step measures, over all ranks."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass
 class EntryResult:
-    """What one entry of a step measured.
+    """The losses of one entry in a step.
 
     Attributes:
-        weight: what its loss was multiplied by.
-        numerators, denominators: by name of a loss, two sums over valid tokens whose quotient is that loss. An entry
-            has one loss of its own name, or one for each pair of hidden states.
+        weight: of its loss.
+        numerators, denominators: by name of a loss, two sums over valid tokens whose quotient is the loss. An entry has
+            one loss of its own name, or one per pair of hidden states.
     """
 
     weight: float
@@ -32,14 +32,14 @@ class EntryResult:
 
 @dataclass
 class StepResult:
-    """What a step (or a validation) measured, over all ranks.
+    """The losses of a step (or a validation), over all ranks.
 
     Attributes:
-        entries: results by the entries' names, in the order in which the step has them.
-        num_tokens: valid tokens; where there are none, all losses are 0.
-        alpha: what the weight of a balanced entry was multiplied by; see `BalancedWeight`.
+        entries: results by the entries' names, in the order of the step's entries.
+        num_tokens: valid tokens; if there are none, all losses are 0.
+        alpha: factor of a balanced entry's weight; see `BalancedWeight`.
         teacher_s: seconds that the teachers took on this rank.
-        teacher_text_loss: cross-entropy of a teacher that is trained beside its student; None if none is.
+        teacher_text_loss: cross-entropy of a teacher that is trained beside its student; None without one.
     """
 
     entries: dict[str, EntryResult]
@@ -57,18 +57,18 @@ class StepResult:
     def total(self) -> float:
         """The weighted sum that is minimised."""
         total = 0.0
-        for entry in self.entries.values():  # sum() adds up otherwise from Python 3.12 on
+        for entry in self.entries.values():  # from Python 3.12 on, sum() uses compensated summation
             total += entry.weight * entry.loss
         return total
 
     @property
     def is_finite(self) -> bool:
-        """Whether every loss is a number."""
+        """Whether every loss is finite."""
         return all(map(math.isfinite, (*self.losses.values(), self.teacher_text_loss or 0.0)))
 
 
 def combine(results: Sequence[StepResult]) -> StepResult:
-    """Returns several results of the same step's entries as one, in which each token counts the same."""
+    """Combines several results with the same entries into one, in which each token counts the same."""
     first = results[0]
     entries = {}
     for name, entry in first.entries.items():

@@ -1,11 +1,11 @@
-"""Keeps a teacher's hidden states while it runs, and brings each to the pipeline rank that wants it.
+"""Captures a teacher's hidden states, and sends each to the pipeline rank that wants it.
 
-States travel point to point, in a process group of their own, while the student starts: neither schedules nor their
-messages know of them.
+States are sent point to point, in a process group of their own, while the student starts, independently of the
+schedules and their messages.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -22,45 +22,47 @@ from minitron_megatron.parallel.schedule import Batch
 
 
 class StateExchange:
-    """The hidden states of one step after another. Collective.
+    """Exchanges the hidden states of each step. Collective.
 
     Args:
         model_chunks: this rank's teacher, without Megatron's wrappers.
-        wanted: states, each with the pipeline rank that wants it, as often as it is wanted there.
+        wanted: states with the pipeline rank that wants each, repeated for every use there.
         ctx: this rank's place.
     """
 
     def __init__(self, model_chunks: Sequence[GPTModel], wanted: Sequence[tuple[Tap, int]], ctx: ParallelContext):
         config, layout = model_chunks[0].config, ctx.layout
         self.ctx = ctx
-        # Several may want the same state.
+        # A state may be wanted several times.
         self._modules = {tap: module_at(model_chunks, tap) for tap, _ in wanted}
         self._width, self._dtype = config.hidden_size, config.params_dtype
         held = gather_objects([tap for tap, module in self._modules.items() if module], ctx.collection.pp)
         owners = {tap: rank for rank, taps in enumerate(held) for tap in taps}
         self._routes = sorted({(tap, owners[tap], target) for tap, target in wanted if owners[tap] != target})
         self._group = stages_group(range(layout.pipeline), ctx) if self._routes else None
+        self._global_ranks = dist.get_process_group_ranks(ctx.collection.pp)
         self._wanted_here = Counter(tap for tap, target in wanted if target == ctx.pipeline_rank)
-        self._states: dict[Tap, list[Tensor | None]] = {}
+        # By tap and number of the micro-batch, until nobody on this rank wants it any more.
+        self._states: dict[Tap, dict[int, Tensor]] = {}
         self._uses: Counter[tuple[Tap, int]] = Counter()
-        # Of each micro-batch, what is on its way, kept until it has arrived, and whom to ask.
+        # By micro-batch, operations in flight, whose tensors must be kept until they are done, and their handles.
         self._messages: dict[int, tuple[list[dist.P2POp], list[dist.Work]]] = {}
 
     @contextmanager
-    def keeping(self, training: bool) -> Iterator[None]:
-        """Keeps the states of every micro-batch that the teacher runs over inside of the block.
+    def capturing(self, training: bool) -> Iterator[None]:
+        """Captures the states of every micro-batch that the teacher runs over inside the block.
 
         Args:
-            training: whether it is trained in these runs.
+            training: whether the teacher is trained in these runs.
         """
-        self._states = {tap: [] for tap in self._modules}
+        self._states = {tap: {} for tap in self._modules}
 
         def keep(tap: Tap, output: ModuleOutput) -> None:
             if torch.is_grad_enabled() != training:
-                return  # a layer that is run again in the backward pass
-            state = state_of(output).detach()
-            # Without gradients Megatron-Core adds the residual stream to what a sublayer gave, in place.
-            self._states[tap].append(state if tap[0] in (LAYER, EMBEDDING) else state.clone())
+                return  # the other run of a recomputed layer
+            states, state = self._states[tap], state_of(output).detach()
+            # Without gradients Megatron-Core adds the residual stream to a sublayer's output in place.
+            states[len(states)] = state if tap[0] in (LAYER, EMBEDDING) else state.clone()
 
         with ExitStack() as stack:
             for tap, module in self._modules.items():
@@ -70,7 +72,7 @@ class StateExchange:
             yield
 
     def send(self, batches: Sequence[Batch]) -> None:
-        """Sends every state to where it is wanted, one micro-batch after another. Returns at once."""
+        """Starts to send every state to where it is wanted, one micro-batch after another, without waiting."""
         count, length = batches[0]["tokens"].shape
         if self.ctx.layout.sequence:
             length //= self.ctx.layout.tensor
@@ -79,41 +81,40 @@ class StateExchange:
             self._uses.update({(tap, number): uses for tap, uses in self._wanted_here.items()})
             operations = []
             for tap, owner, target in self._routes:
-                states = self._states[tap]
                 if rank == owner:
-                    state, send, peer = states[number].contiguous(), dist.isend, target
+                    operations.append(self._operation(dist.isend, self._states[tap][number].contiguous(), target))
                 elif rank == target:
                     state = torch.empty(size, dtype=self._dtype, device=self.ctx.device)
-                    send, peer = dist.irecv, owner
-                    states.append(state)
-                else:
-                    continue
-                operations.append(dist.P2POp(send, state, dist.get_global_rank(self._group, peer), self._group))
+                    operations.append(self._operation(dist.irecv, state, owner))
+                    self._states[tap][number] = state
             if operations:
                 self._messages[number] = operations, dist.batch_isend_irecv(operations)
 
+    def _operation(self, send_or_receive: Callable[..., dist.Work | None], state: Tensor, stage: int) -> dist.P2POp:
+        return dist.P2POp(send_or_receive, state, self._global_ranks[stage], self._group)
+
     def state(self, tap: Tap, number: int) -> Tensor:
-        """Returns a state for a micro-batch, as soon as it is here."""
+        """Waits for a state of a micro-batch and returns it."""
         self._receive(number)
         return self._states[tap][number]
 
     def release(self, tap: Tap, number: int) -> None:
-        """Lets go of a state with the last one of those that want it here."""
+        """Frees a state when all that want it on this rank have released it."""
         self._uses[tap, number] -= 1
         if not self._uses[tap, number]:
-            self._states[tap][number] = None
+            del self._states[tap][number]
 
     def finish(self) -> None:
-        """Waits for what is still on its way, and lets go of everything."""
+        """Waits for all operations in flight, and frees all states."""
         for number in list(self._messages):
             self._receive(number)
         self._states, self._uses = {}, Counter()
 
     def _receive(self, number: int) -> None:
-        """Waits for the states of a micro-batch, and lets go of those that nobody wants here."""
+        """Waits for the states of a micro-batch, and frees those that nobody wants on this rank."""
         _, messages = self._messages.pop(number, ([], []))
         for message in messages:
             message.wait()
         for tap, states in self._states.items():
-            if states and not self._uses[tap, number]:
-                states[number] = None
+            if not self._uses[tap, number]:
+                states.pop(number, None)

@@ -1,10 +1,11 @@
-"""One step of training through Megatron's own schedules: teachers first, then the student with its objectives.
+"""One training step through Megatron's own schedules: teachers first, then the student with its objectives.
 
-Nothing of Megatron's is patched. Plain training is a step whose entries have no teacher.
+Nothing in Megatron is patched. Plain training is a step whose entries have no teacher.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import reduce
 
 import torch
 from megatron.core import tensor_parallel
@@ -31,26 +32,26 @@ from minitron_megatron.parallel.cpu import give_back_freed_memory
 from minitron_megatron.parallel.schedule import Batch, forward_hidden, output_weight, run_schedule
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""What Megatron's schedules compute on the last stage from a model's output: the loss, a sum over valid tokens; their
-number; and what to report."""
+"""The loss function of Megatron's schedules, on the last stage. Returns the loss, a sum over valid tokens; the number
+of valid tokens; and values to report."""
 
 
 class DistillationStep:
-    """A student and the entries of what it minimises. Collective.
+    """Runs steps of a student with the given entries. Collective.
 
     Args:
-        student: this rank's student, wrapped in Megatron's DistributedDataParallel for training, and in Megatron's
-            Float16Module or not.
-        entries: at least one of which looks at the student's predictions; its weight may be 0.
+        student: this rank's student, for training wrapped in Megatron's DistributedDataParallel, with or without a
+            Float16Module.
+        entries: the losses. At least one takes the student's predictions; its weight may be 0.
         ctx: this rank's place.
         vocab: tokens of the student's tokenizer.
         chunk_tokens: tokens whose logits exist at one time.
 
     Raises:
-        ConfigError: an objective has a setting of no value that it may have, or does not go with the models.
+        ConfigError: an objective's setting is invalid, or does not fit the models.
 
     Attributes:
-        teachers: of all entries, each once.
+        teachers: the distinct teachers of all entries.
     """
 
     def __init__(
@@ -69,9 +70,13 @@ class DistillationStep:
         self.teachers = list({id(e.teacher): e.teacher for e in self.entries if e.teacher is not None}.values())
         self._last_chunk = unwrap_model(self.student[-1])
         raise_if_any(_entry_problems(self.entries, self._last_chunk, vocab))
-        self._on_predictions = [e for e in self.entries if isinstance(e.objective, PredictionObjective)]
-        self._on_states = [e for e in self.entries if isinstance(e.objective, StateObjective)]
-        self._balanced = next((e for e in self.entries if isinstance(e.weight, BalancedWeight)), None)
+        self._on_predictions = [
+            (entry, entry.objective) for entry in self.entries if isinstance(entry.objective, PredictionObjective)
+        ]
+        self._on_states = [
+            (entry, entry.objective) for entry in self.entries if isinstance(entry.objective, StateObjective)
+        ]
+        self._balanced = next(iter(_balanced(self.entries)), None)
         for teacher in self.teachers:
             wanted = Wanted()
             for entry in self.entries:
@@ -81,13 +86,17 @@ class DistillationStep:
 
     @property
     def alpha(self) -> float | None:
-        """What the balanced weight is multiplied by in the next step; None before the first, or without such a one."""
-        return self._balanced.weight.alpha if self._balanced else None
+        """Factor of the balanced weight in the next step; None before the first step, or without a balanced entry."""
+        if self._balanced is None:
+            return None
+        _, weight = self._balanced
+        return weight.alpha
 
     @alpha.setter
     def alpha(self, alpha: float | None) -> None:
-        if self._balanced:
-            self._balanced.weight.alpha = alpha
+        if self._balanced is not None:
+            _, weight = self._balanced
+            weight.alpha = alpha
 
     def train(self, batches: Sequence[Batch], number: int = 1, last_states: list[Tensor] | None = None) -> StepResult:
         """Runs forward and backward over a step's micro-batches.
@@ -95,21 +104,21 @@ class DistillationStep:
         Gradients end up in Megatron's `main_grad`, divided by the global number of valid tokens.
 
         Args:
-            batches: this rank's micro-batches, on its device but for their `sample_ids`.
+            batches: this rank's micro-batches, on its device except for their `sample_ids`.
             number: of the step, from 1, for weights that change over a run.
-            last_states: gets the last hidden state `[seq(/tp), batch, hidden]` of each micro-batch, on the last stage.
+            last_states: receives the last hidden state `[seq(/tp), batch, hidden]` of each micro-batch, on the last
+                stage.
 
         Raises:
-            ConfigError: the student's configuration would give other gradients.
+            ConfigError: the student's configuration would give wrong gradients.
         """
-        if self._balanced and self.alpha is None:
-            self._balance(self.evaluate(batches, number))  # no step before this one
+        if self._balanced is not None and self.alpha is None:
+            self._balance(self.evaluate(batches, number))  # there is no previous step
         for chunk in self.student:
-            raise_if_any(_obstacles(chunk, self.ctx, bool(self._on_states)))
+            raise_if_any(_gradient_problems(chunk, self.ctx, bool(self._on_states)))
             chunk.train()
         result = self._run(batches, number, training=True, last_states=last_states)
-        if self._balanced:
-            self._balance(result)
+        self._balance(result)
         return result
 
     def evaluate(self, batches: Sequence[Batch], number: int = 1) -> StepResult:
@@ -120,10 +129,10 @@ class DistillationStep:
             return self._run(batches, number, training=False)
 
     def _balance(self, result: StepResult) -> None:
-        """Sets the balanced weight by the losses of a step."""
-        if result.is_finite and result.num_tokens:
-            weight = self._balanced.weight
-            weight.update(result.losses[self._balanced.name], result.losses[weight.against])
+        """Sets the balanced weight, if there is one, from the losses of a step."""
+        if self._balanced is not None and result.is_finite and result.num_tokens:
+            entry, weight = self._balanced
+            weight.update(result.losses[entry.name], result.losses[weight.against])
 
     def _run(
         self, batches: Sequence[Batch], number: int, training: bool, last_states: list[Tensor] | None = None
@@ -134,10 +143,8 @@ class DistillationStep:
         with ExitStack() as stack:
             targets = {id(teacher): stack.enter_context(teacher.teach(batches, training)) for teacher in self.teachers}
             state_sums = [
-                stack.enter_context(
-                    entry.objective.watch(batches, targets[id(entry.teacher)], weights[entry.name], training)
-                )
-                for entry in self._on_states
+                stack.enter_context(objective.watch(batches, targets[id(entry.teacher)], weights[entry.name], training))
+                for entry, objective in self._on_states
             ]
             prediction_sums = self._run_student(batches, weights, targets, training, last_states)
         entries, num_tokens = self._sum_over_ranks(weights, prediction_sums, state_sums)
@@ -161,8 +168,8 @@ class DistillationStep:
         """Runs the student through the schedule.
 
         Returns:
-            float64 `[1 + objectives on predictions]`: valid tokens and sums of losses, of this rank's micro-batches; on
-            all but the last stage zeros.
+            float64 `[1 + objectives on predictions]`: valid tokens and sums of losses, of this rank's micro-batches;
+            zeros on all but the last stage.
         """
 
         def forward_step(iterator: Iterator[tuple[int, Batch]], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
@@ -186,30 +193,29 @@ class DistillationStep:
         """Computes the losses on predictions in one micro-batch; see `LossFunction`."""
         text = Text(*(batch[key].transpose(0, 1).flatten() for key in ("labels", "loss_mask")))
         terms: dict[ComputeLoss, dict[int, Term]] = {}
-        for position, entry in enumerate(self._on_predictions):
+        for position, (entry, objective) in enumerate(self._on_predictions):
             target = targets[id(entry.teacher)].predictions(number) if entry.teacher is not None else None
-            term = Term(entry.objective, weights[entry.name], target)
-            terms.setdefault(entry.objective.compute, {})[position] = term
-        # What teachers and student left free is between all that the student keeps, and too small for logits.
+            terms.setdefault(objective.compute, {})[position] = Term(objective, weights[entry.name], target)
+        # Memory freed by teachers and student is fragmented between kept activations, too small for logits.
         give_back_freed_memory()
         student = predictions_of(self._last_chunk, output, self.ctx)
         num_tokens = text.mask.sum()
         sums = torch.zeros(1 + len(self._on_predictions), dtype=torch.float64, device=output.device)
         sums[0] = num_tokens
-        total = None
+        losses = []
         for compute, alike in terms.items():
             group = self.ctx.collection.tp
             loss, own_sums = compute(student, text, list(alike.values()), group, self.vocab, self.chunk_tokens)
             for position, value in zip(alike, own_sums, strict=True):
                 sums[1 + position] = value
-            total = loss if total is None else total + loss
-        return total, num_tokens.to(torch.int), {"sums": sums}
+            losses.append(loss)
+        return reduce(torch.add, losses), num_tokens.to(torch.int), {"sums": sums}
 
     def _sum_over_ranks(
         self, weights: dict[str, float], prediction_sums: Tensor, state_sums: list[Tensor]
     ) -> tuple[dict[str, EntryResult], int]:
-        """Sums what the ranks found, to the entries' results and the number of valid tokens."""
-        # The last stage alone has seen the losses of predictions; every rank of a tensor group has seen the same.
+        """Sums over the ranks, and returns the entries' results and the number of valid tokens."""
+        # Losses of predictions are on the last stage only, the same on every rank of a tensor group.
         parts = [prediction_sums, *(sum_over(own, self.ctx.collection.tp).flatten() for own in state_sums)]
         sums = torch.cat(parts)
         sum_over(sums, self.ctx.collection.pp)
@@ -218,24 +224,24 @@ class DistillationStep:
         num_tokens = next(values)
         results = {
             entry.name: EntryResult(weights[entry.name], {entry.name: next(values)}, {entry.name: num_tokens})
-            for entry in self._on_predictions
+            for entry, _ in self._on_predictions
         }
-        for entry in self._on_states:
-            names = entry.objective.pair_names
-            sums_of_pairs = [{name: next(values) for name in names} for _ in ("numerators", "denominators")]
-            results[entry.name] = EntryResult(weights[entry.name], *sums_of_pairs)
+        for entry, objective in self._on_states:
+            numerators = {name: next(values) for name in objective.pair_names}
+            denominators = {name: next(values) for name in objective.pair_names}
+            results[entry.name] = EntryResult(weights[entry.name], numerators, denominators)
         return {entry.name: results[entry.name] for entry in self.entries}, int(num_tokens)
 
 
 def predictions_of(model: torch.nn.Module, last_state: Tensor, ctx: ParallelContext) -> Predictions:
     """Returns a model's predictions, on the last stage, for whole sequences.
 
-    Their backward pass is the one that a vocab-parallel projection needs: each rank's share of the gradient is summed
-    over the tensor ranks.
+    The backward pass sums each rank's share of the gradient over the tensor ranks, as a vocab-parallel projection
+    requires.
 
     Args:
-        model: its last chunk, without Megatron's wrappers.
-        last_state: `[seq(/tp), batch, hidden]`.
+        model: its last model chunk, without Megatron's wrappers.
+        last_state: its last hidden state, `[seq(/tp), batch, hidden]`.
         ctx: this rank's place.
     """
     group = ctx.collection.tp
@@ -261,22 +267,26 @@ def _entry_problems(entries: list[Entry], student: torch.nn.Module, vocab: int) 
         if entry.teacher is None and entry.objective.wanted != Wanted():
             problems.append(f"entry {entry.name} has no teacher, and its objective needs one: give it, or leave it out")
         problems += entry.objective.problems(vocab)
-    balanced = [entry for entry in entries if isinstance(entry.weight, BalancedWeight)]
+    balanced = _balanced(entries)
     if len(balanced) > 1:
         problems.append(
-            f"entries {' and '.join(entry.name for entry in balanced)} have balanced weights: one can have one"
+            f"entries {' and '.join(entry.name for entry, _ in balanced)} have balanced weights: one can have one"
         )
     problems += [
-        f"entry {entry.name} is balanced against {entry.weight.against}, which is none of {', '.join(names)}: name one"
-        for entry in balanced
-        if entry.weight.against not in names
+        f"entry {entry.name} is balanced against {weight.against}, which is none of {', '.join(names)}: name one"
+        for entry, weight in balanced
+        if weight.against not in names
     ]
     teachers = {id(entry.teacher): entry.teacher for entry in entries if entry.teacher is not None}
     return problems + [problem for teacher in teachers.values() for problem in teacher.problems(student)]
 
 
-def _obstacles(chunk: torch.nn.Module, ctx: ParallelContext, compares_states: bool) -> list[str]:
-    """Returns why the gradients of a model would not be those of the loss, one sentence each."""
+def _balanced(entries: Sequence[Entry]) -> list[tuple[Entry, BalancedWeight]]:
+    return [(entry, entry.weight) for entry in entries if isinstance(entry.weight, BalancedWeight)]
+
+
+def _gradient_problems(chunk: torch.nn.Module, ctx: ParallelContext, compares_states: bool) -> list[str]:
+    """Returns why the gradients of a model would be wrong, one sentence each."""
     config, problems = unwrap_model(chunk).config, []
     if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
         problems.append(

@@ -1,4 +1,4 @@
-"""Estimates the time and the cost of a distillation step, without torch."""
+"""Estimates the time and the cost of a distillation step. Needs no torch."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class StepTime:
         seconds: of one step.
         tokens_per_s: over all GPUs.
         gpu_hours: of the whole run, without validation and checkpoints.
-        cost: of the whole run, in the currency of the price; None without a price.
+        cost: of the whole run, in the price's currency; None without a price.
     """
 
     seconds: float
@@ -36,18 +36,18 @@ def estimate_step(
     utilization: float = 0.4,
     price: float | None = None,
 ) -> StepTime:
-    """Estimates the time of a step, and time and cost of the run.
+    """Estimates the time of a step, and the cost of the run.
 
-    A backward pass costs two forward passes, and `recompute` a third one. A pipeline idles for (p - 1) / (m * v) of the
-    time that it works (2104.04473, section 2.2).
+    A backward pass costs two forward passes, and a third one with `recompute`. The pipeline bubble is
+    (p - 1) / (m * v) of the compute time (2104.04473, section 2.2).
 
     Args:
         student, teacher, config, layout: as of `estimate_memory`.
-        gpu: of which there is one per rank.
-        utilization: share of the peak that a GPU reaches while it works. Megatron-LM's README tells of 41 % for its
-            smallest model, of two billion parameters, on H100s, and of 47 % for large ones. Narrow models and small
+        gpu: one per rank.
+        utilization: share of the peak that a GPU reaches outside of the bubble. Megatron-LM's README reports 41 % for
+            its smallest model (2 billion parameters) on H100s, and 47 % for large ones. Narrow models and small
             micro-batches reach less.
-        price: of one GPU for an hour.
+        price: of one GPU per hour.
     """
     tokens = config.global_batch * config.data.sequence_length
     passes = 4 if config.recompute else 3

@@ -1,4 +1,4 @@
-"""Where hidden states are taken: which module has one, on which pipeline rank."""
+"""Locates hidden states: the module that outputs one, and its pipeline rank."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -19,11 +19,11 @@ from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.layout import layers_per_stage
 
 ModuleOutput = Tensor | tuple[Tensor, Tensor | None]
-"""A state, or a state and the bias that is still to be added to it."""
+"""A state, or a state and a bias that is not added to it yet."""
 
 
 def module_at(model_chunks: Sequence[GPTModel], tap: Tap) -> torch.nn.Module | None:
-    """Returns the module whose output a state is, if this rank has it."""
+    """Returns the module whose output is a state, if this rank has it."""
     point, layer = tap
     for chunk in model_chunks:
         if point == EMBEDDING and chunk.pre_process:
@@ -35,20 +35,20 @@ def module_at(model_chunks: Sequence[GPTModel], tap: Tap) -> torch.nn.Module | N
 
 
 def _sublayer_module(modules: Sequence[torch.nn.Module], kind: str) -> torch.nn.Module:
-    """Returns the module of a kind of sublayer that a transformer layer has."""
+    """Returns the module of a kind of sublayer in a transformer layer."""
     slot = next(sublayer.slot for sublayer in KINDS.values() if sublayer.name == kind)
     own = (getattr(module, slot.module) for module in modules)
     return next(module for module in own if not isinstance(module, IdentityOp))
 
 
 def state_of(output: ModuleOutput) -> Tensor:
-    """Returns the hidden state in a module's output: an attention or an MLP gives its bias beside."""
+    """Returns the hidden state in a module's output, with the bias that an attention or MLP returns separately."""
     state, bias = output if isinstance(output, tuple) else (output, None)
     return state if bias is None else state + bias
 
 
 def pipeline_rank_of(tap: Tap, num_layers: int, layout: ParallelConfig) -> int:
-    """Returns the pipeline rank that has a state, of a network of so many transformer layers."""
+    """Returns the pipeline rank that has a state, in a network of `num_layers` transformer layers."""
     point, layer = tap
     if point == EMBEDDING:
         return 0
@@ -57,15 +57,20 @@ def pipeline_rank_of(tap: Tap, num_layers: int, layout: ParallelConfig) -> int:
 
 
 def stages_group(stages: Sequence[int], ctx: ParallelContext) -> dist.ProcessGroup | None:
-    """Makes the given stages of this rank's pipeline a group of their own, whose messages do not mix with those of the
-    schedules; None on other stages. Collective on the world."""
+    """Makes a process group of some stages of this rank's pipeline. Collective on the world.
+
+    Its messages do not mix with those of the schedules.
+
+    Returns:
+        the group; None on other stages.
+    """
     pipeline = dist.get_process_group_ranks(ctx.collection.pp)
     own, own_group = [pipeline[stage] for stage in stages], None
-    for ranks in sorted(set(map(tuple, gather_objects(own, dist.group.WORLD)))):
+    for ranks in sorted(set(map(tuple, gather_objects(own)))):
         group = dist.new_group(list(ranks))
         if dist.get_rank() in ranks:
             own_group = group
     if own_group:
-        # NCCL connects a group with its first operation, in which all of its ranks have to take part.
+        # NCCL connects a group at its first operation, in which all of its ranks must take part.
         dist.all_reduce(torch.zeros(1, device=ctx.device), group=own_group)
     return own_group

@@ -1,7 +1,7 @@
-"""What a teacher is: anything that gives targets for the samples of a step.
+"""The interface of a teacher: anything that gives targets for the samples of a step.
 
 A step runs its teachers first, one after another, over all of its micro-batches, and then the student, whose objectives
-compare it with what the teachers left. A new way to teach is a class of its own that follows `Teacher`.
+compare it with the teachers' targets. A new way to teach is a class that follows `Teacher`.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ Tap = tuple[str, int]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What objectives want of a teacher for every micro-batch, the same on every rank.
+    """What objectives want from a teacher for every micro-batch; the same on every rank.
 
     Attributes:
         predictions: whether its predictions are wanted, on the last pipeline stage.
-        states: hidden states, each with the pipeline rank that wants it, as often as it is wanted there.
+        states: hidden states with the pipeline rank that wants each, repeated for every use there.
     """
 
     predictions: bool = False
@@ -36,32 +36,32 @@ class Wanted:
 
 
 class Targets(Protocol):
-    """What a teacher gives for the micro-batches of one step, which are numbered from 0.
+    """A teacher's targets for the micro-batches of one step, which are numbered from 0.
 
     Attributes:
         seconds: that the teacher took on this rank.
-        text_loss: its own cross-entropy in nats per token, if it learned from the text in this step.
+        text_loss: its own cross-entropy in nats per token, if it was trained on the text in this step.
     """
 
     seconds: float
     text_loss: float | None
 
     def predictions(self, number: int) -> Any:
-        """Returns its predictions for a micro-batch, on the last pipeline stage, in the form that objectives on them
-        take: of a teacher that is a model, `Predictions`."""
+        """Returns its predictions for a micro-batch, on the last pipeline stage, in the form that the objectives take:
+        `Predictions`, if the teacher is a model."""
 
     def state(self, tap: Tap, number: int) -> Tensor:
         """Returns a hidden state `[seq(/tp), batch, hidden]` for a micro-batch, on a pipeline rank that wants it."""
 
     def release(self, tap: Tap, number: int) -> None:
-        """Says that one of those who want a state has no use for it any more."""
+        """Releases one use of a state, which may be freed after the last."""
 
 
 class Teacher(Protocol):
     """Gives targets for the samples of a step. Its methods are collective: every rank calls them."""
 
     def prepare(self, wanted: Wanted) -> None:
-        """Tells what every step will want. Called once, before the first step."""
+        """Sets what every step will want. Called once, before the first step."""
 
     def problems(self, student: torch.nn.Module) -> list[str]:
         """Returns why it cannot teach a student, one sentence each.
@@ -71,12 +71,12 @@ class Teacher(Protocol):
         """
 
     def teach(self, batches: Sequence[Batch], training: bool) -> AbstractContextManager[Targets]:
-        """Gives the targets of a step, which are there while the block runs.
+        """Yields the targets of a step, which are valid while the block runs.
 
         Args:
-            batches: the step's micro-batches. Their `sample_ids` say which samples they are, where they have them.
-            training: whether the student learns from the step; a teacher may learn from it as well.
+            batches: the step's micro-batches, with the `sample_ids` of their samples if known.
+            training: whether the student is trained in this step; a teacher may be trained too.
         """
 
     def evaluate(self, batches: Sequence[Batch]) -> StepResult | None:
-        """Measures the teacher itself on the text, without gradients; None if it has no predictions of the text."""
+        """Measures the teacher itself on the text, without gradients; None if it does not predict the text."""

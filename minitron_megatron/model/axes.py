@@ -1,15 +1,14 @@
-"""The algebra of the axis table: what every dimension of a parameter means, and how it is cut.
+"""The algebra of the axis table: the meaning of every dimension of a parameter, and how to slice it.
 
 A tensor dimension is an expression over named axes. `GROUP * (HEAD + KEY + VALUE) * HEAD_DIM` is the row order of
-Megatron's fused QKV projection: per query group its query heads, then its key head, then its value head. From that one
-description follow the size of the dimension and, for any choice of kept indices along the named axes, the rows that
-stay:
+Megatron's fused QKV projection: per query group its query heads, then its key head, then its value head. This one
+description gives the size of the dimension and, for any choice of kept indices along the named axes, the rows to keep:
 
 - pruning keeps the indices of a plan,
 - a tensor-parallel shard keeps a range of one axis, or of the rows of a query group,
-- the Hugging Face tensors inside a fused one are the rows left when the other parts are dropped.
+- a Hugging Face tensor inside a fused one keeps the rows left when the other parts are dropped.
 
-So all of these are one function, `Dim.index`. The rows of the table are in `parameters.py` and `layers/`.
+So `Dim.index` does all three. The rows of the table are in `parameters.py` and `layers/`.
 """
 
 from collections.abc import Mapping
@@ -23,8 +22,8 @@ Sizes = Mapping[str, int]
 """Length of each axis by its name."""
 
 Kept = Mapping[str, np.ndarray]
-"""Kept indices by axis name, sorted. An axis without an entry is kept whole. Of an axis that lies within another one
-they may be two-dimensional, `[kept element of the outer axis, kept element]`."""
+"""Kept indices by axis name, sorted. An axis without an entry is kept whole. For an axis within another one the indices
+may be two-dimensional, `[kept element of the outer axis, kept element]`."""
 
 
 class Dim:
@@ -37,16 +36,16 @@ class Dim:
         return _Concat(self, other)
 
     def size(self, sizes: Sizes) -> int:
-        """Length of the dimension."""
+        """Returns the length of the dimension."""
         raise NotImplementedError
 
     def index(self, kept: Kept, sizes: Sizes, rows: Sizes | None = None) -> np.ndarray:
-        """Positions in this dimension that stay when only `kept` stays of each axis, in order.
+        """Returns the positions in this dimension, in order, that remain when each axis keeps `kept`.
 
         Args:
-            kept: indices per axis; axes that are not named are kept whole.
-            sizes: length of each axis before cutting.
-            rows: for each enclosing axis, which of its kept elements this is within.
+            kept: indices per axis; axes without an entry are kept whole.
+            sizes: length of each axis before slicing.
+            rows: for each enclosing axis, which of its kept elements encloses this dimension.
 
         Returns:
             int64 array of positions.
@@ -54,7 +53,7 @@ class Dim:
         raise NotImplementedError
 
     def labels(self, axis: str, sizes: Sizes) -> np.ndarray:
-        """Which element of `axis` each position belongs to, -1 where to none."""
+        """Returns the element of `axis` that each position belongs to, -1 for none."""
         raise NotImplementedError
 
 
@@ -64,7 +63,7 @@ class Axis(Dim):
 
     Attributes:
         name: of the axis.
-        within: name of the axis that it lies within, whose every element may keep other elements of this one.
+        within: name of the enclosing axis, if any. Each of its elements may keep different elements of this axis.
     """
 
     name: str
@@ -77,7 +76,9 @@ class Axis(Dim):
         if self.name not in kept:
             return np.arange(sizes[self.name])
         indices = np.asarray(kept[self.name], dtype=np.int64)
-        return indices[(rows or {})[self.within]] if indices.ndim == 2 else indices
+        if self.within is not None and indices.ndim == 2:
+            return indices[(rows or {})[self.within]]
+        return indices
 
     def labels(self, axis: str, sizes: Sizes) -> np.ndarray:
         return np.arange(sizes[axis]) if self.name == axis else np.full(sizes[self.name], -1)
@@ -89,7 +90,7 @@ class _Product(Dim):
     inner: Dim
 
     def __mul__(self, inner: Dim) -> Dim:
-        # An axis then stands outside of everything that lies within it.
+        # Right-associative, so that the outermost axis is `outer` of the product.
         return _Product(self.outer, self.inner * inner)
 
     def size(self, sizes: Sizes) -> int:
@@ -135,9 +136,9 @@ class Part:
     """One Hugging Face tensor inside a Megatron parameter.
 
     Attributes:
-        name: its key in the Hugging Face layout; `{layer}` stands for the number of the transformer layer.
-        dropped: part axes (of length one) that are not in it.
-        rotary_dim: rows of each head, where they pass through the rotary embedding; None where they do not.
+        name: its key in the Hugging Face layout; `{layer}` is the number of the transformer layer.
+        dropped: part axes (of length one) that it does not contain.
+        rotary_dim: rows of each head, if the rotary embedding applies to them; else None.
     """
 
     name: str
@@ -146,21 +147,21 @@ class Part:
 
     @property
     def kept(self) -> Kept:
-        """The cut of the Megatron parameter that leaves this tensor."""
+        """The kept indices that select this tensor from the Megatron parameter."""
         return {axis: np.empty(0, dtype=np.int64) for axis in self.dropped}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the axis table, as a kind of layer writes it.
+    """A row of the axis table, as a kind of layer defines it.
 
     Attributes:
-        name: the key below the layer's for parameters of a sublayer, else the whole key.
-        dims: what each dimension means.
-        split: the axis that tensor parallelism splits, or None when every rank holds all of it.
+        name: the key within the layer for parameters of a sublayer, else the whole key.
+        dims: expression of each dimension.
+        split: the axis that tensor parallelism splits; None if it is replicated.
         parts: its tensors in the Hugging Face layout.
-        matmul: whether a token is multiplied by it (embedding lookups, norms and biases are not).
-        takes_merged: whether what a plan merges into kept elements goes into it (see `pruning/slicing.py`).
+        matmul: whether tokens are multiplied by it (not so for embedding lookups, norms and biases).
+        takes_merged: whether a plan's merged elements change its values (see `pruning/slicing.py`).
     """
 
     name: str
@@ -171,9 +172,9 @@ class Row:
     takes_merged: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Param(Row):
-    """A parameter of a network: a row of the axis table with its place and sizes.
+    """A parameter of a network: a row of the axis table with its position and sizes.
 
     Attributes:
         position: of its sublayer in the network, None outside of the layers.
@@ -181,13 +182,13 @@ class Param(Row):
         sizes: length of every axis.
     """
 
-    position: int | None = None
-    layer: int | None = None
-    sizes: Sizes = None
+    position: int | None
+    layer: int | None
+    sizes: Sizes
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is the table that tokens are looked up in."""
+        """Whether it is the embedding table."""
         return self.split == VOCAB.name and not self.matmul
 
     @property
@@ -196,13 +197,13 @@ class Param(Row):
         return tuple(dim.size(self.sizes) for dim in self.dims)
 
     def index(self, kept: Kept) -> list[np.ndarray]:
-        """For each dimension, the positions that stay when only `kept` stays."""
+        """Returns for each dimension the positions that remain when each axis keeps `kept`."""
         return [dim.index(kept, self.sizes) for dim in self.dims]
 
     def shard(self, rank: int, num_ranks: int) -> list[np.ndarray]:
-        """For each dimension, the positions that one of `num_ranks` tensor-parallel ranks holds.
+        """Returns for each dimension the positions that one of `num_ranks` tensor-parallel ranks holds.
 
-        All ranks hold equally many, element by element of the split axis: several query groups, or a part of one.
+        All ranks hold equally many, in the order of the split axis: several query groups, or a part of one.
         """
         shards = []
         for positions, dim in zip(self.index({}), self.dims, strict=True):
@@ -213,15 +214,15 @@ class Param(Row):
         return shards
 
     def hf_name(self, part: Part) -> str:
-        """Key of one of its `parts` in the Hugging Face layout."""
+        """Returns the key of one of its `parts` in the Hugging Face layout."""
         return part.name.format(layer=self.layer)
 
     def hf_shape(self, part: Part, vocab_size: int) -> list[int]:
-        """Shape of one of its `parts`, whose vocabulary is not padded."""
+        """Returns the shape of one of its `parts`, without the padding of the vocabulary."""
         sizes = {**self.sizes, VOCAB.name: vocab_size, **dict.fromkeys(part.dropped, 0)}
         return [dim.size(sizes) for dim in self.dims]
 
     def hf_rows(self, part: Part, vocab_size: int) -> np.ndarray:
-        """Rows of Megatron's tensor that make up one of its `parts`, without those that pad the vocabulary."""
+        """Returns the rows of Megatron's tensor that make up one of its `parts`, without the vocabulary's padding."""
         kept = {**part.kept, **({VOCAB.name: np.arange(vocab_size)} if self.split == VOCAB.name else {})}
         return self.dims[0].index(kept, self.sizes)

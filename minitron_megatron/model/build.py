@@ -1,7 +1,7 @@
-"""From a network to a Megatron-Core model on this rank, and back.
+"""Builds a Megatron-Core model from a network, and describes a model as a network.
 
-The only module that knows which class of Megatron-Core builds a network: GPTModel, which every supported release has,
-or HybridModel (from 0.18 on). Both give the same numbers and the same checkpoints.
+The only module that knows Megatron-Core's model classes: GPTModel, which every supported release has, and HybridModel
+(from 0.18 on). Both give the same numbers and the same checkpoints.
 """
 
 import copy
@@ -34,12 +34,12 @@ from minitron_megatron.parallel.layout import layers_per_stage
 TORCH_DTYPES = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
 
 _NORMS = {NormKind.RMSNORM: "RMSNorm", NormKind.LAYERNORM: "LayerNorm"}
-# FP8 matrix products take operands whose sizes are multiples of it.
+# FP8 matrix products need operands whose sizes are multiples of it.
 _FP8_MULTIPLE = 16
 
 
 def build_problems(network: Network, layout: ModelParallelConfig, where: str = "network") -> list[str]:
-    """Why a network cannot be built in a layout here, one sentence each."""
+    """Returns why a network cannot be built in a layout with this Megatron-Core, one sentence each."""
     problems = layout_problems(network, layout, where)
     mixed = _mixed_layers(network)
     if (mixed or layout.builder is Builder.HYBRID) and not _has_hybrid_model():
@@ -54,9 +54,9 @@ def build_problems(network: Network, layout: ModelParallelConfig, where: str = "
 
 
 def fp8_problems(network: Network, layout: ModelParallelConfig, where: str) -> list[str]:
-    """Why the matrix products of a network cannot be computed in FP8 here, one sentence each."""
+    """Returns why a network's matrix products cannot run in FP8 here, one sentence each."""
     if not uses_te():
-        return [f"{where} = true takes CUDA and Transformer Engine, which are not here: set it to false"]
+        return [f"{where} = true needs CUDA and Transformer Engine, which are not available: set it to false"]
     sizes = {"hidden_size": network.hidden_size}
     for sublayer, positions in network.alike():
         for row in sublayer.rows(network):
@@ -64,7 +64,7 @@ def fp8_problems(network: Network, layout: ModelParallelConfig, where: str) -> l
                 split = next(dim for dim in row.dims if (dim.labels(row.split, sublayer.sizes) >= 0).all())
                 sizes[f"{network.describe(positions[0])} ({row.name})"] = split.size(sublayer.sizes) // layout.tensor
     return [
-        f"{where} = true takes sizes that are multiples of {_FP8_MULTIPLE}, and {name} has {size} per tensor rank: "
+        f"{where} = true needs sizes that are multiples of {_FP8_MULTIPLE}, and {name} has {size} per tensor rank: "
         f"set it to false"
         for name, size in sizes.items()
         if size % _FP8_MULTIPLE
@@ -74,13 +74,14 @@ def fp8_problems(network: Network, layout: ModelParallelConfig, where: str) -> l
 def build_model(
     network: Network, ctx: ParallelContext, dtype: DType, recompute: bool = False, fp8: bool = False
 ) -> list[torch.nn.Module]:
-    """This rank's part of the network, with random weights.
+    """Builds this rank's part of the network, with random weights.
 
     Args:
         network: the whole network.
         ctx: this rank's place.
         dtype: of the weights and of computation.
-        recompute: in training, keep each layer's input alone and run the layer again in the backward pass.
+        recompute: full activation recomputation: keep only each layer's input, and run the layer again in the backward
+            pass.
         fp8: compute the layers' matrix products in FP8; see `fp8_problems`.
 
     Returns:
@@ -122,12 +123,12 @@ def build_model(
 
 
 def builds_hybrid(network: Network, layout: ParallelConfig) -> bool:
-    """Whether HybridModel builds a network in a layout, and not GPTModel."""
+    """Returns whether HybridModel builds a network in a layout, and not GPTModel."""
     return layout.builder is Builder.HYBRID or bool(_mixed_layers(network))
 
 
 def layer_config(config: TransformerConfig, sublayers: Sequence[Sublayer]) -> TransformerConfig:
-    """Megatron-Core's configuration of one transformer layer: the network's, with the sizes of its sublayers."""
+    """Returns Megatron-Core's configuration of one transformer layer: the network's, with the sublayers' sizes."""
     own = copy.copy(config)
     for sublayer in sublayers:
         for name, value in sublayer.megatron_fields().items():
@@ -136,7 +137,7 @@ def layer_config(config: TransformerConfig, sublayers: Sequence[Sublayer]) -> Tr
 
 
 def held_sublayers(model: torch.nn.Module, network: Network) -> Iterator[tuple[tuple[int, ...], torch.nn.Module]]:
-    """The layers of Megatron-Core that a model on this rank holds, each behind the positions of its sublayers."""
+    """Yields the Megatron-Core layers of a model on this rank, each with the positions of its sublayers before it."""
     own = unwrap_model(model)
     for layer in own.decoder.layers:
         number = layer.layer_number - 1
@@ -144,7 +145,7 @@ def held_sublayers(model: torch.nn.Module, network: Network) -> Iterator[tuple[t
 
 
 def layers_of(model: torch.nn.Module) -> dict[int, list[torch.nn.Module]]:
-    """Megatron-Core's layers that a model on this rank holds, by the transformer layer that each is of."""
+    """Returns the Megatron-Core layers of a model on this rank, by the number of their transformer layer."""
     own = unwrap_model(model)
     layers: dict[int, list[torch.nn.Module]] = {}
     for layer in own.decoder.layers:
@@ -155,7 +156,7 @@ def layers_of(model: torch.nn.Module) -> dict[int, list[torch.nn.Module]]:
 
 
 def first_position(model: torch.nn.Module, network: Network, ctx: ParallelContext, vp_stage: int | None) -> int:
-    """Position of the first sublayer of a model on this rank, or that it would have: it may hold none."""
+    """Returns the position of a model's first sublayer on this rank, or where it would be if the model has none."""
     held = next(held_sublayers(model, network), None)
     if held is not None:
         return held[0][0]
@@ -166,15 +167,15 @@ def first_position(model: torch.nn.Module, network: Network, ctx: ParallelContex
 def network_of(
     model: GPTModel, vocab_size: int | None = None, rotary_scaling: Llama3RopeScaling | None = None
 ) -> Network:
-    """The network of somebody's own GPTModel.
+    """Returns the network of any GPTModel, such as your own.
 
     Args:
         model: the model, or one rank's part of it.
         vocab_size: tokens of the tokenizer; None if the vocabulary is not padded.
-        rotary_scaling: how its rotary frequencies are scaled, which the model does not keep.
+        rotary_scaling: scaling of the rotary frequencies, which the model does not keep.
 
     Raises:
-        UnsupportedModelError: it has parts that the axis table does not describe, or other rotary frequencies.
+        UnsupportedModelError: it has features that the axis table does not describe, or other rotary frequencies.
     """
     config = model.config
     norms = {name: kind for kind, name in _NORMS.items()}
@@ -221,7 +222,7 @@ def _has_hybrid_model() -> bool:
 
 
 def _mixed_layers(network: Network) -> list[str]:
-    """Why GPTModel, which has one configuration per transformer layer, cannot build a network."""
+    """Returns why GPTModel, which has one configuration per transformer layer, cannot build a network."""
     reasons = []
     for number, positions in enumerate(network.layers):
         fields: dict[str, Any] = {}
@@ -233,7 +234,7 @@ def _mixed_layers(network: Network) -> list[str]:
 
 
 def _layers_of_stages(network: Network, layout: ParallelConfig) -> list[range]:
-    """Numbers of the transformer layers on every stage, in the order of the network."""
+    """Returns the numbers of the transformer layers on every stage, in the order of the network."""
     ends, stages = 0, []
     for count in layers_per_stage(len(network.layers), layout.stages):
         stages.append(range(ends, ends + count))
@@ -244,7 +245,7 @@ def _layers_of_stages(network: Network, layout: ParallelConfig) -> list[range]:
 def _network_config(
     network: Network, layout: ParallelConfig, dtype: DType, recompute: bool, fp8: bool
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of a network in a layout. Sizes that differ by layer are those of the first one."""
+    """Returns Megatron-Core's configuration of a network in a layout, with the sizes of the first layer."""
     interleaved = layout.model_chunks > 1
     hybrid = builds_hybrid(network, layout)
     stages = [
@@ -252,7 +253,7 @@ def _network_config(
         for stage in _layers_of_stages(network, layout)
     ]
     on_cuda = torch.cuda.is_available()
-    # Without attention Megatron-Core wants a number of heads all the same.
+    # Megatron-Core requires a number of heads even without attention.
     fields: dict[str, Any] = {"num_attention_heads": layout.tensor}
     for kind in network.kinds:
         fields |= network.sublayers[network.positions(kind)[0]].megatron_fields()
@@ -267,7 +268,7 @@ def _network_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-        # Megatron's notation of what each stage holds: embedding, transformer layers, loss.
+        # Megatron's notation for the contents of each stage: embedding, transformer layers, loss.
         pipeline_model_parallel_layout=f"E{'|'.join('t' * count for count in stages)}L",
         is_hybrid_model=hybrid,
         sequence_parallel=layout.sequence,
@@ -275,7 +276,7 @@ def _network_config(
         params_dtype=TORCH_DTYPES[dtype],
         bf16=dtype is DType.BF16,
         fp16=dtype is DType.FP16,
-        # Scaled by what each tensor holds now: a model that only runs forward has no history to go by.
+        # Current scaling: a model that only runs forward has no history of maxima for delayed scaling.
         fp8="e4m3" if fp8 else None,
         fp8_recipe="tensorwise",
         # Losses are sums over valid tokens; Megatron divides gradients by their global number.
@@ -283,7 +284,7 @@ def _network_config(
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
-        # With two ranks both neighbours are the same peer, and batched messages between them get mixed up.
+        # With two ranks both neighbours are the same peer, and batched messages between them would be mixed up.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         use_cpu_initialization=not on_cuda,
@@ -301,7 +302,7 @@ def _network_config(
 
 
 def _block(network: Network, numbers: range, config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The modules of the transformer layers with these numbers, for GPTModel."""
+    """Returns the specs of the transformer layers with these numbers, for GPTModel."""
     specs = []
     for number in numbers:
         own = [network.sublayers[position] for position in network.layers[number]]
@@ -312,11 +313,11 @@ def _block(network: Network, numbers: range, config: TransformerConfig) -> Trans
 
 
 def _rotary_frequencies(rotary: RotaryEmbedding, network: Network) -> torch.Tensor:
-    """The frequencies of a network, from those of a module that does not scale them."""
+    """Returns the rotary frequencies of a network, scaled from those of a module that does not scale them."""
     scaling = network.rotary_scaling
     if scaling is None:
         return rotary.inv_freq
-    # The models' own switch takes the factor alone; the other three would be Llama 3.1's, whatever the model.
+    # Megatron-Core's switch takes only the factor; the other three would always be Llama 3.1's.
     return rotary._apply_scaling(
         rotary.inv_freq,
         factor=scaling.factor,

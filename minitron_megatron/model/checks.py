@@ -1,22 +1,25 @@
-"""Checks of dataclasses whose values come from files that others may have written or damaged."""
+"""Validates dataclasses whose values come from untrusted files."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from minitron_megatron.errors import raise_if_any
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
 
-# Ten times the largest of today's networks, so that a damaged file asks for no more memory than there is.
+# Ten times today's largest networks, so that a damaged file cannot ask for more memory than there is.
 MAX_SIZE, MAX_LAYERS = 2**22, 10_000
 
 
-def type_problems(values: object, where: str) -> list[str]:
-    """Which fields of a dataclass have a value of another type, or a number that is not finite."""
+def type_problems(values: "DataclassInstance", where: str) -> list[str]:
+    """Returns which fields of a dataclass have a value of the wrong type, or a number that is not finite."""
     problems, hints = [], _hints(type(values))
     for field in dataclasses.fields(values):
         value, kind, wanted = getattr(values, field.name), hints[field.name], None
@@ -38,7 +41,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def size_problems(values: object, names: tuple[str, ...], where: str) -> list[str]:
-    """Which sizes are below 1, or too large to be one."""
+    """Returns which sizes are below 1 or above `MAX_SIZE`."""
     return [
         f"{where}.{name} = {getattr(values, name)}: must be at least 1 and at most {MAX_SIZE}"
         for name in names
@@ -46,15 +49,15 @@ def size_problems(values: object, names: tuple[str, ...], where: str) -> list[st
     ]
 
 
-def plain_values(values: object) -> dict[str, Any]:
-    """A dataclass as JSON values; `from_plain` reads them back."""
+def plain_values(values: "DataclassInstance") -> dict[str, Any]:
+    """Converts a dataclass to JSON values; `from_plain` reads them back."""
     return {
         name: value.value if isinstance(value, Enum) else value for name, value in dataclasses.asdict(values).items()
     }
 
 
 def field_problems(kind: type, values: Mapping[str, Any], where: str, ignored: tuple[str, ...] = ()) -> list[str]:
-    """What of JSON values a dataclass cannot be made from: unknown names, missing ones, and unknown choices."""
+    """Returns why a dataclass cannot be made from JSON values: unknown names, missing ones, and unknown choices."""
     fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in ignored}
     problems = [
         f"{where}.{name} is no field: the fields are {', '.join(fields)}" for name in values if name not in fields
@@ -70,10 +73,10 @@ def field_problems(kind: type, values: Mapping[str, Any], where: str, ignored: t
 
 
 def from_plain(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    """The dataclass that JSON values describe.
+    """Makes a dataclass from JSON values.
 
     Raises:
-        ConfigError: a field is unknown, missing, or has a value that it may not have.
+        ConfigError: a field is unknown, missing, or has an invalid value.
     """
     raise_if_any(field_problems(kind, values, where))
     choices = _choices(kind)
@@ -81,7 +84,7 @@ def from_plain(kind: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _choices(kind: type) -> dict[str, type[Enum]]:
-    """The fields of a dataclass that are one of some choices."""
+    """Returns the fields of a dataclass that are enums."""
     hints = _hints(kind)
     return {
         field.name: hints[field.name]

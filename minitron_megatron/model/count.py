@@ -1,4 +1,4 @@
-"""Exact parameter and FLOP counts, read off the axis table."""
+"""Exact parameter and FLOP counts, computed from the axis table."""
 
 import math
 
@@ -8,11 +8,11 @@ from minitron_megatron.model.parameters import parameters
 
 
 def num_parameters(network: Network, embeddings: bool = True) -> int:
-    """Parameters of the network. Rows that only pad the vocabulary do not count.
+    """Counts the parameters of a network, without the rows that pad the vocabulary.
 
     Args:
-        network: to count.
-        embeddings: whether the embedding table and an untied output projection count.
+        network: the network.
+        embeddings: count the embedding table and an untied output projection too.
     """
     return sum(
         math.prod(dim.size({**param.sizes, VOCAB.name: network.vocab_size}) for dim in param.dims)
@@ -22,10 +22,10 @@ def num_parameters(network: Network, embeddings: bool = True) -> int:
 
 
 def forward_flops_per_token(network: Network, sequence_length: int) -> float:
-    """Floating-point operations of one forward pass, per token, at a given sequence length.
+    """Counts the floating-point operations of a forward pass, per token, at a given sequence length.
 
-    Matrix products count two operations per multiply-add; what a kind of layer has beside them, it says itself. Norms,
-    activations and the softmaxes are left out, as is usual in the field. A backward pass costs twice a forward pass.
+    Matrix products count two operations per multiply-add; `Sublayer.flops_per_token` adds a kind's other operations.
+    Norms, activations and softmaxes are left out, as is usual. A backward pass costs twice a forward pass.
     """
     matrices = sum(
         2 * math.prod(param.shape) for param in parameters(network) if param.matmul and param.position is not None
@@ -35,5 +35,5 @@ def forward_flops_per_token(network: Network, sequence_length: int) -> float:
 
 
 def cache_bytes_per_token(network: Network, number_bytes: int) -> int:
-    """Bytes that generation keeps of every token of a sequence, over all layers."""
+    """Returns the bytes that generation caches per token, over all layers."""
     return sum(sublayer.cache_bytes_per_token(number_bytes) for sublayer in network.sublayers)

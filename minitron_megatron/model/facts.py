@@ -1,4 +1,4 @@
-"""The sizes and switches of a network as people read them."""
+"""Formats the sizes and switches of a network for people."""
 
 from minitron_megatron.model.axes import HIDDEN, VOCAB
 from minitron_megatron.model.checks import plain_values
@@ -7,11 +7,11 @@ from minitron_megatron.model.network import Network
 
 
 def network_facts(network: Network, switches: bool = False) -> dict[str, str]:
-    """Counts and sizes by their names. Sizes that differ by layer are a range.
+    """Returns counts and sizes by name. Sizes that differ by layer are a range.
 
     Args:
-        network: to describe.
-        switches: everything else as well that tells it from others.
+        network: the network.
+        switches: add all other fields too.
     """
     facts = {
         "parameters": f"{num_parameters(network):,}",

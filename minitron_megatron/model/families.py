@@ -1,7 +1,7 @@
-"""Model families: between a Hugging Face config and a `Network`, both ways.
+"""Model families: convert a Hugging Face config to a `Network`, and back.
 
-A family says how its config spells sizes and switches, and names the kinds of layers that it has. Where its tensors lie
-is the kinds' business. How to add one: docs/architecture.md.
+A family defines how its config spells sizes and switches, and which kinds of layers it has. The kinds know the names of
+its tensors. How to add one: docs/architecture.md.
 """
 
 import json
@@ -25,9 +25,9 @@ class Family:
 
     Attributes:
         architecture: its class in transformers.
-        read: the network that a config describes. Raises `UnsupportedModelError` for what it cannot be.
-        write: fields of the config of a network, beside `model_type` and `architectures`.
-        obstacles: why a network is none of the family, as `NAME = VALUE`.
+        read: converts a config to a network. Raises `UnsupportedModelError` for unsupported features.
+        write: returns the config fields of a network, without `model_type` and `architectures`.
+        obstacles: returns why a network does not belong to the family, as `NAME = VALUE`.
     """
 
     architecture: str
@@ -38,14 +38,14 @@ class Family:
 
 @dataclass(frozen=True)
 class _Dense:
-    """What tells one family of dense transformers from another.
+    """The differences between families of dense transformers.
 
     Attributes:
-        norm_eps: its name in the config.
-        hidden_act: what the config calls the activation.
+        norm_eps: name of the norm's epsilon in the config.
+        hidden_act: the config's name of the activation.
         attention, mlp, network: fields of these that are the same for every model of the family.
         defaults: config fields that transformers assumes where a config leaves them out.
-        config: the family's own fields of the config of a network.
+        config: returns further config fields of a network.
     """
 
     norm_eps: str = "rms_norm_eps"
@@ -59,7 +59,7 @@ class _Dense:
     def read(self, config: Config) -> Network:
         config = {**self.defaults, **config}
         self._require_known(config)
-        # The one is transformers 5's name, the other that of earlier versions, which kept these two fields outside.
+        # `rope_parameters` since transformers 5; earlier `rope_scaling`, with these two fields at the top level.
         rope: Config = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
         rope |= {name: config[name] for name in rope if config.get(name)}
         rope |= config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -86,7 +86,7 @@ class _Dense:
         )
 
     def _require_known(self, config: Config) -> None:
-        """Refuse what a config switches on that networks have no field for."""
+        """Raises an error for features of a config that `Network` has no field for."""
         if (activation := config.get("hidden_act", self.hidden_act)) != self.hidden_act:
             raise UnsupportedModelError(
                 f"config.json: hidden_act = {activation!r} is not supported for this family: choose a model with "
@@ -106,7 +106,7 @@ class _Dense:
             )
 
     def write(self, network: Network) -> Config:
-        attention, mlp = (network.sublayers[position] for position in network.layers[0])
+        attention, mlp = _first_layer(network)
         rope: Config = {"rope_type": "default", "rope_theta": network.rotary_base}
         if scaling := network.rotary_scaling:
             rope = {
@@ -139,33 +139,42 @@ class _Dense:
         }
 
     def obstacles(self, network: Network) -> list[str]:
-        """Switches that have another value in every model of the family; networks of other layers have them all."""
+        """Returns the fields with which a network differs from every model of the family."""
         if any(tuple(type(network.sublayers[p]) for p in layer) != (Attention, MLP) for layer in network.layers):
             return [f"pattern = {network.pattern!r}"]
         if not network.has_equal_layers:
             return unlike_layers(network)
-        attention, mlp = (network.sublayers[position] for position in network.layers[0])
+        attention, mlp = _first_layer(network)
         switches = {"norm": NormKind.RMSNORM, "norm_zero_centered": False, **self.network}
         if "partial_rotary_factor" not in self.defaults:
             switches["rotary_fraction"] = 1.0
-        expected = [
+        of_attention = {"bias": False, "qkv_bias": False, "qk_norm": False, **self.attention}
+        of_mlp = {"activation": Activation.SILU, "gated": True, "bias": False, **self.mlp}
+        checked: list[tuple[object, str, Mapping[str, Any]]] = [
             (network, "network", switches),
-            (attention, attention.name, {"bias": False, "qkv_bias": False, "qk_norm": False, **self.attention}),
-            (mlp, mlp.name, {"activation": Activation.SILU, "gated": True, "bias": False, **self.mlp}),
+            (attention, attention.name, of_attention),
+            (mlp, mlp.name, of_mlp),
         ]
         return [
-            f"{where}.{name} = {found}"
-            for owner, where, values in expected
-            for name, value in values.items()
-            if (found := getattr(owner, name)) != value
+            f"{where}.{name} = {value}"
+            for owner, where, expected in checked
+            for name in expected
+            if (value := getattr(owner, name)) != expected[name]
         ]
 
     def family(self, architecture: str) -> Family:
         return Family(architecture, self.read, self.write, self.obstacles)
 
 
+def _first_layer(network: Network) -> tuple[Attention, MLP]:
+    """Returns the sublayers of the first layer of a dense transformer."""
+    attention, mlp = (network.sublayers[position] for position in network.layers[0])
+    assert isinstance(attention, Attention) and isinstance(mlp, MLP)  # `_Dense.obstacles` refuses other layers
+    return attention, mlp
+
+
 def _no_window(network: Network) -> Config:
-    """What Qwen's configs say of layers that all attend to the whole sequence."""
+    """Returns the fields with which Qwen's configs say that all layers attend to the whole sequence."""
     layer_types = ["full_attention"] * len(network.layers)
     return dict(use_sliding_window=False, sliding_window=None, layer_types=layer_types)
 
@@ -175,10 +184,10 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register_family(model_type: str, family: Family) -> None:
-    """Make a family known.
+    """Registers a family.
 
     Raises:
-        ValueError: there is one of that type already.
+        ValueError: the type is registered already.
     """
     if model_type in FAMILIES:
         raise ValueError(f"the family {model_type!r} is registered already, for {FAMILIES[model_type].architecture}")
@@ -220,7 +229,7 @@ for _model_type, _family in _DENSE.items():
     register_family(_model_type, _family)
 
 _SEED_OSS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, attention_dropout=0.0, residual_dropout=0.0)
-"""What a Qwen2 config means where it leaves these out, and Seed-OSS's does not."""
+"""Defaults of a Qwen2 config that differ from Seed-OSS's."""
 
 _QWEN2_ALONE = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
@@ -231,7 +240,7 @@ _OTHER_LAYERS = {
     **dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads"), "gated linear attention ('G')"),
     "kv_lora_rank": "multi-latent attention",
 }
-"""Kinds of layers that no axis table describes yet, by the field of a config that tells of them."""
+"""Unsupported kinds of layers, by the config field that shows them."""
 
 _GEMMA = (
     "GPTModel of Megatron-Core has neither its scaled embeddings nor the norms behind its sublayers, and transformers "
@@ -240,29 +249,30 @@ _GEMMA = (
 
 
 def network_from_config(config: Config) -> Network:
-    """The network that a Hugging Face `config.json` describes.
+    """Converts a Hugging Face `config.json` to a network.
 
     Raises:
-        UnsupportedModelError: the family, or a switch of it, has no axis table.
+        UnsupportedModelError: the axis table does not describe the family, or a feature of the model.
     """
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         raise UnsupportedModelError(
-            f"config.json: model_type = {config.get('model_type')!r} is not supported{_why_not(config)}: choose a "
-            f"model of one of {', '.join(sorted(FAMILIES))}"
+            f"config.json: model_type = {config.get('model_type')!r} is not supported{_unsupported_reason(config)}: "
+            f"choose a model of one of {', '.join(sorted(FAMILIES))}"
         )
     return family.read(config)
 
 
 def config_from_network(network: Network, original: Config) -> Config:
-    """The `config.json` of a network, keeping what `original` says beside sizes (token ids and the like).
+    """Returns the `config.json` of a network.
 
-    Without a family in `original` it is of the first one that is the same network.
+    Fields of `original` that are no sizes, such as token ids, are kept. Without a `model_type` there, the first family
+    that describes the network is used.
 
     Raises:
-        UnsupportedModelError: no network of transformers is this one, or none of that family.
+        UnsupportedModelError: no family of transformers describes the network, or not the original's.
     """
-    model_type, original = _written_as(original.get("model_type") or _family_of(network), network, original)
+    model_type, original = _family_to_write(original.get("model_type") or _family_of(network), network, original)
     family = FAMILIES[model_type]
     others = family.obstacles(network)
     if others and (unlike := unlike_layers(network)):
@@ -272,27 +282,31 @@ def config_from_network(network: Network, original: Config) -> Config:
         )
     if others:
         raise UnsupportedModelError(
-            f"the checkpoint is no {model_type} network, by {', '.join(others)}: give the config.json of its own family"
+            f"the checkpoint is not a {model_type} network ({', '.join(others)}): give the config.json of its own "
+            f"family"
         )
     return {**original, "model_type": model_type, "architectures": [family.architecture], **family.write(network)}
 
 
-def _written_as(model_type: str, network: Network, original: Config) -> tuple[str, Config]:
-    """The family that a network of another width is written as, and what its config begins with."""
+def _family_to_write(model_type: str, network: Network, original: Config) -> tuple[str, Config]:
+    """Returns the family to write a network as, and the config to begin with.
+
+    Pruned networks may have sizes that the original family's class refuses.
+    """
     attention = next((own for own in network.sublayers if isinstance(own, Attention)), None)
     if attention and model_type == "llama" and network.hidden_size % attention.num_heads:
-        # LlamaConfig refuses a width that is no multiple of the heads. Mistral's is the same network without
-        # that restriction (no sliding window, no biases).
+        # LlamaConfig refuses a hidden size that is not a multiple of the heads. Mistral is the same network (without a
+        # sliding window and biases) and has no such restriction.
         return "mistral", original
     if attention and model_type == "qwen2" and network.hidden_size != attention.num_heads * attention.head_dim:
-        # Servers take Qwen2's head_dim to be the width divided by the heads, whatever the config says.
-        # Seed-OSS's is the same network with a head_dim of its own.
+        # Inference servers compute Qwen2's head_dim as hidden size / heads and ignore the config's. Seed-OSS is the
+        # same network with a head_dim field.
         return "seed_oss", {**_SEED_OSS, **{name: v for name, v in original.items() if name not in _QWEN2_ALONE}}
     return model_type, original
 
 
 def unlike_layers(network: Network) -> list[str]:
-    """What differs between the layers of a network, one phrase each: which sizes, and which sublayers are missing."""
+    """Returns how the layers of a network differ, one phrase each: sizes, and missing sublayers."""
     phrases = []
     for kind in network.kinds:
         own = [network.sublayers[position] for position in network.positions(kind)]
@@ -308,18 +322,18 @@ def unlike_layers(network: Network) -> list[str]:
 
 
 def _family_of(network: Network) -> str:
-    """The first family that is the same network."""
+    """Returns the first family that describes a network."""
     missing = {}
     for name, family in FAMILIES.items():
         if not (others := family.obstacles(network)):
             return name
         missing[name] = others
     listed = "\n  ".join(f"not {name}: {', '.join(others)}" for name, others in missing.items())
-    raise UnsupportedModelError(f"transformers has no network of this shape that this package writes:\n  {listed}")
+    raise UnsupportedModelError(f"the network belongs to no supported family of transformers:\n  {listed}")
 
 
-def _why_not(config: Config) -> str:
-    """What Megatron-Core or the axis tables lack for a family, as far as its config tells."""
+def _unsupported_reason(config: Config) -> str:
+    """Returns what Megatron-Core or the axis table lacks for a family, as far as its config tells."""
     if str(config.get("model_type")).startswith("gemma"):
         return f" ({_GEMMA})"
     kinds = {kind: None for field, kind in _OTHER_LAYERS.items() if config.get(field)}

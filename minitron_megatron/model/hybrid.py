@@ -1,10 +1,10 @@
-"""Networks in HybridModel, which Megatron-Core has from 0.18 on: one layer of its own for every sublayer.
+"""Builds networks as a HybridModel (Megatron-Core 0.18 or newer), which has one layer for every sublayer.
 
-HybridModel chooses a layer's class by its symbol, and all layers share one configuration. Here every layer is built by
-its own sublayer, so that kinds are ours to define and sizes may differ. On disk layers are numbered as GPTModel's.
+HybridModel chooses a layer's class by its symbol, and all layers share one configuration. Here each sublayer builds its
+own layer, so that this package defines the kinds and sizes may differ. On disk layers are numbered as GPTModel's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,17 +22,17 @@ from minitron_megatron.model.layers import Slot
 from minitron_megatron.model.network import Network
 from minitron_megatron.model.specs import layer_submodules, norm_module
 
-# The symbols of Megatron-Core's own layers that are called as a sublayer in each slot is.
+# Megatron-Core's own layers with the same call signature as a sublayer in each slot.
 _SYMBOLS = {Slot.MIXER: Symbols.ATTENTION, Slot.CHANNEL: Symbols.MLP}
 
 
 class Layer(TransformerLayer):
-    """A transformer layer with one half, which the sublayer at its place in the network builds.
+    """A transformer layer with one half, built by the sublayer at its position in the network.
 
     Args:
         config: of the network.
-        network: that it is part of.
-        layer_number: position in the network, counted from 1.
+        network: the whole network.
+        layer_number: position of the sublayer in the network, from 1.
         options: of Megatron-Core's layer.
     """
 
@@ -45,7 +45,9 @@ class Layer(TransformerLayer):
 
 
 class Stack(HybridStack):
-    """The sublayers of a stage. HybridStack's own final norm is Transformer Engine's, whether it is there or not."""
+    """The sublayers of a stage. HybridStack's own final norm is Transformer Engine's, even where that is missing."""
+
+    layers: Iterable[TransformerLayer]
 
     def __init__(
         self,
@@ -69,11 +71,10 @@ class Stack(HybridStack):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """As GPTModel's: its layers are numbered, and stacked where all are alike."""
-        layers, state = self.layers, {}
-        self.layers = torch.nn.ModuleList()
+        """Numbers layers as GPTModel does, and stacks them where all are equal."""
+        layers, self.layers = self.layers, torch.nn.ModuleList()
         try:
-            state |= super().sharded_state_dict(prefix, sharded_offsets, metadata)  # all that is no layer
+            state: ShardedStateDict = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # without layers
         finally:
             self.layers = layers
         stacked = self.network.has_equal_layers and not (metadata or {}).get("non_homogeneous_layers")
@@ -87,24 +88,24 @@ class Stack(HybridStack):
 
 
 class Model(HybridModel):
-    """HybridModel with the keys that GPTModel gives a checkpoint."""
+    """HybridModel with GPTModel's checkpoint keys."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Without a state of Transformer Engine's for the output projection, which GPTModel leaves out as well."""
+        """Leaves out Transformer Engine's extra state of the output projection, as GPTModel does."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state.pop(f"{prefix}output_layer._extra_state", None)
         return state
 
 
 def hybrid_model(network: Network, stages: Sequence[range], settings: dict[str, Any]) -> Model:
-    """This rank's part of a network.
+    """Builds this rank's part of a network.
 
     Args:
         network: the whole network.
-        stages: numbers of the transformer layers on each.
-        settings: of GPTModel and HybridModel alike.
+        stages: numbers of the transformer layers on each stage.
+        settings: arguments that GPTModel and HybridModel share.
     """
     symbols = [_SYMBOLS[sublayer.slot] for sublayer in network.sublayers]
     parts = ["".join(symbols[position] for number in stage for position in network.layers[number]) for stage in stages]

@@ -1,12 +1,15 @@
-"""A key-value cache for generation: each new token costs one position, and not all of those before it again."""
+"""A key-value cache for generation: a new token costs one position instead of the whole sequence again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.attention import Attention
 from torch import Tensor
 
 from minitron_megatron.model.build import held_sublayers
@@ -14,58 +17,77 @@ from minitron_megatron.model.network import Network
 
 
 @dataclass
+class NewTokens:
+    """One new token of every sequence.
+
+    Attributes:
+        positions: of each in its sequence, `[batch]`.
+        rows: numbers of the sequences, `[batch]`.
+        mask: which positions each token attends to, `[batch, 1, 1, end]`.
+    """
+
+    positions: Tensor
+    rows: Tensor
+    mask: Tensor
+
+
+@dataclass
 class Cursor:
     """Where the tokens of the next forward pass stand in their sequences.
 
     Attributes:
-        num_sequences, length: that there is room for, and of the longest one, in tokens.
+        num_sequences: sequences that there is room for.
+        length: of the longest one, in tokens.
         first: number of the sequence that the next prompts begin with.
-        positions: of one new token per sequence `[batch]`; None for whole prompts, which begin at 0.
-        rows: numbers of the sequences `[batch]`.
-        seen: which positions each of them attends to `[batch, 1, 1, end]`.
+        new: the next tokens, one per sequence; None for whole prompts, which begin at position 0.
     """
 
     num_sequences: int
     length: int
     first: int = 0
-    positions: Tensor | None = None
-    rows: Tensor | None = None
-    seen: Tensor | None = None
+    new: NewTokens | None = None
 
     def begin_at(self, sequence: int) -> None:
-        """Stand at the prompts of some of the sequences."""
+        """Moves to the prompts of some of the sequences.
+
+        Args:
+            sequence: number of the first of them.
+        """
         self.first = sequence
 
     def move_to(self, positions: Tensor) -> None:
-        """Stand at one new token per sequence."""
-        self.positions = positions
-        self.rows = torch.arange(len(positions), device=positions.device)
+        """Moves to one new token per sequence.
+
+        Args:
+            positions: of each in its sequence, `[batch]`.
+        """
+        rows = torch.arange(len(positions), device=positions.device)
         places = torch.arange(int(positions.max()) + 1, device=positions.device)
-        self.seen = (places <= positions[:, None])[:, None, None]
+        self.new = NewTokens(positions, rows, mask=(places <= positions[:, None])[:, None, None])
 
 
 @contextmanager
 def key_value_cache(
-    model_chunks: Sequence[torch.nn.Module], network: Network, num_sequences: int, length: int
+    model_chunks: Sequence[GPTModel], network: Network, num_sequences: int, length: int
 ) -> Iterator[Cursor]:
-    """Have a model's layers remember what they need of earlier tokens while the block runs.
+    """Makes a model's layers cache what they need of earlier tokens while the block runs.
 
-    The place of a token in the cache is its position in its own sequence. Prompts are padded on the right, where causal
-    attention does not see the padding, and what a sequence goes on with overwrites it. So the prompts run through the
-    model's own attention, and no sequence depends on those beside it.
+    A token's place in the cache is its position in its own sequence. Prompts are padded on the right, where causal
+    attention does not see the padding, and generated tokens overwrite it. So prompts run through the model's own
+    attention, and no sequence depends on those beside it.
 
-    (Megatron-Core's StaticInferenceContext has one position for the whole batch, and turns all keys of the cache by
-    their rotary angles again for every new token.)
+    (Megatron-Core's StaticInferenceContext has one position for the whole batch, and applies the rotary embedding to
+    all cached keys again for every new token.)
 
     Args:
-        model_chunks: this rank's model, anybody's GPTModel or HybridModel with rotary positions.
+        model_chunks: this rank's model, any GPTModel or HybridModel with rotary positions.
         network: the whole network.
-        num_sequences: that there is room for.
-        length: longest sequence, prompt and what follows it, in tokens.
+        num_sequences: sequences to make room for.
+        length: of the longest sequence, prompt and generated tokens.
 
     Yields:
-        the cursor. The model takes prompts `[batch, seq]` first, of some of the sequences after each `begin_at`, and
-        after each `move_to` tokens `[sequences, 1]`.
+        the cursor. Run the model first on prompts `[batch, seq]`, of some of the sequences after each `begin_at`, and
+        then on tokens `[sequences, 1]` after each `move_to`.
     """
     cursor = Cursor(num_sequences, length)
     with ExitStack() as stack:
@@ -79,8 +101,8 @@ def key_value_cache(
 
 
 @contextmanager
-def cached_attention(attention: torch.nn.Module, cursor: Cursor) -> Iterator[None]:
-    """Have an attention of Megatron-Core's remember keys and values while the block runs."""
+def cached_attention(attention: Attention, cursor: Cursor) -> Iterator[None]:
+    """Makes a Megatron-Core attention cache keys and values while the block runs."""
     core = attention.core_attention
     attention.core_attention = _CachedAttention(core, cursor, attention.config.softmax_scale)
     try:
@@ -89,51 +111,53 @@ def cached_attention(attention: torch.nn.Module, cursor: Cursor) -> Iterator[Non
         attention.core_attention = core
 
 
-def _angles_at(cursor: Cursor):
-    """A hook that gives the rotary angles of the cursor's positions, `[1, batch, 1, rotated]`, instead of the first."""
+def _angles_at(cursor: Cursor) -> Callable[[RotaryEmbedding, tuple[Any, ...], Tensor], Tensor]:
+    """Returns a hook that gives the rotary angles of new tokens by their positions, `[1, batch, 1, rotated]`."""
 
-    def hook(module: RotaryEmbedding, args: tuple, angles: Tensor) -> Tensor:
-        if cursor.positions is None:
+    def hook(module: RotaryEmbedding, args: tuple[Any, ...], angles: Tensor) -> Tensor:
+        if cursor.new is None:
             return angles
-        return module.get_emb(cursor.length)[cursor.positions].transpose(0, 1)
+        return module.get_emb(cursor.length)[cursor.new.positions].transpose(0, 1)
 
     return hook
 
 
 class _CachedAttention(torch.nn.Module):
-    """The attention of one sublayer, with the keys and values `[sequences, groups/tp, length, head_dim]` seen.
+    """The core attention of one sublayer, with a cache of keys and values `[sequences, groups/tp, length, head_dim]`.
 
     Args:
         core: attends within prompts.
         cursor: where new tokens stand.
-        softmax_scale: that scores are multiplied by; None for `head_dim ** -0.5`.
+        softmax_scale: factor of the scores; None for `head_dim ** -0.5`.
     """
 
     def __init__(self, core: torch.nn.Module, cursor: Cursor, softmax_scale: float | None):
         super().__init__()
         self.core, self.cursor, self.softmax_scale = core, cursor, softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options) -> Tensor:
-        """See `CausalAttention.forward`; `seq` is 1 once the prompts have been seen."""
-        positions = self.cursor.positions
-        if positions is None:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> Tensor:
+        """See `CausalAttention.forward`; `seq` is 1 for new tokens."""
+        new = self.cursor.new
+        if new is None:
             seq, batch, groups, head_dim = key.shape
             if self.cursor.first == 0:
-                # Zeros, for what no sequence has reached is multiplied by zero, and may not be NaN.
+                # Zeros, because positions that no sequence has reached get the weight zero, and must not be NaN.
                 size = (self.cursor.num_sequences, groups, self.cursor.length, head_dim)
                 self.keys, self.values = key.new_zeros(size), value.new_zeros(size)
             rows = slice(self.cursor.first, self.cursor.first + batch)
             self.keys[rows, :, :seq], self.values[rows, :, :seq] = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
             return self.core(query, key, value, attention_mask, **options)
-        at = (self.cursor.rows, slice(None), positions)
+        at = (new.rows, slice(None), new.positions)
         self.keys[at], self.values[at] = key[0], value[0]
-        seen = (slice(len(positions)), slice(None), slice(self.cursor.seen.size(-1)))
+        seen = (slice(len(new.positions)), slice(None), slice(new.mask.size(-1)))
         context = F.scaled_dot_product_attention(
             # The query heads of a group, which share a key, as if they were the tokens of a sequence.
             query[0].unflatten(1, (key.size(2), -1)),
             self.keys[seen],
             self.values[seen],
-            attn_mask=self.cursor.seen,
+            attn_mask=new.mask,
             scale=self.softmax_scale,
         )
         return context.flatten(1).unsqueeze(0)

@@ -1,7 +1,7 @@
-"""A network in the words of Megatron-LM's command line, which it keeps in its checkpoints as `args`.
+"""Converts between a network and Megatron-LM's command line arguments, which its checkpoints keep as `args`.
 
-The names and defaults are those of `megatron/training/arguments.py`. A newer Megatron-LM takes some of the names from
-`TransformerConfig`; both are read, and both are written.
+Names and defaults are those of `megatron/training/arguments.py`. Newer releases of Megatron-LM take some of the names
+from `TransformerConfig`; both are read, and both are written.
 """
 
 import argparse
@@ -23,12 +23,12 @@ _BY_STAGE = (
     "virtual_pipeline_model_parallel_size",
 )
 _NULL_TOKENIZERS = ("NullTokenizer", "NullMultimodalTokenizer")
-"""Tokenizers of a number of tokens alone. To that number, `vocab_size`, they add one that ends a document."""
+"""Tokenizers without a vocabulary. They add an end-of-document token to `vocab_size`."""
 
 _NORMS = {"RMSNorm": NormKind.RMSNORM, "LayerNorm": NormKind.LAYERNORM}
 _OTHER_KINDS = {"M": "Mamba", "E": "mixtures of experts", "G": "gated linear attention", "D": "sparse attention"}
 _GPT_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
-"""What GPTModel stretches the rotary embedding with, beside `rope_scaling_factor`: Llama 3.1's numbers."""
+"""GPTModel's constants for rotary scaling, beside `rope_scaling_factor`: Llama 3.1's."""
 
 
 _FRESH = dict(
@@ -44,7 +44,7 @@ _FRESH = dict(
     expert_model_parallel_size=1,
     ckpt_format="torch_dist",
 )
-"""Args that follow from no field of `Network`, for weights that Megatron-LM did not train."""
+"""Args that no field of `Network` determines, for weights that Megatron-LM did not train."""
 
 _OTHER_NETWORKS = (
     "num_layers_per_virtual_pipeline_stage",
@@ -77,7 +77,7 @@ _OTHER_NETWORKS = (
     "tiktoken_pattern",
     "tokenizer_model",
 )
-"""What else `load_args_from_checkpoint` reads, of which these networks have nothing: None leaves it as it is."""
+"""Other args that `load_args_from_checkpoint` reads, for features that these networks lack: None has no effect."""
 
 
 def _is_unset(value: Any) -> bool:
@@ -107,21 +107,21 @@ NO_FIELD: dict[str, tuple[Callable[[Any], bool], str]] = {
     "apply_residual_connection_post_layernorm": (_is_unset, "residuals taken behind the norm"),
     "use_mup": (_is_unset, "muP's scales"),
 }
-"""Args that `Network` has no field for: which values leave the network as it is, and what others make of it."""
+"""Args that `Network` has no field for: a predicate for values without effect, and the feature that others enable."""
 
 
 _PATTERNS = ["hybrid_layer_pattern", "hybrid_override_pattern"]
-"""Names of the layers' pattern: that of today, and the former one."""
+"""Names of the layer pattern: today's, and the former one."""
 
 
 def network_of_args(args: argparse.Namespace) -> Network:
-    """The network that a Megatron-LM run with these args has trained.
+    """Returns the network that a Megatron-LM run with these args has trained.
 
-    What an older Megatron-LM did not have yet has the default that it has now. Where the args do not tell how many
-    tokens the tokenizer has, all rows of the embedding table count as tokens.
+    Args that an older Megatron-LM did not have get today's default. Where the args do not give the tokenizer's size,
+    all rows of the embedding table count as tokens.
 
     Raises:
-        UnsupportedModelError: a switch is on that `Network` has no field for, or a size is not there.
+        UnsupportedModelError: a feature is on that `Network` has no field for, or a size is missing.
     """
 
     def get(*names: str, default: Any = None) -> Any:
@@ -131,7 +131,7 @@ def network_of_args(args: argparse.Namespace) -> Network:
     pattern = get(*_PATTERNS)
     if problems := _arg_problems(args, pattern, get):
         raise UnsupportedModelError(
-            "the args of the run do not describe a network that this package reads:\n  " + "\n  ".join(problems)
+            "the args of the run do not describe a network that this package supports:\n  " + "\n  ".join(problems)
         )
     if pattern:
         made = {symbol: KINDS[symbol].from_args(get) for symbol in set(pattern) if symbol in KINDS}
@@ -159,7 +159,7 @@ def network_of_args(args: argparse.Namespace) -> Network:
 
 
 def _arg_problems(args: argparse.Namespace, pattern: str | None, get: Callable[..., Any]) -> list[str]:
-    """Why args describe no network that `Network` can be, one sentence each."""
+    """Returns why `Network` cannot describe the network of these args, one sentence each."""
     problems = [
         f"{name} = {value!r} is not supported ({what})"
         for name, (is_same, what) in NO_FIELD.items()
@@ -179,20 +179,20 @@ def _arg_problems(args: argparse.Namespace, pattern: str | None, get: Callable[.
 
 
 def _num_tokens(args: argparse.Namespace) -> int:
-    """Tokens of the tokenizer, as far as the args tell."""
+    """Returns the tokens of the tokenizer, as far as the args tell."""
     if not (given := getattr(args, "vocab_size", None)):
         return args.padded_vocab_size
     return given + (getattr(args, "tokenizer_type", None) in _NULL_TOKENIZERS)
 
 
 def args_of_network(args: argparse.Namespace | None, network: Network) -> argparse.Namespace:
-    """The saved args of fresh weights, which no run has trained on yet: all that `--use-checkpoint-args` reads.
+    """Returns the args to save with weights that no run has trained yet: all that `--use-checkpoint-args` reads.
 
-    Of a network whose layers differ they are those of the first layer: Megatron-LM has no args for the others.
+    If layers differ, the args are the first layer's: Megatron-LM has none for the others.
 
     Args:
-        args: of the network that it was made from, where Megatron-LM trained that; they stay as they are.
-        network: that it is now.
+        args: of the original network, if Megatron-LM trained it; not modified.
+        network: the new network.
     """
     before = vars(args) if args is not None else {}
     patterns = [name for name in _PATTERNS if before.get(name) is not None] or _PATTERNS[:1]
@@ -220,23 +220,23 @@ def args_of_network(args: argparse.Namespace | None, network: Network) -> argpar
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
         "skipped_train_samples": 0,
-        # How the layers were spread over stages holds for another number of layers no more.
+        # The layers' distribution over stages does not fit another number of layers.
         **{name: None for name in _BY_STAGE if name in before},
-        # As by a run that was told not to save them, so that Megatron-LM does not look for them.
+        # Megatron-LM then looks for neither in the checkpoint.
         "no_save_optim": True,
         "no_save_rng": True,
     }
     if network.rotary_scaling is not None:
         scaling = asdict(network.rotary_scaling)
         values["rope_scaling_factor"] = scaling.pop("factor")
-        # Those of GPTModel need no name.
+        # GPTModel's constants need no arg.
         values |= {f"rope_scaling_{name}": value for name, value in scaling.items() if value != _GPT_ROPE[name]}
-    if "encoder_num_layers" in before:  # a second name, which Megatron-LM fills with the first
+    if "encoder_num_layers" in before:  # a second name for num_layers
         values["encoder_num_layers"] = values["num_layers"]
     fresh = {"seq_length": network.max_positions, **_FRESH, **dict.fromkeys(_OTHER_NETWORKS)}
     return argparse.Namespace(**{**fresh, **before, **values})
 
 
 def _is_gpt(network: Network) -> bool:
-    """Whether every transformer layer is one of Megatron-LM's dense ones, which need no pattern."""
+    """Returns whether all transformer layers are Megatron-LM's dense ones, which need no pattern."""
     return all(tuple(type(network.sublayers[p]) for p in layer) == DENSE for layer in network.layers)

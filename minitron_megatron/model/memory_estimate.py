@@ -1,8 +1,7 @@
-"""What a rank holds of a network: parameters, and the bytes that its layers keep for their backward pass.
+"""Estimates a rank's share of a network: parameters, and the activation bytes kept for the backward pass.
 
-From networks alone and without torch. Counted is what Megatron-Core keeps on CUDA with Transformer Engine: flash
-attention, so that no score matrix is kept, and of the matrices' inputs one copy each, as in Korthikanti et al.
-(2205.05198, section 4).
+Needs no torch. Counts what Megatron-Core keeps on CUDA with Transformer Engine: no score matrix, thanks to flash
+attention, and one copy of each matrix's input, as in Korthikanti et al. (2205.05198, section 4).
 """
 
 import math
@@ -22,17 +21,17 @@ FLOAT32_BYTES = 4
 
 
 def rank_parameters(network: Network, layout: ParallelConfig, stage: int) -> int:
-    """Parameters on a rank of one pipeline stage, with the rows that pad the vocabulary."""
-    return sum(_held(network, layout, stage))
+    """Returns the parameters on a rank of one pipeline stage, including the vocabulary's padding."""
+    return sum(_elements_on_rank(network, layout, stage))
 
 
 def largest_weight(network: Network, layout: ParallelConfig, stage: int) -> int:
-    """Parameters of the largest weight on a rank of one pipeline stage, the output projection's left out."""
-    return max(_held(network, layout, stage, outputs=False))
+    """Returns the size of the largest weight on a rank of one pipeline stage, without the output projection."""
+    return max(_elements_on_rank(network, layout, stage, outputs=False))
 
 
 def stage_layers(network: Network, layout: ParallelConfig, stage: int) -> list[range]:
-    """Numbers of the transformer layers on a pipeline rank, model chunk by model chunk."""
+    """Returns the numbers of the transformer layers on a pipeline rank, one range per model chunk."""
     ends = list(accumulate(layers_per_stage(len(network.layers), layout.stages), initial=0))
     return [range(ends[part], ends[part + 1]) for part in range(stage, layout.stages, layout.pipeline)]
 
@@ -40,14 +39,14 @@ def stage_layers(network: Network, layout: ParallelConfig, stage: int) -> list[r
 def residual_stream_bytes(
     network: Network, micro_batch: int, sequence_length: int, layout: ParallelConfig, dtype: DType
 ) -> int:
-    """Bytes of the residual stream of one micro-batch on a rank; see `sublayer_activations`."""
+    """Returns the bytes of one micro-batch's residual stream on a rank; see `sublayer_activations`."""
     return micro_batch * sequence_length * network.hidden_size * DTYPE_BYTES[dtype] // _stream_ranks(layout)
 
 
 def layer_activations(
     network: Network, number: int, micro_batch: int, sequence_length: int, layout: ParallelConfig, dtype: DType
 ) -> int:
-    """Bytes that a transformer layer keeps of one micro-batch; see `sublayer_activations`."""
+    """Returns the bytes that a transformer layer keeps of one micro-batch; see `sublayer_activations`."""
     own = [network.sublayers[position] for position in network.layers[number]]
     size = micro_batch, sequence_length
     return sum(sublayer_activations(network, sublayer, *size, layout, dtype) for sublayer in own)
@@ -56,7 +55,7 @@ def layer_activations(
 def largest_layer_activations(
     network: Network, micro_batch: int, sequence_length: int, layout: ParallelConfig, dtype: DType
 ) -> int:
-    """Bytes that the layer which keeps the most keeps of one micro-batch; see `sublayer_activations`."""
+    """Returns the largest `layer_activations` of any layer."""
     size = micro_batch, sequence_length
     return max(layer_activations(network, number, *size, layout, dtype) for number in range(len(network.layers)))
 
@@ -64,17 +63,17 @@ def largest_layer_activations(
 def sublayer_activations(
     network: Network, sublayer: Sublayer, micro_batch: int, sequence_length: int, layout: ParallelConfig, dtype: DType
 ) -> int:
-    """Bytes that a sublayer keeps of one micro-batch for its backward pass, on a rank.
+    """Returns the bytes that a sublayer keeps of one micro-batch for its backward pass, on a rank.
 
-    Per token in the number format: input and output of the norm, and what the kind of layer says. Beside it, in
-    float32, the norm's statistics. No dropout, so no masks.
+    Per token: input and output of the norm in `dtype`, its statistics in float32, and `Sublayer.activation_bytes`. No
+    dropout, so no masks.
 
     Args:
-        network: that it is part of.
+        network: the whole network.
         sublayer: one of the network's.
         micro_batch: sequences.
         sequence_length: tokens of each.
-        layout: tensor parallelism splits all but norms and residual stream; with sequence parallelism these too.
+        layout: tensor parallelism splits all but norms and residual stream; sequence parallelism splits these too.
         dtype: of computation.
     """
     tokens, size = micro_batch * sequence_length, DTYPE_BYTES[dtype]
@@ -83,22 +82,22 @@ def sublayer_activations(
     return norm + sublayer.activation_bytes(network, micro_batch, sequence_length, layout.tensor, size)
 
 
-def _held(network: Network, layout: ParallelConfig, stage: int, outputs: bool = True) -> Iterator[int]:
-    """Elements of each parameter that a rank of a stage holds."""
+def _elements_on_rank(network: Network, layout: ParallelConfig, stage: int, outputs: bool = True) -> Iterator[int]:
+    """Yields the number of elements of each parameter on a rank of a stage."""
     layers = {number for chunk in stage_layers(network, layout, stage) for number in chunk}
     for param in parameters(network):
-        if param.layer not in layers if param.layer is not None else not _is_on(param, network, layout, stage):
+        if param.layer not in layers if param.layer is not None else not _is_on_stage(param, network, layout, stage):
             continue
         if outputs or param.layer is not None or not param.matmul:
             yield math.prod(param.shape) // (layout.tensor if param.split else 1)
 
 
-def _is_on(param: Param, network: Network, layout: ParallelConfig, stage: int) -> bool:
-    """Whether a stage has a parameter that is of no layer. A tied table is on both ends."""
+def _is_on_stage(param: Param, network: Network, layout: ParallelConfig, stage: int) -> bool:
+    """Returns whether a stage has a parameter outside of the layers. A tied embedding is on the first and the last."""
     is_last = stage == layout.pipeline - 1
     return (stage == 0 or (is_last and network.tie_embeddings)) if param.is_embedding else is_last
 
 
 def _stream_ranks(layout: ParallelConfig) -> int:
-    """Ranks that share the residual stream."""
+    """Returns the number of ranks that share the residual stream."""
     return layout.tensor if layout.sequence else 1

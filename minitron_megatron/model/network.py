@@ -1,11 +1,11 @@
-"""A network: embedding, an ordered list of sublayers, final norm, output projection.
+"""The network description: embedding, an ordered list of sublayers, final norm, output projection.
 
-`pattern` prints the list with a symbol for each sublayer, as Megatron-Core's hybrid models spell it: a dense
-transformer of N layers is `*-` N times. What the symbols mean is in `layers/`.
+`pattern` is the list with one symbol per sublayer, as in Megatron-Core's hybrid models: a dense transformer of N layers
+is `*-` N times. `layers/` defines the symbols.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle
@@ -27,8 +27,7 @@ from minitron_megatron.model.layers.sublayer import alike
 from minitron_megatron.model.norms import NormKind
 
 _PATTERN = "pattern"
-# Today's field by the name that it had in files of earlier versions, in which sizes and switches of all sublayers stood
-# beside these.
+# Field names in files of earlier versions, which had the fields of all sublayers beside these, and today's names.
 _FORMER_FIELDS = {
     "hidden": "hidden_size",
     "vocab": "vocab_size",
@@ -39,7 +38,7 @@ _FORMER_FIELDS = {
 
 @dataclass(frozen=True)
 class Llama3RopeScaling:
-    """Llama 3.1's frequency-dependent stretching of the rotary embedding."""
+    """Llama 3.1's frequency-dependent scaling of the rotary embedding."""
 
     factor: float
     low_freq_factor: float
@@ -52,17 +51,17 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True)
 class Network:
-    """Sizes and switches of a network: all that decides what its parameters are.
+    """Sizes and switches of a network: everything that determines its parameters.
 
     Attributes:
         sublayers: in order, each with its own sizes.
         hidden_size: channels of the residual stream.
         vocab_size: tokens of the tokenizer.
         padded_vocab_size: rows of the embedding table, at least `vocab_size`.
-        max_positions: longest sequence the model was made for, in tokens.
+        max_positions: longest sequence that the model was trained for, in tokens.
         norm_zero_centered: the norm multiplies by `1 + weight` (Nemotron, Gemma).
         rotary_fraction: share of each head's channels that is rotated, in (0, 1].
-        tie_embeddings: the output projection is the embedding table.
+        tie_embeddings: the output projection shares the embedding table.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -102,20 +101,20 @@ class Network:
 
     @cached_property
     def kinds(self) -> list[type[Sublayer]]:
-        """The kinds that it has, in the order of `KINDS`."""
+        """The kinds of its sublayers, in the order of `KINDS`."""
         return [kind for kind in KINDS.values() if kind.symbol in self.pattern]
 
     def positions(self, kind: type[Sublayer]) -> list[int]:
-        """Where the sublayers of a kind stand."""
+        """Returns the positions of the sublayers of a kind."""
         return [position for position, sublayer in enumerate(self.sublayers) if type(sublayer) is kind]
 
     def number(self, position: int) -> int:
-        """Which of the sublayers of its kind, counted from 0, stands at a position."""
+        """Returns the index of a sublayer among those of its kind."""
         return self.pattern[:position].count(self.pattern[position])
 
     @cached_property
     def layers(self) -> list[tuple[int, ...]]:
-        """Positions of the sublayers in each transformer layer, as Megatron-Core's GPTModel has them; see `Slot`."""
+        """Positions of the sublayers in each transformer layer, as Megatron-Core's GPTModel groups them; see `Slot`."""
         layers: list[tuple[int, ...]] = []
         for position, sublayer in enumerate(self.sublayers):
             before = layers[-1] if layers else ()
@@ -131,37 +130,39 @@ class Network:
         return [number for number, positions in enumerate(self.layers) for _ in positions]
 
     def layer_of(self, position: int) -> int:
-        """Number of the transformer layer that a sublayer is in."""
+        """Returns the number of the transformer layer that a sublayer is in."""
         return self._layer_numbers[position]
 
     @cached_property
     def has_equal_layers(self) -> bool:
-        """Whether all transformer layers are alike, so that checkpoints stack them in one tensor."""
+        """Whether all transformer layers are equal, so that checkpoints stack them in one tensor."""
         return len({tuple(self.sublayers[position] for position in layer) for layer in self.layers}) <= 1
 
     def describe(self, position: int) -> str:
-        """A sublayer as people say it."""
+        """Describes a sublayer for messages: "layer 3's attention"."""
         return f"layer {self.layer_of(position)}'s {self.sublayers[position].title}"
 
     def alike(self) -> Iterable[tuple[Sublayer, list[int]]]:
-        """Each different sublayer once, with the positions at which it stands."""
+        """Returns each distinct sublayer once, with its positions."""
         return alike(self.sublayers)
 
     def replace(self, **changes: Any) -> "Network":
         return dataclasses.replace(self, **changes)
 
     def axis_sizes(self, position: int | None = None) -> dict[str, int]:
-        """Length of every axis of a sublayer's parameters, or of those outside of the layers, with the vocabulary's
-        padding."""
+        """Returns the length of every axis of a sublayer's parameters, or by default of those outside of the layers.
+
+        The vocabulary is the padded one.
+        """
         own = {} if position is None else self.sublayers[position].sizes
         return {HIDDEN.name: self.hidden_size, VOCAB.name: self.padded_vocab_size, **own}
 
     # Plain values
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back.
+        """Returns plain JSON values; `from_dict` reads them back.
 
-        The fields of sublayers stand below the name of their kind: one value where all of the kind agree, else a list.
+        The fields of sublayers are below the name of their kind: one value if it is the same for all, else a list.
         """
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
         own["norm"] = self.norm.value
@@ -175,10 +176,10 @@ class Network:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Network":
-        """The network that plain JSON values describe, as today's version or an earlier one writes them.
+        """Makes a network from plain JSON values of this version or an earlier one.
 
         Raises:
-            ConfigError: a field is unknown, missing or of no value that it may have.
+            ConfigError: a field is unknown, missing or has an invalid value.
         """
         values = _from_former(values) if "hidden" in values else dict(values)
         if _PATTERN not in values:
@@ -210,7 +211,12 @@ def _one_or_all(values: list) -> Any:
 
 
 def _sublayers(pattern: Any, sections: Mapping[str, Any]) -> tuple[Sublayer, ...]:
-    """The sublayers of a pattern, from the section of each kind by its symbol."""
+    """Makes the sublayers of a pattern.
+
+    Args:
+        pattern: a symbol per sublayer.
+        sections: by symbol, the fields of the kind: one value for all of its sublayers, or a list.
+    """
     if type(pattern) is not str:
         raise ConfigError([f"network.{_PATTERN} = {pattern!r}: must be text"])
     if len(pattern) > 2 * MAX_LAYERS:
@@ -222,7 +228,7 @@ def _sublayers(pattern: Any, sections: Mapping[str, Any]) -> tuple[Sublayer, ...
                 + ", ".join(f"{symbol!r} ({kind.title})" for symbol, kind in KINDS.items())
             ]
         )
-    made: dict[str, Iterable[Sublayer]] = {}
+    made: dict[str, Iterator[Sublayer]] = {}
     for symbol in dict.fromkeys(pattern):
         kind, count = KINDS[symbol], pattern.count(symbol)
         where, section = f"network.{kind.name}", sections.get(symbol)
@@ -246,7 +252,7 @@ def _sublayers(pattern: Any, sections: Mapping[str, Any]) -> tuple[Sublayer, ...
 
 
 def _from_former(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Today's form of plain values as earlier versions wrote them, all in one row."""
+    """Converts the plain values of earlier versions, which had all fields on one level."""
     sections: dict[str, dict] = {kind.name: {} for kind in KINDS.values() if kind.former_fields}
     plain: dict[str, Any] = {}
     for name, value in values.items():
@@ -259,15 +265,15 @@ def _from_former(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pad_vocab(vocab_size: int, multiple: int = 128) -> int:
-    """Rows of an embedding table that holds `vocab_size` tokens, rounded up as Megatron-LM does by default."""
+    """Rounds a vocabulary size up to a multiple, as Megatron-LM does by default."""
     return -(-vocab_size // multiple) * multiple
 
 
 def transformer(num_layers: int, layer: Iterable[Sublayer]) -> tuple[Sublayer, ...]:
-    """The sublayers of `num_layers` equal transformer layers.
+    """Makes the sublayers of `num_layers` equal transformer layers.
 
     Raises:
-        ConfigError: it is no number of layers.
+        ConfigError: the number of layers is invalid.
     """
     if type(num_layers) is not int or not 0 <= num_layers <= MAX_LAYERS:
         raise ConfigError([f"the number of layers is {num_layers!r}: must be a whole number up to {MAX_LAYERS}"])
@@ -275,7 +281,7 @@ def transformer(num_layers: int, layer: Iterable[Sublayer]) -> tuple[Sublayer, .
 
 
 def layout_problems(network: Network, layout: ModelParallelConfig, where: str = "network") -> list[str]:
-    """What of a network a layout cannot split, one sentence each."""
+    """Returns what a layout cannot split in a network, one sentence each."""
     problems = []
     for sublayer, positions in network.alike():
         layers = "" if len(positions) == network.pattern.count(sublayer.symbol) else _layers(network, positions)

@@ -1,4 +1,4 @@
-"""Norms: which there are, and their rows of the axis table."""
+"""The kinds of norms, and their rows of the axis table."""
 
 from enum import Enum
 
@@ -16,5 +16,5 @@ class NormKind(str, Enum):
 
 
 def norm_rows(kind: NormKind, dim: Dim, prefix: str, hf_prefix: str) -> list[Row]:
-    """The rows of one norm over `dim`, whose keys begin with the prefixes."""
+    """Returns the rows of one norm over `dim`, with prefixes of their Megatron and Hugging Face keys."""
     return [Row(prefix + tensor, (dim,), None, (Part(hf_prefix + tensor),)) for tensor in kind.tensors]

@@ -1,4 +1,4 @@
-"""The axis table of a network: all of its parameters, what their dimensions mean, and where they lie."""
+"""The axis table of a network: all of its parameters, the meaning of their dimensions, and their checkpoint keys."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -9,7 +9,7 @@ from minitron_megatron.model.network import Network
 from minitron_megatron.model.norms import norm_rows
 
 PROJECTIONS = "distillation_projections"
-"""The beginning of the names of what distillation trains beside the student, and that is no part of any network."""
+"""Prefix of parameters that distillation trains beside the student; they belong to no network."""
 
 _EMBEDDING = Row("embedding.word_embeddings.weight", (VOCAB, HIDDEN), VOCAB.name, (Part("model.embed_tokens.weight"),))
 _OUTPUT = Row("output_layer.weight", (VOCAB, HIDDEN), VOCAB.name, (Part("lm_head.weight"),), matmul=True)
@@ -17,7 +17,7 @@ _OUTPUT = Row("output_layer.weight", (VOCAB, HIDDEN), VOCAB.name, (Part("lm_head
 
 @lru_cache(maxsize=64)
 def parameters(network: Network) -> tuple[Param, ...]:
-    """All parameters of a network, in the order of the forward pass."""
+    """Returns all parameters of a network, in the order of the forward pass."""
     own, outside = [], network.axis_sizes()
     rows_of: dict[Sublayer, list[Row]] = {sublayer: sublayer.rows(network) for sublayer, _ in network.alike()}
     for position, sublayer in enumerate(network.sublayers):
@@ -33,15 +33,15 @@ def _param(row: Row, sizes: dict[str, int], position: int | None = None, layer: 
 
 
 def by_key(params: Iterable[Param]) -> dict[str, Param]:
-    """Parameters by the key that Megatron-Core gives them where each layer has its own."""
+    """Returns parameters by `layer_key`."""
     return {layer_key(param): param for param in params}
 
 
 def layer_key(param: Param) -> str:
-    """Checkpoint key of the form that stores each transformer layer by itself."""
+    """Returns the checkpoint key where each transformer layer is stored by itself."""
     return param.name if param.layer is None else f"decoder.layers.{param.layer}.{param.name}"
 
 
 def stacked_key(param: Param) -> str:
-    """Checkpoint key of the form that stacks all layers, which must be alike, in a leading dimension."""
+    """Returns the checkpoint key where all layers, which must be equal, are stacked in a leading dimension."""
     return param.name if param.layer is None else f"decoder.layers.{param.name}"

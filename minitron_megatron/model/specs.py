@@ -1,4 +1,4 @@
-"""The modules that transformer layers are built of: Transformer Engine's, Apex's or the local ones."""
+"""Chooses the modules of transformer layers: Transformer Engine's, Apex's or local ones."""
 
 from functools import partial
 from typing import Any
@@ -21,26 +21,26 @@ from minitron_megatron.model.torch_modules import Norm
 
 
 def uses_te() -> bool:
-    """Whether layers are Transformer Engine's: on CUDA, where it imports."""
+    """Returns whether layers are Transformer Engine's: on CUDA, where it imports."""
     return torch.cuda.is_available() and HAVE_TE
 
 
 def transformer_layer(config: TransformerConfig) -> TransformerLayerSubmodules:
-    """The parts of Megatron-Core's own transformer layer, for a kind to take what it needs of."""
+    """Returns the submodules of Megatron-Core's own transformer layer, from which a kind takes its own."""
     if uses_te():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm).submodules
     return get_gpt_layer_local_spec(normalization=config.normalization).submodules
 
 
 def te_attention() -> type[torch.nn.Module]:
-    """Transformer Engine's core attention, which keeps documents apart."""
+    """Returns Transformer Engine's core attention, extended to keep documents apart."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     return documents_apart(TEDotProductAttention)
 
 
 def norm_module(config: TransformerConfig) -> type[torch.nn.Module]:
-    """The class of norms that stand by themselves."""
+    """Returns the class of norms that are not fused into a linear layer."""
     if uses_te():
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -50,7 +50,7 @@ def norm_module(config: TransformerConfig) -> type[torch.nn.Module]:
 
 
 def layer_modules(parts: TransformerLayerSubmodules, slot: Slot, config: TransformerConfig) -> LayerModules:
-    """One half of a transformer layer. Transformer Engine's linear layers do the norms before them as well."""
+    """Returns one half of a transformer layer. Transformer Engine fuses its norm into the linear layer."""
     norm = getattr(parts, slot.norm) if uses_te() else norm_module(config)
     key_map = {
         before: after
@@ -61,7 +61,7 @@ def layer_modules(parts: TransformerLayerSubmodules, slot: Slot, config: Transfo
 
 
 def layer_submodules(modules: dict[Slot, LayerModules]) -> TransformerLayerSubmodules:
-    """The parts of a transformer layer that has one or both halves. What is not there is an identity."""
+    """Returns the submodules of a transformer layer with one or both halves. A missing half is an identity."""
     fields: dict[str, Any] = {}
     for slot, own in modules.items():
         fields |= {slot.norm: own.norm, slot.module: own.module, slot.bda: own.bda}
@@ -70,5 +70,5 @@ def layer_submodules(modules: dict[Slot, LayerModules]) -> TransformerLayerSubmo
 
 
 def submodules_of(spec: ModuleSpec | partial) -> Any:
-    """The parts of a module's spec, which newer releases of Megatron-Core write as a partial function."""
+    """Returns the submodules of a module's spec, which newer releases of Megatron-Core write as a partial function."""
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules

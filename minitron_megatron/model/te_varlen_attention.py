@@ -1,4 +1,6 @@
-"""Attention that keeps documents apart, on Transformer Engine's kernels for sequences of different lengths."""
+"""Attention within documents, on Transformer Engine's kernels for sequences of different lengths."""
+
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -6,18 +8,20 @@ from torch import Tensor
 
 
 def documents_apart(attention: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """A core attention, as Transformer Engine's, that takes the numbers of documents as its mask.
+    """Extends a core attention, such as Transformer Engine's, to take document numbers as its mask.
 
-    Only attention sees packed sequences: it gets the rows of a micro-batch as one, `[batch * seq, ...]` with where each
-    document begins, and everything around it keeps `[seq, batch, ...]`. Rotary embeddings are relative, so that where
-    in its row a document begins makes no difference.
+    Only the core attention sees packed sequences: it gets the rows of a micro-batch as one, `[batch * seq, ...]`, with
+    the offset of each document, and everything around it keeps `[seq, batch, ...]`. Rotary embeddings are relative, so
+    a document's position in its row makes no difference.
 
     Args:
-        attention: a class of Megatron-Core's that takes `packed_seq_params`.
+        attention: a class of Megatron-Core that takes `packed_seq_params`.
     """
 
-    class DocumentsApart(attention):
-        def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
+    class DocumentsApart(attention):  # type: ignore[valid-type,misc]  # the checker knows no base chosen at run time
+        def forward(
+            self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+        ) -> Tensor:
             """See `CausalAttention.forward`."""
             if attention_mask is None:
                 return super().forward(query, key, value, None, **options)
@@ -38,7 +42,7 @@ def documents_apart(attention: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
 
 def _bounds(documents: Tensor) -> Tensor:
-    """Where documents begin in the rows `[batch, seq]`, one behind the other, and where the last one ends."""
+    """Returns the offsets of documents in the concatenated rows `[batch, seq]`, and the end of the last one."""
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     end = torch.tensor([documents.numel()], device=documents.device)

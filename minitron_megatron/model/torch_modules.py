@@ -1,11 +1,12 @@
-"""Building blocks of the local layer spec, used where Transformer Engine is not: on the CPU, and on CUDA without it.
+"""Building blocks of the local layer spec, used on the CPU, and on CUDA without Transformer Engine.
 
-Megatron-Core's own local blocks refuse sequence parallelism and zero-centred norms, and its attention
-materialises the score matrix. These do neither, and keep the parameter names.
+Megatron-Core's own local blocks refuse sequence parallelism and zero-centred norms, and its attention materialises the
+score matrix. These support both, keep no score matrix, and have the same parameter names.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,12 @@ from torch import Tensor
 from minitron_megatron.parallel.cpu import bypass_cpu_mode, in_blocks
 
 
-class _ForTwo:
-    """Makes a tensor for the first of two who ask for it, and has it for the second."""
+class _MadeTwice:
+    """Makes a tensor for the first of two callers, and keeps it for the second."""
 
     def __init__(self, make: Callable[[], Tensor]):
-        self.make, self.made = make, None
+        self.make = make
+        self.made: Tensor | None = None
 
     def __call__(self) -> Tensor:
         made, self.made = self.made, None
@@ -32,86 +34,95 @@ class _ForTwo:
         return made
 
 
-def recomputed(function: Callable[..., Tensor], *args) -> Tensor:
-    """What a function returns, which those that read it do not keep for the backward pass, but compute again.
+_Recompute = partial[Tensor] | _MadeTwice
+"""Makes a tensor again in the backward pass. A `recomputed` tensor has it as an attribute."""
 
-    Neither does the function keep an argument that is `recomputed` itself.
+
+def _set_recompute(tensor: Tensor, recompute: _Recompute) -> None:
+    tensor.recompute = recompute  # type: ignore[attr-defined]  # tensors take attributes of any name
+
+
+def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Calls a function whose result is recomputed in the backward pass instead of kept by the modules that read it.
+
+    Neither does the function keep arguments that are `recomputed` themselves.
     """
-    out = _keeping_no(args[0], function, *args)
+    out: Tensor = _call_without_saving(args[0], function, *args)
     if out.requires_grad:
-        out.recompute = partial(_again, function, *(getattr(arg, "recompute", arg) for arg in args))
+        _set_recompute(out, partial(_run_again, function, *(getattr(arg, "recompute", arg) for arg in args)))
     return out
 
 
-def _again(function: Callable[..., Tensor], *args) -> Tensor:
-    return function(*(arg() if isinstance(arg, partial | _ForTwo) else arg for arg in args))
+def _run_again(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return function(*(arg() if isinstance(arg, partial | _MadeTwice) else arg for arg in args))
 
 
-def _keeping_no(input_: Tensor, function: Callable, *args, **kwargs):
-    """Call a function that keeps its input for the backward pass, or what makes that again where it is `recomputed`."""
-    recompute = getattr(input_, "recompute", None)
+def _call_without_saving(input_: Tensor, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function that keeps its input for the backward pass. If that is `recomputed`, it keeps `_Recompute`."""
+    recompute: _Recompute | None = getattr(input_, "recompute", None)
     if recompute is None:
         return function(*args, **kwargs)
 
-    # The hook lives as long as what it returns, and must not hold the input itself.
+    # The hook lives as long as its results, and must not hold the input itself.
     kept = input_.data_ptr(), input_.shape
 
-    def keep(saved: Tensor) -> Tensor | partial | _ForTwo:
+    def keep(saved: Tensor) -> Tensor | _Recompute:
         if (saved.data_ptr(), saved.shape) == kept:
             return recompute
-        # Kept as it is, the function's own output would keep the function alive, and that its output. Of a parameter
-        # Megatron-Core reads more than the values.
+        # Detached, because the function's own output would otherwise keep its graph node alive, and that the output.
+        # Not so for parameters, whose attributes Megatron-Core reads.
         return saved if isinstance(saved, torch.nn.Parameter) else saved.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, _unpack):
         return function(*args, **kwargs)
 
 
-def _unpack(kept: Tensor | partial | _ForTwo) -> Tensor:
+def _unpack(kept: Tensor | _Recompute) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     with torch.no_grad():
         return kept()
 
 
-class _RecomputesInput:
-    """A linear layer that keeps no input for its backward pass that can be `recomputed`.
+class _RecomputesInput(torch.nn.Module):
+    """Makes a linear layer keep no input for its backward pass that can be `recomputed`.
 
-    What norms and activations return is a third of all that a layer keeps, and little work.
+    The outputs of norms and activations are a third of what a layer keeps, and cheap to compute again.
     """
 
-    def forward(self, input_: Tensor, *args, **kwargs):
-        return _keeping_no(input_, super().forward, input_, *args, **kwargs)
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _call_without_saving(input_, super().forward, input_, *args, **kwargs)
 
 
 class ColumnLinear(_RecomputesInput, ColumnParallelLinear):
-    """Megatron-Core's, behind a norm."""
+    """Megatron-Core's ColumnParallelLinear, after a norm."""
 
 
 class RecomputedLinear(ColumnLinear):
-    """The first of a gated MLP, whose output, which is half of what a layer would keep, is `recomputed` as well."""
+    """The first projection of a gated MLP. Its output, half of what a layer would keep, is `recomputed` as well."""
 
-    def forward(self, input_: Tensor, *args, **kwargs):
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         out, bias = super().forward(input_, *args, **kwargs)
-        recompute = getattr(input_, "recompute", None)
+        recompute: _Recompute | None = getattr(input_, "recompute", None)
         if recompute is not None and out.requires_grad:
-            # Two read it: the activation, and the second linear layer through what the activation returns.
-            out.recompute = _ForTwo(lambda: ColumnParallelLinear.forward(self, recompute(), *args, **kwargs)[0])
+            # Two read it: the activation, and the second linear layer through the activation's output.
+            make = recompute
+            _set_recompute(out, _MadeTwice(lambda: ColumnParallelLinear.forward(self, make(), *args, **kwargs)[0]))
         return out, bias
 
 
 class RowLinear(_RecomputesInput, RowParallelLinear):
-    """Megatron-Core's, behind an activation or attention."""
+    """Megatron-Core's RowParallelLinear, after an activation or attention."""
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm in float32 that keeps its input for the backward pass, and not the float32 copies of it.
+    """RMSNorm in float32 that keeps its input for the backward pass, without float32 copies of it.
 
-    torch's own keeps two on the CPU: four times the memory in bf16, and a norm stands before every projection.
+    torch's own keeps two such copies on the CPU: four times the memory in bf16, with a norm before every projection.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
         with bypass_cpu_mode():
             for x_part, out_part, scale_part in in_blocks(x, out, scale):
@@ -122,7 +133,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         out, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         with bypass_cpu_mode():
@@ -137,27 +148,27 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, config: TransformerConfig) -> Tensor:
-    """The norm that `config` describes, over the last dimension, in float32.
+    """Applies the norm that `config` describes, over the last dimension, in float32.
 
     Args:
         x: `[..., hidden]`.
         weight: `[hidden]`; zero-centred if the config says so.
-        bias: `[hidden]` for LayerNorm, None for RMSNorm.
+        bias: `[hidden]`; None for RMSNorm.
     """
     weight = weight.float()
     if config.layernorm_zero_centered_gamma:
         weight = weight + 1
-    if config.normalization == "RMSNorm":
+    if bias is None:
         return _RMSNorm.apply(x, weight, config.layernorm_epsilon)
-    # CUDA's layer_norm takes one number format for input and weight.
+    # CUDA's layer_norm needs the same dtype for input and weight.
     return F.layer_norm(x.float(), weight.shape, weight, bias.float(), config.layernorm_epsilon).to(x.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """`silu(gate) * up` that keeps its input for the backward pass, and neither of the products."""
+    """`silu(gate) * up` that keeps only its input for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         out = x.new_empty(*x.shape[:-1], x.size(-1) // 2)
         with bypass_cpu_mode():
@@ -167,7 +178,7 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         [x] = ctx.saved_tensors
         out = torch.empty_like(x)
         with bypass_cpu_mode():
@@ -179,13 +190,13 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class GatedActivation(MegatronModule):
-    """The gated activation of an MLP: of the halves of the last dimension, the first one gates the second."""
+    """The gated activation of an MLP: the first half of the last dimension gates the second."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config=config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., 2 * ffn/tp]` to `[..., ffn/tp]`."""
+        """Maps `[..., 2 * ffn/tp]` to `[..., ffn/tp]`."""
         return recomputed(self._gated, x)
 
     def _gated(self, x: Tensor) -> Tensor:
@@ -196,9 +207,9 @@ class GatedActivation(MegatronModule):
 
 
 class Norm(torch.nn.Module):
-    """RMSNorm or LayerNorm whose gradients Megatron sums over the tensor ranks under sequence parallelism."""
+    """RMSNorm or LayerNorm, marked for Megatron to sum its gradients over tensor ranks under sequence parallelism."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         self.config = config
         start = 0.0 if config.layernorm_zero_centered_gamma else 1.0
@@ -207,7 +218,7 @@ class Norm(torch.nn.Module):
         if config.normalization == "LayerNorm":
             self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
 
     def forward(self, x: Tensor) -> Tensor:
         return recomputed(normalize, x, self.weight, self.bias, self.config)
@@ -231,19 +242,19 @@ class CausalAttention(MegatronModule):
         assert attn_mask_type is AttnMaskType.causal and config.context_parallel_size == 1
         self.softmax_scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
-        """Attend.
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        """Computes the attention.
 
         Args:
             query: `[seq, batch, heads/tp, head_dim]`.
             key, value: `[seq, batch, groups/tp, head_dim]`.
-            attention_mask: `[batch, seq]`, the number of each token's document, which it attends to alone; None for
-                one document. The mask is causal in either case.
+            attention_mask: `[batch, seq]`, the document number of each token, which attends only within its document;
+                None for one document. Attention is causal in either case.
 
         Returns:
             `[seq, batch, heads/tp * head_dim]`.
         """
-        # Contiguous, for a view would keep the whole QKV projection alive for the backward pass.
+        # Contiguous, because a view would keep the whole QKV projection alive for the backward pass.
         key, value = (x.permute(1, 2, 0, 3).contiguous() for x in (key, value))
         if not query.is_cuda:
             with bypass_cpu_mode():
@@ -263,18 +274,17 @@ class CausalAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
-# Queries at a time: with fewer of them the kernel's backward pass is slower, and with more it computes more that is
-# hidden.
+# Queries per block: with fewer, the kernel's backward pass is slower; with more, it computes more masked scores.
 _QUERIES = 256
 
 
 def _attend_by_blocks(
     query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Attend with a part of the queries at a time, to the keys up to its last one: half of all there are, on average.
+    """Computes causal attention a block of queries at a time, over keys up to its last query: half of all on average.
 
-    A causal call of torch's for everything computes the scores that are hidden as well. A group's heads are passed as
-    so many more queries of one head, which is faster than torch's own query groups.
+    One causal call of torch for everything would compute the masked scores too. The heads of a group are passed as
+    additional queries of one head, which is faster than torch's own query groups.
 
     Args:
         query: `[seq, batch, heads, head_dim]`.
@@ -293,9 +303,9 @@ def _attend_by_blocks(
         seen = slice(start + queries.size(2) // share)
         make_mask = partial(_mask, start, seen.stop, share, query.dtype, documents)
         mask = make_mask()
-        mask.recompute = make_mask
+        _set_recompute(mask, make_mask)
         blocks.append(
-            _keeping_no(
+            _call_without_saving(
                 mask, F.scaled_dot_product_attention, queries, key[:, :, seen], value[:, :, seen], mask, scale=scale
             )
         )
@@ -303,8 +313,11 @@ def _attend_by_blocks(
 
 
 def _mask(start: int, end: int, share: int, dtype: torch.dtype, documents: Tensor | None) -> Tensor:
-    """`-inf` where a query `start:end` does not see a key `:end`: `[queries * share, keys]`, for several documents
-    `[batch, 1, queries * share, keys]`."""
+    """Returns the additive mask of queries `start:end` over keys `:end`, `-inf` where masked.
+
+    Returns:
+        `[queries * share, keys]`, or `[batch, 1, queries * share, keys]` for several documents.
+    """
     hidden = torch.ones(end - start, end, dtype=torch.bool).triu_(start + 1)
     if documents is not None:
         hidden = hidden | (documents[:, None, start:end, None] != documents[:, None, None, :end])
@@ -313,5 +326,5 @@ def _mask(start: int, end: int, share: int, dtype: torch.dtype, documents: Tenso
 
 
 def _joined(share: int, *blocks: Tensor) -> Tensor:
-    """Blocks `[batch, groups, queries * share, head_dim]` as `[seq, batch, groups * share * head_dim]`."""
+    """Joins blocks `[batch, groups, queries * share, head_dim]` to `[seq, batch, groups * share * head_dim]`."""
     return torch.cat([block.unflatten(2, (-1, share)).permute(2, 0, 1, 3, 4) for block in blocks]).flatten(2)

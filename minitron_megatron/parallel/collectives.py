@@ -1,4 +1,4 @@
-"""The few collectives that verbs need beside those inside Megatron-Core."""
+"""Collectives that verbs need beside those inside Megatron-Core."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,24 +15,24 @@ T = TypeVar("T")
 
 @contextmanager
 def raise_on_all_ranks(gather: Callable[[Any], list] | None = None) -> Iterator[None]:
-    """A block that every rank enters, and that fails on all of them if it fails on one, so that none waits for it.
+    """Raises on every rank if the block fails on one, so that no rank hangs in a collective. Every rank enters it.
 
     Args:
-        gather: gives what every rank hands over, by rank; over the world by default.
+        gather: gathers an object of every rank, in rank order; over the world by default.
 
     Raises:
-        UserError: of the first rank that has one.
-        RuntimeError: another rank found a defect; that rank raises the defect itself.
+        UserError: a rank raised one; the first rank's is raised on all others.
+        RuntimeError: a rank raised another exception; that rank raises its own.
     """
     own: Exception | None = None
     try:
         yield
     except Exception as error:  # raised below, when all ranks know of it
         own = error
-    # Any other error may not survive the way to another process.
+    # Other exceptions may not survive pickling.
     report = own if own is None or isinstance(own, UserError) else f"rank {dist.get_rank()} failed: {own!r}"
     try:
-        reports = (gather or _gather_over_world)(report)
+        reports = (gather or gather_objects)(report)
     except Exception:
         if own is None:
             raise
@@ -45,9 +45,15 @@ def raise_on_all_ranks(gather: Callable[[Any], list] | None = None) -> Iterator[
 
 
 def rank0_first(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 alone, which may take long, as tokenising does. Its result, which must be small, reaches
-    every rank, and so does its error."""
-    result: list = [None]
+    """Runs `work` on rank 0 while the others wait, for as long as it takes.
+
+    Returns:
+        its result on every rank; it should be small.
+
+    Raises:
+        UserError, RuntimeError: as of `raise_on_all_ranks`.
+    """
+    result: list[Any] = [None]
     with watchdog(None), raise_on_all_ranks():
         if dist.get_rank() == 0:
             result = [work()]
@@ -56,14 +62,14 @@ def rank0_first(work: Callable[[], T]) -> T:
 
 
 def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Sum `tensor` over `group`, in place; every rank gets the sum."""
+    """Sums `tensor` over `group`, in place; every rank gets the sum."""
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def gather_dim(tensor: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
-    """Concatenate the equal-sized `tensor` of every rank of `group` along `dim`; every rank gets the whole."""
+    """Concatenates the equal-sized `tensor` of every rank of `group` along `dim`; every rank gets the whole."""
     if group.size() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
@@ -72,18 +78,14 @@ def gather_dim(tensor: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torc
 
 
 def broadcast_from_last(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Fill `tensor` with that of the last rank of `group`, in place."""
+    """Fills `tensor` with that of the last rank of `group`, in place."""
     if group.size() > 1:
         dist.broadcast(tensor, dist.get_global_rank(group, group.size() - 1), group=group)
     return tensor
 
 
-def gather_objects(value: T, group: dist.ProcessGroup) -> list[T]:
-    """The `value` of every rank of `group`, in rank order, on every rank."""
-    values: list = [None] * group.size()
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Gathers the `value` of every rank of `group`, by default the world, in rank order, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
-
-
-def _gather_over_world(value: T) -> list[T]:
-    return gather_objects(value, dist.group.WORLD)

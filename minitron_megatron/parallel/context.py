@@ -19,21 +19,21 @@ from minitron_megatron.parallel.watchdog import watchdog
 
 logger = logging.getLogger(__name__)
 
-# Ranks wait in the world's group while the first one tokenises a corpus, which can take longer than NCCL's 10 minutes.
-# The groups in which models run have the setting's, and a little more, so that the stacks are told before.
+# Ranks wait in the world's group while rank 0 tokenises a corpus, which can take longer than NCCL's default of 10
+# minutes. The model-parallel groups time out a little after the watchdog, which logs the stacks first.
 _WORLD_TIMEOUT = timedelta(days=1)
 _AFTER_WATCHDOG_MIN = 1
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """This rank's place in the layout.
+    """This rank's place in the layout, and its process groups.
 
     Attributes:
         layout: sizes of every axis, for the world that there is.
         collection: Megatron-Core's process groups (`tp`, `pp`, `dp`, `embd`, ...).
-        timeout_min: ranks that wait for each other for so many minutes are ended; None where nobody waits, or
-            somebody's own job sees to it.
+        timeout_min: abort after this many minutes without progress; None with one rank, or where the caller's own job
+            has a watchdog.
     """
 
     layout: ParallelConfig
@@ -66,12 +66,12 @@ class ParallelContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that speaks for the run and writes its small files."""
+        """Whether this is rank 0, which logs for the run and writes its small files."""
         return dist.get_rank() == 0
 
 
 def current_context(sequence: bool = False) -> ParallelContext:
-    """The layout of a job that has initialised Megatron-Core's `parallel_state` by itself.
+    """Returns the context of a job that has initialised Megatron-Core's `parallel_state` by itself.
 
     Args:
         sequence: whether its models use sequence parallelism.
@@ -88,24 +88,24 @@ def current_context(sequence: bool = False) -> ParallelContext:
 
 @contextmanager
 def parallel_context(config: InferenceParallelConfig) -> Iterator[ParallelContext]:
-    """Join the world that the launcher made (or a world of one), lay it out, and leave it at the end.
+    """Initialises torch.distributed and `parallel_state` for the block, in the launcher's world or a world of one.
 
-    The backend is NCCL where CUDA exists, else gloo. Ranks that wait for each other for `timeout_min` are ended by a
-    `watchdog`, here as well: joining, or loading a model, may hang. What takes longer has a block of its own.
+    The backend is NCCL where CUDA exists, else gloo. A `watchdog` kills ranks that make no progress for `timeout_min`,
+    also while they join or load a model. Work that takes longer enters a watchdog of its own.
 
     Raises:
-        ConfigError: the world's size does not fit the layout, or the port to meet at is taken.
+        ConfigError: the world's size does not fit the layout, or MASTER_PORT is taken.
     """
     install_cpu_backend()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     layout = config.in_world(world_size)
     timeout_min = config.timeout_min if world_size > 1 else None
-    with watchdog(timeout_min), _joined(layout) as collection:
+    with watchdog(timeout_min), _process_groups(layout) as collection:
         yield ParallelContext(layout, collection, timeout_min)
 
 
 @contextmanager
-def _joined(layout: ParallelConfig) -> Iterator[ProcessGroupCollection]:
+def _process_groups(layout: ParallelConfig) -> Iterator[ProcessGroupCollection]:
     owns_world, world_size = not dist.is_initialized(), layout.world_size
     if torch.cuda.is_available():
         torch.cuda.set_device(_local_device())
@@ -114,7 +114,7 @@ def _joined(layout: ParallelConfig) -> Iterator[ProcessGroupCollection]:
         if world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            _meet(backend)
+            _init_process_group(backend)
     replicas = torch.cuda.device_count() // (layout.tensor * layout.pipeline)
     if replicas > layout.replicas:
         logger.info("parallel.data=%d would use all GPUs of this machine; %d of them are used", replicas, world_size)
@@ -125,7 +125,7 @@ def _joined(layout: ParallelConfig) -> Iterator[ProcessGroupCollection]:
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
             distributed_timeout_minutes=layout.timeout_min + _AFTER_WATCHDOG_MIN,
         )
-        # Nothing here draws from it: there is no dropout, and weights are loaded. Megatron-Core wants it all the same.
+        # Megatron-Core requires a seed. Nothing draws from it: there is no dropout, and weights are loaded.
         tensor_parallel.model_parallel_cuda_manual_seed(1234)
         yield ProcessGroupCollection.use_mpu_process_groups()
     finally:
@@ -134,11 +134,11 @@ def _joined(layout: ParallelConfig) -> Iterator[ProcessGroupCollection]:
             dist.destroy_process_group()
 
 
-def _meet(backend: str) -> None:
-    """Join the other ranks.
+def _init_process_group(backend: str) -> None:
+    """Initialises the process group with the other ranks.
 
     Raises:
-        ConfigError: the port that they are to meet at is taken.
+        ConfigError: MASTER_PORT is taken.
     """
     try:
         dist.init_process_group(backend, timeout=_WORLD_TIMEOUT)
@@ -151,5 +151,5 @@ def _meet(backend: str) -> None:
 
 
 def _local_device() -> int:
-    """This rank's GPU: by its number on the machine, or the only one where the launcher shows each rank one."""
+    """Returns this rank's GPU: LOCAL_RANK, or 0 where the launcher makes one GPU visible to each rank."""
     return int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()

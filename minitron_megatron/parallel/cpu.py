@@ -1,15 +1,15 @@
 """The CPU backend: lets Megatron-Core, which assumes CUDA, run on the CPU over gloo.
 
-`install_cpu_backend()` is called once by the entry point. Where CUDA exists it does nothing. Elsewhere it
-puts stand-ins under the names of `torch.cuda` that Megatron-Core calls without asking whether there is a
-device, and redirects literals such as `device="cuda"`. This is the only module that patches anything, or that
-sets anything for the whole process.
+The entry point calls `install_cpu_backend()` once. Where CUDA exists it does nothing. Elsewhere it replaces the
+functions of `torch.cuda` that Megatron-Core calls without checking for a device, and redirects literals such as
+`device="cuda"`. This is the only module that patches anything.
 """
 
 import contextlib
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,10 @@ _CACHE_ELEMENTS = 2**18
 
 
 def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one length, a part of their first dimension at a time: on the CPU what fits into a core's cache.
+    """Splits tensors of one length along their first dimension: on the CPU into blocks that fit into a core's cache.
 
-    A chain of operations, each of which is bound by memory, is several times as fast on such parts as on the whole.
-    Elsewhere the whole is the only part.
+    A chain of memory-bound operations is several times as fast on such blocks as on whole tensors. Elsewhere there is
+    one block.
     """
     first = tensors[0]
     if first.numel() <= _CACHE_ELEMENTS or first.device.type != "cpu":
@@ -44,16 +44,22 @@ class _OnCPU(TorchFunctionMode):
     Megatron's optimisers sort parameters by `param.type() == "torch.cuda.FloatTensor"`.
 
     Args:
-        widen: multiply bf16 matrices in float32. The result is rounded to bf16 either way, but torch's own products
-            are plain loops, tens of times as slow, where oneDNN has none for the processor.
+        widen: multiply bf16 matrices in float32. The result is rounded to bf16 either way, but where oneDNN has no bf16
+            kernel for the processor, torch falls back on plain loops, tens of times as slow.
     """
 
     def __init__(self, widen: bool):
         super().__init__()
         self.widen = widen
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        # It is asked before every operation, of which a new token takes thousands.
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        # Called before every operation, and a new token takes thousands of them.
         kwargs = kwargs or {}
         if self.widen and func in _PRODUCTS and any(map(_is_bf16, args)):
             out = kwargs.pop("out", None)
@@ -71,38 +77,38 @@ class _OnCPU(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_bf16(value) -> bool:
+def _is_bf16(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype is torch.bfloat16
 
 
-def _names_cuda(device) -> bool:
+def _names_cuda(device: object) -> bool:
     return (isinstance(device, str) and device.split(":")[0] == "cuda") or (
         isinstance(device, torch.device) and device.type == "cuda"
     )
 
 
 class _Stream:
-    """A stream on a device that runs everything in order anyway."""
+    """A CUDA stream's interface, for a device that runs everything in order."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object):
         pass
 
-    def wait_stream(self, stream):
+    def wait_stream(self, stream: object) -> None:
         pass
 
-    def wait_event(self, event):
+    def wait_event(self, event: object) -> None:
         pass
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         pass
 
-    def record_event(self, event=None):
+    def record_event(self, event: Any = None) -> Any:
         return event
 
 
-def _stand_ins() -> dict:
-    # Each name gets a function object of its own: torch._dynamo, which Megatron's jit fusions import,
-    # refuses to trace one object under two names.
+def _cuda_stubs() -> dict[str, Callable[..., Any]]:
+    # Each name gets a function object of its own: torch._dynamo, which Megatron's jit fusions import, refuses to trace
+    # one object under two names.
     return {
         "current_device": lambda: torch.device("cpu"),
         "current_stream": lambda device=None: _Stream(),
@@ -119,15 +125,15 @@ def _stand_ins() -> dict:
     }
 
 
-# glibc's names for two settings of its allocator (malloc.h), and the most that it takes for the first one (mallopt(3)).
+# Two settings of glibc's allocator (malloc.h), and the largest mmap threshold that it accepts (mallopt(3)).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX = -1, -3, 2**25
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next allocation, as CUDA's caching allocator does.
+    """Makes glibc keep freed memory for the next allocation, as CUDA's caching allocator does.
 
-    By default it gives the activations of a step back to the kernel, which has to clear as many new pages for the next
-    step: an eighth of the time of a small model's step.
+    By default it returns the activations of a step to the kernel, which then clears as many new pages for the next
+    step: an eighth of a small model's step time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # another C library has none
@@ -136,20 +142,20 @@ def _keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Have glibc give the kernel the pages that it keeps and nothing uses, which lie between those that are used.
+    """Makes glibc return unused pages between used ones to the kernel.
 
-    To be called before a step is at its largest. A no-op where CUDA exists.
+    Call it before a step's peak memory. A no-op where CUDA exists.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None and not torch.cuda.is_available():
         trim(0)
 
 
-def _enter(mode: _OnCPU) -> None:
-    """Enter a mode for good, and again for backward passes, which torch runs with it switched off."""
+def _install_mode(mode: _OnCPU) -> None:
+    """Enters a mode permanently, and again for backward passes, which torch runs with modes switched off."""
     run_backward = torch.autograd._engine_run_backward
 
-    def run_in_mode(*args, **kwargs):
+    def run_in_mode(*args: Any, **kwargs: Any) -> Any:
         with mode:
             return run_backward(*args, **kwargs)
 
@@ -158,43 +164,43 @@ def _enter(mode: _OnCPU) -> None:
 
 
 def bypass_cpu_mode() -> contextlib.AbstractContextManager:
-    """Spare what names no device the questions of the CPU backend.
+    """Returns a context that bypasses the CPU backend's mode, for operations that name no device.
 
-    Those of the thousands of operations that make one new token take as long as its matrix products.
+    The mode's overhead in the thousands of operations of one new token equals the time of its matrix products.
     """
-    if torch.cuda.is_available() or _widens():
+    if torch.cuda.is_available() or _lacks_bf16_products():
         return contextlib.nullcontext()
     return torch._C.DisableTorchFunction()
 
 
-def _widens() -> bool:
+def _lacks_bf16_products() -> bool:
     return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def install_cpu_backend() -> None:
-    """Make Megatron-Core run on this process's CPU. A no-op where CUDA exists; safe to call twice."""
+    """Makes Megatron-Core run on this process's CPU. A no-op where CUDA exists; safe to call twice."""
     if torch.cuda.is_available() or getattr(torch.cuda, "Stream", None) is _Stream:
         return
     _keep_freed_memory()
-    # Megatron's jit fusions, such as squared ReLU, would want a C++ compiler, and seconds of it.
+    # Megatron's jit fusions, such as squared ReLU, would need a C++ compiler, and seconds of compilation.
     torch.compiler.set_stance("force_eager")
-    for name, stand_in in _stand_ins().items():
+    for name, stand_in in _cuda_stubs().items():
         setattr(torch.cuda, name, stand_in)
-    _enter(_OnCPU(_widens()))
+    _install_mode(_OnCPU(_lacks_bf16_products()))
 
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
 
-    # Megatron's tracker of random states reads the CUDA generator through these two.
+    # Megatron's RNG tracker reads and sets the CUDA generator through these two.
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.random.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.random.set_rng_state(state)
 
-    # torch's AdamW, alone among the optimisers, has its step in a tensor for each parameter. Loading what replicas
-    # share of its state asks for one where there is none, and leaves all parameters with the same one, which then
-    # counts all of their updates (DistributedOptimizer.load_state_dict and the method below, in 0.16 and 0.19).
+    # torch's AdamW, which runs on the CPU, keeps the step as a tensor per parameter. Loading the distributed
+    # optimizer's state gives all parameters the same step tensor, which then counts all of their updates
+    # (DistributedOptimizer.load_state_dict and the method below, in 0.16 and 0.19).
     load = DistributedOptimizer._set_main_param_and_optimizer_states
 
-    def load_with_step(self, model_param, tensors):
+    def load_with_step(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         if "step" in state:

@@ -1,4 +1,4 @@
-"""The GPUs whose memory and peak are known."""
+"""The known GPUs: their memory and peak throughput."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class GPU:
     Attributes:
         memory_gib: what a process can allocate, in GiB.
         tflops: peak of dense bf16 matrix products, in TFLOP/s.
-        device_name: as CUDA reports it. PCIe and NVL parts of the same family have other names, and other peaks.
+        device_name: as CUDA reports it. PCIe and NVL variants have other names and other peaks.
     """
 
     memory_gib: float
@@ -18,8 +18,8 @@ class GPU:
     device_name: str
 
 
-# Memory: "total capacity" as PyTorch reports it, a little below that of the data sheet. Peaks: NVIDIA's data sheets,
-# whose figures with sparsity are twice these.
+# Memory: "total capacity" as PyTorch reports it, a little below the data sheet's. Peaks: NVIDIA's data sheets, without
+# sparsity.
 GPUS = {
     "h100": GPU(79.1, 989.4, "NVIDIA H100 80GB HBM3"),  # H100 Tensor Core GPU data sheet: SXM, 80 GB
     "h200": GPU(139.8, 989.4, "NVIDIA H200"),  # H200 Tensor Core GPU data sheet: SXM, 141 GB
@@ -29,5 +29,5 @@ GPUS = {
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Peak of the GPU that CUDA reports under this name, in dense bf16 TFLOP/s; None if it is not known."""
+    """Returns the peak of a GPU by CUDA's name for it, in dense bf16 TFLOP/s; None if it is unknown."""
     return next((gpu.tflops for gpu in GPUS.values() if gpu.device_name == device_name), None)

@@ -1,4 +1,4 @@
-"""An end for ranks that wait for each other for ever."""
+"""Kills ranks that hang in a collective."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,16 +6,16 @@ from contextlib import contextmanager
 from minitron_megatron.process import restart_deadline
 
 _limits: list[float | None] = []
-"""In minutes, of the blocks that this process is in; that of the innermost, which comes last, holds."""
+"""Limits in minutes of the blocks that this process is in. The innermost, which is the last, applies."""
 
 
 @contextmanager
 def watchdog(timeout_min: float | None) -> Iterator[Callable[[], None]]:
-    """End this process if nothing moves, with the stack of every thread on stderr.
+    """Kills this process if it makes no progress, and prints the stack of every thread on stderr.
 
-    Yields a function to call whenever a piece of work is done; more than `timeout_min` minutes between two calls are
-    too long, and without a limit (None) nothing is. Blocks may be nested: the inner one's limit holds, and afterwards
-    the outer one's, from the start. Every rank has its own, so that in a hung collective each one says where it stands.
+    Yields a function to call after each piece of work; it restarts the timer of `timeout_min` minutes (None for no
+    limit). Blocks may be nested: the inner limit replaces the outer one, whose timer restarts afterwards. Every rank
+    has its own watchdog, so that in a hung collective each rank logs where it stands.
     """
     _limits.append(timeout_min)
     _restart()

@@ -1,4 +1,4 @@
-"""Processes that share one piece of work, whatever its layout: the ranks that there are, or this process alone."""
+"""Workers that share work without a model-parallel layout: all ranks of the job, or this process alone."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,11 +18,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among those that share the work.
+    """This process and the others that share the work.
 
     Attributes:
-        rank, size: which of how many.
-        group: all of them, where they are several.
+        rank: of this process.
+        size: number of workers.
+        group: of all workers; None with only one.
     """
 
     rank: int = 0
@@ -34,15 +35,15 @@ class Workers:
         return self.rank == 0
 
     def run(self, work: Callable[[], T]) -> list[T]:
-        """Run `work` on all workers and wait for each other.
+        """Runs `work` on all workers, and waits for all of them.
 
         Returns:
-            what it returned on each of them, by rank.
+            the results of all workers, in rank order.
 
         Raises:
-            UserError: of the first worker that has one.
-            LostWorkerError: a worker is gone.
-            RuntimeError: another worker found a defect. What fails on this one is raised as it is.
+            UserError: a worker raised one; the first worker's is raised on all others.
+            LostWorkerError: a worker was killed.
+            RuntimeError: a worker raised another exception; that worker raises its own.
         """
         if self.size == 1:
             return [work()]
@@ -52,20 +53,20 @@ class Workers:
 
     def _gather(self, value: T) -> list[T]:
         try:
-            return _in_a_thread(lambda: gather_objects(value, self.group))
+            return _run_in_thread(lambda: gather_objects(value, self.group))
         except RuntimeError as e:
             raise LostWorkerError(
-                f"one of the {self.size} processes that share this work was ended from outside: see whether the memory "
-                f"was enough, and run it again"
+                f"one of the {self.size} processes that share this work was killed: see whether the memory was enough, "
+                f"and run it again"
             ) from e
 
     def run_on_main(self, work: Callable[[], object]) -> None:
-        """Run `work` on the first worker alone, while the others wait."""
+        """Runs `work` on the first worker, while the others wait."""
         self.run(lambda: work() if self.is_main else None)
 
 
-def _in_a_thread(work: Callable[[], T]) -> T:
-    """Wait for `work` so that a signal can end the wait, as it cannot inside a collective."""
+def _run_in_thread(work: Callable[[], T]) -> T:
+    """Runs `work` in a thread, so that a signal can interrupt the wait, which it cannot inside a collective."""
     pool = ThreadPoolExecutor(1)
     try:
         return pool.submit(work).result()
@@ -74,12 +75,12 @@ def _in_a_thread(work: Callable[[], T]) -> T:
 
 
 ALONE = Workers()
-"""This process, when nobody shares its work."""
+"""This process without other workers."""
 
 
 @contextmanager
 def join_workers() -> Iterator[Workers]:
-    """Join the ranks that torchrun or srun started, and leave them at the end. Without any, work alone."""
+    """Joins the ranks that torchrun or srun started while the block runs. Without any, yields `ALONE`."""
     owns_world = not dist.is_initialized()
     if owns_world and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield ALONE
@@ -87,8 +88,8 @@ def join_workers() -> Iterator[Workers]:
     if owns_world:
         dist.init_process_group("gloo")
     try:
-        # Of its own, since the group of a training run may be of a kind that has no objects to send. Who is done waits
-        # for the others as long as they live.
+        # A group of its own, since a training run's NCCL group cannot gather objects on the CPU. Fast workers wait for
+        # slow ones without a practical limit.
         group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         yield Workers(dist.get_rank(), dist.get_world_size(), group)
     finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.artifacts.files import write_atomically
-from minitron_megatron.artifacts.lineage import Origin, makers_first, origin_of, origins_of
+from minitron_megatron.artifacts.lineage import Origin, in_creation_order, origin_of, origins_of
 from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.config.schema import Tracker, TrackingConfig
 from minitron_megatron.errors import ConfigError
@@ -84,7 +84,7 @@ class Wandb:
         for values in lines:
             if values[STEP] > seen:
                 self.log(values)
-        for origin in makers_first(origins_of(self._manifest)):
+        for origin in in_creation_order(origins_of(self._manifest)):
             artifact = self._artifact(origin)
             # `use_artifact` waits for the server, and does not work offline; this is what it does before it waits.
             self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)

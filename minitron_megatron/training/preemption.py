@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from minitron_megatron.process import blocking, handling
+from minitron_megatron.process import blocked_signal, handle_signals
 
 _WARNING, _END = signal.SIGUSR1, signal.SIGTERM
 
@@ -23,9 +23,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         a function that returns whether a signal has come to this process.
     """
     requested = threading.Event()
-    with handling((_WARNING, _END), lambda *_: requested.set()) as handled:
+    with handle_signals((_WARNING, _END), lambda *_: requested.set()) as handled:
         if not handled:
             yield lambda: False
             return
-        with blocking(_WARNING):
+        with blocked_signal(_WARNING):
             yield lambda: requested.is_set() or _WARNING in signal.sigpending()

@@ -1,4 +1,4 @@
-"""The kinds of layers, by the symbol that each has in a network's pattern."""
+"""The kinds of layers, by their symbol in a network's pattern."""
 
 from minitron_megatron.config import axes
 from minitron_megatron.model.layers.attention import Attention
@@ -8,17 +8,17 @@ from minitron_megatron.model.layers.sublayer import PrunableAxis, Slot, Sublayer
 __all__ = ["DENSE", "KINDS", "PrunableAxis", "Slot", "Sublayer", "prunable_axes", "register"]
 
 DENSE: tuple[type[Sublayer], ...] = (Attention, MLP)
-"""The sublayers of a dense transformer layer, which is what Megatron-Core's flat configurations describe."""
+"""The sublayers of a dense transformer layer, as Megatron-Core's TransformerConfig describes it."""
 
 KINDS: dict[str, type[Sublayer]] = {}
-"""Every kind that a network may have, by its symbol. `register` fills it."""
+"""Every kind by its symbol. `register` fills it."""
 
 
 def register(kind: type[Sublayer]) -> type[Sublayer]:
-    """Make a kind known. May decorate its class.
+    """Registers a kind. Can be used as a class decorator.
 
     Raises:
-        ValueError: its symbol, its name or a setting of its axes is another kind's already.
+        ValueError: another kind has its symbol, its name or a setting of its axes already.
     """
     for other in KINDS.values():
         names = {"symbol": "symbol", "name": "name"}
@@ -45,7 +45,7 @@ def register(kind: type[Sublayer]) -> type[Sublayer]:
 
 
 def prunable_axes() -> dict[str, tuple[type[Sublayer], PrunableAxis]]:
-    """Kind and axis by the axis' setting."""
+    """Returns kind and axis by the axis' setting."""
     return {axis.setting: (kind, axis) for kind in KINDS.values() for axis in kind.prunable}
 
 

@@ -17,14 +17,16 @@ from minitron_megatron.model.norms import norm_rows
 if TYPE_CHECKING:
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer
     from torch import Tensor
 
+    from minitron_megatron.model.kv_cache import Cursor
     from minitron_megatron.model.network import Network
 
 GROUP = Axis("group")
 HEAD = Axis("head", within=GROUP.name)  # of one query group
 HEAD_DIM = Axis("head_dim")
-# Parts of the fused projection: axes of length one, so that a part is selected by dropping the others.
+# Parts of the fused projection: axes of length one; dropping the others selects a part.
 KEY, VALUE = Axis("key_head"), Axis("value_head")
 
 _QKV_ROWS = GROUP * (HEAD + KEY + VALUE) * HEAD_DIM
@@ -41,9 +43,9 @@ class Attention(Sublayer):
         num_heads: query heads.
         num_query_groups: groups of query heads that share one key and one value head.
         head_dim: channels per head; `num_heads * head_dim` may differ from the network's hidden size.
-        bias: every matrix has a bias.
-        qkv_bias: queries, keys and values have one.
-        qk_norm: every head's query and key are normalised, before the rotary embedding (Qwen3).
+        bias: both projections have a bias.
+        qkv_bias: the QKV projection has a bias.
+        qk_norm: queries and keys are normalised per head, before the rotary embedding (Qwen3).
     """
 
     num_heads: int
@@ -115,7 +117,7 @@ class Attention(Sublayer):
         return replace(self, num_query_groups=groups, num_heads=groups * lengths.get(HEAD.name, self.heads_per_group))
 
     def split_problems(self, ranks: int, where: str) -> list[str]:
-        """Several query groups on a rank, or several ranks to a group, whose rows Megatron-Core cuts evenly."""
+        """Allows several query groups per rank, or several ranks per group, whose rows Megatron-Core splits evenly."""
         groups = self.num_query_groups
         group_rows, sharing = (self.heads_per_group + 2) * self.head_dim, ranks // groups
         if groups % ranks and ranks % groups:
@@ -171,26 +173,26 @@ class Attention(Sublayer):
     # Costs
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Scores and values. Of causal attention the half of the score matrix that is used counts: a token attends to
-        `(sequence_length + 1) / 2` positions on average."""
+        """Counts the products with keys and values, over the used half of the score matrix: with causal attention a
+        token attends to `(sequence_length + 1) / 2` positions on average."""
         return 2 * 2 * self.num_heads * self.head_dim * (sequence_length + 1) / 2
 
     def activation_bytes(
         self, network: Network, micro_batch: int, sequence_length: int, tensor_ranks: int, number_bytes: int
     ) -> int:
-        """Queries, keys, values and the context in the number format, and the attention's log-sums in float32. Norms of
-        queries and keys keep the projection as well, and the queries by themselves. No dropout, so no masks."""
+        """Counts queries, keys, values and the context in the dtype of computation, and the attention's log-sum-exps in
+        float32. With `qk_norm` also the projection, and a copy of the queries. No dropout, so no masks."""
         tokens, statistics = micro_batch * sequence_length, _FLOAT32 * len(network.norm.tensors)
         heads, groups = self.num_heads // tensor_ranks, max(1, self.num_query_groups // tensor_ranks)
         kept = tokens * ((2 * heads + 2 * groups) * self.head_dim * number_bytes + heads * _FLOAT32)
-        if tensor_ranks > self.num_query_groups:  # Megatron-Core gathers what all ranks project, and cuts views of it
+        if tensor_ranks > self.num_query_groups:  # Megatron-Core gathers all ranks' projections and takes views
             kept += tokens * (self.num_heads + 2 * self.num_query_groups) * self.head_dim * number_bytes
-        if self.qk_norm:  # of queries where Megatron-Core reshapes them, which copies what a group has several of
+        if self.qk_norm:  # Megatron-Core's reshape copies the queries where a group has several
             copied = heads if self.heads_per_group > 1 else 0
             kept += tokens * (
                 (heads + 2 * groups + copied) * self.head_dim * number_bytes + (heads + groups) * statistics
             )
-        # Cosines and sines, which Megatron-Core makes anew for queries and for keys; all sequences share them.
+        # Cosines and sines, which Megatron-Core computes separately for queries and keys; all sequences share them.
         return kept + 4 * sequence_length * int(network.rotary_fraction * self.head_dim) * number_bytes
 
     def cache_bytes_per_token(self, number_bytes: int) -> int:
@@ -235,18 +237,18 @@ class Attention(Sublayer):
                 parts.q_layernorm = parts.k_layernorm = specs.norm_module(config)
         return specs.layer_modules(own, self.slot, config)
 
-    def first_projection(self, layer: torch.nn.Module) -> torch.nn.Module:
+    def first_projection(self, layer: TransformerLayer) -> torch.nn.Module:
         return layer.self_attention.linear_qkv
 
-    def taps(self, layer: torch.nn.Module, before_activation: bool) -> list[Tap]:
-        """Heads by the L2 norm of their part of the context (2407.14679, section 2.2)."""
+    def taps(self, layer: TransformerLayer, before_activation: bool) -> list[Tap]:
+        """Scores heads by the L2 norm of their part of the context (2407.14679, section 2.2)."""
 
         def norms(context: Tensor) -> Tensor:
             return context.unflatten(-1, (-1, self.head_dim)).float().norm(dim=-1)
 
         return [Tap("heads", layer.self_attention.linear_proj, True, norms)]
 
-    def caching(self, layer: torch.nn.Module, cursor: Any) -> AbstractContextManager:
+    def caching(self, layer: TransformerLayer, cursor: Cursor) -> AbstractContextManager[None]:
         from minitron_megatron.model.kv_cache import cached_attention
 
         return cached_attention(layer.self_attention, cursor)

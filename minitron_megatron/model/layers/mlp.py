@@ -1,4 +1,4 @@
-"""The dense MLP (`-`), with a gate or without."""
+"""The dense MLP (`-`), gated or not."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from minitron_megatron.model.norms import norm_rows
 if TYPE_CHECKING:
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer
     from torch import Tensor
 
     from minitron_megatron.model.network import Network
 
 FFN = Axis("ffn")
-# Parts of the fused projection: axes of length one, so that a part is selected by dropping the other.
+# Parts of the fused projection: axes of length one; dropping the other selects a part.
 GATE, UP = Axis("gate"), Axis("up")
 
 _HF = "model.layers.{layer}.mlp."
@@ -34,7 +35,7 @@ class Activation(str, Enum):
 
     @property
     def function(self) -> Callable[[Tensor], Tensor]:
-        """As Megatron-Core takes it."""
+        """The function, as Megatron-Core expects it."""
         import torch.nn.functional as F
         from megatron.core.activations import squared_relu
 
@@ -46,10 +47,10 @@ class MLP(Sublayer):
     """A dense MLP sublayer.
 
     Attributes:
-        ffn_hidden_size: neurons (of one branch, when gated).
+        ffn_hidden_size: neurons (of one branch, if gated).
         activation: of the neurons, or of their gates.
-        gated: the activation of a second branch multiplies every neuron.
-        bias: every matrix has a bias.
+        gated: a second branch, the gate, is activated and multiplies the neurons.
+        bias: both projections have a bias.
     """
 
     ffn_hidden_size: int
@@ -123,8 +124,8 @@ class MLP(Sublayer):
     def activation_bytes(
         self, network: Network, micro_batch: int, sequence_length: int, tensor_ranks: int, number_bytes: int
     ) -> int:
-        """The first matrix' output, both halves; the activated gate; the product, which is the second matrix' input.
-        Nothing here is fused."""
+        """Counts both halves of the first projection's output, the activated gate, and their product, which is the
+        second projection's input. Nothing is fused."""
         tensors = 4 if self.gated else 2
         return micro_batch * sequence_length * tensors * self.ffn_hidden_size // tensor_ranks * number_bytes
 
@@ -139,7 +140,7 @@ class MLP(Sublayer):
             "gated_linear_unit": self.gated,
             "add_bias_linear": self.bias,
             "bias_activation_fusion": specs.uses_te() and self.gated and self.activation is Activation.SILU,
-            # Despite its name: that the activation is a module of the layer spec.
+            # Despite its name: makes the activation a module of the layer spec.
             "use_te_activation_func": self.gated and not specs.uses_te(),
         }
 
@@ -168,18 +169,18 @@ class MLP(Sublayer):
             parts.linear_fc1, parts.linear_fc2 = ColumnLinear, RowLinear
             if config.use_te_activation_func:
                 parts.activation_func = GatedActivation
-            # Memory is what a CPU is short of; where whole layers are run again, this is, too.
+            # Saves memory on the CPU. Full recomputation covers it already.
             is_swiglu = self.gated and self.activation is Activation.SILU
             if is_swiglu and not torch.cuda.is_available() and config.recompute_granularity is None:
                 parts.linear_fc1 = RecomputedLinear
         return specs.layer_modules(own, self.slot, config)
 
-    def first_projection(self, layer: torch.nn.Module) -> torch.nn.Module:
+    def first_projection(self, layer: TransformerLayer) -> torch.nn.Module:
         return layer.mlp.linear_fc1
 
-    def taps(self, layer: torch.nn.Module, before_activation: bool) -> list[Tap]:
-        """Neurons by the input of the second projection. Minitron prints what the first one gives, of a gated MLP the
-        gate (2407.14679, section 2.2)."""
+    def taps(self, layer: TransformerLayer, before_activation: bool) -> list[Tap]:
+        """Scores neurons by the input of the second projection; with `before_activation`, by the first one's output, of
+        a gated MLP the gate's (Minitron's formula: 2407.14679, section 2.2)."""
 
         def inputs(output: tuple[Tensor, Tensor | None]) -> Tensor:
             x, bias = output

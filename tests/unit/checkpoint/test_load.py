@@ -46,7 +46,7 @@ def test_parameters_that_the_network_does_not_have_are_listed(model):
 
 
 def test_a_weight_that_is_no_number_is_named(model):
-    expected = "some/checkpoint leaves weights that are no numbers: decoder.layers.2.mlp.linear_fc2.weight"
+    expected = "some/checkpoint leaves NaN in weights: decoder.layers.2.mlp.linear_fc2.weight"
     with pytest.raises(CheckpointError, match=f"{expected}$"):
         load_weights([model], Damaged(NETWORK, 1), model.ctx)
 
@@ -56,7 +56,7 @@ def test_a_weight_that_nobody_loads_is_named(model, monkeypatch):
         return [found for found in local_parameters(*arguments) if found[1].name != "decoder.final_layernorm.weight"]
 
     monkeypatch.setattr(load, "local_parameters", all_but_one)
-    with pytest.raises(CheckpointError, match="are no numbers: decoder.final_layernorm.weight$"):
+    with pytest.raises(CheckpointError, match="leaves NaN in weights: decoder.final_layernorm.weight$"):
         load_weights([model], RandomWeights(NETWORK, 1), model.ctx)
 
 

@@ -356,7 +356,7 @@ def test_without_a_tokenizer_it_is_said_how_to_give_one(trained, tokenizer, tmp_
     other = json.loads((tokenizer / "config.json").read_text()) | {"model_type": "nemotron"}
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text(json.dumps(other))
-    no_nemotron = "no nemotron network, by network.norm = .*, network.norm_zero_centered = False, mlp.activation = "
+    no_nemotron = r"not a nemotron network \(network.norm = .*, network.norm_zero_centered = False, mlp.activation = "
     with pytest.raises(UnsupportedModelError, match=no_nemotron):
         export(ExportConfig(str(root), output, huggingface=str(tmp_path / "other")))
     (tmp_path / "other/config.json").write_text(json.dumps(other | {"vocab_size": 1000, "model_type": "llama"}))

@@ -248,7 +248,7 @@ def test_a_loss_between_states_has_the_gradients_of_its_formula(kind, is_project
     state, target, weight, mask = torch.randn(5, 3, 8), torch.randn(5, 3, 8), torch.randn(8, 8), torch.rand(5, 3) > 0.3
     state, target, weight = (x.double().requires_grad_(x is not target) for x in (state, target, weight))
     projection = weight if is_projected else None
-    error, loss = hidden._Loss.apply(state, projection, target, mask, kind, 0.37)
+    error, loss = hidden._StateLoss.apply(state, projection, target, mask, kind, 0.37)
     loss.backward()
     found = state.grad, weight.grad
     state.grad = weight.grad = None
