@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -127,9 +126,7 @@ class Inference:
                     own_results.update(zip(indices, results, strict=False))
                 heartbeat()
                 advance(len(call))
-        world = dist.group.WORLD
-        assert world is not None, "torch.distributed is initialised"
-        all_results = {index: result for part in gather_objects(own_results, world) for index, result in part.items()}
+        all_results = {index: result for part in gather_objects(own_results) for index, result in part.items()}
         return [all_results[index] for index in range(len(lengths))]
 
     def _run(self, batches: list[Batch], on_output: Callable[[Tensor, Batch], T], **options: Any) -> list[T]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
@@ -45,7 +44,7 @@ def open_network(path: Path) -> TensorSource:
     """
     is_folder = (path / "config.json").is_file()
     # Either knows its dtype once it is open.
-    return cast(TensorSource, HuggingFaceFolder(path) if is_folder else Checkpoint(path))
+    return HuggingFaceFolder(path) if is_folder else Checkpoint(path)
 
 
 def comparable(first: TensorSource, second: TensorSource) -> bool:
