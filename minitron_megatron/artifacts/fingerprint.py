@@ -5,6 +5,7 @@ is named by its SHA-256, and what `torch.save` writes carries a CRC-32 of every 
 several threads, and remembered by its path, size, time of change and inode in the user's cache folder.
 """
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -13,7 +14,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,18 +79,31 @@ def _files(path: Path) -> list[Path]:
 
 def _digests(files: list[Path]) -> dict[Path, str]:
     """The digest of every file: remembered, carried by the file, or of its content."""
-    memory = _Memory()
-    looked_up = ((file, memory.get(file) or _carried(file)) for file in files)
-    known = {file: digest for file, digest in looked_up if digest}
-    unread = sorted((file for file in files if file not in known), key=lambda file: -file.stat().st_size)
+    known = _known(files, _Memory())
+    if len(known) == len(files):
+        return known
+    with _one_at_a_time():  # another rank may have read them meanwhile
+        memory = _Memory()
+        known = _known(files, memory)
+        return known | _read_all([file for file in files if file not in known], memory)
+
+
+def _known(files: list[Path], memory: "_Memory") -> dict[Path, str]:
+    digests = ((file, memory.get(file) or _carried(file)) for file in files)
+    return {file: digest for file, digest in digests if digest}
+
+
+def _read_all(files: list[Path], memory: "_Memory") -> dict[Path, str]:
+    """Reads files, and remembers what they hold unless they change meanwhile."""
+    # The largest first, so that none of them is left for one thread at the end.
+    unread = sorted(files, key=lambda file: -file.stat().st_size)
     num_bytes = sum(file.stat().st_size for file in unread)
     before = {file: _state(file) for file in unread}
     show = progress if num_bytes >= _SHOWN_BYTES else _no_progress
-    # The largest files first, so that none of them is left for one thread at the end.
     with show("hash, MB", num_bytes // 10**6) as advance, ThreadPoolExecutor() as pool:
         read = dict(zip(unread, pool.map(lambda file: _read(file, advance), unread), strict=True))
     memory.add({file: digest for file, digest in read.items() if _state(file) == before[file]})
-    return known | read
+    return read
 
 
 def _read(file: Path, advance: Callable[..., None]) -> str:
@@ -156,8 +170,6 @@ class _Memory:
     """Digests of files that were read before, in one small file of the user's cache for each folder."""
 
     def __init__(self) -> None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self._cache = Path(base) / "minitron_megatron" / "fingerprints"
         self._entries: dict[Path, dict] = {}
 
     def get(self, file: Path) -> str | None:
@@ -174,7 +186,7 @@ class _Memory:
                 own[file.resolve().name] = {"state": _state(file), "digest": digest}
         for folder, own in added.items():
             try:
-                self._cache.mkdir(parents=True, exist_ok=True)
+                _cache().mkdir(parents=True, exist_ok=True)
                 write_json(self._file(folder), {**self._of(folder), **own})
             except OSError as error:
                 logger.info("what %s holds is read again the next time: %s", folder, error)
@@ -188,7 +200,22 @@ class _Memory:
         return self._entries[folder]
 
     def _file(self, folder: Path) -> Path:
-        return self._cache / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()}.json"
+        return _cache() / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()}.json"
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Lets one process of a machine read at a time, where the cache can be written."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # no cache, or a file system without locks
+            _cache().mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(_cache() / "lock", "w")), fcntl.LOCK_EX)
+        yield
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "minitron_megatron" / "fingerprints"
 
 
 def _state(file: Path) -> list[int]:

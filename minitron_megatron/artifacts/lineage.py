@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from minitron_megatron.artifacts.manifest import MANIFEST, Manifest, Parent, fingerprint
+from minitron_megatron.artifacts.fingerprint import is_of
+from minitron_megatron.artifacts.manifest import MANIFEST, Manifest, Parent
 
 
 class State(str, Enum):
@@ -50,7 +51,7 @@ def origin_of(parent: Parent, seen: set[str] | None = None) -> Origin:
     path = Path(parent.path)
     if not path.exists():
         return Origin(parent, State.GONE)
-    if fingerprint(path) != parent.fingerprint:
+    if not is_of(parent.fingerprint, path):
         return Origin(parent, State.CHANGED)
     manifest = Manifest.read(path) if (path / MANIFEST).is_file() else None
     if manifest is None or parent.fingerprint in seen:

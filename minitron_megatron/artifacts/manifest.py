@@ -3,12 +3,12 @@
 `manifest.json` is the last file that a verb writes. A folder without it is not a result.
 """
 
-import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from minitron_megatron import __version__
 from minitron_megatron.artifacts.files import read_json, write_json
+from minitron_megatron.artifacts.fingerprint import fingerprint, is_of
 from minitron_megatron.config.changes import content, defaults, differences
 from minitron_megatron.config.reader import show
 from minitron_megatron.config.schema import SCHEMAS
@@ -17,7 +17,6 @@ from minitron_megatron.errors import CheckpointError
 MANIFEST = "manifest.json"
 # The results of an evaluation, beside its manifest.
 EVALUATION = "evaluation.json"
-_SAMPLE_BYTES = 64 * 1024
 
 
 @dataclass
@@ -37,6 +36,10 @@ class Parent:
     @classmethod
     def of(cls, role: str, path: Path) -> "Parent":
         return cls(role, str(path), fingerprint(path))
+
+    def matches(self, recorded: str) -> bool:
+        """Returns whether a fingerprint, which an earlier version may have recorded, is that of what is at `path`."""
+        return recorded == self.fingerprint or is_of(recorded, Path(self.path))
 
 
 @dataclass
@@ -125,26 +128,8 @@ class Manifest:
         before = self if self.verb else replace(self, verb=later.verb)
         (kind, parents, settings), (new_kind, new_parents, new_settings) = before.cache_key, later.cache_key
         kinds = [] if kind == new_kind else [f"it was a {kind} and is to be a {new_kind}"]
-        inputs = [f"{role} is another one" for role, _, _ in differences(parents, new_parents)]
+        same = {parent.role for parent in later.parents if parent.matches(parents.get(parent.role, ""))}
+        inputs = [f"{role} is another one" for role in {**parents, **new_parents} if role not in same]
         came_later = dict(defaults(SCHEMAS[later.verb])) if later.verb in SCHEMAS else {}
         values = differences({**came_later, **settings}, {**came_later, **new_settings})
         return [*kinds, *inputs, *(f"{key} was {show(old)} and is {show(new)}" for key, old, new in values)]
-
-
-def fingerprint(path: Path) -> str:
-    """Hashes the content of a file or folder, at a cost that does not grow with the size of the files.
-
-    Covers names, sizes, and the first, middle and last 64 KiB of every file. Weights that were trained further differ
-    everywhere, so the samples tell them apart; it is no protection against forgery.
-    """
-    digest = hashlib.sha256()
-    root = path if path.is_dir() else path.parent
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root)}\0{size}\0".encode())
-        with open(file, "rb") as f:
-            for start in sorted({0, max(0, size // 2), max(0, size - _SAMPLE_BYTES)}):
-                f.seek(start)
-                digest.update(f.read(_SAMPLE_BYTES))
-    return digest.hexdigest()

@@ -30,19 +30,19 @@ class Step:
 
     Attributes:
         name: of what it did, such as "pruned".
-        fingerprint: of its result.
+        result: what it made.
         manifest: of its result.
     """
 
     name: str
-    fingerprint: str
+    result: Parent
     manifest: Manifest
 
 
 def steps_to(result: Parent) -> list[Step]:
     """Returns the steps that led to a result, first to last, as far back as their outputs are still in place."""
     return [
-        Step(_step_name(origin.manifest), origin.parent.fingerprint, origin.manifest)
+        Step(_step_name(origin.manifest), origin.parent, origin.manifest)
         for origin in in_creation_order([origin_of(result)])
         if origin.manifest
     ]
@@ -98,7 +98,7 @@ def model_card(checkpoint: Parent, network: Network, hf_assets: Path) -> str:
         count = f"{parameters:,} parameters. " if parameters else ""
         paragraphs += [
             f"### {number}. {step.name.capitalize()}",
-            f"{count}Fingerprint {step.fingerprint[:12]}, minitron_megatron {step.manifest.version}.",
+            f"{count}Fingerprint {step.result.fingerprint[:12]}, minitron_megatron {step.manifest.version}.",
             "\n".join(inputs),
             f"```yaml\n{settings}\n```",
         ]
@@ -131,13 +131,12 @@ def _size_table(before: Network, after: Network) -> str:
 
 def _evaluations(checkpoint: Path, steps: list[Step]) -> list[str]:
     """Returns tables of evaluations of the steps' networks, from the folders beside the checkpoint."""
-    names = {step.fingerprint: f"{number}. {step.name}" for number, step in enumerate(steps, start=1)}
     run = checkpoint.parent.parent if checkpoint.name in ("checkpoints", "best") else checkpoint.parent
     losses: list[tuple[str, ...]] = []
     tasks: list[tuple[str, ...]] = []
     for file in sorted(run.glob(f"*/{EVALUATION}")):
         model = Manifest.read(file.parent).parent("model")
-        if model and (name := names.get(model.fingerprint)):
+        if model and (name := _numbered_name(model, steps)):
             evaluation = read_json(file, "an evaluation")
             text = evaluation["heldout"]
             losses.append((name, f"{text['loss']:.4f}", f"{text['perplexity']:,.2f}", f"{text['num_tokens']:,}"))
@@ -151,6 +150,13 @@ def _evaluations(checkpoint: Path, steps: list[Step]) -> list[str]:
         (["task of lm-eval", "metric", "model", "value", "few-shot"], tasks),
     ]
     return [_table(header, sorted(rows)) for header, rows in tables if rows]
+
+
+def _numbered_name(model: Parent, steps: list[Step]) -> str | None:
+    """Returns the number and name of the step that made a model, if one of them did."""
+    makers = (number for number, step in enumerate(steps) if step.result.matches(model.fingerprint))
+    number = next(makers, None)
+    return None if number is None else f"{number + 1}. {steps[number].name}"
 
 
 def _table(header: list[str], rows: Iterable[Sequence[str]]) -> str:

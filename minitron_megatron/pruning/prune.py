@@ -111,7 +111,7 @@ def _require_same(
     """Checks that scores or a plan are of the checkpoint."""
     if network != checkpoint.network:
         why = "another network"
-    elif fingerprint not in (None, parent.fingerprint):
+    elif fingerprint is not None and not parent.matches(fingerprint):
         why = "another checkpoint"
     else:
         return

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minitron_megatron import cli
-from minitron_megatron.artifacts.manifest import Manifest, Parent, fingerprint
+from minitron_megatron.artifacts.fingerprint import fingerprint
+from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.artifacts.output import writing
 from minitron_megatron.checkpoint import huggingface
 from minitron_megatron.checkpoint.convert import export, import_checkpoint

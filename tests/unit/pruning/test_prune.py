@@ -11,7 +11,7 @@ import torch
 from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
-from minitron_megatron.artifacts.manifest import fingerprint
+from minitron_megatron.artifacts.fingerprint import fingerprint
 from minitron_megatron.checkpoint.convert import export
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.load import load_weights
