@@ -305,7 +305,11 @@ def _inherit(recipe: CompressConfig, stage: DictConfig, schema: type) -> None:
         with open_dict(stage):
             stage["plugins"] = list(dict.fromkeys([*recipe.plugins, *own])) if isinstance(own, list) else own
     types = hints(schema)
-    for section in [name for name in INHERITED if name in types]:
+    sections = [name for name in INHERITED if name in types]
+    # Scores depend on the target only in several rounds and in some searches.
+    if not getattr(Reader().settings(schema, stage, ignored=("verb",)), "depends_on_target", True):
+        sections.remove("target")
+    for section in sections:
         with open_dict(stage):
             if section not in stage:
                 stage[section] = {}

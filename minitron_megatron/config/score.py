@@ -200,6 +200,11 @@ class ScoreConfig(OpenSettings, PluginConfig):
             problems.append(
                 f"{where}save_rounds = true, and {where}rounds = {self.rounds} has none in between: leave it out"
             )
+        if not self.depends_on_target and not self.target.is_empty:
+            problems.append(
+                f"{where}target has no effect on scores of one round: leave it out here and give it to prune, or set "
+                f"{where}rounds or {where}depth.search"
+            )
         if self.rounds > 1 and self.target.is_empty:
             problems.append(f"{where}rounds = {self.rounds} need a shape to head for: set {where}target")
         if self.rounds > 1 and self.depth.search is not DepthSearch.SINGLE:

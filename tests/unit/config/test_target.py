@@ -152,7 +152,16 @@ def test_a_recipe_hands_sizes_to_its_stages():
     assert settings.target == TargetConfig(ffn=[8, 16])
     stages = resolve_stages(settings)
     assert stages["pruned"][1].target == TargetConfig(hidden=4, ffn=[8, 16])
-    assert stages["scores"][1].target == TargetConfig(ffn=[8, 16])
+    assert stages["scores"][1].target == TargetConfig()  # which scores of one round do not depend on
+    settings = compose("compress", [*recipe, "stages.scores.rounds=2"])
+    assert resolve_stages(settings)["scores"][1].target == TargetConfig(ffn=[8, 16])
+
+
+def test_a_target_that_changes_no_score_is_refused():
+    assert problems("score", *SCORE, "target.ffn=8") == [
+        "target has no effect on scores of one round: leave it out here and give it to prune, or set rounds or depth.search"
+    ]
+    assert not problems("score", *SCORE, "target.ffn=8", "rounds=2")
 
 
 def test_what_is_not_given_is_null_in_plain_values():
