@@ -41,16 +41,17 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def fingerprint(path: Path) -> str:
-    """The fingerprint of a file, or of a folder's files with their names below it; links are followed.
+    """The fingerprint of a file, whatever it is called, or of a folder's files with their names below it.
+
+    Links are followed.
 
     The second time only names, sizes and times are looked at.
     """
-    root = path if path.is_dir() else path.parent
     files = _files(path)
     digests = _digests(files)
     total = hashlib.sha256()
     for file in files:
-        total.update(f"{file.relative_to(root)}\0{digests[file]}\0".encode())
+        total.update(f"{file.relative_to(path)}\0{digests[file]}\0".encode())
     return total.hexdigest()[:_DIGITS]
 
 

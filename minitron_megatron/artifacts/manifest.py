@@ -118,9 +118,18 @@ class Manifest:
         Settings that the verb's settings class marks as `SAME_RESULT` are left out.
         """
         parents = {parent.role: parent.fingerprint for parent in self.parents}
-        # Inputs count by their content, so that moving a folder changes nothing.
+        # Inputs count by their content, so that moving a file or folder changes nothing.
         settings = {name: value for name, value in self.config.items() if name not in parents}
-        return self.kind, parents, content(SCHEMAS.get(self.verb or ""), settings)
+        values = content(SCHEMAS.get(self.verb or ""), settings)
+        return self.kind, parents, {name: self._by_role(value) for name, value in values.items()}
+
+    def _by_role(self, value: object) -> object:
+        """Returns a list of paths with the roles of those that are inputs."""
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            return value
+        roles = {parent.path: parent.role for parent in self.parents}
+        # Token files are named by their prefix.
+        return [roles.get(str(Path(item))) or roles.get(f"{item}.bin", item) for item in value]
 
     def changes(self, later: "Manifest") -> list[str]:
         """Returns what differs in the manifest of a later run, a phrase for each; empty if its result is the same."""

@@ -17,14 +17,21 @@ class DType(str, Enum):
     FP32 = "fp32"
 
 
+class OnBadRow(str, Enum):
+    """What to do with a row of text that is broken, without text, or a conversation that cannot be taught."""
+
+    ERROR = "error"
+    SKIP = "skip"
+
+
 @dataclass
 class DataConfig:
     """Where text comes from and how it becomes sequences.
 
     Attributes:
-        text: text files (one document each), JSON-lines files, Parquet files and saved Hugging Face datasets (one
-            document per row, with text or `messages`), folders of these, tokenised corpora (the prefix of Megatron's
-            `.bin` and `.idx`), or `builtin` for the Python standard library's prose.
+        text: text files (one document each), files of JSON lines, JSON, CSV or Parquet and saved Hugging Face datasets
+            (one document per row, with text or `messages`), folders of these, tokenised corpora (the prefix of
+            Megatron's `.bin` and `.idx`), or `builtin` for the Python standard library's prose.
         cache_dir: folder for tokenised corpora, with a subfolder per content, tokenizer and split.
         sequence_length: tokens per sequence.
         heldout_pct: percentage of the documents that are held out from training and calibration.
@@ -32,6 +39,8 @@ class DataConfig:
         weights: relative sampling weight of each source in `text`; null weights sources by their number of tokens.
         text_field: field of a row that holds the text.
         document_mask: mask attention between the documents of a sequence, and restart positions with each document.
+        on_bad_row: `error` stops at a row that is broken, has no text, or whose conversation cannot be rendered; `skip`
+            leaves it out, and the log says how many and why. Empty documents are left out in any case.
         workers: tokenizer processes; null chooses by cores and size of the text.
     """
 
@@ -43,6 +52,7 @@ class DataConfig:
     weights: list[float] | None = None
     text_field: str = "text"
     document_mask: bool = False
+    on_bad_row: OnBadRow = OnBadRow.ERROR
     workers: int | None = field(default=None, metadata=SAME_RESULT)
 
     def problems(self, where: str = "data.") -> list[str]:

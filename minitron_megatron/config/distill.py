@@ -100,7 +100,8 @@ class DistillConfig(PluginConfig):
         validate_batches: global batches of held-out text per validation.
         keep_checkpoints: number of latest checkpoints to keep. With validation, the one with the lowest held-out loss
             is kept as well, in `OUTPUT/best`.
-        max_skipped_steps: stop after this many steps in a row with a loss or gradient that is not finite.
+        max_skipped_steps: stop after this many steps in a row with a loss or gradient that is not finite, or without a
+            token to learn from.
         dtype: number format of weights and computation; bf16 has fp32 main weights.
         teacher_dtype: number format of the teacher; null for that of its checkpoint.
         teacher_fp8: run the teacher's matrix products in FP8; needs CUDA and Transformer Engine.

@@ -51,7 +51,7 @@ def _read_line(where: str, line: str) -> Question:
     try:
         values = json.loads(line)
         question = Question(values["context"], values["choices"], values["answer"], where)
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise DataError(f"{where} is not JSON with context, choices and answer: {e!r}") from e
     if not isinstance(question.context, str) or not question.context.strip():
         raise DataError(f"{where}: context = {question.context!r} must be text, and more than spaces")

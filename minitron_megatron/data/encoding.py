@@ -5,6 +5,7 @@ negative. So one file holds tokens and mask, in whatever order Megatron-Core rea
 """
 
 import hashlib
+import json
 import multiprocessing
 import os
 from collections import deque
@@ -18,7 +19,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minitron_megatron.data.chat import render_chat
-from minitron_megatron.data.corpus import Document
+from minitron_megatron.data.rows import Document, RowError
 from minitron_megatron.errors import DataError, LostWorkerError
 
 _BATCH = 64  # documents per tokenizer call, enough to keep its threads busy
@@ -31,8 +32,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
+def require_end_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Checks that documents can be closed.
+
+    Raises:
+        DataError: there is no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer in {folder} has no end-of-sequence token, which closes every document: set eos_token in "
+            f"tokenizer_config.json"
+        )
+
+
 def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
     """Returns a hash of a tokenizer: equal for two folders only if they tokenise every text alike.
+
+    It is of the tokenizer as transformers loads it, from whatever files, so that it does not depend on how they are
+    written.
 
     Raises:
         DataError: the folder holds no `tokenizer.json`.
@@ -43,7 +60,12 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
             f"{file} does not exist: put the tokenizer there, as the files tokenizer.json and tokenizer_config.json "
             f"that a fast tokenizer's `save_pretrained` writes"
         )
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    tokenizer = load_tokenizer(tokenizer_dir)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # The others are of decoding, and of special tokens, padding and truncation, which text is tokenised without.
+    content = {part: backend[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    content["split_special_tokens"] = bool(tokenizer.split_special_tokens)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -55,6 +77,10 @@ def num_workers(asked: int | None, num_characters: int) -> int:
     """Returns the number of tokenizer processes: as asked, or by the amount of text, at most one per core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return asked or max(1, min(cores, num_characters // _CHARACTERS_PER_WORKER))
+
+
+Encoded = np.ndarray | RowError
+"""The row of a document, or why a conversation cannot be taught."""
 
 
 class Encoder:
@@ -69,11 +95,11 @@ class Encoder:
         self.tokenizer = tokenizer
         self.dtype = dtype
 
-    def __call__(self, batch: list[Document]) -> list[np.ndarray]:
+    def __call__(self, batch: list[Document]) -> list[Encoded]:
         """Returns the rows of some documents.
 
         Raises:
-            DataError: the chat template cannot render a conversation.
+            DataError: there is no chat template for a conversation.
         """
         texts = [document.content for document in batch if not document.is_chat]
         rows = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
@@ -83,9 +109,12 @@ class Encoder:
             for document in batch
         ]
 
-    def _chat(self, document: Document) -> np.ndarray:
+    def _chat(self, document: Document) -> Encoded:
         assert isinstance(document.content, list)
-        tokens, mask = render_chat(self.tokenizer, document.content, document.where)
+        try:
+            tokens, mask = render_chat(self.tokenizer, document.content, document.where, document.extra)
+        except RowError as error:
+            return error
         if tokens[-1] != self.tokenizer.eos_token_id:
             tokens, mask = [*tokens, self.tokenizer.eos_token_id], [*mask, 0]
         tokens = np.array(tokens, dtype=self.dtype)
@@ -94,8 +123,10 @@ class Encoder:
 
 def encode(
     documents: Iterable[Document], tokenizer_dir: Path, dtype: type[np.integer], workers: int
-) -> Iterator[tuple[Document, np.ndarray]]:
+) -> Iterator[tuple[Document, Encoded]]:
     """Yields every document with its row, in the order of the documents, whatever the number of processes.
+
+    A conversation that cannot be taught comes with its error.
 
     Args:
         documents: read lazily, only as far ahead as the processes need.
@@ -134,7 +165,7 @@ def encode(
             pool.shutdown(cancel_futures=True)
 
 
-def _finished(pending: deque) -> Iterator[tuple[Document, np.ndarray]]:
+def _finished(pending: deque) -> Iterator[tuple[Document, Encoded]]:
     batch, future = pending.popleft()
     yield from zip(batch, future.result(), strict=True)
 
@@ -148,5 +179,5 @@ def _start_worker(tokenizer_dir: Path, dtype: type[np.integer]) -> None:
     _encoder = Encoder(load_tokenizer(tokenizer_dir), dtype)
 
 
-def _encode_here(batch: list[Document]) -> list[np.ndarray]:
+def _encode_here(batch: list[Document]) -> list[Encoded]:
     return _encoder(batch)

@@ -230,6 +230,25 @@ class HeldoutSamples:
             first, document = last, document + 1
 
 
+def require_tokens(samples: Samples, what: str, count: int | None = None) -> None:
+    """Checks that there is something to learn or to measure. Reads samples up to the first with a token that counts.
+
+    Args:
+        samples: of any kind.
+        what: they are, for the message.
+        count: look at this many, from the beginning; None for all.
+
+    Raises:
+        DataError: the loss masks are zero throughout.
+    """
+    num_samples = len(samples) if count is None else min(count, len(samples))
+    if not any(samples[index]["loss_mask"].any() for index in range(num_samples)):
+        raise DataError(
+            f"none of the {num_samples} {what} sequences has a token that counts: data.text must have text, or "
+            f"conversations with answers of the assistant, to learn and to measure; see also data.sequence_length"
+        )
+
+
 def rank_batches(
     dataset: Samples, first: int, count: int, micro_batch: int, data_rank: int, data_size: int
 ) -> Iterator[dict[str, Tensor]]:

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from minitron_megatron.data.rows import Row, without_nulls
 from minitron_megatron.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _BATCH_ROWS = 256
-
-Row = tuple[str, dict[str, Any]]
-"""Place of the row for messages, and its values by field."""
 
 
 def is_dataset(path: Path) -> bool:
@@ -86,8 +84,8 @@ def _slices(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
 def _rows(file: Path, batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Row]:
     number = 0
     for batch in batches:
-        for row in batch.to_pylist():
-            yield f"{file}, row {number}", row
+        for row in batch.to_pylist(maps_as_pydicts="strict"):
+            yield f"{file}, row {number}", {name: without_nulls(value) for name, value in row.items()}
             number += 1
 
 

@@ -1,7 +1,7 @@
 """Makes token files in Megatron's own format from all sources: for training, and held out.
 
 All text goes to one folder, and each pre-tokenised corpus to one of its own. The folders are named by a hash of their
-content, or of path, size and mtime of files that are only linked to:
+content, and of the path of files that are only linked to:
 
     CACHE_DIR/FINGERPRINT/
         manifest.json
@@ -11,7 +11,7 @@ content, or of path, size and mtime of files that are only linked to:
         index/                      sample orders, written by Megatron-Core
 
 A link beside them, named by a hash of paths, sizes and mtimes of the text files, leads to their folder, so that text is
-read only once.
+read only once. A folder that is damaged is made again.
 """
 
 import hashlib
@@ -22,20 +22,36 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 
+import jinja2
 import numpy as np
+import tokenizers
+import transformers
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from transformers import PreTrainedTokenizerBase
 
 from minitron_megatron import __version__
 from minitron_megatron.artifacts.files import replacing, write_json
+from minitron_megatron.artifacts.fingerprint import fingerprint as content_fingerprint
 from minitron_megatron.artifacts.manifest import MANIFEST
+from minitron_megatron.config.common import OnBadRow
 from minitron_megatron.config.schema import DataConfig
-from minitron_megatron.data.corpus import Document, documents, file_stats
-from minitron_megatron.data.encoding import encode, load_tokenizer, num_token_ids, num_workers, tokenizer_fingerprint
+from minitron_megatron.data.chat import template_columns
+from minitron_megatron.data.corpus import documents, file_stats, left_out
+from minitron_megatron.data.encoding import (
+    encode,
+    load_tokenizer,
+    num_token_ids,
+    num_workers,
+    require_end_token,
+    tokenizer_fingerprint,
+)
 from minitron_megatron.data.indexed import is_indexed, read_index, scan_documents
+from minitron_megatron.data.rows import Document, RowError, RowReport
+from minitron_megatron.data.token_files import TokenFiles, drop_damaged_orders, whole
 from minitron_megatron.disk import convert_enospc
 from minitron_megatron.errors import DataError
 from minitron_megatron.progress import progress
@@ -45,21 +61,6 @@ logger = logging.getLogger(__name__)
 _HELDOUT = "heldout"
 _LOG_EVERY = 2**17  # documents of a part, as long as their total is unknown
 _FORMAT = 2  # part of the fingerprint: increase it when the same documents would be written differently
-
-
-@dataclass(frozen=True)
-class TokenFiles:
-    """A pair of token files.
-
-    Attributes:
-        prefix: their path without `.bin` and `.idx`.
-        num_tokens: end-of-sequence tokens included.
-        num_documents: each one sequence.
-    """
-
-    prefix: str
-    num_tokens: int
-    num_documents: int
 
 
 @dataclass(frozen=True)
@@ -116,28 +117,28 @@ def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
     """
     fingerprint = tokenizer_fingerprint(tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"the tokenizer in {tokenizer_dir} has no end-of-sequence token: set eos_token in tokenizer_config.json"
-        )
+    require_end_token(tokenizer, tokenizer_dir)
     settings = {
         "format": _FORMAT,
         "heldout_pct": float(config.heldout_pct),
         "seed": config.seed,
         "tokenizer_fingerprint": fingerprint,
         "eos_token_id": tokenizer.eos_token_id,
+        "tokenizers": tokenizers.__version__,
     }
     texts = [name for name in config.text if not is_indexed(name)]
     indexed = [name for name in config.text if is_indexed(name)]
-    folders = []
+    made = []
     if texts:
         parts = [[name] for name in texts] if config.weights else [texts]
-        folders.append(_prepare_text(parts, config, tokenizer_dir, tokenizer, settings))
-    folders += [_prepare_indexed(Path(name).resolve(), config, tokenizer, settings) for name in indexed]
+        made.append(whole(partial(_prepare_text, parts, config, tokenizer_dir, tokenizer, settings)))
+    for name in indexed:
+        prefix = Path(name).resolve()
+        made.append(whole(partial(_prepare_indexed, prefix, config, tokenizer, settings)))
 
     train, heldout = [], []
-    for folder in folders:
-        *own, last = _read(folder)
+    for part in made:
+        *own, last = part.files
         train += own
         heldout.append(last)
     if config.weights:
@@ -145,24 +146,33 @@ def prepare_corpus(config: DataConfig, tokenizer_dir: Path) -> Corpus:
         weights = [weight for _, weight in sorted(by_source, key=lambda pair: is_indexed(pair[0]))]  # as `train`
     else:
         weights = [float(files.num_tokens) for files in train]
-    folder = folders[0]
-    if len(folders) > 1:
-        names = " ".join(folder.name for folder in folders)
-        folder = folder.with_name(hashlib.sha256(names.encode()).hexdigest())
-    return Corpus(folder, folder.name, fingerprint, train, heldout, weights)
+    folder, content = made[0].folder, made[0].fingerprint
+    if len(made) > 1:
+        folder = folder.with_name(_hash_of([part.folder.name for part in made]))
+        content = _hash_of([part.fingerprint for part in made])
+    drop_damaged_orders(folder)
+    return Corpus(folder, content, fingerprint, train, heldout, weights)
+
+
+def _hash_of(names: list[str]) -> str:
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()
 
 
 def _prepare_text(
     parts: list[list[str]], config: DataConfig, tokenizer_dir: Path, tokenizer: PreTrainedTokenizerBase, settings: dict
 ) -> Path:
     """Returns the folder with the documents of all parts, each with training files of its own."""
+    for phrase in left_out([name for part in parts for name in part]):
+        logger.warning("not read: %s", phrase)
     link = _link(parts, config, tokenizer, settings)
     if link.exists():
         return link.resolve()
+    columns = template_columns(tokenizer)
     keys, num_characters, has_chat = [], 0, False
+    report = RowReport(config.on_bad_row)
     for part in parts:
         own = array("Q")
-        for document in documents(part, config.text_field):
+        for document in documents(part, config.text_field, columns, report):
             own.append(_split_key(document, config.seed))
             num_characters += len(document.text)
             has_chat |= document.is_chat
@@ -171,9 +181,16 @@ def _prepare_text(
         keys.append(np.array(own, dtype=np.uint64))
     settings = settings | {"documents": [hashlib.sha256(own.tobytes()).hexdigest() for own in keys]}
     if has_chat:
-        settings["chat_template"] = str(tokenizer.chat_template)
+        settings |= {
+            "chat_template": str(tokenizer.chat_template),
+            "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "rendered_by": [transformers.__version__, jinja2.__version__],
+        }
+        if config.on_bad_row is not OnBadRow.ERROR:
+            settings["on_bad_row"] = config.on_bad_row.value
     folder = _folder(config, settings)
     if folder.exists():
+        report.log()
         _set_link(link, folder)
         return folder
     heldout = _heldout_keys(np.concatenate(keys), config, str(config.text))
@@ -187,23 +204,50 @@ def _prepare_text(
     dtype = np.int32 if has_chat else DType.optimal_dtype(num_token_ids(tokenizer))
     workers = num_workers(config.workers, num_characters)
     names = ["train"] if len(parts) == 1 else [f"train_{number}" for number in range(len(parts))]
-    with _new_corpus(folder, config, settings) as (partial, counts):
-        files = {name: _Files(partial / name, dtype) for name in [*names, _HELDOUT]}
+    # What is bad or empty was counted above.
+    silent = RowReport(config.on_bad_row)
+    with _new_corpus(folder, folder.name, config, settings) as (unfinished, counts):
+        files = {name: _Files(unfinished / name, dtype) for name in [*names, _HELDOUT]}
         with progress("tokenising documents", sum(map(len, keys))) as advance:
-            everything = chain.from_iterable(documents(part, config.text_field) for part in parts)
+            everything = chain.from_iterable(documents(part, config.text_field, columns, silent) for part in parts)
             places = chain.from_iterable(repeat(name, len(own)) for name, own in zip(names, keys, strict=True))
             for name, (document, row) in zip(places, encode(everything, tokenizer_dir, dtype, workers), strict=True):
-                files[_HELDOUT if _split_key(document, config.seed) in chosen else name].add(document, row)
+                if isinstance(row, RowError):
+                    report.add(row)
+                else:
+                    files[_HELDOUT if _split_key(document, config.seed) in chosen else name].add(document, row)
                 advance()
         counts.update({name: own.close() for name, own in files.items()})
+        _require_documents(counts, config)
+    report.log()
     _set_link(link, folder)
     return folder
+
+
+def _require_documents(counts: dict[str, dict[str, int]], config: DataConfig) -> None:
+    """Checks that skipping conversations has left some documents on each side.
+
+    Raises:
+        DataError: it has not.
+    """
+    for name, own in counts.items():
+        if not own["documents"]:
+            raise DataError(
+                f"data.text = {config.text}: data.on_bad_row=skip leaves no document in {name}: mend the rows, or "
+                f"change data.heldout_pct or data.seed"
+            )
 
 
 def _link(parts: list[list[str]], config: DataConfig, tokenizer: PreTrainedTokenizerBase, settings: dict) -> Path:
     """Returns the path of a link to the folder, named by what is known of the documents without reading them."""
     stats = [file_stats(part) for part in parts]
-    read_as = [config.text_field, str(tokenizer.chat_template), sys.version]  # the last for `builtin`
+    read_as = [
+        config.text_field,
+        config.on_bad_row.value,
+        str(tokenizer.chat_template),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        [sys.version, transformers.__version__, jinja2.__version__],  # the first for `builtin`
+    ]
     return _folder(config, settings | {"parts": parts, "stats": stats, "read_as": read_as})
 
 
@@ -216,15 +260,16 @@ def _set_link(link: Path, folder: Path) -> None:
 def _prepare_indexed(prefix: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase, settings: dict) -> Path:
     """Returns the folder with the split of a pre-tokenised corpus. Its tokens stay where they are."""
     read_index(prefix)
-    stats = [Path(f"{prefix}.{suffix}").stat() for suffix in ("bin", "idx")]
-    settings = settings | {"prefix": str(prefix), "files": [[stat.st_size, stat.st_mtime_ns] for stat in stats]}
+    settings = settings | {"content": [content_fingerprint(Path(f"{prefix}.{suffix}")) for suffix in ("bin", "idx")]}
+    content = _folder(config, settings).name
+    settings["prefix"] = str(prefix)  # the folder links to it
     folder = _folder(config, settings)
     if not folder.exists():
         corpus = scan_documents(prefix, config.seed, num_token_ids(tokenizer), tokenizer.eos_token_id)
         is_heldout = np.isin(corpus.keys, _heldout_keys(corpus.keys, config, str(prefix)))
-        with _new_corpus(folder, config, settings) as (partial, counts):
-            counts["train"] = corpus.write(partial / "train", ~is_heldout)
-            counts[_HELDOUT] = corpus.write(partial / _HELDOUT, is_heldout)
+        with _new_corpus(folder, content, config, settings) as (unfinished, counts):
+            counts["train"] = corpus.write(unfinished / "train", ~is_heldout)
+            counts[_HELDOUT] = corpus.write(unfinished / _HELDOUT, is_heldout)
     return folder
 
 
@@ -270,32 +315,19 @@ def _folder(config: DataConfig, settings: dict) -> Path:
 
 
 @contextmanager
-def _new_corpus(folder: Path, config: DataConfig, settings: dict) -> Iterator[tuple[Path, dict]]:
+def _new_corpus(folder: Path, fingerprint: str, config: DataConfig, settings: dict) -> Iterator[tuple[Path, dict]]:
     """Yields a temporary folder that becomes `folder` in one step, and a dict for the counts of its files."""
     logger.info("preparing tokens in %s", folder)
     counts: dict[str, dict[str, int]] = {}
     with convert_enospc(folder):
         try:
-            with replacing(folder) as partial:
-                partial.mkdir(parents=True)
-                yield partial, counts
+            with replacing(folder) as unfinished:
+                unfinished.mkdir(parents=True)
+                yield unfinished, counts
                 made_of = {"text": config.text, **settings}
-                details = {"fingerprint": folder.name, "files": counts}
+                details = {"fingerprint": fingerprint, "files": counts}
                 manifest = {"kind": "corpus", "config": made_of, "details": details, "version": __version__}
-                write_json(partial / MANIFEST, manifest)
+                write_json(unfinished / MANIFEST, manifest)
         except OSError:
             if not folder.exists():  # otherwise another process was faster with the same corpus
                 raise
-
-
-def _read(folder: Path) -> list[TokenFiles]:
-    """Returns the token files of a folder, the held-out ones last."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        token_files = []
-        for name, counts in manifest["details"]["files"].items():
-            read_index(folder / name, contiguous=False)
-            token_files.append(TokenFiles(str(folder / name), counts["tokens"], counts["documents"]))
-    except (OSError, DataError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} is not a whole corpus, {error}: delete it") from error
-    return token_files

@@ -21,8 +21,11 @@ class EntryResult:
 
     @property
     def pair_losses(self) -> dict[str, float]:
-        """Each of its losses, by name."""
-        return {name: value / max(self.denominators[name], 1e-30) for name, value in self.numerators.items()}
+        """Each of its losses, by name; NaN without a valid token, for a mean of nothing is no number."""
+        return {
+            name: value / max(self.denominators[name], 1e-30) if value or self.denominators[name] else math.nan
+            for name, value in self.numerators.items()
+        }
 
     @property
     def loss(self) -> float:
@@ -36,7 +39,7 @@ class StepResult:
 
     Attributes:
         entries: results by the entries' names, in the order of the step's entries.
-        num_tokens: valid tokens; if there are none, all losses are 0.
+        num_tokens: valid tokens; if there are none, all losses are NaN.
         alpha: factor of a balanced entry's weight; see `BalancedWeight`.
         teacher_s: seconds that the teachers took on this rank.
         teacher_text_loss: cross-entropy of a teacher that is trained beside its student; None without one.

@@ -23,7 +23,7 @@ from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import EvaluateConfig
 from minitron_megatron.data.corpus import text_parents
 from minitron_megatron.data.encoding import load_tokenizer
-from minitron_megatron.data.samples import Samples, heldout_samples, rank_batches
+from minitron_megatron.data.samples import Samples, heldout_samples, rank_batches, require_tokens
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.distillation.objectives import CrossEntropy, Entry
 from minitron_megatron.distillation.result import combine
@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     Raises:
         CheckpointError: the model is neither of these, or not whole.
         ConfigError: the layout does not fit the model, or a task does not exist.
-        DataError: the held-out text or the data of a task is missing.
+        DataError: the held-out text or the data of a task is missing, or no token of the text counts.
     """
     path, output = Path(config.model), Path(config.output)
     is_folder = (path / "config.json").is_file()
@@ -83,6 +83,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         tasks = _on_main(lambda: Tasks(config, hf_assets)) if config.tasks else None
         corpus = rank0_first(lambda: prepare_corpus(config.data, hf_assets))
         samples = heldout_samples(corpus, config.data, config.num_samples)
+        require_tokens(samples, "held-out")
         if checkpoint:
             measured = _measure_checkpoint(checkpoint, samples, tasks, config, ctx)
         else:
@@ -174,10 +175,18 @@ def _results(parameters: int, body: int, loss: float, num_tokens: int) -> dict:
     return {
         "parameters": parameters,
         "parameters_without_embeddings": body,
-        "heldout": {"loss": loss, "perplexity": math.exp(loss), "num_tokens": num_tokens},
+        "heldout": {"loss": loss, "perplexity": perplexity(loss), "num_tokens": num_tokens},
         "generation": None,
         "tasks": {},
     }
+
+
+def perplexity(loss: float) -> float:
+    """Returns the perplexity of a loss in nats; infinite where it is beyond the largest number."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _megatron_loss(

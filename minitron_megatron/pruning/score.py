@@ -19,7 +19,7 @@ from minitron_megatron.config.schema import ScoreConfig
 from minitron_megatron.data.choices import ChoiceSamples, read_questions
 from minitron_megatron.data.corpus import text_parents
 from minitron_megatron.data.encoding import load_tokenizer
-from minitron_megatron.data.samples import Samples, training_samples
+from minitron_megatron.data.samples import Samples, require_tokens, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.errors import raise_if_any
 from minitron_megatron.model.axes import HIDDEN
@@ -52,7 +52,8 @@ def score(config: ScoreConfig) -> Path:
 
     Raises:
         CheckpointError: the checkpoint is not whole.
-        DataError: the text is shorter than one sequence, a question is malformed, or activations are not finite.
+        DataError: the text is shorter than one sequence or has no token that counts, a question is malformed, or
+            activations are not finite.
         ConfigError: the layout does not fit the network or the world, or the target cannot be reached.
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
@@ -75,6 +76,7 @@ def score(config: ScoreConfig) -> Path:
             logger.warning("num_samples = %d: the text has only %d sequences", config.num_samples, num_samples)
         config = dataclasses.replace(config, num_samples=num_samples)
         samples = training_samples(corpus, config.data, num_samples)
+        require_tokens(samples, "calibration", num_samples)
         choices = None
         if questions:
             tokenizer = load_tokenizer(checkpoint.huggingface_folder)

@@ -1,5 +1,6 @@
 """The verb `compare`: shows evaluations side by side, and how much of the first model the others recover."""
 
+import math
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -145,7 +146,8 @@ def _metric(evaluation: Evaluation | None, task: str, metric: str) -> dict | Non
 def _recovery(value: float, teacher: float, higher_is_better: bool | None) -> float | None:
     """Returns a model's share of its teacher's number, in percent; the inverse if lower is better."""
     part, whole = (value, teacher) if higher_is_better else (teacher, value)
-    return None if higher_is_better is None or whole <= 0 else 100 * part / whole
+    is_share = higher_is_better is not None and 0 < whole < math.inf and math.isfinite(part)
+    return 100 * part / whole if is_share else None
 
 
 def _markdown(header: list[str], measures: list[Measure], notes: list[str]) -> str:

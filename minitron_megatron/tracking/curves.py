@@ -1,5 +1,6 @@
 """Draws the losses of training runs over tokens."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -90,14 +91,14 @@ def _panels(runs: dict[str, list[dict[str, float]]]) -> dict[str, str]:
     terms = dict.fromkeys(key.removeprefix("loss/") for line in lines for key in line if key.startswith("loss/"))
     titles = {term: _TERMS.get(term, term) for term in terms if term != "total"}
     for term, title in titles.items():
-        if all(line.get(f"loss/{term}") == line["loss/total"] for line in lines):
+        if all(line.get(f"loss/{term}") == line["loss/total"] for line in lines if math.isfinite(line["loss/total"])):
             return {"total": f"what is minimised: {title}"} | {t: titles[t] for t in titles if t != term}
     return {"total": "what is minimised: the weighted sum"} | titles
 
 
 def _series(lines: list[dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and values of one metric, over the lines that have it."""
-    points = [(line["progress/tokens"], line[key]) for line in lines if key in line]
+    """Returns tokens and finite values of one metric, over the lines that have it."""
+    points = [(line["progress/tokens"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
     tokens, values = zip(*points) if points else ((), ())
     return np.array(tokens), np.array(values)
 

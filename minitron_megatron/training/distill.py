@@ -18,7 +18,7 @@ from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.data.corpus import text_parents
 from minitron_megatron.data.encoding import tokenizer_fingerprint
-from minitron_megatron.data.samples import Samples, heldout_samples, training_samples
+from minitron_megatron.data.samples import Samples, heldout_samples, require_tokens, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.disk import convert_enospc
 from minitron_megatron.distillation.pairs import hidden_problems
@@ -55,7 +55,7 @@ def distill(config: DistillConfig) -> Path:
     Raises:
         CheckpointError: teacher or student is not whole.
         ConfigError: teacher and student do not match, the output holds another run, or a tracker does not start.
-        DataError: the text is too short, or the teacher is not better than chance on it.
+        DataError: the text is too short or has no token that counts, or the teacher is not better than chance on it.
         Preempted: a signal asked the run to stop; it was saved after the current step.
         TrainingError: too many steps in a row had no finite loss and gradient.
     """
@@ -72,7 +72,10 @@ def distill(config: DistillConfig) -> Path:
             return output
         corpus = rank0_first(lambda: prepare_corpus(config.data, student.huggingface_folder))
         samples = training_samples(corpus, config.data, config.steps * config.global_batch)
+        require_tokens(samples, "training")
         heldout = heldout_samples(corpus, config.data)
+        if config.validate_every:
+            require_tokens(heldout, "first held-out", config.validate_batches * config.global_batch)
         rank0_first(lambda: _prepare(output, config, student, manifest))
         # An earlier signal ends the process, because there is nothing to save.
         with convert_enospc(output), stop_requests() as stop_requested:

@@ -58,7 +58,8 @@ class _Outcome:
 class Trainer:
     """A training run.
 
-    A step with a loss or gradient that is not finite is skipped, and counted.
+    A step with a loss or gradient that is not finite, or without a token to learn from, is skipped and counted: neither
+    weights nor optimiser nor schedule move, and the next step takes the next sequences.
 
     Attributes:
         config: settings of the run.
@@ -92,7 +93,7 @@ class Trainer:
         Raises:
             DataError: the teacher is not better than chance on the text.
             Preempted: a signal came; the run was saved after the current step.
-            TrainingError: too many steps in a row had no finite loss and gradient.
+            TrainingError: too many steps in a row had no finite loss and gradient, or no token to learn from.
         """
         self.step.alpha = self.run.alpha
         title = "distill" if self.step.teachers else "train"
@@ -130,7 +131,7 @@ class Trainer:
         values: dict[str, float] = {}
         batches = self._next_batches()
         watch.lap("data")
-        if self.step.teachers and run.step == 0:
+        if self.step.teachers and run.step == run.empty_in_a_row:  # no batch before this one had a token
             values |= self._check_teachers(batches)
             watch.lap("teacher_check")
         run.step += 1
@@ -167,17 +168,17 @@ class Trainer:
         return to_device(batches, self.ctx.device)
 
     def _check_teachers(self, batches: list[Batch]) -> dict[str, float]:
-        """Measures the teachers on the first batch.
+        """Measures the teachers on the first batch with tokens that count.
 
         Raises:
             DataError: one of them is not better than chance.
         """
         results = [result for teacher in self.step.teachers if (result := teacher.evaluate(batches)) is not None]
-        losses = [_better_than_chance(result, self.config, self.step.vocab) for result in results]
+        losses = [_better_than_chance(result, self.config, self.step.vocab) for result in results if result.num_tokens]
         return {"teacher/first_lm": losses[0]} if losses else {}
 
     def _update_weights(self, result: StepResult) -> tuple[list[float], list[float]]:
-        """Applies the gradients, if they and the losses are finite.
+        """Applies the gradients, if they and the losses are finite and of any token.
 
         Returns:
             norms of the models' gradients, and the learning rates.
@@ -188,12 +189,22 @@ class Trainer:
         self.saver.loss_seen_since_save |= result.is_finite
         if result.is_finite and all(map(math.isfinite, norms)):
             rates = [model.step() for model in models]
-            run.skipped_in_a_row = 0
+            run.skipped_in_a_row = run.empty_in_a_row = 0
             self.saver.weights_updated()
-        else:
+        elif result.num_tokens:
             run.skipped += 1
             run.skipped_in_a_row += 1
+            run.empty_in_a_row = 0
+        else:  # which says nothing of the weights
+            run.skipped += 1
+            run.empty_in_a_row += 1
+            logger.warning("no token counts in step %d, %s: skipped", run.step, self._sequences())
         return norms, rates
+
+    def _sequences(self) -> str:
+        """Returns the words for the sequences of the latest step."""
+        first = (self.run.step - 1) * self.config.global_batch
+        return f"of sequences {first} to {first + self.config.global_batch - 1}"
 
     def _validate(self, outcome: _Outcome, heartbeat: Heartbeat) -> None:
         """Measures the losses on held-out text."""
@@ -210,21 +221,26 @@ class Trainer:
             self.run.best_loss = outcome.heldout_loss
 
     def _stop_if_diverged(self, outcome: _Outcome) -> None:
-        """Ends training after too many steps in a row without a finite loss and gradient.
+        """Ends training after too many steps in a row without a finite loss and gradient, or without a token.
 
         Raises:
             TrainingError: there were too many.
         """
-        run = self.run
-        if run.skipped_in_a_row < self.config.max_skipped_steps:
+        run, most = self.run, self.config.max_skipped_steps
+        if run.empty_in_a_row >= most:
+            raise TrainingError(
+                f"no token counts in the last {run.empty_in_a_row} steps, which were skipped, up to step {run.step}, "
+                f"{self._sequences()}: give text with answers to learn, longer sequences (data.sequence_length), more "
+                f"of them in a step (global_batch), or raise max_skipped_steps = {most}"
+            )
+        if run.skipped_in_a_row < most:
             return
         self.saver.distrust_latest()
-        first = (run.step - 1) * self.config.global_batch
         raise TrainingError(
             f"no finite loss and gradient in the last {run.skipped_in_a_row} steps, which were skipped. In step "
-            f"{run.step}, of sequences {first} to {first + self.config.global_batch - 1}, the loss was "
-            f"{outcome.result.total} and the gradient's norm {outcome.grad_norm}: look at that text, or "
-            f"{self.saver.advice()}, with a lower optimizer.lr or another dtype"
+            f"{run.step}, {self._sequences()}, the loss was {outcome.result.total} and the gradient's norm "
+            f"{outcome.grad_norm}: look at that text, or {self.saver.advice()}, with a lower optimizer.lr or another "
+            f"dtype"
         )
 
     def _save_if_due(self, outcome: _Outcome, heartbeat: Heartbeat) -> None:
@@ -282,14 +298,9 @@ def _better_than_chance(result: StepResult, config: DistillConfig, vocab: int) -
     """Returns a teacher's loss per token on the first batch, if it is better than chance.
 
     Raises:
-        DataError: it is not, or the batch has no valid token.
+        DataError: it is not.
     """
     chance, loss = math.log(vocab), result.losses[CrossEntropy.name]
-    if not result.num_tokens:
-        raise DataError(
-            "the first batch has no token that counts, so that nothing tells whether the teacher is what it should be: "
-            "look at that text, or take another data.seed"
-        )
     if not loss < chance:
         raise DataError(
             f"teacher = {config.teacher} has a loss of {loss:.3f} nats per token on the first batch, and chance over "

@@ -32,8 +32,9 @@ class RunState:
 
     Attributes:
         step: steps done, including skipped ones.
-        skipped: skipped steps, whose loss or gradient was not finite.
-        skipped_in_a_row: length of the current series of skipped steps.
+        skipped: skipped steps, whose loss or gradient was not finite, or which had no token to learn from.
+        skipped_in_a_row: skipped steps that were not finite since the last one that was.
+        empty_in_a_row: length of the current series of steps without a token to learn from.
         best_loss: lowest held-out loss so far.
         alpha: see `DistillationStep`.
     """
@@ -41,6 +42,7 @@ class RunState:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    empty_in_a_row: int = 0
     best_loss: float = math.inf
     alpha: float | None = None
 

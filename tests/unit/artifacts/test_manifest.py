@@ -18,6 +18,7 @@ from minitron_megatron.artifacts.output import writing
 from minitron_megatron.checkpoint import huggingface
 from minitron_megatron.checkpoint.convert import export, import_checkpoint
 from minitron_megatron.config.schema import DType, ExportConfig, ImportConfig
+from minitron_megatron.data.corpus import text_parents
 from minitron_megatron.errors import ConfigError, DiskSpaceError
 from tests.tiny import LLAMA, hf_model, save_hf
 
@@ -239,3 +240,23 @@ def test_another_failure_is_not_put_down_to_the_disk(tmp_path):
     with pytest.raises(Interrupted), writing(tmp_path / "result", Manifest("run")):
         raise Interrupted
     assert everything_below(tmp_path) == []
+
+
+def test_the_same_text_at_another_path_is_the_same_input(tmp_path):
+    """Whatever it is called; other text, or the same in another order, is not."""
+    for name, content in (("a.jsonl", "a"), ("b/c.JSONL", "a"), ("d.jsonl", "d"), ("p.bin", "1"), ("p.idx", "2")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for suffix in ("bin", "idx"):
+        shutil.copy(tmp_path / f"p.{suffix}", tmp_path / f"b/q.{suffix}")
+
+    def of(*names):
+        text = [str(tmp_path / name) if name != "builtin" else name for name in names]
+        return Manifest("scores", parents=text_parents(text), config={"data": {"text": text}}, verb="score")
+
+    assert not of("a.jsonl", "p").changes(of("b/c.JSONL", "b/q"))
+    assert not of("builtin", "a.jsonl").changes(of("builtin", "b/c.JSONL"))
+    assert of("a.jsonl").changes(of("d.jsonl")) == ["text 1 is another one"]
+    assert of("a.jsonl", "d.jsonl").changes(of("d.jsonl", "a.jsonl"))
+    assert of("builtin", "a.jsonl").changes(of("a.jsonl", "builtin"))
+    assert of("builtin", "a.jsonl").changes(of("a.jsonl"))

@@ -6,8 +6,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
+from minitron_megatron.config.common import OnBadRow
 from minitron_megatron.config.schema import DataConfig
-from minitron_megatron.data.chat import render_chat
+from minitron_megatron.data.chat import render_chat, template_columns
 from minitron_megatron.data.samples import heldout_samples, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.errors import DataError
@@ -79,6 +80,112 @@ def test_what_cannot_be_rendered_is_named(with_template, template, messages, mes
     tokenizer = AutoTokenizer.from_pretrained(with_template(template))
     with pytest.raises(DataError, match=message):
         render_chat(tokenizer, messages, "here")
+
+
+ROLES = "{% for m in messages %}"
+STRICT = (  # of one user message at least, as Qwen3's; its answers are stripped, and followed by a line
+    "{% if not messages | selectattr('role', 'equalto', 'user') | list %}{{ raise_exception('no user') }}{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]\n{{ m.content | trim }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+SPACED = (  # the prompt ends in a space, which the tokenizer joins to the answer
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ ' ' if not loop.last }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ' if messages }}assistant: {% endif %}"
+)
+TRIMMED = (  # the prompt loses the white space that the whole has there
+    "{% set ns = namespace(t='') %}{% for m in messages %}{% set ns.t = ns.t ~ m.role ~ ':\n' ~ m.content ~ '\n' %}"
+    "{% endfor %}{% if add_generation_prompt %}{% set ns.t = ns.t ~ 'assistant:\n' %}{% endif %}{{ ns.t | trim }}"
+)
+FIRST = "{{ messages[0].role }} "  # fails without messages
+
+
+@pytest.mark.parametrize("template", [STRICT, SPACED, TRIMMED])
+@pytest.mark.parametrize("roles", ["ua", "uaua", "sua", "aua", "saua"])
+def test_answers_are_told_whatever_white_space_and_whoever_speaks_first(with_template, template, roles):
+    tokenizer = AutoTokenizer.from_pretrained(with_template(template))
+    names = {"u": "user", "a": "assistant", "s": "system"}
+    messages = [
+        {"role": names[role], "content": f"{'story' if role == 'a' else 'number'} {number}"}
+        for number, role in enumerate(roles)
+    ]
+    if template == STRICT and "u" not in roles[: roles.index("a")]:
+        with pytest.raises(DataError, match=r"is the assistant's .* up to it \(no user\)\. Begin with a user"):
+            render_chat(tokenizer, messages, "here")
+        return
+    tokens, mask = render_chat(tokenizer, messages, "here")
+    assert tokens == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    learned = tokenizer.decode([token for token, bit in zip(tokens, mask) if bit])
+    assert learned.count("story") == roles.count("a") and "number" not in learned and "user" not in learned
+    assert all(message["content"] in learned for message in messages if message["role"] == "assistant")
+
+
+TOOLS = "{% if tools %}Tools {{ tools | tojson }} {% endif %}{% if mood %}Mood {{ mood }} {% endif %}" + PLAIN
+
+
+@pytest.mark.parametrize("tools", [[{"name": "look"}], '[{"name": "look"}]'])
+def test_columns_that_the_template_reads_reach_it(with_template, tmp_path, tools):
+    folder = with_template(TOOLS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert template_columns(tokenizer) == ["mood", "tools"]
+    rows = [{"messages": conversation(n), "tools": tools, "mood": f"calm {n}", "source": "web"} for n in range(9)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = prepare_corpus(DataConfig([str(tmp_path / "chat.jsonl")], str(tmp_path / "cache")), folder)
+    dataset = IndexedDataset(corpus.train[0].prefix)
+    for index in range(len(dataset)):
+        row = dataset[index].copy()
+        text = tokenizer.decode(abs(row + (row < 0)))
+        assert text.startswith('Tools [{"name": "look"}] Mood calm ') and "web" not in text
+
+
+def test_tools_that_the_template_does_not_read_are_said(with_template, tmp_path, caplog):
+    rows = [{"messages": conversation(n), "tools": [{"name": "look"}]} for n in range(9)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare_corpus(DataConfig([str(tmp_path / "chat.jsonl")], str(tmp_path / "cache")), with_template(PLAIN))
+    assert "9 rows have tools, which the tokenizer's chat template does not read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "template, messages, message",
+    [
+        (
+            PLAIN,
+            [{"role": "user", "content": "x"}, {"role": "model", "content": "y"}],
+            "roles are user, model, and none",
+        ),
+        (
+            ROLES + "{{ m.content }}{% endfor %}",
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}],
+            "messages are empty",
+        ),
+        (
+            ROLES + "{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+            "the chat template writes nothing for the assistant's messages",
+        ),
+        (
+            FIRST + ROLES + "{{ m.content }}{% endfor %}",
+            [{"role": "assistant", "content": "y"}, {"role": "user", "content": "x"}],
+            "message 0 is the assistant's and cannot be told apart: .* Begin with a user's message",
+        ),
+    ],
+)
+def test_a_row_without_an_answer_has_its_true_reason(with_template, template, messages, message):
+    tokenizer = AutoTokenizer.from_pretrained(with_template(template))
+    with pytest.raises(DataError, match=message):
+        render_chat(tokenizer, messages, "here")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_conversations_that_cannot_be_taught_are_skipped_where_asked(with_template, tmp_path, caplog, workers):
+    rows = [{"messages": conversation(n)} for n in range(20)] + [{"messages": [{"role": "user", "content": "x"}]}]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = with_template(PLAIN)
+    config = DataConfig([str(tmp_path / "chat.jsonl")], str(tmp_path / "cache"), workers=workers)
+    with pytest.raises(DataError, match="line 21: no token is an assistant's answer"):
+        prepare_corpus(config, folder)
+    corpus = prepare_corpus(dataclasses.replace(config, on_bad_row=OnBadRow.SKIP), folder)
+    assert sum(files.num_documents for files in [*corpus.train, *corpus.heldout]) == 20
+    assert "data.on_bad_row=skip left out 1 rows, the first: " in caplog.text
 
 
 @pytest.fixture

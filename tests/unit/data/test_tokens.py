@@ -177,11 +177,87 @@ def test_a_process_that_comes_second_takes_the_corpus_of_the_first(config, token
     assert {path.stat().st_ino for path in (tmp_path / "cache").iterdir()} == set(inodes)  # a folder and a link to it
 
 
-def test_a_damaged_folder_is_named(config, tokenizer_dir):
+@pytest.mark.parametrize("name", ["manifest.json", "train.bin", "train.idx", "heldout.bin", "heldout.idx"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+def test_a_damaged_folder_is_named_and_made_again(config, tokenizer_dir, caplog, name, damage):
+    corpus = prepare_corpus(config, tokenizer_dir)
+    whole = {file.name: file.read_bytes() for file in corpus.folder.iterdir()}
+    if damage == "missing":
+        (corpus.folder / name).unlink()
+    else:
+        (corpus.folder / name).write_bytes(whole[name][: len(whole[name]) // 2] if damage == "cut" else b"")
+    assert prepare_corpus(config, tokenizer_dir) == corpus
+    assert {file.name: file.read_bytes() for file in corpus.folder.iterdir()} == whole
+    assert f"{corpus.folder} is not a whole corpus" in caplog.text and name.removesuffix(".bin") in caplog.text
+    assert not list(corpus.folder.parent.glob(".*"))
+
+
+def test_a_folder_that_cannot_be_made_again_is_named(config, tokenizer_dir, monkeypatch):
     corpus = prepare_corpus(config, tokenizer_dir)
     (corpus.folder / "heldout.idx").unlink()
+
+    def refuse(self, target):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("pathlib.Path.rename", refuse)
     with pytest.raises(DataError, match=r"is not a whole corpus, .*heldout\.idx.*: delete it"):
         prepare_corpus(config, tokenizer_dir)
+
+
+def test_half_a_sample_order_is_made_again(config, tokenizer_dir, caplog):
+    config = dataclasses.replace(config, sequence_length=16)
+    with parallel_context(ParallelConfig()):
+        before = training_samples(prepare_corpus(config, tokenizer_dir), config, 20)[7]["tokens"].tolist()
+        corpus = prepare_corpus(config, tokenizer_dir)
+        files = sorted((corpus.folder / "index").glob("*.npy"))
+        assert files
+        for file in files:
+            file.write_bytes(file.read_bytes()[:-8])
+            samples = training_samples(prepare_corpus(config, tokenizer_dir), config, 20)
+            assert samples[7]["tokens"].tolist() == before
+            assert f"{file} is damaged" in caplog.text
+
+
+def test_the_same_tokenizer_in_another_file_is_the_same(config, tokenizer_dir, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(tokenizer_dir, again)
+    content = json.loads((again / "tokenizer.json").read_text())
+    content["model"]["vocab"] = dict(reversed(content["model"]["vocab"].items()))
+    content["truncation"] = None
+    (again / "tokenizer.json").write_text(json.dumps(content))
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer_dir)
+    assert prepare_corpus(config, again) == prepare_corpus(config, tokenizer_dir)
+
+
+def prefix_space(content, settings):
+    content["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def lower_case(content, settings):
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+def another_token(content, settings):
+    flags = dict.fromkeys(["special", "lstrip", "rstrip", "normalized", "single_word"], False)
+    settings["added_tokens_decoder"] = {"300": {"content": "story", **flags}}
+
+
+def split_special(content, settings):
+    settings["split_special_tokens"] = True
+
+
+@pytest.mark.parametrize("change", [prefix_space, lower_case, another_token, split_special])
+def test_whatever_changes_tokens_changes_the_fingerprint(config, tokenizer_dir, tmp_path, change):
+    """In whichever file it stands."""
+    other = tmp_path / "other"
+    shutil.copytree(tokenizer_dir, other)
+    files = [other / "tokenizer.json", other / "tokenizer_config.json"]
+    content, settings = (json.loads(file.read_text()) for file in files)
+    change(content, settings)
+    for file, values in zip(files, (content, settings)):
+        file.write_text(json.dumps(values))
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer_dir)
+    assert prepare_corpus(config, other).fingerprint != prepare_corpus(config, tokenizer_dir).fingerprint
 
 
 def test_tokenizer_problems(config, make_tokenizer, tmp_path):

@@ -57,6 +57,24 @@ def test_perplexity_is_the_exponential_of_the_loss(folder):
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
 
 
+def test_a_perplexity_beyond_the_largest_number_is_infinite(folder, monkeypatch):
+    from minitron_megatron.checkpoint.model_card import read_json
+    from minitron_megatron.evaluation import evaluate
+    from minitron_megatron.report.compare import model_measures
+    from minitron_megatron.report.descriptions import read_evaluation
+    from minitron_megatron.report.results import Evaluation
+    from minitron_megatron.report.table import cells
+
+    monkeypatch.setattr(evaluate, "_megatron_loss", lambda *args: (1000.0, 5))
+    assert run(folder, "checkpoint", "bad")["heldout"] == {"loss": 1000.0, "perplexity": math.inf, "num_tokens": 5}
+    assert read_json(folder / "bad/evaluation.json", "an evaluation") == read_evaluation(folder / "bad")
+    bad, good = Evaluation.read(folder / "bad", "bad"), Evaluation.read(folder / "ours", "ours")
+    for models in ([bad, bad], [bad, good], [good, bad]):
+        [row] = [measure.cells for measure in model_measures(models) if measure.name == "held-out perplexity"]
+        assert "inf" in row[1 + models.index(bad)] and "nan" not in str(row)
+    assert "inf" in cells([bad])[0]
+
+
 def test_greedy_text_is_what_the_logits_say(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
