@@ -98,7 +98,7 @@ def networks_of(stages: Stages, recipe: CompressConfig | None) -> Networks:
             path = Path(settings.source) / "config.json"
             config = json.loads(path.read_text()) if path.is_file() else recipe and recipe.architecture
             if config:
-                networks[settings.output] = network_from_config(config)
+                networks[settings.output] = network_from_config(config, settings.max_positions)
         elif verb == "prune":
             source = _known(settings.checkpoint, networks)
             if source and settings.plan is None:

@@ -65,7 +65,7 @@ def hf_model(seed: int = 0, **settings):
     return model.eval()
 
 
-def write_gguf(path, model, formats=("F32",), scaling=None, name=None, scaling_type=None):
+def write_gguf(path, model, formats=("F32",), scaling=None, name=None, scaling_type=None, keys=None):
     """A GGUF file as llama.cpp's converter makes it of a transformers model, its matrices in turn in some formats."""
     import gguf
 
@@ -81,10 +81,15 @@ def write_gguf(path, model, formats=("F32",), scaling=None, name=None, scaling_t
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
+    rotated = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    writer.add_rope_dimension_count(int(rotated * config.head_dim))
     writer.add_key_length(config.head_dim)
     if scaling_type is not None:
         writer.add_string(f"{family}.rope.scaling.type", scaling_type)
+    for key, value in (keys or {}).items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        writer.kv_data[0].pop(key, None)
+        add(key, value)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")

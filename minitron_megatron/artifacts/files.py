@@ -73,6 +73,16 @@ def read_json(path: Path, what: str) -> dict:
     return values
 
 
+def copy_content(source: Path, target: Path) -> None:
+    """Copies the content of a folder to a new one that can be written to, whatever the modes of the source."""
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.is_dir():
+            copy_content(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

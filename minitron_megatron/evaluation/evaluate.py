@@ -18,7 +18,9 @@ from minitron_megatron.artifacts.files import write_json
 from minitron_megatron.artifacts.manifest import EVALUATION, Manifest, Parent
 from minitron_megatron.artifacts.output import is_done, writing
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
+from minitron_megatron.checkpoint.hf_assets import read_config
 from minitron_megatron.checkpoint.load import load_weights
+from minitron_megatron.checkpoint.recognise import adapter_in, merge_first
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import EvaluateConfig
 from minitron_megatron.data.corpus import text_parents
@@ -35,6 +37,7 @@ from minitron_megatron.evaluation.sampling import SamplingParams
 from minitron_megatron.evaluation.tasks import Tasks, task_problems, task_table
 from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems
 from minitron_megatron.model.count import num_parameters
+from minitron_megatron.model.positions import warn_of_positions
 from minitron_megatron.parallel.collectives import rank0_first
 from minitron_megatron.parallel.context import ParallelContext, parallel_context
 from minitron_megatron.parallel.schedule import Batch, group_microbatches, to_device
@@ -67,8 +70,12 @@ def evaluate(config: EvaluateConfig) -> Path:
     path, output = Path(config.model), Path(config.output)
     is_folder = (path / "config.json").is_file()
     checkpoint = None if is_folder else Checkpoint(path)
+    if is_folder and (adapter := adapter_in(path)):
+        raise CheckpointError(f"model = {path}: {merge_first(adapter)}")
     problems = task_problems(config)
     raise_if_any(problems + (build_problems(checkpoint.network, config.parallel, "model") if checkpoint else []))
+    positions = checkpoint.network.max_positions if checkpoint else read_config(path).get("max_position_embeddings")
+    warn_of_positions(positions, config.data.sequence_length, "the model")
     parents = [Parent.of("model", checkpoint.root if checkpoint else path)]
     parents += text_parents(config.data.text)
     parents += [Parent.of("task_dir", Path(config.task_dir))] if config.task_dir else []

@@ -9,10 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minitron_megatron.errors import UnsupportedModelError
+from minitron_megatron.errors import ConfigError, UnsupportedModelError
+from minitron_megatron.model.config_fields import check_fields, kept_fields
+from minitron_megatron.model.config_positions import (
+    require_full_attention,
+    require_no_window,
+    rotary_parameters,
+    rotary_scaling,
+)
 from minitron_megatron.model.layers.attention import Attention
 from minitron_megatron.model.layers.mlp import MLP, Activation
-from minitron_megatron.model.network import Llama3RopeScaling, Network, pad_vocab, transformer
+from minitron_megatron.model.network import Network, pad_vocab, transformer
 from minitron_megatron.model.norms import NormKind
 
 Config = dict[str, Any]
@@ -25,7 +32,8 @@ class Family:
 
     Attributes:
         architecture: its class in transformers.
-        read: converts a config to a network. Raises `UnsupportedModelError` for unsupported features.
+        read: converts a config to a network. Raises `UnsupportedModelError` for unsupported features and, with
+            `check_fields`, for fields that it does not know.
         write: returns the config fields of a network, without `model_type` and `architectures`.
         obstacles: returns why a network does not belong to the family, as `NAME = VALUE`.
     """
@@ -43,6 +51,7 @@ class _Dense:
     Attributes:
         norm_eps: name of the norm's epsilon in the config.
         hidden_act: the config's name of the activation.
+        own_fields: config fields that not all families read.
         attention, mlp, network: fields of these that are the same for every model of the family.
         defaults: config fields that transformers assumes where a config leaves them out.
         config: returns further config fields of a network.
@@ -50,6 +59,7 @@ class _Dense:
 
     norm_eps: str = "rms_norm_eps"
     hidden_act: str = "silu"
+    own_fields: frozenset[str] = frozenset()
     attention: Mapping[str, Any] = field(default_factory=dict)
     mlp: Mapping[str, Any] = field(default_factory=dict)
     network: Mapping[str, Any] = field(default_factory=dict)
@@ -59,10 +69,12 @@ class _Dense:
     def read(self, config: Config) -> Network:
         config = {**self.defaults, **config}
         self._require_known(config)
-        # `rope_parameters` since transformers 5; earlier `rope_scaling`, with these two fields at the top level.
-        rope: Config = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-        rope |= {name: config[name] for name in rope if config.get(name)}
-        rope |= config.get("rope_scaling") or config.get("rope_parameters") or {}
+        rope = rotary_parameters(config)
+        if "partial_rotary_factor" not in self.defaults and rope["partial_rotary_factor"] != 1:
+            raise UnsupportedModelError(
+                f"config.json: partial_rotary_factor = {rope['partial_rotary_factor']} is not supported for this "
+                f"family: choose a model without"
+            )
         heads = config["num_attention_heads"]
         attention = Attention(
             num_heads=heads,
@@ -80,30 +92,30 @@ class _Dense:
             norm_eps=config[self.norm_eps],
             rotary_base=rope["rope_theta"],
             rotary_fraction=rope["partial_rotary_factor"],
-            rotary_scaling=_rotary_scaling(rope),
+            rotary_scaling=rotary_scaling(rope),
             tie_embeddings=bool(config.get("tie_word_embeddings")),
             **self.network,
         )
 
     def _require_known(self, config: Config) -> None:
         """Raises an error for features of a config that `Network` has no field for."""
+        own = {*_SHARED_FIELDS, self.norm_eps, *self.own_fields}
+        check_fields(config, own, _OF_SOME_FAMILY)
         if (activation := config.get("hidden_act", self.hidden_act)) != self.hidden_act:
             raise UnsupportedModelError(
                 f"config.json: hidden_act = {activation!r} is not supported for this family: choose a model with "
                 f"{self.hidden_act!r}"
             )
-        for name in ("attention_bias", "attention_out_bias", "mlp_bias"):
+        for name in sorted(_BIASES & self.own_fields):
             if bool(config.get(name)) != (expected := self.defaults.get(name, False)):
                 raise UnsupportedModelError(
                     f"config.json: {name} = {json.dumps(config.get(name))} is not supported for this family: choose a "
                     f"model {'with' if expected else 'without'}"
                 )
-        window = config.get("sliding_window")
-        if window and config.get("use_sliding_window", True) and window < config["max_position_embeddings"]:
-            raise UnsupportedModelError(
-                f"config.json: sliding_window = {window} is not supported, being shorter than max_position_embeddings "
-                f"= {config['max_position_embeddings']}: lower that to {window} if longer sequences are not needed"
-            )
+        if "layer_types" in self.own_fields:
+            require_full_attention(config)
+        elif "sliding_window" in self.own_fields:
+            require_no_window(config)
 
     def write(self, network: Network) -> Config:
         attention, mlp = _first_layer(network)
@@ -194,28 +206,45 @@ def register_family(model_type: str, family: Family) -> None:
     FAMILIES[model_type] = family
 
 
+_SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+_ROTARY = "rope_theta rope_scaling rope_parameters partial_rotary_factor original_max_position_embeddings"
+_SHARED_FIELDS = {*_SIZES.split(), *_ROTARY.split(), "hidden_act", "max_position_embeddings", "tie_word_embeddings"}
+_BIASES = frozenset(("attention_bias", "attention_out_bias", "mlp_bias"))
+_WINDOWS = frozenset(("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"))
+_OF_SOME_FAMILY = _BIASES | _WINDOWS | {"rms_norm_eps", "norm_eps"}
+"""Fields that some families' classes in transformers read, and all others pass over."""
+
 _DENSE = {
-    "llama": _Dense(config=lambda network: dict(attention_bias=False, mlp_bias=False)).family("LlamaForCausalLM"),
+    "llama": _Dense(
+        own_fields=frozenset(("attention_bias", "mlp_bias")),
+        config=lambda network: dict(attention_bias=False, mlp_bias=False),
+    ).family("LlamaForCausalLM"),
     "mistral": _Dense(
-        defaults=dict(num_key_value_heads=8, sliding_window=4096), config=lambda network: dict(sliding_window=None)
+        own_fields=frozenset(("sliding_window",)),
+        defaults=dict(num_key_value_heads=8, sliding_window=4096),
+        config=lambda network: dict(sliding_window=None),
     ).family("MistralForCausalLM"),
     "qwen2": _Dense(
+        own_fields=_WINDOWS,
         attention=dict(qkv_bias=True),
-        defaults=dict(num_key_value_heads=32, use_sliding_window=False),
+        defaults=dict(num_key_value_heads=32, use_sliding_window=False, sliding_window=4096),
         config=_no_window,
     ).family("Qwen2ForCausalLM"),
     "seed_oss": _Dense(
+        own_fields=_BIASES,
         attention=dict(qkv_bias=True),
         defaults=dict(num_key_value_heads=8, head_dim=128, attention_bias=True),
         config=lambda network: dict(attention_bias=True, attention_out_bias=False, mlp_bias=False),
     ).family("SeedOssForCausalLM"),
     "qwen3": _Dense(
+        own_fields=_WINDOWS | {"attention_bias"},
         attention=dict(qk_norm=True),
-        defaults=dict(num_key_value_heads=32, head_dim=128, use_sliding_window=False),
+        defaults=dict(num_key_value_heads=32, head_dim=128, use_sliding_window=False, sliding_window=4096),
         config=lambda network: dict(attention_bias=False, **_no_window(network)),
     ).family("Qwen3ForCausalLM"),
     "nemotron": _Dense(
         norm_eps="norm_eps",
+        own_fields=frozenset(("attention_bias", "mlp_bias")),
         hidden_act="relu2",
         mlp=dict(activation=Activation.SQUARED_RELU, gated=False),
         network=dict(norm=NormKind.LAYERNORM, norm_zero_centered=True),
@@ -230,8 +259,6 @@ for _model_type, _family in _DENSE.items():
 
 _SEED_OSS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, attention_dropout=0.0, residual_dropout=0.0)
 """Defaults of a Qwen2 config that differ from Seed-OSS's."""
-
-_QWEN2_ALONE = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 _EXPERTS = "mixtures of experts ('E')"
 _OTHER_LAYERS = {
@@ -248,10 +275,15 @@ _GEMMA = (
 )
 
 
-def network_from_config(config: Config) -> Network:
+def network_from_config(config: Config, max_positions: int | None = None) -> Network:
     """Converts a Hugging Face `config.json` to a network.
 
+    Args:
+        config: content of the file.
+        max_positions: longest sequence, where it is to be shorter than the config's.
+
     Raises:
+        ConfigError: the config's longest sequence is shorter.
         UnsupportedModelError: the axis table does not describe the family, or a feature of the model.
     """
     family = FAMILIES.get(config.get("model_type", ""))
@@ -260,14 +292,18 @@ def network_from_config(config: Config) -> Network:
             f"config.json: model_type = {config.get('model_type')!r} is not supported{_unsupported_reason(config)}: "
             f"choose a model of one of {', '.join(sorted(FAMILIES))}"
         )
-    return family.read(config)
+    if max_positions is None:
+        return family.read(config)
+    if max_positions > (own := config["max_position_embeddings"]):
+        raise ConfigError([f"max_positions = {max_positions}: must be at most the {own} of the model's config"])
+    return family.read({**config, "max_position_embeddings": max_positions})
 
 
 def config_from_network(network: Network, original: Config) -> Config:
     """Returns the `config.json` of a network.
 
-    Fields of `original` that are no sizes, such as token ids, are kept. Without a `model_type` there, the first family
-    that describes the network is used.
+    Only the fields of `original` that hold for any network made of it, such as token ids, are kept. Without a
+    `model_type` there, the first family that describes the network is used.
 
     Raises:
         UnsupportedModelError: no family of transformers describes the network, or not the original's.
@@ -285,7 +321,8 @@ def config_from_network(network: Network, original: Config) -> Config:
             f"the checkpoint is not a {model_type} network ({', '.join(others)}): give the config.json of its own "
             f"family"
         )
-    return {**original, "model_type": model_type, "architectures": [family.architecture], **family.write(network)}
+    kept = kept_fields(original)
+    return {**kept, "model_type": model_type, "architectures": [family.architecture], **family.write(network)}
 
 
 def _family_to_write(model_type: str, network: Network, original: Config) -> tuple[str, Config]:
@@ -301,7 +338,7 @@ def _family_to_write(model_type: str, network: Network, original: Config) -> tup
     if attention and model_type == "qwen2" and network.hidden_size != attention.num_heads * attention.head_dim:
         # Inference servers compute Qwen2's head_dim as hidden size / heads and ignore the config's. Seed-OSS is the
         # same network with a head_dim field.
-        return "seed_oss", {**_SEED_OSS, **{name: v for name, v in original.items() if name not in _QWEN2_ALONE}}
+        return "seed_oss", {**_SEED_OSS, **original}
     return model_type, original
 
 
@@ -338,19 +375,3 @@ def _unsupported_reason(config: Config) -> str:
         return f" ({_GEMMA})"
     kinds = {kind: None for field, kind in _OTHER_LAYERS.items() if config.get(field)}
     return f" (it has layers of {' and of '.join(kinds)})" if kinds else ""
-
-
-def _rotary_scaling(scaling: dict) -> Llama3RopeScaling | None:
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UnsupportedModelError(
-            f"config.json: rotary scaling {kind!r} is not supported: choose a model with 'llama3' or none"
-        )
-    return Llama3RopeScaling(
-        factor=scaling["factor"],
-        low_freq_factor=scaling["low_freq_factor"],
-        high_freq_factor=scaling["high_freq_factor"],
-        original_max_positions=scaling["original_max_position_embeddings"],
-    )

@@ -25,6 +25,7 @@ from minitron_megatron.errors import raise_if_any
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.build import build_model, build_problems
 from minitron_megatron.model.count import num_parameters
+from minitron_megatron.model.positions import warn_of_positions
 from minitron_megatron.parallel.collectives import rank0_first
 from minitron_megatron.parallel.context import ParallelContext, parallel_context
 from minitron_megatron.pruning.depth_search import DepthSearcher
@@ -58,6 +59,7 @@ def score(config: ScoreConfig) -> Path:
     """
     checkpoint, output = Checkpoint(config.checkpoint), Path(config.output)
     raise_if_any(build_problems(checkpoint.network, config.parallel, "checkpoint"))
+    warn_of_positions(checkpoint.network.max_positions, config.data.sequence_length, "the checkpoint")
     questions = read_questions(Path(config.depth.choices)) if config.depth.choices else None
     settings, round_targets = _relevant_settings(config, checkpoint)
     parents = [Parent.of("checkpoint", checkpoint.root), *text_parents(config.data.text)]

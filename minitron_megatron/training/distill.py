@@ -26,6 +26,7 @@ from minitron_megatron.errors import ConfigError, Preempted, raise_if_any
 from minitron_megatron.model.build import build_problems, fp8_problems
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.megatron_args import args_of_network
+from minitron_megatron.model.positions import warn_of_positions
 from minitron_megatron.parallel.collectives import raise_on_all_ranks, rank0_first
 from minitron_megatron.parallel.context import ParallelContext, parallel_context
 from minitron_megatron.tracking.metrics import Metrics
@@ -162,6 +163,9 @@ def _require_fit(config: DistillConfig, student: Checkpoint, teacher: Checkpoint
     if teacher:
         problems += build_problems(teacher.network, config.parallel, "teacher")
     raise_if_any(problems)
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model:
+            warn_of_positions(model.network.max_positions, config.data.sequence_length, f"the {role}")
     if teacher and config.teacher_fp8:
         raise_if_any(fp8_problems(teacher.network, config.parallel, "teacher_fp8"))
 

@@ -10,7 +10,7 @@ import torch
 from minitron_megatron.checkpoint.convert import import_checkpoint
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.schema import ImportConfig
-from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError
+from minitron_megatron.errors import CheckpointError, ConfigError, UnsupportedModelError, UserError
 from minitron_megatron.model.families import network_from_config
 from tests.in_memory import as_transformers_model
 from tests.tiny import FAMILIES, LLAMA, hf_model, write_gguf
@@ -120,3 +120,52 @@ def test_what_is_not_of_the_network_is_named(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", model)
     with pytest.raises(CheckpointError, match=r"wrong size: lm_head.weight is \[101, 32\], the config"):
         import_checkpoint(ImportConfig(str(path), str(tmp_path / "c")))
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("rope.scaling.factor", 4.0, "llama.rope.scaling.factor = 4.0 may change the network"),
+        ("attention.scale", 0.125, "llama.attention.scale = 0.125 may change the network"),
+        ("logit_scale", 0.5, "llama.logit_scale = 0.5 may change the network"),
+        ("final_logit_softcapping", 30.0, "llama.final_logit_softcapping = 30.0 may change"),
+        ("something.new", "text", "llama.something.new = 'text' may change"),
+        ("attention.value_length", 8, "attention.value_length = 8 is not supported, keys being of 16"),
+        ("attention.sliding_window", 32, "attention.sliding_window = 32 is not supported, being shorter than"),
+        ("split.count", 3, "is one of 3 parts of a model: join them first with `llama-gguf-split --merge model.gguf"),
+        ("attention.max_alibi_bias", 0.0, None),
+        ("rope.scaling.factor", 1.0, None),
+        ("general.something", "new", None),
+        ("tokenizer.ggml.something", 3, None),
+        ("mradermacher.quantized_by", "somebody", None),
+    ],
+)
+def test_keys_that_are_not_read_are_refused_unless_they_say_nothing(tmp_path, key, value, said):
+    shared = ("general.", "tokenizer.", "split.", "mradermacher.")
+    keys = {key if key.startswith(shared) else f"llama.{key}": value}
+    path = write_gguf(tmp_path / "model.gguf", hf_model(**LLAMA | SIZES), keys=keys)
+    if said is None:
+        assert Checkpoint(import_checkpoint(ImportConfig(str(path), str(tmp_path / "c"))))
+        return
+    with pytest.raises(UserError) as raised:
+        import_checkpoint(ImportConfig(str(path), str(tmp_path / "c")))
+    assert said in str(raised.value)
+
+
+def test_the_part_of_heads_that_is_rotated_and_the_epsilon_are_read(tmp_path):
+    keys = {"nemotron.rope.dimension_count": 4, "nemotron.attention.layer_norm_epsilon": 0.25}
+    path = write_gguf(tmp_path / "model.gguf", hf_model(**FAMILIES["nemotron"] | SIZES), keys=keys)
+    network = Checkpoint(import_checkpoint(ImportConfig(str(path), str(tmp_path / "c")))).network
+    assert (network.rotary_fraction, network.norm_eps) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize("name", ["MODEL.GGUF", "0123456789abcdef"])
+def test_a_file_is_known_by_its_content(tmp_path, name):
+    path = write_gguf(tmp_path / "model.gguf", hf_model(**LLAMA | SIZES)).rename(tmp_path / name)
+    assert Checkpoint(import_checkpoint(ImportConfig(str(path), str(tmp_path / "c"))))
+
+
+def test_fewer_positions_may_be_asked_for(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", hf_model(**LLAMA | SIZES))
+    checkpoint = Checkpoint(import_checkpoint(ImportConfig(str(path), str(tmp_path / "c"), max_positions=32)))
+    assert checkpoint.network.max_positions == 32

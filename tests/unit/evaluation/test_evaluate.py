@@ -1,11 +1,13 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
 
 from minitron_megatron.config.schema import DataConfig, DType, EvaluateConfig, ExportConfig
+from minitron_megatron.errors import CheckpointError
 from tests.tiny import LLAMA, hf_model, import_hf
 
 
@@ -25,10 +27,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, model, output, **options):
+def run(folder, model, output, sequence_length=32, **options):
     from minitron_megatron.evaluation.evaluate import evaluate
 
-    data = DataConfig([str(folder / "text")], str(folder / "corpora"), sequence_length=32, heldout_pct=20.0, **options)
+    text, cache = [str(folder / "text")], str(folder / "corpora")
+    data = DataConfig(text, cache, sequence_length=sequence_length, heldout_pct=20.0, **options)
     config = EvaluateConfig(
         str(folder / model), str(folder / output), generate_tokens=5, micro_batch=3, dtype=DType.FP32, data=data
     )
@@ -50,6 +53,19 @@ def test_documents_apart_have_the_same_loss_in_both(folder):
     # Of each of eight documents the first token is not predicted.
     assert ours["heldout"]["num_tokens"] == theirs["heldout"]["num_tokens"] == 8 * 100
     assert ours["heldout"]["loss"] != pytest.approx(run(folder, "checkpoint", "ours")["heldout"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("model", ["checkpoint", "exported"])
+def test_sequences_longer_than_the_network_has_positions_are_said(folder, model, caplog):
+    run(folder, model, f"{model}_long", sequence_length=80)
+    assert "data.sequence_length = 80 is longer than the 64 positions of the model" in caplog.text
+
+
+def test_a_folder_with_an_adapter_is_to_be_merged_first(folder, tmp_path):
+    shutil.copytree(folder / "exported", tmp_path / "hf")
+    (tmp_path / "hf/adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="adapter_config.json is of an adapter over other weights: merge it"):
+        run(folder, tmp_path / "hf", "adapter")
 
 
 def test_perplexity_is_the_exponential_of_the_loss(folder):

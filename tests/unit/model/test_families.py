@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from minitron_megatron.errors import ConfigError, UnsupportedModelError
@@ -69,6 +71,70 @@ def test_older_and_shorter_configs_mean_what_they_mean_to_transformers(changes):
     assert network_from_config(config) == network_from_config(in_transformers(config))
 
 
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", dict(sliding_window=8, layer_types=["sliding_attention"] * 7, norm_eps=1.0, kv_channels=3)),
+        ("llama", dict(is_llama_config=True, rope_interleaved=False, **{"transformers.js_config": {"dtype": "q4"}})),
+        ("llama", dict(temperature=0.6, top_p=0.9, fim_token_id=3, pretraining_tp=2, embedding_multiplier=1.0)),
+        ("llama", dict(final_logit_softcapping=None, whatever=None, is_causal=True, no_rope_layers=[])),
+        ("mistral", dict(attention_bias=True, layer_types=["full_attention"] * 4, use_sliding_window=True)),
+        ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=4, use_mrope=False)),
+        ("qwen2", dict(use_sliding_window=True, sliding_window=8, layer_types=["full_attention"] * 4)),
+        ("qwen3", dict(use_sliding_window=True, sliding_window=64, layer_types=["sliding_attention"] * 4)),
+        ("seed_oss", dict(sliding_window=8, attention_dropout=0.1)),
+        ("nemotron", dict(sliding_window=8, rms_norm_eps=3.0, kv_channels=128)),
+    ],
+    ids=str,
+)
+def test_what_transformers_passes_over_is_passed_over(family, changes):
+    assert network_from_config({**FAMILIES[family], **changes}) == network_from_config(FAMILIES[family])
+
+
+def test_dropout_is_said_to_act_in_training_only(caplog):
+    network_from_config({**LLAMA, "attention_dropout": 0.1, "resid_pdrop": 0.0})
+    assert "attention_dropout = 0.1 acts in transformers' training only" in caplog.text
+    assert "resid_pdrop" not in caplog.text
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.text("abc_", min_size=1, max_size=8), st.integers(2, 9) | st.just("x"), min_size=1))
+def test_no_field_that_nobody_knows_is_passed_over(fields):
+    fields = {f"zz_{name}": value for name, value in fields.items()}
+    with pytest.raises(UnsupportedModelError) as raised:
+        network_from_config({**LLAMA, **fields})
+    assert all(name in str(raised.value) for name in fields)
+
+
+STALE = dict(
+    layer_types=["full_attention"] * 4,
+    max_window_layers=28,
+    use_sliding_window=False,
+    auto_map={"AutoModelForCausalLM": "modeling_custom.Custom"},
+    quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
+    num_labels=3,
+    pruned_heads={},
+    no_rope_layers=[],
+    kv_channels=12,
+    task_specific_params={"x": 1},
+    bos_token_id=1,
+    eos_token_id=[2, 3],
+    attention_dropout=0.0,
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_what_holds_is_written(family):
+    source = {**FAMILIES[family], **STALE}
+    network = changed(network_from_config(source), num_layers=2, hidden_size=36)
+    written = config_from_network(network, source)
+    assert network_from_config(in_transformers(written)) == network
+    gone = {"auto_map", "quantization_config", "max_window_layers", "num_labels", "kv_channels", "task_specific_params"}
+    assert not gone & written.keys()
+    assert (written["bos_token_id"], written["eos_token_id"]) == (1, [2, 3])
+    assert len(written.get("layer_types", [0, 0])) == 2
+
+
 def test_families_that_are_the_same_network_have_the_same_shape():
     networks = {
         family: network_from_config(config).replace(tie_embeddings=False) for family, config in FAMILIES.items()
@@ -114,7 +180,42 @@ def test_a_qwen2_whose_width_is_not_that_of_its_heads_is_written_as_seed_oss():
         (dict(model_type="deepseek_v3", n_routed_experts=256, kv_lora_rank=512), "multi-latent attention"),
         (dict(model_type="qwen3_next", num_experts=512, linear_num_value_heads=32), "gated linear attention ('G')"),
         (dict(model_type="gemma3_text"), "'gemma3_text' is not supported (GPTModel of Megatron-Core has neither"),
-        (dict(model_type="qwen2", use_sliding_window=True, sliding_window=32), "sliding_window = 32 is not supported"),
+        (
+            dict(model_type="qwen2", use_sliding_window=True, sliding_window=32, max_window_layers=3),
+            "sliding_window = 32 is not supported",
+        ),
+        (
+            dict(
+                model_type="qwen3",
+                use_sliding_window=True,
+                sliding_window=32,
+                layer_types=["full_attention"] * 3 + ["sliding_attention"],
+            ),
+            "import with max_positions=32",
+        ),
+        (
+            dict(model_type="qwen2", layer_types=["full_attention"] * 3),
+            "layer_types names 3 layers, and num_hidden_layers",
+        ),
+        (dict(model_type="qwen2", layer_types=["chunked_attention"] * 4), "layer_types has chunked_attention"),
+        (dict(model_type="qwen2", layer_types=["sliding_attention"] * 4), "without a sliding_window in use"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5 is not supported for this family"),
+        (dict(rope_parameters={"rope_theta": 1.0, "partial_rotary_factor": 0.5}), "partial_rotary_factor = 0.5 is not"),
+        (
+            dict(rope_scaling={"type": "llama3", **LLAMA3_ROPE}),
+            "differ: keep the one that the model was trained with",
+        ),
+        (dict(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "has parameters by kind of layer"),
+        (dict(attention_multiplier=0.0156), "attention_multiplier = 0.0156 may change the network, and a llama model"),
+        (dict(logits_scaling=8, residual_multiplier=0.22), "logits_scaling = 8, residual_multiplier = 0.22 may change"),
+        (dict(embedding_multiplier=12.0), "embedding_multiplier = 12.0 may change the network"),
+        (dict(final_logit_softcapping=30.0), "final_logit_softcapping = 30.0 may change the network"),
+        (dict(query_pre_attn_scalar=144), "query_pre_attn_scalar = 144 may change the network"),
+        (dict(no_rope_layers=[1, 1, 1, 0]), "no_rope_layers = [1, 1, 1, 0] may change the network"),
+        (dict(per_layer_config=[{"intermediate_size": 8}]), "per_layer_config"),
+        (dict(rope_interleaved=True), "rope_interleaved = true may change the network"),
+        (dict(is_causal=False), "is_causal = false may change the network"),
+        (dict(rope_freq_base=5.0), "take it out of config.json if the model is the same without, or choose another"),
         (dict(model_type=None), "model_type = None"),
         (dict(attention_bias=True), "attention_bias = true is not supported for this family: choose a model without"),
         (dict(mlp_bias=True), "mlp_bias = true is not supported for this family: choose a model without"),
