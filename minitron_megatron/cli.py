@@ -18,10 +18,11 @@ from minitron_megatron.config.describe import describe, summary
 from minitron_megatron.config.reader import near
 from minitron_megatron.config.schema import SCHEMAS
 from minitron_megatron.config.verbs import DISTRIBUTED, SHARED, VERBS, verb_function
-from minitron_megatron.errors import PREEMPTED, ConfigError, Preempted, UserError
+from minitron_megatron.errors import PREEMPTED, ConfigError, LostWorkerError, Preempted, UserError
 from minitron_megatron.launch.local import ROLE, run_ranks
 from minitron_megatron.launch.world import ranks_to_start, slurm_environment
 from minitron_megatron.process import set_up_logging, update_environment
+from minitron_megatron.process_tree import watched
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +108,13 @@ def _start(verb: str, arguments: list[str], settings: Any) -> int:
         settings.parallel.in_world(world_size)
     elif world_size > 1 and verb not in SHARED:
         raise ConfigError([f"{verb} runs in one process, and here are {world_size}: start it without a launcher"])
-    set_up_logging(is_first=int(os.environ.get("RANK", 0)) == 0)
-    verb_function(verb)(settings)
+    rank = os.environ.get("RANK")
+    set_up_logging(is_first=rank in (None, "0"))
+    # Somebody who starts ranks without a launcher may leave them alone.
+    parent = os.getppid() if rank and "TORCHELASTIC_RUN_ID" in os.environ else None
+    what = f"rank {rank}" if rank else f"minitron {verb}"
+    with watched(what, parent, helpers=True, tell=lambda line: _write_error_file(line, LostWorkerError.exit_status)):
+        verb_function(verb)(settings)
     return 0
 
 

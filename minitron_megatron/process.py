@@ -4,18 +4,24 @@ Everything that affects the caller's whole process is in this module, except for
 """
 
 import faulthandler
+import functools
 import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, TextIO
+
+STACKS = "MINITRON_STACKS"
+"""Environment variable: folder for the stacks of ranks that share one stderr, where theirs would mix."""
 
 # Ranks do not reach a limit at the same moment, and launchers kill the others as soon as one exits.
 _MAX_GRACE_S = 30.0
@@ -55,17 +61,32 @@ def blocked_signal(number: signal.Signals) -> Iterator[None]:
 def restart_deadline(limit_s: float) -> None:
     """Restarts the timer that kills this process after `limit_s` seconds; 0 stops it.
 
-    At the limit the stack of every thread goes to stderr. The process is killed up to half a minute later, so that
-    other ranks can print theirs. Both timers run outside of the interpreter (C and kernel), so a hung call into CUDA
-    does not stop them.
+    At the limit the stack of every thread goes to stderr, or to a file of this rank in the folder that `STACKS` names.
+    The process is killed up to half a minute later, so that other ranks can print theirs. Both timers run outside of
+    the interpreter (C and kernel), so a hung call into CUDA does not stop them.
     """
     faulthandler.cancel_dump_traceback_later()
     if limit_s:
-        # pytest's replacement of stderr has no file descriptor.
-        stream = sys.stderr if _has_descriptor(sys.stderr) else sys.__stderr__
-        faulthandler.dump_traceback_later(limit_s, file=stream or 2)
+        faulthandler.dump_traceback_later(limit_s, file=_stack_stream())
     # SIGALRM kills a process that has no handler for it; 0 stops the timer.
     signal.setitimer(signal.ITIMER_REAL, limit_s + min(limit_s, _MAX_GRACE_S))
+
+
+def _stack_stream() -> Any:
+    """Returns where the stacks of this process go."""
+    if folder := os.environ.get(STACKS):
+        return _stack_file(Path(folder) / os.environ.get("RANK", "0"))
+    # pytest's replacement of stderr has no file descriptor.
+    return sys.stderr if _has_descriptor(sys.stderr) else sys.__stderr__ or 2
+
+
+@functools.cache  # faulthandler needs it to stay open
+def _stack_file(path: Path) -> TextIO:
+    """Opens the file of this rank's stacks."""
+    file = path.open("w", encoding="utf-8")
+    file.write(f"rank {path.name} on {socket.gethostname()}, pid {os.getpid()}, made no progress in:\n")
+    file.flush()
+    return file
 
 
 def _has_descriptor(stream: Any) -> bool:
