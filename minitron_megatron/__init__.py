@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import Any
 
 from minitron_megatron.config.verbs import VERBS, verb_function
-from minitron_megatron.process_tree import is_spawned, watch_parent
+from minitron_megatron.process import is_spawned
+from minitron_megatron.process_tree import watch_parent
 
 __version__ = "0.1.0"
 

@@ -19,6 +19,7 @@ from minitron_megatron.config.compose import as_used, compose, read_settings, re
 from minitron_megatron.config.reader import near
 from minitron_megatron.config.text import as_value
 from minitron_megatron.config.verbs import VERBS
+from minitron_megatron.disk import convert_os_errors
 from minitron_megatron.errors import PREEMPTED, ConfigError, raise_if_any
 from minitron_megatron.fit_check import check_fit
 from minitron_megatron.launch import slurm
@@ -96,7 +97,7 @@ def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
     if not _waiting(launched, runs):
         print(f"{base} is finished: nothing to do")
         return 0
-    with lease(base):
+    with convert_os_errors(base), lease(base):
         raise_if_any(_folder_problems(launched, base, runs))  # what another launch has submitted meanwhile
         _prepare_folders(launched, base, runs)
         if config.cluster.kind is ClusterKind.LOCAL:

@@ -3,9 +3,11 @@
 Everything that affects the caller's whole process is in this module, except for the CPU backend (`parallel.cpu`).
 """
 
+import ast
 import faulthandler
 import functools
 import gc
+import inspect
 import logging
 import os
 import signal
@@ -115,6 +117,43 @@ def import_without_gc(module: str) -> ModuleType:
         gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def is_spawned() -> bool:
+    """Returns whether `multiprocessing` is starting this process just now, and imports the main module for it."""
+    process = sys.modules.get("multiprocessing.process")
+    return process is not None and bool(getattr(process.current_process(), "_inheriting", False))
+
+
+def main_script_problems(name: str, starts_processes: bool) -> list[str]:
+    """Returns what keeps the main script from being imported, as by each process that `multiprocessing` spawns.
+
+    Args:
+        name: of the function that the script calls.
+        starts_processes: whether the function is sure to start some; otherwise only they themselves are refused.
+    """
+    if is_spawned() or (starts_processes and _is_unguarded(sys.modules["__main__"])):
+        return [
+            f"{name} is called each time that a process of multiprocessing imports the main script: call it below "
+            f'`if __name__ == "__main__":`'
+        ]
+    return []
+
+
+def _is_unguarded(main: ModuleType) -> bool:
+    """Returns whether a file that multiprocessing would import has got to its present line without the condition."""
+    frame = inspect.currentframe()
+    while frame and not (frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"):
+        frame = frame.f_back
+    file = getattr(main, "__file__", None)
+    if frame is None or file is None:
+        return False
+    try:
+        nodes = ast.walk(ast.parse(Path(file).read_bytes()))
+    except (OSError, SyntaxError, ValueError):  # no file of Python's
+        return False
+    conditions = (node for node in nodes if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test))
+    return not any(node.lineno <= frame.f_lineno for node in conditions)
 
 
 def set_up_logging(is_first: bool) -> None:

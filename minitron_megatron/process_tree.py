@@ -81,12 +81,6 @@ def ending_descendants() -> Iterator[None]:
         _adopt_orphans(adopted)
 
 
-def is_spawned() -> bool:
-    """Returns whether `multiprocessing` is starting this process just now, and imports the main module for it."""
-    process = sys.modules.get("multiprocessing.process")
-    return process is not None and bool(getattr(process.current_process(), "_inheriting", False))
-
-
 def _watch(
     ended: threading.Event,
     what: str,
