@@ -8,12 +8,17 @@ import importlib
 import logging
 import os
 import signal
+import socket
 import sys
+from contextlib import ExitStack
 from types import FrameType
+from typing import Any
 
 import psutil
 
 from minitron_megatron.errors import PREEMPTED
+from minitron_megatron.launch.local import COMMAND
+from minitron_megatron.process_tree import ending_descendants, watched
 
 USER_ERROR = 2
 _FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
@@ -21,6 +26,15 @@ _FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
 
 
 def main(arguments: list[str]) -> int:
+    """Runs the ranks, and ends with all that descends from them; and when the command that waits for it is killed."""
+    with ExitStack() as stack:
+        stack.enter_context(ending_descendants())
+        if command := os.environ.get(COMMAND):
+            stack.enter_context(watched("the launcher of the ranks", parent=int(command)))
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     asked: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -57,28 +71,41 @@ def main(arguments: list[str]) -> int:
     try:
         launch()
     except errors.ChildFailedError as error:
-        # The other ranks fail as a consequence, or are ended by the launcher's SIGTERM.
-        statuses = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if any(status == PREEMPTED for status in statuses.values()):
-            return PREEMPTED
-        if asked:
-            return 128 + asked[0]
-        for failure in error.failures.values():
-            if failure.exitcode == USER_ERROR and isinstance(failure.message, dict):
-                print(failure.message["message"], file=sys.stderr)
-                return USER_ERROR
-        for rank, status in statuses.items():
-            if status < 0 and status != -signal.SIGTERM:
-                print(f"minitron: rank {rank} was killed by {_cause(signal.Signals(-status))}", file=sys.stderr)
-                return 1
-        print(error, file=sys.stderr)
-        return 1
+        return _status_of(error, asked)
     except signals.SignalException as stop:
         return 128 + stop.sigval
     if lost:
         print(f"minitron: the first node's launcher has ended or is unreachable: {lost[0]}", file=sys.stderr)
         return 128 + asked[0] if asked else 1
     return 0
+
+
+def _status_of(error: Any, asked: list[int]) -> int:
+    """Says once why the ranks have ended, and returns the exit status.
+
+    Args:
+        error: torch's `ChildFailedError`.
+        asked: signals that have asked for it.
+    """
+    # The other ranks fail as a consequence, or are ended by the launcher's SIGTERM.
+    failures = dict(sorted(error.failures.items(), key=lambda item: item[1].timestamp))
+    if any(failure.exitcode == PREEMPTED for failure in failures.values()):
+        return PREEMPTED
+    if asked:
+        return 128 + asked[0]
+    told = [failure for failure in failures.values() if isinstance(failure.message, dict)]
+    for failure in told:
+        if failure.exitcode == USER_ERROR:
+            print(failure.message["message"], file=sys.stderr)
+            return USER_ERROR
+    for rank, failure in failures.items():
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+            cause = _cause(signal.Signals(-failure.exitcode))
+            where = f"pid {failure.pid} on {socket.gethostname()}"
+            print(f"minitron: rank {rank} was killed by {cause} ({where})", file=sys.stderr)
+            return 1
+    print(told[0].message["message"] if told else error, file=sys.stderr)
+    return 1
 
 
 def _cause(ended_by: signal.Signals) -> str:

@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from minitron_megatron.launch.version import digest
+from minitron_megatron.launch.world import address_problems
 
 MIN_FREE_GIB = 1.0
 MEETING_S = 300
@@ -109,6 +110,8 @@ def meeting_problems(on_gpus: bool) -> list[str]:
     if num_nodes == 1:
         return []
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if problems := address_problems(address):
+        return problems
     torch = importlib.import_module("torch")
     dist = importlib.import_module("torch.distributed")
     wait = timedelta(seconds=MEETING_S)

@@ -57,8 +57,11 @@ class Launched:
         path = run_dir / FOLDER / "launch.json"
         if not path.is_file():
             raise ConfigError([f"{run_dir} is not the folder of a launched run: it has no {FOLDER}/{path.name}"])
-        values = json.loads(path.read_text())
-        return cls(**{**values, "jobs": [Job(**job) for job in values["jobs"]]})
+        try:
+            values = json.loads(path.read_text())
+            return cls(**{**values, "jobs": [Job(**job) for job in values["jobs"]]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError([f"{path} is damaged ({error}): remove it and launch the run again"]) from error
 
     def write(self, run_dir: Path) -> None:
         replace(run_dir / FOLDER / "launch.json", json.dumps(asdict(self), indent=2) + "\n")
@@ -71,8 +74,11 @@ class Launched:
 def replace(path: Path, text: str) -> None:
     """Writes a small file atomically: a reader sees the old or the new text."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def other_run_problems(run: Path, jobs: list[Job], stages: Stages) -> list[str]:

@@ -1,6 +1,7 @@
 """Determines the world of ranks of a process from its environment."""
 
 import re
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,46 @@ def slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
         "MASTER_PORT": str(12000 + int(environ["SLURM_JOB_ID"]) % 20000),
     }
     return {name: value for name, value in variables.items() if name not in environ}
+
+
+def world_problems(environ: Mapping[str, str]) -> list[str]:
+    """Returns what is wrong with the variables by which the ranks of a job find each other, if there is a job."""
+    given = {name: environ[name] for name in ("RANK", "WORLD_SIZE") if name in environ}
+    if given in ({}, {"WORLD_SIZE": "1"}):  # which some images set
+        return []
+    if len(given) == 1:
+        [(name, value)] = given.items()
+        missing = "WORLD_SIZE" if name == "RANK" else "RANK"
+        return [f"{name} = {value} is set and {missing} is not: set both, use torchrun or srun, or unset {name}"]
+    if problems := [
+        f"{name} = {value!r}: must be a whole number" for name, value in given.items() if not _is_whole(value)
+    ]:
+        return problems
+    rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
+    if rank >= size:
+        return [f"RANK = {rank} with WORLD_SIZE = {size}: ranks go from 0 to WORLD_SIZE - 1"]
+    if size == 1:
+        return []
+    missing = " and ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name))
+    if missing:
+        return [f"WORLD_SIZE = {size} without {missing}: set where rank 0 listens, or use torchrun or srun"]
+    if not _is_whole(environ["MASTER_PORT"]):
+        return [f"MASTER_PORT = {environ['MASTER_PORT']!r}: must be a whole number"]
+    return address_problems(environ["MASTER_ADDR"])
+
+
+def _is_whole(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def address_problems(address: str) -> list[str]:
+    """Returns a problem if a host name does not resolve, for which torch would wait several minutes."""
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:
+        host = socket.gethostname()
+        return [f"MASTER_ADDR = {address} cannot be resolved on {host} ({error}): set a name or address known there"]
+    return []
 
 
 def first_host(nodelist: str) -> str:

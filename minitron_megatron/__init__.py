@@ -13,8 +13,13 @@ from importlib import import_module
 from typing import Any
 
 from minitron_megatron.config.verbs import VERBS, verb_function
+from minitron_megatron.process import is_spawned
+from minitron_megatron.process_tree import watch_parent
 
 __version__ = "0.1.0"
+
+if is_spawned():  # a helper of multiprocessing, which imports this first and would otherwise outlive a killed parent
+    watch_parent()
 
 _VERBS = {place.split(":")[1]: verb for verb, place in VERBS.items()}
 _PARTS = {

@@ -7,6 +7,7 @@ the ranks that torchrun or srun started, or on ranks that it starts itself.
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,10 +19,12 @@ from minitron_megatron.config.describe import describe, summary
 from minitron_megatron.config.reader import near
 from minitron_megatron.config.schema import SCHEMAS
 from minitron_megatron.config.verbs import DISTRIBUTED, SHARED, VERBS, verb_function
-from minitron_megatron.errors import PREEMPTED, ConfigError, Preempted, UserError
+from minitron_megatron.disk import convert_os_errors
+from minitron_megatron.errors import PREEMPTED, ConfigError, LostWorkerError, Preempted, UserError, raise_if_any
 from minitron_megatron.launch.local import ROLE, run_ranks
-from minitron_megatron.launch.world import ranks_to_start, slurm_environment
+from minitron_megatron.launch.world import ranks_to_start, slurm_environment, world_problems
 from minitron_megatron.process import set_up_logging, update_environment
+from minitron_megatron.process_tree import watched
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     words = [argument for argument in arguments if argument not in options]
     verb, overrides = (words[0] if words else None), words[1:]
     try:
-        return _run(verb, overrides, options, file)
+        with convert_os_errors():
+            status = _run(verb, overrides, options, file)
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # of `minitron ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+        return 128 + signal.SIGPIPE
     except UserError as error:
         _print_error(verb, error)
         return error.exit_status
@@ -100,6 +109,7 @@ def _run(verb: str | None, overrides: list[str], options: set[str], file: str | 
 def _start(verb: str, arguments: list[str], settings: Any) -> int:
     """Runs a verb in the current world of ranks, or in ranks that it starts."""
     update_environment(slurm_environment(os.environ))
+    raise_if_any(world_problems(os.environ))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" not in os.environ and ranks_to_start(verb, settings) > 1:
         return run_ranks(ranks_to_start(verb, settings), [verb, *arguments])
@@ -107,8 +117,13 @@ def _start(verb: str, arguments: list[str], settings: Any) -> int:
         settings.parallel.in_world(world_size)
     elif world_size > 1 and verb not in SHARED:
         raise ConfigError([f"{verb} runs in one process, and here are {world_size}: start it without a launcher"])
-    set_up_logging(is_first=int(os.environ.get("RANK", 0)) == 0)
-    verb_function(verb)(settings)
+    rank = os.environ.get("RANK")
+    set_up_logging(is_first=rank in (None, "0"))
+    # Somebody who starts ranks without a launcher may leave them alone.
+    parent = os.getppid() if rank and "TORCHELASTIC_RUN_ID" in os.environ else None
+    what = f"rank {rank}" if rank else f"minitron {verb}"
+    with watched(what, parent, helpers=True, tell=lambda line: _write_error_file(line, LostWorkerError.exit_status)):
+        verb_function(verb)(settings)
     return 0
 
 

@@ -13,11 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
+from minitron_megatron.artifacts.lease import lease
 from minitron_megatron.config.cluster import ClusterConfig, ClusterKind, LaunchConfig
 from minitron_megatron.config.compose import as_used, compose, read_settings, resolve_stages, sweep, to_plain
 from minitron_megatron.config.reader import near
 from minitron_megatron.config.text import as_value
 from minitron_megatron.config.verbs import VERBS
+from minitron_megatron.disk import convert_os_errors
 from minitron_megatron.errors import PREEMPTED, ConfigError, raise_if_any
 from minitron_megatron.fit_check import check_fit
 from minitron_megatron.launch import slurm
@@ -90,20 +92,24 @@ def launch(verb: str, overrides: list[str], multirun: bool = False) -> int:
         return 0
     if config.cluster.kind is ClusterKind.SLURM:
         slurm.require_slurm()
-    raise_if_any(
-        [*_partition_problems(config.cluster), *_name_problems(launched, base, config.cluster)]
-        or _folder_problems(launched, base, runs)
-    )
-    waiting = [job for job in jobs if not all(is_done(run.folder, job, launched.work_dir) for run in runs)]
-    if not waiting:
+    raise_if_any([*_partition_problems(config.cluster), *_name_problems(launched, base, config.cluster)])
+    raise_if_any(_folder_problems(launched, base, runs))
+    if not _waiting(launched, runs):
         print(f"{base} is finished: nothing to do")
         return 0
-    _prepare_folders(launched, base, runs)
-    if config.cluster.kind is ClusterKind.LOCAL:
-        launched.write(base)
-        return _run_here(launched, runs)
-    _submit(launched, base, waiting, config.cluster)
+    with convert_os_errors(base), lease(base):
+        raise_if_any(_folder_problems(launched, base, runs))  # what another launch has submitted meanwhile
+        _prepare_folders(launched, base, runs)
+        if config.cluster.kind is ClusterKind.LOCAL:
+            launched.write(base)
+            return _run_here(launched, runs)
+        _submit(launched, base, _waiting(launched, runs), config.cluster)
     return 0
+
+
+def _waiting(launched: Launched, runs: list[Run]) -> list[Job]:
+    """Returns the jobs that are not done in every run."""
+    return [job for job in launched.jobs if not all(is_done(run.folder, job, launched.work_dir) for run in runs)]
 
 
 def _prepare_folders(launched: Launched, base: Path, runs: list[Run]) -> None:
@@ -157,8 +163,9 @@ def report(run_dir: str) -> int:
     stages = resolve_stages(recipe)
     done = {name: Path(run_dir) / FOLDER / f"{file_stem(n, name)}.done" for n, name in enumerate(stages, start=1)}
     seconds = {name: float(path.read_text()) for name, path in done.items() if path.is_file()}
-    replace(Path(run_dir) / SECONDS, json.dumps(seconds, indent=2) + "\n")
-    finish(recipe, stages)
+    with lease(Path(run_dir)):
+        replace(Path(run_dir) / SECONDS, json.dumps(seconds, indent=2) + "\n")
+        finish(recipe, stages)
     return 0
 
 

@@ -3,19 +3,27 @@
 Everything that affects the caller's whole process is in this module, except for the CPU backend (`parallel.cpu`).
 """
 
+import ast
 import faulthandler
+import functools
 import gc
+import inspect
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, TextIO
+
+STACKS = "MINITRON_STACKS"
+"""Environment variable: folder for the stacks of ranks that share one stderr, where theirs would mix."""
 
 # Ranks do not reach a limit at the same moment, and launchers kill the others as soon as one exits.
 _MAX_GRACE_S = 30.0
@@ -55,17 +63,32 @@ def blocked_signal(number: signal.Signals) -> Iterator[None]:
 def restart_deadline(limit_s: float) -> None:
     """Restarts the timer that kills this process after `limit_s` seconds; 0 stops it.
 
-    At the limit the stack of every thread goes to stderr. The process is killed up to half a minute later, so that
-    other ranks can print theirs. Both timers run outside of the interpreter (C and kernel), so a hung call into CUDA
-    does not stop them.
+    At the limit the stack of every thread goes to stderr, or to a file of this rank in the folder that `STACKS` names.
+    The process is killed up to half a minute later, so that other ranks can print theirs. Both timers run outside of
+    the interpreter (C and kernel), so a hung call into CUDA does not stop them.
     """
     faulthandler.cancel_dump_traceback_later()
     if limit_s:
-        # pytest's replacement of stderr has no file descriptor.
-        stream = sys.stderr if _has_descriptor(sys.stderr) else sys.__stderr__
-        faulthandler.dump_traceback_later(limit_s, file=stream or 2)
+        faulthandler.dump_traceback_later(limit_s, file=_stack_stream())
     # SIGALRM kills a process that has no handler for it; 0 stops the timer.
     signal.setitimer(signal.ITIMER_REAL, limit_s + min(limit_s, _MAX_GRACE_S))
+
+
+def _stack_stream() -> Any:
+    """Returns where the stacks of this process go."""
+    if folder := os.environ.get(STACKS):
+        return _stack_file(Path(folder) / os.environ.get("RANK", "0"))
+    # pytest's replacement of stderr has no file descriptor.
+    return sys.stderr if _has_descriptor(sys.stderr) else sys.__stderr__ or 2
+
+
+@functools.cache  # faulthandler needs it to stay open
+def _stack_file(path: Path) -> TextIO:
+    """Opens the file of this rank's stacks."""
+    file = path.open("w", encoding="utf-8")
+    file.write(f"rank {path.name} on {socket.gethostname()}, pid {os.getpid()}, made no progress in:\n")
+    file.flush()
+    return file
 
 
 def _has_descriptor(stream: Any) -> bool:
@@ -94,6 +117,43 @@ def import_without_gc(module: str) -> ModuleType:
         gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def is_spawned() -> bool:
+    """Returns whether `multiprocessing` is starting this process just now, and imports the main module for it."""
+    process = sys.modules.get("multiprocessing.process")
+    return process is not None and bool(getattr(process.current_process(), "_inheriting", False))
+
+
+def main_script_problems(name: str, starts_processes: bool) -> list[str]:
+    """Returns what keeps the main script from being imported, as by each process that `multiprocessing` spawns.
+
+    Args:
+        name: of the function that the script calls.
+        starts_processes: whether the function is sure to start some; otherwise only they themselves are refused.
+    """
+    if is_spawned() or (starts_processes and _is_unguarded(sys.modules["__main__"])):
+        return [
+            f"{name} is called each time that a process of multiprocessing imports the main script: call it below "
+            f'`if __name__ == "__main__":`'
+        ]
+    return []
+
+
+def _is_unguarded(main: ModuleType) -> bool:
+    """Returns whether a file that multiprocessing would import has got to its present line without the condition."""
+    frame = inspect.currentframe()
+    while frame and not (frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"):
+        frame = frame.f_back
+    file = getattr(main, "__file__", None)
+    if frame is None or file is None:
+        return False
+    try:
+        nodes = ast.walk(ast.parse(Path(file).read_bytes()))
+    except (OSError, SyntaxError, ValueError):  # no file of Python's
+        return False
+    conditions = (node for node in nodes if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test))
+    return not any(node.lineno <= frame.f_lineno for node in conditions)
 
 
 def set_up_logging(is_first: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from minitron_megatron.artifacts.files import write_atomically, write_json
+from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.artifacts.manifest import MANIFEST
 from minitron_megatron.config.compose import Stages, resolve_stages, to_yaml
 from minitron_megatron.config.schema import CompressConfig
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 SECONDS = "seconds.json"
 
 
+@sole_writer
 def compress(config: CompressConfig) -> Path:
     """Runs a recipe's stages in order, and ends with a table and a report.
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from minitron_megatron.errors import CheckpointError
 
+_LEASE = ".lease"
+
 
 def publish(temporary: Path, path: Path) -> None:
     """Gives a file or folder its final name atomically, once all of it is on the disk.
@@ -41,6 +43,16 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def lease_of(output: Path) -> Path:
+    """Returns the file beside an output that says who writes it; see `lease`."""
+    return output.with_name(f".{output.name}{_LEASE}")
+
+
+def is_lease(path: Path) -> bool:
+    """Returns whether a file is the lease of an output, or a part of one, and belongs to no result."""
+    return path.name.startswith(".") and f"{_LEASE}." in f"{path.name}."
 
 
 def write_atomically(path: Path, text: str) -> None:

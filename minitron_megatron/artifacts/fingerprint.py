@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from minitron_megatron.artifacts.files import read_json, write_json
+from minitron_megatron.artifacts.files import is_lease, read_json, write_json
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.progress import progress
 
@@ -75,7 +75,7 @@ def sampled_fingerprint(path: Path) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and not is_lease(p)) if path.is_dir() else [path]
 
 
 def _digests(files: list[Path]) -> dict[Path, str]:

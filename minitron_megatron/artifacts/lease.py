@@ -5,23 +5,31 @@ it is renewed. No clock of another machine is believed, and no lock of the opera
 may not pass on.
 """
 
+import functools
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
 
 import psutil
 
-from minitron_megatron.artifacts.files import write_json
+from minitron_megatron.artifacts.files import lease_of, write_json
+from minitron_megatron.artifacts.manifest import MANIFEST
 from minitron_megatron.errors import ConfigError
+from minitron_megatron.process import handle_signals
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 RENEW_S = 5.0
 """Between two renewals."""
@@ -30,15 +38,53 @@ WATCH_S = 30.0
 """A lease that is not renewed for so long has lost its holder."""
 
 
+def sole_writer(verb: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """Has a verb hold the lease of its settings' `output`, or `run_dir`, from before it begins until it ends.
+
+    The first process of a job holds it for all. A finished output, which is never written again, needs none.
+
+    The verb raises:
+        ConfigError: see `lease`.
+    """
+
+    @functools.wraps(verb)
+    def alone(config: Any) -> Result:
+        output = getattr(config, "output", None) or getattr(config, "run_dir", None)
+        is_first = os.environ.get("RANK", "0") == "0"
+        if not output or not is_first or (Path(output) / MANIFEST).exists():
+            return verb(config)
+        with lease(Path(output)):
+            return verb(config)
+
+    return alone
+
+
 @contextmanager
 def lease(output: Path) -> Iterator[None]:
     """Holds the lease of `output` while the block runs.
 
+    A process that the holder has started, such as the report of a launch, shares it.
+
     Raises:
         ConfigError: another process writes there; the error says which one, where, and since when.
     """
-    file = output.with_name(f".{output.name}.lease")
+    file = lease_of(output.resolve())  # one folder has one lease, whatever links lead to it
+    missing = [folder for folder in file.parents if not folder.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if _is_held_by_ancestor(file):
+            yield
+            return
+        with _leaving_on_signals(), _held(file, output):
+            yield
+    finally:
+        for folder in missing:  # of a verb that has written nothing
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def _held(file: Path, output: Path) -> Iterator[None]:
     own = {
         "id": uuid.uuid4().hex,
         "host": socket.gethostname(),
@@ -60,6 +106,23 @@ def lease(output: Path) -> Iterator[None]:
         renewing.join()
         if _read(file).get("id") == own["id"]:
             file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _leaving_on_signals() -> Iterator[None]:
+    """Ends this process by an exception on signals that would end it without one, so that the lease is released.
+
+    Ranks of a job keep their ways: a collective would keep Python from seeing the signal.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        numbers = ()
+    with handle_signals(tuple(n for n in numbers if signal.getsignal(n) is signal.SIG_DFL), _leave):
+        yield
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _create(file: Path, own: dict) -> bool:
@@ -84,6 +147,10 @@ def _create(file: Path, own: dict) -> bool:
 
 def _renew(file: Path, own: dict, released: threading.Event) -> None:
     while not released.wait(RENEW_S):
+        if (now := _read(file)) and now.get("id") != own["id"]:
+            # This process stood still for so long that it was taken for dead. Two must not write.
+            logger.error("%s was taken over by %s: this process ends", file, _who(now))
+            os._exit(1)
         own["renewals"] += 1
         with suppress(OSError):  # a disk that is full for a while; the output's own writes say so
             write_json(file, own)
@@ -133,6 +200,12 @@ def _process_table() -> str:
         return socket.gethostname()
 
 
+def _is_held_by_ancestor(file: Path) -> bool:
+    holder = _read(file)
+    ancestors = (process.pid for process in psutil.Process().parents())
+    return holder.get("processes") == _process_table() and holder.get("pid") in ancestors and _is_alive(holder)
+
+
 def _is_alive(holder: dict) -> bool:
     try:
         return abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1
@@ -149,5 +222,11 @@ def _read(file: Path) -> dict:
 
 
 def _problem(output: Path, holder: dict) -> str:
-    where = ", ".join(f"{name} {holder.get(name, '?')}" for name in ("host", "pid", "since"))
-    return f"output = {output} is being written by another process ({where}): wait for it, end it or choose another one"
+    return (
+        f"output = {output} is being written by another process ({_who(holder)}): wait for it, end it or choose "
+        f"another one"
+    )
+
+
+def _who(holder: dict) -> str:
+    return ", ".join(f"{name} {holder.get(name, '?')}" for name in ("host", "pid", "since"))

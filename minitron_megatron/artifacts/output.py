@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from minitron_megatron.artifacts.files import publish
+from minitron_megatron.artifacts.files import is_lease, publish
 from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
 from minitron_megatron.disk import convert_enospc, require_space
 from minitron_megatron.errors import ConfigError
@@ -37,7 +37,7 @@ def is_done(output: Path, manifest: Manifest) -> bool:
     Raises:
         ConfigError: it holds something else, which is never overwritten.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or (output.is_dir() and all(map(is_lease, output.iterdir()))):
         return False
     if not (output / MANIFEST).exists():
         raise ConfigError([f"output = {output} exists and is not a finished result: choose another or remove it"])
@@ -73,6 +73,8 @@ def writing(output: Path, manifest: Manifest, num_bytes: int = 0, workers: Worke
 
     def finish() -> None:
         manifest.write(temporary)
+        for left in filter(is_lease, output.glob(".*")):  # of an output within that was never made
+            left.unlink()
         publish(temporary, output)
 
     # Every worker removes the folder, because the first one may be the one that was killed.

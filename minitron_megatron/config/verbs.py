@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from minitron_megatron.config.plugins import load_plugins
 from minitron_megatron.config.reader import MISSING
+from minitron_megatron.disk import convert_os_errors
 from minitron_megatron.errors import raise_if_any
-from minitron_megatron.process import import_without_gc
+from minitron_megatron.process import import_without_gc, main_script_problems
 
 VERBS = {
     "import": "minitron_megatron.checkpoint.convert:import_checkpoint",
@@ -34,18 +36,29 @@ def verb_function(verb: str) -> Callable[[Any], Any]:
     """Imports the function of a verb, and wraps it in a check of its settings.
 
     The function raises:
-        ConfigError: a setting is missing or wrong. Checks that read no file come before any work.
+        ConfigError: a setting is missing or wrong. Checks that read no file come before any work. Or the main script
+            cannot be imported by the processes that the verb starts.
+        DiskSpaceError: a disk is full.
     """
     module, name = VERBS[verb].split(":")
     function = getattr(import_without_gc(module), name)
 
     @functools.wraps(function)
     def checked(config: Any) -> Any:
-        raise_if_any(load_plugins(getattr(config, "plugins", [])))
-        raise_if_any([*_missing(config), *config.problems()])
-        return function(config)
+        raise_if_any(main_script_problems(name, starts_processes=verb in ("distill", "compress")))
+        with convert_os_errors(*_folders(config)):
+            raise_if_any(load_plugins(getattr(config, "plugins", [])))
+            raise_if_any([*_missing(config), *config.problems()])
+            return function(config)
 
     return checked
+
+
+def _folders(config: Any) -> list[Path]:
+    """Returns the folders that a verb may write to, the one of its result first."""
+    names = [getattr(config, name, None) for name in ("output", "run_dir", "figures")]
+    names.append(getattr(getattr(config, "data", None), "cache_dir", None))
+    return [Path(name) for name in names if name and name != MISSING]
 
 
 def _missing(config: Any) -> list[str]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from minitron_megatron.artifacts.files import write_json
+from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.artifacts.manifest import EVALUATION, Manifest, Parent
 from minitron_megatron.artifacts.output import is_done, writing
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
@@ -53,6 +54,7 @@ _PROMPT_TOKENS = 32
 _GENERATION_REPEATS = 3
 
 
+@sole_writer
 def evaluate(config: EvaluateConfig) -> Path:
     """Measures a model on held-out text and on tasks.
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from minitron_megatron.disk import user_error
 from minitron_megatron.errors import UserError
 from minitron_megatron.parallel.watchdog import watchdog
 
@@ -28,7 +29,7 @@ def raise_on_all_ranks(gather: Callable[[Any], list] | None = None) -> Iterator[
     try:
         yield
     except Exception as error:  # raised below, when all ranks know of it
-        own = error
+        own = error if isinstance(error, UserError) else user_error(error) or error
     # Other exceptions may not survive pickling.
     report = own if own is None or isinstance(own, UserError) else f"rank {dist.get_rank()} failed: {own!r}"
     try:

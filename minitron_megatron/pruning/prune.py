@@ -4,6 +4,7 @@ import itertools
 import logging
 from pathlib import Path
 
+from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.artifacts.output import is_done
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
@@ -24,6 +25,7 @@ from minitron_megatron.pruning.target import in_terms_of_target, resolve_target
 logger = logging.getLogger(__name__)
 
 
+@sole_writer
 def prune(config: PruneConfig) -> Path:
     """Prunes a checkpoint to a target shape, chunk by chunk on disk.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.artifacts.output import is_done, writing
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 _MOST_RANKS = 64
 
 
+@sole_writer
 def score(config: ScoreConfig) -> Path:
     """Scores every hidden channel, neuron, head and layer of a checkpoint on a calibration set.
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minitron_megatron.artifacts.files import write_atomically, write_json
+from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.config.schema import CompareConfig
 from minitron_megatron.evaluation.tasks import show
 from minitron_megatron.report.results import Evaluation
@@ -56,6 +57,7 @@ class Measure:
         return [self.name, *("–" if value is None else value.show(self.digits) for value in self.values)]
 
 
+@sole_writer
 def compare(config: CompareConfig) -> None:
     """Shows earlier evaluations side by side; the first one is the teacher's.
 

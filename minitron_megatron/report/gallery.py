@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from minitron_megatron.artifacts.files import replacing
 from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
 from minitron_megatron.config.schema import DepthSearch
 from minitron_megatron.model.axes import HIDDEN
@@ -52,7 +53,8 @@ def write_pictures(pictures: list[Picture], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{picture.name}.png" for picture in pictures]
     for picture, path in zip(pictures, paths, strict=True):
-        path.write_bytes(png(picture.figure))
+        with replacing(path) as temporary:
+            temporary.write_bytes(png(picture.figure))
     return paths
 
 

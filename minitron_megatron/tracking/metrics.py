@@ -9,7 +9,7 @@ from typing import TextIO
 from minitron_megatron.artifacts.files import write_atomically
 from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.config.schema import TrackingConfig
-from minitron_megatron.errors import UserError
+from minitron_megatron.errors import CheckpointError, UserError
 from minitron_megatron.tracking.trackers import STEP, TensorBoard, Wandb, start_trackers
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,13 @@ class Metrics:
         manifest: of the run, for its settings and lineage.
 
     Raises:
+        CheckpointError: a line of an earlier start is damaged.
         ConfigError: a tracker does not start.
     """
 
     def __init__(self, folder: Path, tracking: TrackingConfig, manifest: Manifest):
+        if (folder / FILE).exists():
+            read_metrics(folder)
         self._folder = folder
         self._file: TextIO | None = None
         self._trackers = start_trackers(folder, tracking, manifest)
@@ -111,6 +114,21 @@ def log_report(
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Reads all whole lines of a run's `metrics.jsonl`; a killed run may leave a partial one."""
-    lines = (folder / FILE).read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Reads all whole lines of a run's `metrics.jsonl`; a killed run may leave a partial one.
+
+    Raises:
+        CheckpointError: a line is damaged.
+    """
+    path = folder / FILE
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [_read_line(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1) if line.endswith("\n")]
+
+
+def _read_line(line: str, where: str) -> dict[str, float]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is damaged ({error}): remove that line and run it again") from error
+    if not isinstance(values, dict) or not isinstance(values.get(STEP), int):
+        raise CheckpointError(f"{where} has no {STEP}: remove that line and run it again")
+    return values

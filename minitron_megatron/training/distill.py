@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_megatron.artifacts.files import write_atomically
+from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.artifacts.manifest import MANIFEST, Manifest, Parent
 from minitron_megatron.artifacts.output import conflict_message, writing
 from minitron_megatron.checkpoint.dist_reader import HUGGINGFACE, Checkpoint
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 _BYTES_PER_PARAMETER = 2 + 3 * 4
 
 
+@sole_writer
 def distill(config: DistillConfig) -> Path:
     """Trains a student checkpoint, from a teacher or from the text alone.
 

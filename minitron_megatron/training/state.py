@@ -1,6 +1,7 @@
 """Saves and resumes a training run: weights, optimiser and schedule, in Megatron's own format."""
 
 import argparse
+import logging
 import math
 import os
 import shutil
@@ -15,10 +16,18 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from minitron_megatron.artifacts.files import publish, write_atomically
-from minitron_megatron.checkpoint.dist_reader import TRACKER, iteration_folder, latest_folder, require_plain
+from minitron_megatron.checkpoint.dist_reader import (
+    TRACKER,
+    iteration_folder,
+    latest_folder,
+    newest_whole,
+    require_plain,
+)
 from minitron_megatron.disk import convert_enospc
 from minitron_megatron.parallel.collectives import rank0_first
 from minitron_megatron.training.optimizer import TrainableModel
+
+logger = logging.getLogger(__name__)
 
 # Folder of the checkpoint with the lowest held-out loss, beside the folder of the latest ones.
 BEST = "best"
@@ -133,21 +142,21 @@ def _announce(temporary: Path, folder: Path, best: bool) -> None:
     root, step = folder.parent, _step_of(folder)
     if folder.exists():
         shutil.rmtree(folder)  # left by a run that ended before it was announced
-    publish(temporary, folder)
     if best:  # first: a run that ends in between repeats this step
-        _announce_best(folder, step)
+        _announce_best(temporary, folder, step)
+    publish(temporary, folder)
     write_atomically(root / TRACKER, step)
     for later in set(root.glob("iter_*")) - set(_announced(root)):
         shutil.rmtree(later)
 
 
-def _announce_best(folder: Path, step: str) -> None:
-    """Makes a checkpoint the best one, by hard links to its files."""
+def _announce_best(temporary: Path, folder: Path, step: str) -> None:
+    """Makes a checkpoint the best one, by hard links to its files, which will be those of `folder`."""
     root = folder.parent
     best, new, old = (root.with_name(name) for name in (BEST, f".{BEST}.new", f".{BEST}.old"))
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
-    shutil.copytree(folder, new / folder.name, copy_function=_link)
+    shutil.copytree(temporary, new / folder.name, copy_function=_link)
     shutil.copytree(
         root, new, copy_function=_link, ignore=shutil.ignore_patterns("iter_*", ".*", TRACKER), dirs_exist_ok=True
     )
@@ -178,6 +187,7 @@ def load_state(root: Path, models: Mapping[str, TrainableModel]) -> RunState:
     Raises:
         CheckpointError: the checkpoint is damaged, or holds objects other than plain values.
     """
+    rank0_first(lambda: _restore_tracker(root))
     if not (root / TRACKER).is_file():
         return RunState()
     folder = latest_folder(root)
@@ -190,6 +200,17 @@ def load_state(root: Path, models: Mapping[str, TrainableModel]) -> RunState:
         model.optimizer.load_state_dict(loaded[f"{prefix}{_OPTIMIZER}"])
         model.schedule.load_state_dict(loaded[f"{prefix}{_SCHEDULE}"])
     return RunState(**loaded[_RUN])
+
+
+def _restore_tracker(root: Path) -> None:
+    """Writes a tracker file that is missing or empty beside whole checkpoints, which would count as left over."""
+    text = (root / TRACKER).read_text(errors="replace") if (root / TRACKER).is_file() else ""
+    newest = newest_whole(root)
+    if not text.strip(" \t\r\n\0") and newest:
+        logger.warning(
+            "%s was missing or empty: going on from %s, the newest that is whole", root / TRACKER, newest.name
+        )
+        write_atomically(root / TRACKER, _step_of(newest))
 
 
 def _named(model: TrainableModel, prefix: str) -> list[tuple[str, MegatronModule]]:

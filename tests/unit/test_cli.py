@@ -314,3 +314,96 @@ def test_a_signal_reaches_the_ranks(two_ranks):
     started = time.monotonic()
     assert run.wait(timeout=60) == 128 + signal.SIGTERM
     assert time.monotonic() - started < 30  # the ranks would sleep for two minutes
+
+
+MINITRON = [sys.executable, "-m", "minitron_megatron.cli"]
+
+
+@pytest.mark.parametrize("arguments", [["distill", "--help"], ["--help"], [*SCORE, "--cfg"], ["--version"]])
+def test_a_reader_that_has_left_ends_it_quietly(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*MINITRON, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.stderr, done.returncode) == ("", 128 + signal.SIGPIPE)
+
+
+@pytest.mark.parametrize(
+    "arguments, setting",
+    [
+        (["score", "checkpoint=${oc.env:NOWHERE}", "output=o"], "checkpoint"),
+        ([*SCORE, "data.text=[a,${oc.env:NOWHERE}]"], "data.text"),
+        ([*SCORE, "parallel.tensor=${oc.env:NOWHERE}"], "parallel.tensor"),
+        (["compress", "run_dir=r", "target.ffn=8", "source=${oc.env:NOWHERE}"], "source"),
+        (["compress", "run_dir=r", "target.ffn=8", "source=s", "stages.distilled.steps=${oc.env:NOWHERE}"], "steps"),
+        (["launch", "score", "checkpoint=c", "output=o", "cluster.account=${oc.env:NOWHERE}"], "cluster.account"),
+    ],
+)
+def test_an_unset_environment_variable_is_one_sentence(arguments, setting, capsys, ran):
+    assert cli.main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{setting} reads the environment variable NOWHERE, which is not set: set it, or give" in line
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2 is set and RANK is not"),
+        ({"RANK": "0"}, "RANK = 0 is set and WORLD_SIZE is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE = 2 without MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "WORLD_SIZE = 2 without MASTER_PORT"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "ranks go from 0"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK = 'one': must be a whole number"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"},
+            "MASTER_ADDR = nowhere.invalid cannot be resolved on",
+        ),
+    ],
+)
+def test_a_world_that_cannot_meet_is_one_line_at_once(environment, said, capsys, ran, monkeypatch):
+    monkeypatch.setattr(os, "environ", {**os.environ, **environment})
+    assert cli.main([*SCORE, "parallel.data=2"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line and not ran
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_a_world_of_one_needs_no_address(environment, ran, monkeypatch):
+    monkeypatch.setattr(os, "environ", {**os.environ, **environment})
+    assert cli.main(SCORE) == 0 and ran
+
+
+UNGUARDED = """
+import minitron_megatron
+from minitron_megatron.config.schema import DistillConfig
+{}minitron_megatron.distill(DistillConfig(student="s", teacher="t", output="o"))
+"""
+SPAWNING = """
+import multiprocessing
+import minitron_megatron
+from minitron_megatron.config.schema import ScoreConfig
+if multiprocessing.current_process().name == "MainProcess":
+    multiprocessing.get_context("spawn").Process(target=print).start()
+else:
+    minitron_megatron.score(ScoreConfig("c", "o"))
+"""
+
+
+@pytest.mark.parametrize(
+    "code, is_refused",
+    [
+        (UNGUARDED.format(""), True),
+        (UNGUARDED.format("if True:\n    "), True),
+        (UNGUARDED.format("if __name__ == '__main__':\n    "), False),
+        (SPAWNING, True),
+    ],
+)
+def test_a_script_without_the_main_guard_is_told_at_once(code, is_refused, tmp_path):
+    (tmp_path / "script.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    said = 'call it below `if __name__ == "__main__":`'
+    assert (said in done.stderr) == is_refused, done.stderr
+    assert is_refused or "s does not exist" in done.stderr

@@ -7,11 +7,15 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from minitron_megatron.artifacts import lease as module
-from minitron_megatron.artifacts.lease import lease
+from minitron_megatron.artifacts.fingerprint import fingerprint
+from minitron_megatron.artifacts.lease import lease, sole_writer
+from minitron_megatron.artifacts.manifest import Manifest
+from minitron_megatron.artifacts.output import is_done, writing
 from minitron_megatron.errors import ConfigError
 
 HOLD = """
@@ -127,3 +131,85 @@ def test_one_of_many_gets_it(output):
         thread.join()
     assert set(together) == {1} and len(together) + len(refused) == 8
     assert os.listdir(output.parent) == []
+
+
+def test_a_verb_holds_the_lease_while_it_runs(output):
+    seen = []
+
+    @sole_writer
+    def verb(config):
+        seen.append(lease_file(output).exists())
+        if len(seen) == 1:
+            raise ValueError("on every way out")
+        return output
+
+    config = SimpleNamespace(output=str(output))
+    with pytest.raises(ValueError, match="every way"):
+        verb(config)
+    assert verb(config) == output and seen == [True, True]
+    assert os.listdir(output.parent) == []
+
+
+def test_a_second_verb_is_refused_before_it_begins(output, holder):
+    with pytest.raises(ConfigError, match=f"pid {holder.pid}"):
+        sole_writer(lambda config: pytest.fail("it began"))(SimpleNamespace(output=str(output)))
+
+
+def test_a_finished_output_and_other_ranks_than_the_first_need_no_lease(output, holder, monkeypatch):
+    verb = sole_writer(lambda config: "done")
+    monkeypatch.setenv("RANK", "1")
+    assert verb(SimpleNamespace(output=str(output))) == "done"
+    monkeypatch.delenv("RANK")
+    output.mkdir()
+    (output / "manifest.json").write_text("{}")
+    assert verb(SimpleNamespace(output=str(output))) == "done"
+
+
+def test_nothing_stays_of_a_verb_that_has_written_nothing(tmp_path):
+    with lease(tmp_path / "new" / "folders" / "out"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_process_that_a_holder_starts_shares_its_lease(output):
+    code = "import sys; from pathlib import Path; from minitron_megatron.artifacts.lease import lease\n"
+    code += "with lease(Path(sys.argv[1])): print('shared')"
+    with lease(output):
+        shared = subprocess.run([sys.executable, "-c", code, str(output)], capture_output=True, text=True)
+        assert lease_file(output).exists()
+    assert shared.stdout == "shared\n", shared.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_releases_the_lease(number, output, holder):
+    holder.send_signal(number)
+    assert holder.wait(timeout=30) == 128 + number
+    assert not lease_file(output).exists()
+
+
+def test_a_lease_belongs_to_no_result(output):
+    output.mkdir()
+    (output / "weights").write_text("weights")
+    before = fingerprint(output)
+    with lease(output / "within"):
+        assert (output / ".within.lease").exists()
+        assert fingerprint(output) == before
+
+
+def test_a_folder_with_nothing_but_a_left_lease_is_empty(output):
+    output.mkdir()
+    (output / ".within.lease").write_text("{}")
+    manifest = Manifest("scores", verb="score")
+    assert not is_done(output, manifest)
+    with writing(output, manifest):
+        pass
+    assert os.listdir(output) == ["manifest.json"]
+
+
+def test_a_holder_that_stood_still_and_lost_its_lease_ends(output):
+    code = HOLD.replace("with lease", "from minitron_megatron.artifacts import lease as m\nm.RENEW_S = 0.2\nwith lease")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(output)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    elsewhere(output)
+    assert holder.wait(timeout=30) == 1
+    assert json.loads(lease_file(output).read_text())["id"] == "other"

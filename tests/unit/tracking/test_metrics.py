@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.config.schema import Tracker, TrackingConfig
-from minitron_megatron.errors import ConfigError
+from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.tracking.metrics import Metrics, read_metrics
 from minitron_megatron.tracking.trackers import TENSORBOARD, WANDB_ID
 from tests.offline_wandb import artifacts, history, rows, sessions
@@ -315,3 +315,10 @@ def test_a_tracker_that_started_is_ended_when_the_next_one_does_not_start(tmp_pa
     [session] = sessions(tmp_path)
     [end] = [record.exit for record in session if record.WhichOneof("record_type") == "exit"]
     assert end.exit_code == 1
+
+
+@pytest.mark.parametrize("damage", ["{\n", "not json\n", "[1]\n", "null\n", '{"loss/total": 1}\n', "[" * 10**5 + "\n"])
+def test_a_damaged_line_is_named(tmp_path, damage):
+    (tmp_path / "metrics.jsonl").write_text('{"progress/step": 1}\n' + damage + '{"progress/step": 3}\n')
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl, line 2 (is damaged|has no progress/step)"):
+        read_metrics(tmp_path)
