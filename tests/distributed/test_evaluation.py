@@ -4,18 +4,18 @@ import json
 
 import pytest
 
-from minitron_megatron.config.schema import DataConfig, DType, EvaluateConfig, ParallelConfig
+from minitron_megatron.config.parallel import InferenceParallelConfig
+from minitron_megatron.config.schema import DataConfig, DType, EvaluateConfig
 from tests.local_tasks import TASKS, write_tasks
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, hf_model, import_hf
 
 pytest.importorskip("lm_eval")
 
-# With what is for training alone, and left out here.
 LAYOUTS = {
-    "tensor": ParallelConfig(tensor=2, sequence=True),
-    "shared groups": ParallelConfig(tensor=4),
-    "pipeline_data": ParallelConfig(pipeline=2, data=2, virtual_pipeline=2),
+    "tensor": InferenceParallelConfig(tensor=2),
+    "shared groups": InferenceParallelConfig(tensor=4),
+    "pipeline_data": InferenceParallelConfig(pipeline=2, data=2),
 }
 
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     write_tasks(folder / "tasks")
     lines = [{"text": "abcdefgh"[i:] * 8} for i in range(8)]
     (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    measure(config(folder, "alone", ParallelConfig()))
+    measure(config(folder, "alone", InferenceParallelConfig()))
     return folder
 
 
