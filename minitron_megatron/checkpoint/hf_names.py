@@ -86,7 +86,7 @@ def with_tie(path: Path, network: Network, tensors: Tensors) -> tuple[Network, T
 
 def equal(first: StoredTensor, second: StoredTensor) -> bool:
     """Returns whether two matrices have the same values, some rows at a time."""
-    if first.size != second.size:
+    if first.size != second.size or len(first.size) != 2:
         return False
     if first.dtype is None or second.dtype is None:
         return first.kind == second.kind  # neither can be read

@@ -41,8 +41,8 @@ def check_assets(folder: Path, vocab_size: int, is_converted: bool = False) -> N
         is_converted: transformers has made them of a GGUF file, and may have added its classes' own tokens.
 
     Raises:
-        CheckpointError: no tokenizer can be loaded, it has no end-of-sequence token, it names special tokens that it
-            does not have, or ids beyond the vocabulary; or the card's front matter cannot be read.
+        CheckpointError: no fast tokenizer can be loaded, it has no end-of-sequence token, it names special tokens that
+            it does not have, or ids beyond the vocabulary; or the card's front matter cannot be read.
     """
     license_of(folder / CARD)
     for name, value in original_config(folder).items():
@@ -51,8 +51,10 @@ def check_assets(folder: Path, vocab_size: int, is_converted: bool = False) -> N
             raise CheckpointError(
                 f"config.json: {name} = {value} is not in the vocabulary of vocab_size = {vocab_size}: correct it"
             )
+    if not (folder / _FAST).is_file():
+        raise CheckpointError(f"the model has no fast tokenizer: put {_FILES_TO_NAME}, beside its weights")
     tokenizer = _loaded(folder)
-    vocabulary = _vocabulary(folder, tokenizer, is_converted)
+    vocabulary = _vocabulary(folder, is_converted)
     if not is_converted:
         _require_named(folder, vocabulary)
     token, largest = max(vocabulary.items(), key=lambda item: item[1])
@@ -92,8 +94,6 @@ def keep_tokens(source: Path, target: Path) -> None:
 
 
 def _loaded(folder: Path) -> PreTrainedTokenizerBase:
-    if not any((folder / name).is_file() for name in _FILES):
-        raise CheckpointError(f"the model has no tokenizer: put one beside its weights, {_FILES_TO_NAME}")
     own = _values(folder / _SETTINGS).get("auto_map") or {}
     if own and (not isinstance(own, dict) or own.get("AutoTokenizer")):
         raise CheckpointError(
@@ -110,10 +110,8 @@ def _loaded(folder: Path) -> PreTrainedTokenizerBase:
         ) from e
 
 
-def _vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, is_converted: bool) -> dict[str, int]:
+def _vocabulary(folder: Path, is_converted: bool) -> dict[str, int]:
     """Returns the ids of a tokenizer's tokens by its files, without those that its class adds in loading."""
-    if not (folder / _FAST).is_file():
-        return tokenizer.get_vocab()
     if is_converted:
         return Tokenizer.from_file(str(folder / _FAST)).get_vocab(with_added_tokens=False)
     added = _values(folder / _SETTINGS).get("added_tokens_decoder") or {}

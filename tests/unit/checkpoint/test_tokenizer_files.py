@@ -121,7 +121,7 @@ def code_of_its_own(folder):
             lambda f: change(f, "tokenizer_config.json", eos_token=None),
             "no end-of-sequence token: name one as eos_token",
         ),
-        (lambda f: (f / "tokenizer.json").unlink(), "the model has no tokenizer: put one beside its weights"),
+        (lambda f: (f / "tokenizer.json").unlink(), "the model has no fast tokenizer: put tokenizer.json"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer cannot be loaded: put tokenizer.json"),
         (code_of_its_own, "tokenizer is a class with code of its own, which is not run"),
         (lambda f: change(f, "config.json", eos_token_id=[2, 101]), "eos_token_id = [2, 101] is not in the vocabulary"),
