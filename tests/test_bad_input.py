@@ -112,7 +112,8 @@ def refused(inputs, tmp_path, monkeypatch, capsys):
 
     def refused(command, ranks=1):
         if ranks > 1:  # as the first of several ranks finds it, before it would wait for the others
-            monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "0", "WORLD_SIZE": str(ranks)})
+            world = {"RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+            monkeypatch.setattr(os, "environ", {**os.environ, **world})
         verb, *arguments = command.replace("@", f"{inputs}/").split()
         assert cli.main([verb, *arguments]) == 2
         out, error = capsys.readouterr()

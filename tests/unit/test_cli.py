@@ -16,6 +16,8 @@ from minitron_megatron.errors import CheckpointError, ConfigError
 
 SCORE = ["score", "checkpoint=c", "output=o"]
 
+MEET = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
 
 @pytest.fixture
 def ran(monkeypatch):
@@ -156,14 +158,14 @@ def test_ranks_are_started_when_the_layout_needs_them(ran, monkeypatch):
 
 
 def test_ranks_that_exist_are_joined(ran):
-    os.environ.update(RANK="1", WORLD_SIZE="4")
+    os.environ.update(RANK="1", WORLD_SIZE="4", **MEET)
     assert cli.main([*SCORE, "parallel.tensor=2"]) == 0
     assert len(ran) == 1
 
 
 @pytest.mark.parametrize("verb", ["import source=c", "prune checkpoint=c scores=s target.ffn=8"])
 def test_any_number_of_ranks_shares_the_work_of_some_verbs(verb, ran):
-    os.environ.update(RANK="1", WORLD_SIZE="3")
+    os.environ.update(RANK="1", WORLD_SIZE="3", **MEET)
     assert cli.main([*verb.split(), "output=o", "workers=2"]) == 0
     assert len(ran) == 1
 
@@ -185,7 +187,7 @@ def test_tasks_of_srun_are_joined(ran):
     ],
 )
 def test_a_world_of_the_wrong_size_is_refused(arguments, numbers, ran, capsys):
-    os.environ.update(RANK="0", WORLD_SIZE="3")
+    os.environ.update(RANK="0", WORLD_SIZE="3", **MEET)
     assert cli.main(arguments) == 2
     assert numbers in capsys.readouterr().err
     assert not ran
@@ -198,7 +200,7 @@ def test_only_the_first_rank_speaks_under_a_launcher_that_keeps_errors(ran, tmp_
     monkeypatch.setattr(sys.modules["minitron_megatron.pruning.score"], "score", stop)
     for rank, expected in (("0", "minitron score: no checkpoint\n"), ("1", "")):
         file = tmp_path / rank
-        os.environ.update(RANK=rank, WORLD_SIZE="2", ROLE_NAME="default", TORCHELASTIC_ERROR_FILE=str(file))
+        os.environ.update(RANK=rank, WORLD_SIZE="2", ROLE_NAME="default", TORCHELASTIC_ERROR_FILE=str(file), **MEET)
         assert cli.main([*SCORE, "parallel.tensor=2"]) == 2
         assert capsys.readouterr().err == expected
         assert "no checkpoint" in file.read_text()

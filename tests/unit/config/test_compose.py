@@ -69,7 +69,7 @@ def test_null_counts_as_given_where_the_schema_allows_it():
         (
             "data.zzz=2",
             "data.zzz is not a setting: there are text, cache_dir, sequence_length, heldout_pct, seed, weights, "
-            "text_field, document_mask, workers",
+            "text_field, document_mask, on_bad_row, workers",
         ),
         ("num_samples=many", "num_samples = 'many': must be a whole number"),
         ("num_samples=2.5", "num_samples = 2.5: must be a whole number"),
@@ -213,7 +213,10 @@ def test_settings_are_written_as_plain_values_in_order():
         "output": "runs/smollm2_135m/scores",
         "num_samples": 64,
     }
-    assert to_yaml(ImportConfig("s", "ö", DType.FP16)) == "source: s\noutput: ö\ndtype: fp16\nworkers: 1\nplugins: []\n"
+    assert (
+        to_yaml(ImportConfig("s", "ö", DType.FP16))
+        == "source: s\noutput: ö\ndtype: fp16\nworkers: 1\nmax_positions: null\nplugins: []\n"
+    )
 
 
 @settings(max_examples=30, deadline=None)

@@ -254,13 +254,16 @@ def test_paths_share_what_they_have_in_common(score, layer_calls, criterion, sea
     assert len(layer_calls) == num_batches * (LAYERS + extra)
 
 
+GREEDY = dict(search=DepthSearch.GREEDY, protect_first=0, protect_last=0)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         dict(criteria=[], criterion=Criterion.ACTIVATION),
         dict(criteria=[DepthCriterion.KL], criterion=Criterion.ACTIVATION),
-        dict(criteria=[DepthCriterion.KL], search=DepthSearch.GREEDY, protect_first=0, protect_last=0),
-        dict(criteria=[DepthCriterion.ACCURACY], search=DepthSearch.GREEDY, protect_first=0, protect_last=0),
+        dict(target={"layers": 2}, criteria=[DepthCriterion.KL], **GREEDY),
+        dict(target={"layers": 2}, criteria=[DepthCriterion.ACCURACY], **GREEDY),
     ],
     ids=["activations", "single", "greedy", "greedy with questions"],
 )
@@ -269,7 +272,7 @@ def test_progress_ends_when_all_is_done(score, theirs, tmp_path, caplog, setting
     if DepthCriterion.ACCURACY in settings["criteria"]:
         choices = ChoiceSamples(QUESTIONS, AutoTokenizer.from_pretrained(save_hf(tmp_path, theirs)), 1)
     with caplog.at_level("INFO"):
-        score({"layers": 2}, choices=choices, **settings)
+        score(choices=choices, **settings)
     shown = [record.getMessage().split() for record in caplog.records if record.name == "minitron_megatron.progress"]
     [total] = {int(line[3]) for line in shown}
     counts = [int(line[1]) for line in shown]
