@@ -75,7 +75,7 @@ def distill(config: DistillConfig) -> Path:
             return output
         corpus = rank0_first(lambda: prepare_corpus(config.data, student.huggingface_folder))
         samples = training_samples(corpus, config.data, config.steps * config.global_batch)
-        require_tokens(samples, "training")
+        require_tokens(samples, "training", config.steps * config.global_batch)
         heldout = heldout_samples(corpus, config.data)
         if config.validate_every:
             require_tokens(heldout, "first held-out", config.validate_batches * config.global_batch)

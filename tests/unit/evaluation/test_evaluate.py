@@ -81,6 +81,7 @@ def test_a_perplexity_beyond_the_largest_number_is_infinite(folder, monkeypatch)
     from minitron_megatron.report.results import Evaluation
     from minitron_megatron.report.table import cells
 
+    run(folder, "checkpoint", "ours")
     monkeypatch.setattr(evaluate, "_megatron_loss", lambda *args: (1000.0, 5))
     assert run(folder, "checkpoint", "bad")["heldout"] == {"loss": 1000.0, "perplexity": math.inf, "num_tokens": 5}
     assert read_json(folder / "bad/evaluation.json", "an evaluation") == read_evaluation(folder / "bad")
