@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from minitron_megatron.launch.version import digest
-from minitron_megatron.launch.world import address_problems
+from minitron_megatron.process import address_problems
 
 MIN_FREE_GIB = 1.0
 MEETING_S = 300

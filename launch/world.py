@@ -1,7 +1,6 @@
 """Determines the world of ranks of a process from its environment."""
 
 import re
-import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,28 +56,11 @@ def world_problems(environ: Mapping[str, str]) -> list[str]:
     rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
     if rank >= size:
         return [f"RANK = {rank} with WORLD_SIZE = {size}: ranks go from 0 to WORLD_SIZE - 1"]
-    if size == 1:
-        return []
-    missing = " and ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name))
-    if missing:
-        return [f"WORLD_SIZE = {size} without {missing}: set where rank 0 listens, or use torchrun or srun"]
-    if not _is_whole(environ["MASTER_PORT"]):
-        return [f"MASTER_PORT = {environ['MASTER_PORT']!r}: must be a whole number"]
-    return address_problems(environ["MASTER_ADDR"])
+    return []
 
 
 def _is_whole(text: str) -> bool:
     return text.isascii() and text.isdigit()
-
-
-def address_problems(address: str) -> list[str]:
-    """Returns a problem if a host name does not resolve, for which torch would wait several minutes."""
-    try:
-        socket.getaddrinfo(address, None)
-    except (OSError, UnicodeError) as error:
-        host = socket.gethostname()
-        return [f"MASTER_ADDR = {address} cannot be resolved on {host} ({error}): set a name or address known there"]
-    return []
 
 
 def first_host(nodelist: str) -> str:

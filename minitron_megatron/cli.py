@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         exit status: 0; 2 for an error the user can fix; 75 if a signal stopped a run that can resume; 130 after
-        Ctrl-C.
+        Ctrl-C; 141 if the reader of its output has left.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments, file = _without_file(arguments)

@@ -156,6 +156,25 @@ def _is_unguarded(main: ModuleType) -> bool:
     return not any(node.lineno <= frame.f_lineno for node in conditions)
 
 
+def meeting_problems(environ: Mapping[str, str]) -> list[str]:
+    """Returns what keeps ranks from meeting, for which torch would wait several minutes."""
+    missing = " and ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name))
+    if missing:
+        size = environ.get("WORLD_SIZE")
+        return [f"WORLD_SIZE = {size} without {missing}: set where rank 0 listens, or use torchrun or srun"]
+    return address_problems(environ["MASTER_ADDR"])
+
+
+def address_problems(address: str) -> list[str]:
+    """Returns a problem if a host name does not resolve, for which torch would wait several minutes."""
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:
+        host = socket.gethostname()
+        return [f"MASTER_ADDR = {address} cannot be resolved on {host} ({error}): set a name or address known there"]
+    return []
+
+
 def set_up_logging(is_first: bool) -> None:
     """Logs to stderr: this package's messages on the first rank, all warnings on every rank."""
     from rich.console import Console

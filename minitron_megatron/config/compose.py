@@ -150,7 +150,7 @@ def _with_unset_variables(problems: list[str]) -> list[str]:
             # Of a section and the setting in it, the longer name is that of the setting.
             settings[match["variable"]] = max(settings.get(match["variable"], ""), match["setting"], key=len)
     return [
-        *others,
+        *(problem for problem in others if not (settings and problem.startswith("stages = "))),
         *(
             f"{setting} reads the environment variable {variable}, which is not set: set it, or give {setting}=VALUE"
             for variable, setting in settings.items()

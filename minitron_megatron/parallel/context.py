@@ -13,9 +13,10 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron_megatron.config.parallel import InferenceParallelConfig, ParallelConfig
-from minitron_megatron.errors import ConfigError
+from minitron_megatron.errors import ConfigError, raise_if_any
 from minitron_megatron.parallel.cpu import install_cpu_backend
 from minitron_megatron.parallel.watchdog import watchdog
+from minitron_megatron.process import meeting_problems
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ def _init_process_group(backend: str) -> None:
     Raises:
         ConfigError: MASTER_PORT is taken.
     """
+    raise_if_any(meeting_problems(os.environ))
     try:
         dist.init_process_group(backend, timeout=_WORLD_TIMEOUT)
     except dist.DistNetworkError as error:

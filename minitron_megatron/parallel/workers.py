@@ -10,8 +10,9 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from minitron_megatron.errors import LostWorkerError
+from minitron_megatron.errors import LostWorkerError, raise_if_any
 from minitron_megatron.parallel.collectives import gather_objects, raise_on_all_ranks
+from minitron_megatron.process import meeting_problems
 
 T = TypeVar("T")
 
@@ -86,6 +87,7 @@ def join_workers() -> Iterator[Workers]:
         yield ALONE
         return
     if owns_world:
+        raise_if_any(meeting_problems(os.environ))
         dist.init_process_group("gloo")
     try:
         # A group of its own, since a training run's NCCL group cannot gather objects on the CPU. Fast workers wait for
