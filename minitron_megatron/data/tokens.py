@@ -168,17 +168,8 @@ def _prepare_text(
     if link.exists():
         return link.resolve()
     columns = template_columns(tokenizer)
-    keys, num_characters, has_chat = [], 0, False
     report = RowReport(config.on_bad_row)
-    for part in parts:
-        own = array("Q")
-        for document in documents(part, config.text_field, columns, report):
-            own.append(_split_key(document, config.seed))
-            num_characters += len(document.text)
-            has_chat |= document.is_chat
-            if len(own) % _LOG_EVERY == 0:
-                logger.info("reading documents: %d", len(own))
-        keys.append(np.array(own, dtype=np.uint64))
+    keys, num_characters, has_chat = _read_once(parts, config, columns, report)
     settings = settings | {"documents": [hashlib.sha256(own.tobytes()).hexdigest() for own in keys]}
     if has_chat:
         settings |= {
@@ -222,6 +213,23 @@ def _prepare_text(
     report.log()
     _set_link(link, folder)
     return folder
+
+
+def _read_once(
+    parts: list[list[str]], config: DataConfig, columns: list[str], report: RowReport
+) -> tuple[list[np.ndarray], int, bool]:
+    """Returns the split keys of every part's documents, their characters, and whether there are conversations."""
+    keys, num_characters, has_chat = [], 0, False
+    for part in parts:
+        own = array("Q")
+        for document in documents(part, config.text_field, columns, report):
+            own.append(_split_key(document, config.seed))
+            num_characters += len(document.text)
+            has_chat |= document.is_chat
+            if len(own) % _LOG_EVERY == 0:
+                logger.info("reading documents: %d", len(own))
+        keys.append(np.array(own, dtype=np.uint64))
+    return keys, num_characters, has_chat
 
 
 def _require_documents(counts: dict[str, dict[str, int]], config: DataConfig) -> None:

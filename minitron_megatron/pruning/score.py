@@ -21,7 +21,7 @@ from minitron_megatron.data.choices import ChoiceSamples, read_questions
 from minitron_megatron.data.corpus import text_parents
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.data.samples import Samples, require_tokens, training_samples
-from minitron_megatron.data.tokens import prepare_corpus
+from minitron_megatron.data.tokens import Corpus, prepare_corpus
 from minitron_megatron.errors import raise_if_any
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.build import build_model, build_problems
@@ -74,13 +74,9 @@ def score(config: ScoreConfig) -> Path:
         is_done(*_round(output, manifest, number))  # raises now if the folder holds something else
     with parallel_context(config.parallel) as ctx:
         corpus = rank0_first(lambda: prepare_corpus(config.data, checkpoint.huggingface_folder))
-        # More samples would only repeat sequences.
-        num_samples = min(config.num_samples, corpus.num_sequences(config.data.sequence_length))
-        if num_samples < config.num_samples:
-            logger.warning("num_samples = %d: the text has only %d sequences", config.num_samples, num_samples)
-        config = dataclasses.replace(config, num_samples=num_samples)
-        samples = training_samples(corpus, config.data, num_samples)
-        require_tokens(samples, "calibration", num_samples)
+        config = _without_repeats(config, corpus)
+        samples = training_samples(corpus, config.data, config.num_samples)
+        require_tokens(samples, "calibration", config.num_samples)
         choices = None
         if questions:
             tokenizer = load_tokenizer(checkpoint.huggingface_folder)
@@ -107,6 +103,14 @@ def score(config: ScoreConfig) -> Path:
                 scores.write(folder)
         resumable.remove()
     return output
+
+
+def _without_repeats(config: ScoreConfig, corpus: Corpus) -> ScoreConfig:
+    """Returns the settings with no more samples than the text has sequences: more would only repeat some."""
+    num_samples = min(config.num_samples, corpus.num_sequences(config.data.sequence_length))
+    if num_samples < config.num_samples:
+        logger.warning("num_samples = %d: the text has only %d sequences", config.num_samples, num_samples)
+    return dataclasses.replace(config, num_samples=num_samples)
 
 
 def _relevant_settings(config: ScoreConfig, checkpoint: Checkpoint) -> tuple[dict[str, Any], list[Target]]:
