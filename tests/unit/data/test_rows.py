@@ -67,7 +67,7 @@ def test_parquet_is_told_by_its_content(tmp_path, name):
         ("a.json", b'["x", "y"]', "row 0: not a document"),
         ("a.csv", b"id,body\n1,x\n", "line 2: not a document .*its fields are id, body"),
         ("a.csv", b"text,text\nx,y\n", "two columns of one name"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode(, mtime=0)), "compressed with gzip: unpack it with `gunzip`"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0), "compressed with gzip: unpack it with `gunzip`"),
         ("a.txt", "text".encode("utf-16-le"), "is not UTF-8 text .it has a byte of zero"),
         ("a.BIN", b"a\0b\0", "holds no text: name tokenised corpora by their prefix"),
     ],
