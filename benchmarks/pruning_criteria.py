@@ -190,10 +190,12 @@ def measure(teacher: Path, data, known: Known, args) -> None:
                     lambda settings=settings: loss_of(score(0, args.samples, **settings), **WIDTH),
                 )
         criteria = [DepthCriterion(name) for name in CRITERIA]
-        network = {"criterion": Criterion.WEIGHT, "target": TargetConfig(layers=LAYERS)}
         for seed in range(args.depth_seeds):
             for search in ("single", "block"):
                 depth = DepthConfig(criteria=criteria, search=DepthSearch(search))
+                network = {"criterion": Criterion.WEIGHT}
+                if depth.search is DepthSearch.BLOCK:
+                    network["target"] = TargetConfig(layers=LAYERS)
                 scores = None
                 for criterion in criteria:
                     if (f"{criterion.value} {search}", seed) not in known.losses():

@@ -106,8 +106,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _place(error: BaseException, folders: tuple[Path, ...]) -> Path | None:
     """Returns the place that is full: where the file lies that an error names, or the first that has no space left."""
     places = [*folders, _temporary(), *([_SHARED_MEMORY] if _SHARED_MEMORY.is_dir() else [])]
-    file = error.filename if isinstance(error, OSError) and isinstance(error.filename, str | bytes) else None
-    if file is not None:
+    # Of a copy the second name is the file that is written.
+    file = (error.filename2 or error.filename) if isinstance(error, OSError) else None
+    if isinstance(file, str | bytes):
         path = Path(os.fsdecode(file)).absolute()
         return next((place for place in places if _device(place) == _device(path)), path.parent)
     if _NO_TEMPORARY in str(error):

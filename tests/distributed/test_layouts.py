@@ -99,9 +99,10 @@ def score_and_plan(model_chunks, network, ctx, name: str, layout_name: str) -> d
         num_samples=CALIBRATION,
         micro_batch=SCORING_MICRO_BATCH.get(layout_name, MICRO_BATCH),
         depth=DepthConfig(**depth),
-        target=TargetConfig(**target),
         **settings,
     )
+    if config.depends_on_target:
+        config.target = TargetConfig(**target)
     samples = Samples(CALIBRATION, SEQUENCE, network.vocab_size)
     # Under sequence parallelism these are padded, to a multiple of the tensor ranks.
     multiple = ctx.layout.tensor if ctx.layout.sequence else 1

@@ -90,7 +90,9 @@ def scores_and_plan(model_chunks, network, ctx, scoring: str) -> dict:
     from minitron_megatron.pruning.score_model import score_model
 
     depth, target = SCORINGS[scoring]
-    config = ScoreConfig(num_samples=NUM_SAMPLES, micro_batch=MICRO_BATCH, depth=depth, target=target)
+    config = ScoreConfig(num_samples=NUM_SAMPLES, micro_batch=MICRO_BATCH, depth=depth)
+    if config.depends_on_target:
+        config.target = target
     scores = score_model(model_chunks, network, ctx, Samples(NUM_SAMPLES, 16, network.vocab_size), config)
     values = {"hidden": scores.hidden, **{f"depth.{name}": own for name, own in scores.depth.items()}}
     values |= {f"{name}.{n}": one for name, own in scores.elements.items() for n, one in enumerate(own)}
