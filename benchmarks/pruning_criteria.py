@@ -190,16 +190,15 @@ def measure(teacher: Path, data, known: Known, args) -> None:
                     lambda settings=settings: loss_of(score(0, args.samples, **settings), **WIDTH),
                 )
         criteria = [DepthCriterion(name) for name in CRITERIA]
+        by_weight = {"criterion": Criterion.WEIGHT}
+        headed = {**by_weight, "target": TargetConfig(layers=LAYERS)}
         for seed in range(args.depth_seeds):
-            for search in ("single", "block"):
+            for search, how in {"single": by_weight, "block": headed}.items():
                 depth = DepthConfig(criteria=criteria, search=DepthSearch(search))
-                network = {"criterion": Criterion.WEIGHT}
-                if depth.search is DepthSearch.BLOCK:
-                    network["target"] = TargetConfig(layers=LAYERS)
                 scores = None
                 for criterion in criteria:
                     if (f"{criterion.value} {search}", seed) not in known.losses():
-                        scores = scores or score(seed, args.depth_samples, args.questions, depth=depth, **network)
+                        scores = scores or score(seed, args.depth_samples, args.questions, depth=depth, **how)
                     known.get(
                         f"{criterion.value} {search}",
                         seed,
@@ -212,7 +211,7 @@ def measure(teacher: Path, data, known: Known, args) -> None:
                     f"{criterion.value} greedy",
                     seed,
                     lambda seed=seed, depth=depth, asked=asked: loss_of(
-                        score(seed, args.greedy_samples, asked, depth=depth, **network), layers=LAYERS
+                        score(seed, args.greedy_samples, asked, depth=depth, **headed), layers=LAYERS
                     ),
                 )
 
