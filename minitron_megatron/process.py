@@ -1,6 +1,7 @@
 """Process-wide settings: signal handlers, timers, environment, garbage collection, logging.
 
-Everything that affects the caller's whole process is in this module, except for the CPU backend (`parallel.cpu`).
+Everything that affects the caller's whole process is in this module, except for the CPU backend (`parallel.cpu`) and
+the watching of parents and helpers (`process_tree`).
 """
 
 import ast

@@ -33,7 +33,7 @@ def template_columns(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         try:
             names |= meta.find_undeclared_variables(environment.parse(_MARKS.sub("", template)))
         except TemplateError as error:
-            raise DataError(f"the tokenizer's chat template is not valid: {error}: mend chat_template.jinja") from error
+            raise DataError(f"the tokenizer's chat template is not valid: {error}: fix chat_template.jinja") from error
     parameters = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {TOOLS, REFERENCES}
     made_by_transformers = {"raise_exception", "strftime_now", *tokenizer.special_tokens_map}
     return sorted(names - parameters - made_by_transformers - {MESSAGES})

@@ -120,5 +120,5 @@ def left_out(text: list[str]) -> list[str]:
                 if below.is_symlink() and below.is_dir():
                     phrases.append(f"{below} is a link to a folder: name {below.resolve()} itself in data.text")
                 elif not below.exists():
-                    phrases.append(f"{below} is a link to {os.readlink(below)}, which is not there: mend it")
+                    phrases.append(f"{below} is a link to {os.readlink(below)}, which is not there: fix it")
     return phrases

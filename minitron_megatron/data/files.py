@@ -153,7 +153,7 @@ def _parsed(line: bytes, where: str) -> object:
 def _json(file: Path) -> Iterator[Row]:
     value = _parsed(file.read_bytes(), str(file))
     if isinstance(value, RowError):
-        raise DataError(f"{file} is not JSON as a whole: mend it, or write a row per line to a .jsonl file ({value})")
+        raise DataError(f"{file} is not JSON as a whole: fix it, or write a row per line to a .jsonl file ({value})")
     for number, row in enumerate(value if isinstance(value, list) else [value]):
         yield f"{file}, row {number}", row
 

@@ -241,7 +241,7 @@ def _require_documents(counts: dict[str, dict[str, int]], config: DataConfig) ->
     for name, own in counts.items():
         if not own["documents"]:
             raise DataError(
-                f"data.text = {config.text}: data.on_bad_row=skip leaves no document in {name}: mend the rows, or "
+                f"data.text = {config.text}: data.on_bad_row=skip leaves no document in {name}: fix the rows, or "
                 f"change data.heldout_pct or data.seed"
             )
 
