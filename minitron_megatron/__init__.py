@@ -9,6 +9,7 @@ step of distillation: its entries name the losses (made by `loss_entries` from a
 and a `LiveTeacher` gives the targets.
 """
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +20,7 @@ from minitron_megatron.process_tree import watch_parent
 __version__ = "0.1.0"
 
 if is_spawned():  # a helper of multiprocessing, which imports this first and would otherwise outlive a killed parent
-    watch_parent()
+    watch_parent(os.getppid())
 
 _VERBS = {place.split(":")[1]: verb for verb, place in VERBS.items()}
 _PARTS = {

@@ -26,6 +26,9 @@ _SET_SUBREAPER, _GET_SUBREAPER = 36, 37  # of prctl(2)
 _watches: list[threading.Event] = []
 """The watches that this process keeps; processes that it forks keep one as well."""
 
+_forking: int = 0
+"""This process as it forks another one, which may come too late to ask for it."""
+
 
 @contextmanager
 def watched(
@@ -52,19 +55,23 @@ def watched(
         ended.set()
 
 
-def watch_parent() -> None:
+def watch_parent(parent: int) -> None:
     """Has this process, a helper of another one, end when that one is gone."""
-    arguments = threading.Event(), "a helper", os.getppid()
-    threading.Thread(target=_watch, args=arguments, daemon=True).start()
+    threading.Thread(target=_watch, args=(threading.Event(), "a helper", parent), daemon=True).start()
+
+
+def _note_parent() -> None:
+    global _forking
+    _forking = os.getpid()
 
 
 def _watch_parent_if_watched() -> None:
     if _watches:
         _watches.clear()
-        watch_parent()
+        watch_parent(_forking)
 
 
-os.register_at_fork(after_in_child=_watch_parent_if_watched)
+os.register_at_fork(before=_note_parent, after_in_child=_watch_parent_if_watched)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from minitron_megatron.model.layers.attention import Attention
 from minitron_megatron.model.layers.mlp import MLP
 from minitron_megatron.model.network import Network, transformer
 from minitron_megatron.pruning.prune import prune
-from tests.tiny import LLAMA, hf_model, random_scores, write_gguf
+from tests.tiny import LLAMA, hf_model, random_scores, save_hf, write_gguf
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark is Linux's")
 
@@ -103,7 +103,7 @@ def sources(models):
     for name, num_layers in {"tiny": 1, "large": LAYERS["large"]}.items():
         model = hf_model(**LLAMA | sizes | dict(num_hidden_layers=num_layers, vocab_size=1024))
         write_gguf(models / f"{name}.gguf", model, ["Q8_0"])
-        model.bfloat16().save_pretrained(models / f"{name}-hf")
+        save_hf(models / f"{name}-hf", model.bfloat16())
     return models
 
 
@@ -115,7 +115,9 @@ def peak(models, tmp_path, verb, name, hoards=False) -> int:
     # Blocks of the usual size are given back to the system when they are freed. Those of the sizes here are kept by
     # malloc, in as many heaps as there are threads, if it isn't told otherwise.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("verb, name", [("prune", "small"), ("prune", "large"), ("export", "large")])

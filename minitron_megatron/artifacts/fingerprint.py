@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _DIGITS = 40
 """Of a fingerprint. Those of earlier versions, hashes of samples, have 64."""
 
-_BLOCK_BYTES = 2**24
+_BLOCK_BYTES = 10**6
 _SAMPLE_BYTES = 64 * 1024
 # A file that changed a moment ago may change once more within what its file system's clock can tell.
 _UNSETTLED_S = 2.0
@@ -101,7 +101,7 @@ def _read_all(files: list[Path], memory: "_Memory") -> dict[Path, str]:
     num_bytes = sum(file.stat().st_size for file in unread)
     before = {file: _state(file) for file in unread}
     show = progress if num_bytes >= _SHOWN_BYTES else _no_progress
-    with show("hash, MB", num_bytes // 10**6) as advance, ThreadPoolExecutor() as pool:
+    with show("hash, MB", num_bytes // _BLOCK_BYTES) as advance, ThreadPoolExecutor() as pool:
         read = dict(zip(unread, pool.map(lambda file: _read(file, advance), unread), strict=True))
     memory.add({file: digest for file, digest in read.items() if _state(file) == before[file]})
     return read
@@ -112,7 +112,7 @@ def _read(file: Path, advance: Callable[..., None]) -> str:
     with open(file, "rb") as f:
         while block := f.read(_BLOCK_BYTES):
             digest.update(block)
-            advance(len(block) // 10**6)
+            advance(len(block) // _BLOCK_BYTES)
     return digest.hexdigest()
 
 

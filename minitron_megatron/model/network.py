@@ -196,10 +196,10 @@ class Network:
             if name not in names
         ]
         problems += field_problems(cls, values, "network", ignored=("sublayers",))
-        if scaling := values.get("rotary_scaling"):
+        if (scaling := values.get("rotary_scaling")) is not None:
             problems += field_problems(Llama3RopeScaling, scaling, "network.rotary_scaling")
         raise_if_any(problems)
-        if scaling:
+        if scaling is not None:
             values["rotary_scaling"] = Llama3RopeScaling(**scaling)
         if "norm" in values:
             values["norm"] = NormKind(values["norm"])

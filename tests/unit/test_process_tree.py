@@ -54,7 +54,11 @@ before.kill()
 """
 )
 FORKED = (
-    PREAMBLE
+    """
+import os, time
+os.register_at_fork(after_in_child=lambda: time.sleep(1))  # until the parent was killed
+"""
+    + PREAMBLE
     + """
 with watched("rank 0"):
     if (child := os.fork()) == 0:
