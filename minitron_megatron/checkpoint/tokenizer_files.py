@@ -1,18 +1,22 @@
 """Checks the small files of a source at import, and that an export gives the tokens of its source."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from minitron_megatron.artifacts.files import read_json, write_json
 from minitron_megatron.checkpoint.hf_assets import original_config
 from minitron_megatron.checkpoint.model_card import CARD, license_of
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _FAST, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _FILES = (_FAST, "tokenizer.model", "vocab.json")

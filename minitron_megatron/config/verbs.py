@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from minitron_megatron.config.plugins import load_plugins
 from minitron_megatron.config.reader import MISSING
 from minitron_megatron.disk import convert_os_errors
 from minitron_megatron.errors import raise_if_any
-from minitron_megatron.process import import_without_gc, main_script_problems
+from minitron_megatron.process import import_heavy, main_script_problems
 
 VERBS = {
     "import": "minitron_megatron.checkpoint.convert:import_checkpoint",
@@ -28,6 +29,9 @@ VERBS = {
 DISTRIBUTED = ("score", "distill", "evaluate")
 """Verbs that run on as many ranks as `parallel` says."""
 
+LIGHT = ("compress",)
+"""Verbs that leave the work to others, and load no torch."""
+
 SHARED = ("import", "prune", "export")
 """Verbs whose work any number of ranks can share; without a launcher `workers` says how many."""
 
@@ -41,7 +45,7 @@ def verb_function(verb: str) -> Callable[[Any], Any]:
         DiskSpaceError: a disk is full.
     """
     module, name = VERBS[verb].split(":")
-    function = getattr(import_without_gc(module), name)
+    function = getattr((import_module if verb in LIGHT else import_heavy)(module), name)
 
     @functools.wraps(function)
     def checked(config: Any) -> Any:

@@ -1,15 +1,20 @@
 """Renders conversations with the tokenizer's chat template; only the assistant's tokens are learned."""
 
+from __future__ import annotations
+
 import inspect
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, TemplateError, meta
 from jinja2.ext import loopcontrols
-from transformers import PreTrainedTokenizerBase
 
 from minitron_megatron.data.rows import MESSAGES, REFERENCES, TOOLS, RowError
 from minitron_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ASSISTANT = "assistant"
 _QUIETLY = {"verbose": False}  # no warning for conversations longer than the model's context

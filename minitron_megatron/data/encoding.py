@@ -4,6 +4,8 @@ A token t that is not learned, such as those of a user's messages, is stored as 
 negative. So one file holds tokens and mask, in whatever order Megatron-Core reads it.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import multiprocessing
@@ -14,13 +16,16 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minitron_megatron.data.chat import render_chat
 from minitron_megatron.data.rows import Document, RowError
 from minitron_megatron.errors import DataError, LostWorkerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BATCH = 64  # documents per tokenizer call, enough to keep its threads busy
 # Starting a process takes as long as the tokenizer's own threads need for about this much text.
@@ -29,6 +34,8 @@ _CHARACTERS_PER_WORKER = 2**24
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer in a Hugging Face folder, without running any code from there."""
+    from transformers import AutoTokenizer  # which takes a second to load
+
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 

@@ -14,6 +14,8 @@ A link beside them, named by a hash of paths, sizes and mtimes of the text files
 read only once. A folder that is damaged is made again.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -23,15 +25,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import chain, repeat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 import numpy as np
 import tokenizers
-import transformers
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-from transformers import PreTrainedTokenizerBase
 
 from minitron_megatron import __version__
 from minitron_megatron.artifacts.files import replacing, write_json
@@ -55,6 +57,9 @@ from minitron_megatron.data.token_files import TokenFiles, drop_damaged_orders, 
 from minitron_megatron.disk import convert_enospc
 from minitron_megatron.errors import DataError
 from minitron_megatron.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +180,7 @@ def _prepare_text(
         settings |= {
             "chat_template": str(tokenizer.chat_template),
             "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-            "rendered_by": [transformers.__version__, jinja2.__version__],
+            "rendered_by": [version("transformers"), jinja2.__version__],
         }
         if config.on_bad_row is not OnBadRow.ERROR:
             settings["on_bad_row"] = config.on_bad_row.value
@@ -254,7 +259,7 @@ def _link(parts: list[list[str]], config: DataConfig, tokenizer: PreTrainedToken
         config.on_bad_row.value,
         str(tokenizer.chat_template),
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        [sys.version, transformers.__version__, jinja2.__version__],  # the first for `builtin`
+        [sys.version, version("transformers"), jinja2.__version__],  # the first for `builtin`
     ]
     return _folder(config, settings | {"parts": parts, "stats": stats, "read_as": read_as})
 

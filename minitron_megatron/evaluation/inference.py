@@ -1,12 +1,13 @@
 """Inference with a Megatron model: scores and continues sequences of tokens, in batches and in any layout."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from minitron_megatron.evaluation.sampling import Sampler, SamplingParams, StopCriteria
 from minitron_megatron.model.kv_cache import key_value_cache
@@ -17,6 +18,9 @@ from minitron_megatron.parallel.cpu import bypass_cpu_mode
 from minitron_megatron.parallel.schedule import Batch, output_weight, run_forward, to_device
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 

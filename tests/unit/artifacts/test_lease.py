@@ -19,9 +19,10 @@ from minitron_megatron.artifacts.output import is_done, writing
 from minitron_megatron.errors import ConfigError
 
 HOLD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from minitron_megatron.artifacts.lease import lease
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which it would inherit, ignored, from nohup
 with lease(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
