@@ -52,7 +52,7 @@ MODELS = {
         TargetConfig(layers=5, hidden=40, ffn=36, heads=4),
     ),
 }
-GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, CALIBRATION = 8, 2, 16, 13
+GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, CALIBRATION, CALIBRATION_OF_GREEDY = 8, 2, 16, 13, 5
 # Scores do not depend on the number of sequences per forward pass either.
 SCORING_MICRO_BATCH = {"1x1": 2, "tp2": 3, "tp2_sequence": 5, "tp2_pp2_dp2": 1}
 ON_TEXT = [DepthCriterion.LOSS, DepthCriterion.KL, DepthCriterion.LOGITS, DepthCriterion.BLOCK_INFLUENCE]
@@ -96,14 +96,14 @@ def score_and_plan(model_chunks, network, ctx, name: str, layout_name: str) -> d
 
     settings, depth, target = SCORINGS[name]
     config = ScoreConfig(
-        num_samples=CALIBRATION,
+        num_samples=num_samples(name),
         micro_batch=SCORING_MICRO_BATCH.get(layout_name, MICRO_BATCH),
         depth=DepthConfig(**depth),
         **settings,
     )
     if config.depends_on_target:
         config.target = TargetConfig(**target)
-    samples = Samples(CALIBRATION, SEQUENCE, network.vocab_size)
+    samples = Samples(config.num_samples, SEQUENCE, network.vocab_size)
     # Under sequence parallelism these are padded, to a multiple of the tensor ranks.
     multiple = ctx.layout.tensor if ctx.layout.sequence else 1
     choices = ChoiceSamples(QUESTIONS, letters, multiple) if config.depth.choices else None
@@ -165,11 +165,18 @@ def work(folder, layout: ParallelConfig):
         torch.save({**found, "gradients": gradients}, folder / f"{layout_name(layout)}_{dist.get_rank()}.pt")
 
 
+def num_samples(name: str) -> int:
+    """Of a scoring: a greedy search scores all layers again after each that it removes."""
+    return CALIBRATION_OF_GREEDY if is_greedy(name) else CALIBRATION
+
+
+def is_greedy(name: str) -> bool:
+    return SCORINGS[name][1].get("search") is DepthSearch.GREEDY
+
+
 def scorings(layout: ParallelConfig) -> list[str]:
-    """Names of those that a layout is compared by: a greedy search, which scores all layers again after each that it
-    removes, takes four tensor ranks over gloo a minute."""
-    greedy = [name for name, (_, depth, _) in SCORINGS.items() if depth.get("search") is DepthSearch.GREEDY]
-    return [name for name in SCORINGS if layout.tensor < 4 or name not in greedy]
+    """Names of those that a layout is compared by: a greedy search takes four tensor ranks over gloo half a minute."""
+    return [name for name in SCORINGS if layout.tensor < 4 or not is_greedy(name)]
 
 
 def layout_name(layout: ParallelConfig) -> str:
