@@ -125,7 +125,7 @@ def import_heavy(module: str) -> ModuleType:
 
 @contextmanager
 def _megatron_uncompiled() -> Iterator[None]:
-    torch = import_module("torch")
+    torch: Any = import_module("torch")
     compiled = torch.compile
 
     def compile(model: Callable | None = None, **settings: Any) -> Any:

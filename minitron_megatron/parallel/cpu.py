@@ -2,7 +2,7 @@
 
 The entry point calls `install_cpu_backend()` once. Where CUDA exists it does nothing. Elsewhere it replaces the
 functions of `torch.cuda` that Megatron-Core calls without checking for a device, and redirects literals such as
-`device="cuda"`. This is the only module that patches anything.
+`device="cuda"`. This is the only module that patches anything for longer than an import.
 """
 
 import contextlib
