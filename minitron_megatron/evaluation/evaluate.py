@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import time
@@ -35,7 +34,7 @@ from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.evaluation.inference import Inference
 from minitron_megatron.evaluation.rank0 import Call, run_on_rank0
 from minitron_megatron.evaluation.sampling import SamplingParams
-from minitron_megatron.evaluation.tasks import Tasks, task_problems, task_table
+from minitron_megatron.evaluation.tasks import Tasks, exp, task_problems, task_table
 from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.positions import warn_of_positions
@@ -184,18 +183,10 @@ def _results(parameters: int, body: int, loss: float, num_tokens: int) -> dict:
     return {
         "parameters": parameters,
         "parameters_without_embeddings": body,
-        "heldout": {"loss": loss, "perplexity": perplexity(loss), "num_tokens": num_tokens},
+        "heldout": {"loss": loss, "perplexity": exp(loss), "num_tokens": num_tokens},
         "generation": None,
         "tasks": {},
     }
-
-
-def perplexity(loss: float) -> float:
-    """Returns the perplexity of a loss in nats; infinite where it is beyond the largest number."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def _megatron_loss(

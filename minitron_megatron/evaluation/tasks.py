@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,15 +77,16 @@ class Tasks:
         """
         from lm_eval import simple_evaluate
 
-        results = simple_evaluate(
-            lm,
-            tasks=self.roots,
-            task_manager=self.manager,
-            num_fewshot=self.config.num_fewshot,
-            limit=self.config.limit,
-            apply_chat_template=self.config.chat_template,
-            log_samples=False,
-        )
+        with _infinite_perplexity():
+            results = simple_evaluate(
+                lm,
+                tasks=self.roots,
+                task_manager=self.manager,
+                num_fewshot=self.config.num_fewshot,
+                limit=self.config.limit,
+                apply_chat_template=self.config.chat_template,
+                log_samples=False,
+            )
         return {
             name: {
                 "num_fewshot": results["n-shot"].get(name),
@@ -93,6 +96,35 @@ class Tasks:
             }
             for name, values in results["results"].items()
         }
+
+
+def exp(exponent: float) -> float:
+    """Returns e to a power; infinity where that is beyond the largest number."""
+    try:
+        return math.exp(exponent)
+    except OverflowError:
+        return math.inf
+
+
+class _Math:
+    """The module `math` with an `exp` that does not overflow."""
+
+    exp = staticmethod(exp)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(math, name)
+
+
+@contextmanager
+def _infinite_perplexity() -> Iterator[None]:
+    """Lets lm-eval report an infinite perplexity, where it would end with OverflowError when all the work is done."""
+    from lm_eval.api import metrics
+
+    metrics.math = _Math()
+    try:
+        yield
+    finally:
+        metrics.math = math
 
 
 def _unknown(name: str, known: list[str]) -> str:

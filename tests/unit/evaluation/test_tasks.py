@@ -1,11 +1,14 @@
 """Tasks of lm-eval on a checkpoint, against lm-eval's own transformers backend on the exported model."""
 
 import json
+import math
 import os
 import random
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minitron_megatron.config.schema import DataConfig, DType, EvaluateConfig, ExportConfig, ParallelConfig
 from minitron_megatron.errors import ConfigError, DataError
@@ -117,6 +120,18 @@ def test_an_unknown_task_is_named_with_those_that_may_be_meant():
 
 
 # Not periodic: lm-eval's own backend takes windows with the same input for one, and then scores a wrong part of it.
+def test_a_perplexity_beyond_the_largest_number_is_infinite_and_loses_no_work(folder, tmp_path):
+    """Of a model that is sure of itself and wrong: a word of 150 letters has a likelihood below exp(-710)."""
+    shutil.copytree(folder / "exported", tmp_path / "sure")
+    tensors = load_file(tmp_path / "sure/model.safetensors")
+    tensors["lm_head.weight"] *= 1e3
+    save_file(tensors, tmp_path / "sure/model.safetensors", {"format": "pt"})
+    found = measure(settings(folder, str(tmp_path / "sure"), str(tmp_path / "out"), tasks=["letter_text"]))
+    metrics = found["tasks"]["letter_text"]["metrics"]
+    assert metrics["word_perplexity"]["value"] == math.inf
+    assert 0 < metrics["bits_per_byte"]["value"] < math.inf
+
+
 LONG = "".join(random.Random(0).choice("abcdefgh") for _ in range(160))
 REQUESTS = {
     "loglikelihood": [
