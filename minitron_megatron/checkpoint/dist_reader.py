@@ -106,10 +106,10 @@ def latest_iteration(root: Path) -> int | None:
 
 
 def newest_whole(root: Path) -> Path | None:
-    """Returns the newest iteration below `root` that is whole, if any; its index is written last."""
+    """Returns the newest iteration below `root` that is whole, or `RELEASE`; its index is written last."""
     iterations = [path for path in root.glob("iter_*") if path.name.removeprefix("iter_").isdecimal()]
-    whole = [path for path in iterations if (path / ".metadata").is_file()]
-    return max(whole, key=lambda path: int(path.name.removeprefix("iter_")), default=None)
+    iterations.sort(key=lambda path: int(path.name.removeprefix("iter_")))
+    return next((path for path in [*reversed(iterations), root / RELEASE] if (path / ".metadata").is_file()), None)
 
 
 def latest_folder(root: Path) -> Path:

@@ -186,7 +186,10 @@ ROUTER = "decoder.layers.mlp.router.weight"
         (lambda f: (f / "release/metadata.json").unlink(), "release is not whole: it has no metadata.json"),
         (lambda f: (f / "release/.metadata").unlink(), ".metadata cannot be read"),
         (lambda f: shutil.rmtree(f / "release"), "release is not whole"),
-        (lambda f: (f / dist_reader.TRACKER).unlink(), f"is not a checkpoint: it has no {dist_reader.TRACKER}"),
+        (
+            lambda f: [(f / name).unlink() for name in (dist_reader.TRACKER, "release/.metadata")],
+            f"is not a checkpoint: it has no {dist_reader.TRACKER}",
+        ),
         (
             lambda f: (f / dist_reader.TRACKER).write_text("newest"),
             "says 'newest': expected the number",
@@ -222,6 +225,17 @@ def test_what_is_not_a_whole_checkpoint_is_named(damage, named, folder):
     with pytest.raises(CheckpointError) as raised:
         Checkpoint(folder)
     assert named in str(raised.value) and str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize("text", [None, "", "\0\0"])
+def test_weights_that_no_run_has_trained_are_found_without_their_tracker(text, folder, caplog):
+    expected = Checkpoint(folder).read(parameters(Checkpoint(folder).network)[0], [np.arange(2)] * 2)
+    (folder / dist_reader.TRACKER).unlink()
+    if text is not None:
+        (folder / dist_reader.TRACKER).write_text(text)
+    found = Checkpoint(folder)
+    assert torch.equal(found.read(parameters(found.network)[0], [np.arange(2)] * 2), expected)
+    assert "is missing or empty: reading release" in caplog.text
 
 
 def test_all_wrong_tensors_are_listed(folder):
