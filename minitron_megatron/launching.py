@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,10 @@ def report(run_dir: str) -> int:
     recipe = read_settings("compress", Path(run_dir) / RECIPE)
     stages = resolve_stages(recipe)
     done = {name: Path(run_dir) / FOLDER / f"{file_stem(n, name)}.done" for n, name in enumerate(stages, start=1)}
-    seconds = {name: float(path.read_text()) for name, path in done.items() if path.is_file()}
+    seconds = {}
+    for name, path in done.items():
+        with suppress(OSError, ValueError):  # a stage that is not done, or a file that a full disk left empty
+            seconds[name] = float(path.read_text())
     with lease(Path(run_dir)):
         replace(Path(run_dir) / SECONDS, json.dumps(seconds, indent=2) + "\n")
         finish(recipe, stages)

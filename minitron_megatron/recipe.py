@@ -1,6 +1,5 @@
 """The verb `compress`: a recipe, a chain of verbs that skips finished stages."""
 
-import json
 import logging
 import tempfile
 import time
@@ -9,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from minitron_megatron.artifacts.files import write_atomically, write_json
+from minitron_megatron.artifacts.files import read_json, write_atomically, write_json
 from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.artifacts.manifest import MANIFEST
 from minitron_megatron.config.compose import Stages, resolve_stages, to_yaml
 from minitron_megatron.config.schema import CompressConfig
 from minitron_megatron.config.verbs import verb_function
-from minitron_megatron.errors import PREEMPTED, ConfigError, Preempted
+from minitron_megatron.errors import PREEMPTED, CheckpointError, ConfigError, Preempted
 from minitron_megatron.launch.local import run_ranks
 from minitron_megatron.launch.world import ranks_to_start
 
@@ -41,9 +40,7 @@ def compress(config: CompressConfig) -> Path:
     stages = resolve_stages(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.yaml", to_yaml(config))
-    # A stage that is skipped keeps the seconds of the run that made it.
-    path = run_dir / SECONDS
-    seconds = json.loads(path.read_text()) if path.exists() else {}
+    seconds = _read_seconds(run_dir)
     for number, (name, (verb, settings)) in enumerate(stages.items(), start=1):
         logger.info("stage %d of %d: %s (%s)", number, len(stages), name, verb)
         before = _newest(Path(settings.output))
@@ -51,7 +48,7 @@ def compress(config: CompressConfig) -> Path:
         _run(run_dir, name, verb, settings)
         if _newest(Path(settings.output)) != before:
             seconds[name] = time.perf_counter() - started
-            write_json(path, seconds)
+            write_json(run_dir / SECONDS, seconds)
     finish(config, stages)
     return run_dir
 
@@ -66,8 +63,7 @@ def finish(config: CompressConfig, stages: Stages) -> None:
 
     run_dir, marker = Path(config.run_dir), Path(config.run_dir) / "DONE"
     finished = marker.stat().st_mtime_ns if marker.exists() else 0
-    path = run_dir / SECONDS
-    seconds = json.loads(path.read_text()) if path.exists() else {}
+    seconds = _read_seconds(run_dir)
     done = [Stage(name, verb, Path(s.output), seconds.get(name)) for name, (verb, s) in stages.items()]
     report = write_report(run_dir, config.title, done)
     evaluations = read_evaluations(done)
@@ -82,6 +78,19 @@ def finish(config: CompressConfig, stages: Stages) -> None:
     console.print(summary_table(evaluations))
     console.print(f"report: {report}", soft_wrap=True)
     marker.touch()
+
+
+def _read_seconds(run_dir: Path) -> dict[str, float]:
+    """Returns how long each stage took when it was made; without any if the file is damaged."""
+    path = run_dir / SECONDS
+    if not path.exists():
+        return {}
+    try:
+        seconds = read_json(path, "the times of the stages")
+    except CheckpointError as error:
+        logger.warning("%s: the report leaves them out", error)
+        return {}
+    return {stage: float(took) for stage, took in seconds.items() if isinstance(took, int | float)}
 
 
 def _run(run_dir: Path, name: str, verb: str, settings: Any) -> None:

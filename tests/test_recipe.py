@@ -87,11 +87,13 @@ def test_a_recipe_runs_reports_and_skips_what_is_done(inputs):
 
     made = {path: path.stat().st_mtime_ns for path in run_dir.rglob("manifest.json")}
     assert len(made) >= 9
+    (run_dir / "seconds.json").write_text('{"imported')  # which costs the report its times, and nothing else
 
     second = run(inputs)
     assert second.returncode == 0, second.stderr
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("manifest.json")} == made
     assert second.stderr.count("skipped") == 9
+    assert "seconds.json is not the times of the stages" in second.stderr
     assert len(sessions(run_dir / "distilled")) == 2
 
 
