@@ -4,10 +4,9 @@ The Hugging Face folder has files of 5 GB at most. It is imported, and the check
 `minitron import` and `minitron export`. Plain copies read everything.
 """
 
-import json
 from pathlib import Path
 
-from large import Case, RandomModel, require_disk, run
+from large import Case, RandomModel, require_disk, run, write_assets
 
 LEAST_FREE_GB = 10
 
@@ -23,10 +22,7 @@ def make_cases(work: Path, layers: int) -> dict[str, Case]:
     model = RandomModel(layers)
     require_disk(work, 3 * 2 * num_parameters(model.network), LEAST_FREE_GB)
     huggingface, checkpoint, result = (work / name for name in ("huggingface", "checkpoint", "result"))
-    hf_assets = work / "companions"
-    hf_assets.mkdir()
-    (hf_assets / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    write_huggingface(huggingface, model, hf_assets, 5e9, Manifest("huggingface"), "")
+    write_huggingface(huggingface, model, write_assets(work / "companions"), 5e9, Manifest("huggingface"), "")
     import_checkpoint(ImportConfig(str(huggingface), str(checkpoint)))
     return {
         "import": Case("import_checkpoint", ImportConfig(str(huggingface), str(result)), huggingface),

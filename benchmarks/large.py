@@ -6,11 +6,13 @@ start with nothing of the source in the page cache and end when all is on the di
 takes to start and import count in none of them. Memory is the largest resident set of each process.
 """
 
+import json
 import math
 import os
 import shutil
 import socket
 import statistics
+import string
 import tempfile
 import time
 import zlib
@@ -114,6 +116,19 @@ class RandomModel:
         place = f"{param.name} {param.layer} {[int(i[0]) for i in index]}"
         start = zlib.crc32(place.encode()) % (len(self._values) - math.prod(size))
         return self._values[start : start + math.prod(size)].view(size)
+
+
+def write_assets(folder: Path) -> Path:
+    """Make a folder with what a Hugging Face model has beside its weights: a config and a tokenizer, of 26 letters."""
+    from tokenizers import Tokenizer, models
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    vocab = {token: number for number, token in enumerate(["<eos>", *string.ascii_lowercase])}
+    Tokenizer(models.WordLevel(vocab, unk_token="<eos>")).save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def require_disk(work: Path, num_bytes: int, left_gb: float) -> None:
