@@ -1,8 +1,8 @@
 """The interface of a kind of layer.
 
-A kind is one file in this folder: a frozen dataclass with the sizes and switches of one sublayer, and everything else
-that the package needs to know about it. Nothing outside of the folder names a kind, its axes or its parameters. Modules
-of Megatron-Core are imported where they are used, so that sizes, counts and settings need no torch.
+A kind is one file, here or in a plugin: a frozen dataclass with the sizes and switches of one sublayer, and everything
+else that the package needs to know about it. Nothing else names a kind, its axes or its parameters. Modules of
+Megatron-Core are imported where they are used, so that sizes, counts and settings need no torch.
 
 How to add one: docs/architecture.md.
 """
