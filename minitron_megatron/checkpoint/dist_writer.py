@@ -134,7 +134,9 @@ def write_checkpoint(
 
         def write_rest() -> None:
             _write_index(folder, network, dtype, jobs, places)
-            common = {"iteration": 0, "checkpoint_version": 3.0, "args": args_of_network(args, network)}
+            common: dict[str, object] = {"iteration": 0, "checkpoint_version": 3.0}
+            if saved := args_of_network(args, network):
+                common["args"] = saved
             torch.save(common, folder / "common.pt")
             backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
             (folder / "metadata.json").write_text(

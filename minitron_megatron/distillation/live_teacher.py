@@ -16,10 +16,11 @@ from torch import Tensor
 
 from minitron_megatron.distillation.linear_losses import Predictions
 from minitron_megatron.distillation.objectives import CrossEntropy, Entry
+from minitron_megatron.distillation.pairs import Tap
 from minitron_megatron.distillation.result import StepResult
 from minitron_megatron.distillation.state_exchange import StateExchange
 from minitron_megatron.distillation.step import DistillationStep, predictions_of
-from minitron_megatron.distillation.teachers import Tap, Wanted
+from minitron_megatron.distillation.teachers import Wanted
 from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import Batch, run_forward
 

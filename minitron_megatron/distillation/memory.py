@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from minitron_megatron.config.loss import EMBEDDING
 from minitron_megatron.config.parallel import ParallelConfig
 from minitron_megatron.config.schema import DistillConfig, DType
+from minitron_megatron.distillation.pairs import Tap, resolve_pairs
 from minitron_megatron.model.memory_estimate import (
     DTYPE_BYTES,
     FLOAT32_BYTES,
@@ -183,8 +184,16 @@ def _teacher_states(
     count = int(stage == layout.pipeline - 1 and config.loss.kd_logits_weight > 0)
     hidden = config.loss.hidden
     if hidden.weight:
-        of_layers = len(hidden.pairs) if hidden.pairs is not None else len(student.layers)
-        pairs = sum(1 if point == EMBEDDING else of_layers for point in hidden.points)
-        count += -(-pairs // layout.pipeline)
+
+        def is_here(network: Network, tap: Tap) -> bool:
+            point, layer = tap
+            return (
+                stage == 0 if point == EMBEDDING else any(layer in own for own in stage_layers(network, layout, stage))
+            )
+
+        # Those that the student is compared with here, and those that are sent to other stages.
+        pairs = resolve_pairs(hidden, student, teacher)
+        taps = {p.teacher_tap for p in pairs if is_here(student, p.student_tap) or is_here(teacher, p.teacher_tap)}
+        count += len(taps)
     size = residual_stream_bytes(teacher, *_batch_size(config), layout, config.teacher_dtype or config.dtype)
     return count * num_micro_batches(config, layout) * size

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, replace
 
 from minitron_megatron.config.loss import EMBEDDING, LAYER, HiddenConfig, LayerMap, Projection
-from minitron_megatron.distillation.teachers import Tap
 from minitron_megatron.model.network import Network
+
+Tap = tuple[str, int]
+"""Where a hidden state is taken: the point (`loss.hidden.points`) in a transformer layer, and the layer, from 0."""
 
 
 @dataclass(frozen=True)

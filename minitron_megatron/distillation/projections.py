@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import unwrap_model
 
 from minitron_megatron.config.loss import HiddenConfig, Projection
 from minitron_megatron.distillation.pairs import Pair, resolve_pairs
@@ -64,6 +65,13 @@ def projections_of(model_chunks: Sequence[GPTModel], pairs: Sequence[Pair]) -> l
     """Returns the projection of each pair; None if this rank has none for it."""
     own = {name: p for chunk in model_chunks for name, p in getattr(chunk, PROJECTIONS, {}).items()}
     return [own.get(pair.name, own.get(_SHARED)) for pair in pairs]
+
+
+def add_up_copies(model_chunks: Sequence[torch.nn.Module]) -> None:
+    """Sums the gradients of projections that several stages share, after Megatron's sum over replicas. Collective."""
+    for chunk in unwrap_model(list(model_chunks)):
+        if hasattr(chunk, PROJECTIONS):
+            getattr(chunk, PROJECTIONS).add_up()
 
 
 class Projections(torch.nn.ModuleDict):

@@ -14,8 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from minitron_megatron.config.loss import EMBEDDING, LAYER
+from minitron_megatron.distillation.pairs import Tap
 from minitron_megatron.distillation.taps import ModuleOutput, module_at, stages_group, state_of
-from minitron_megatron.distillation.teachers import Tap
 from minitron_megatron.parallel.collectives import gather_objects
 from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import Batch
@@ -35,7 +35,7 @@ class StateExchange:
         self.ctx = ctx
         # A state may be wanted several times.
         self._modules = {tap: module_at(model_chunks, tap) for tap, _ in wanted}
-        self._width, self._dtype = config.hidden_size, config.params_dtype
+        self._width, self._dtype = config.hidden_size, config.pipeline_dtype or config.params_dtype
         held = gather_objects([tap for tap, module in self._modules.items() if module], ctx.collection.pp)
         owners = {tap: rank for rank, taps in enumerate(held) for tap in taps}
         self._routes = sorted({(tap, owners[tap], target) for tap, target in wanted if owners[tap] != target})

@@ -23,6 +23,7 @@ from minitron_megatron.distillation.objectives import (
     Term,
     Text,
 )
+from minitron_megatron.distillation.projections import add_up_copies
 from minitron_megatron.distillation.result import EntryResult, StepResult
 from minitron_megatron.distillation.teachers import Targets, Wanted
 from minitron_megatron.errors import raise_if_any
@@ -69,7 +70,7 @@ class DistillationStep:
         self.chunk_tokens = chunk_tokens
         self.teachers = list({id(e.teacher): e.teacher for e in self.entries if e.teacher is not None}.values())
         self._last_chunk = unwrap_model(self.student[-1])
-        raise_if_any(_entry_problems(self.entries, self._last_chunk, vocab))
+        raise_if_any([*_entry_problems(self.entries, self._last_chunk, vocab), *_logit_problems(self._last_chunk)])
         self._on_predictions = [
             (entry, entry.objective) for entry in self.entries if isinstance(entry.objective, PredictionObjective)
         ]
@@ -115,9 +116,10 @@ class DistillationStep:
         if self._balanced is not None and self.alpha is None:
             self._balance(self.evaluate(batches, number))  # there is no previous step
         for chunk in self.student:
-            raise_if_any(_gradient_problems(chunk, self.ctx, bool(self._on_states)))
+            raise_if_any(_gradient_problems(chunk, self.ctx))
             chunk.train()
         result = self._run(batches, number, training=True, last_states=last_states)
+        add_up_copies(self.student)
         self._balance(result)
         return result
 
@@ -199,6 +201,9 @@ class DistillationStep:
         # Memory freed by teachers and student is fragmented between kept activations, too small for logits.
         give_back_freed_memory()
         student = predictions_of(self._last_chunk, output, self.ctx)
+        if len(terms) > 1:
+            # One of them would mark the weight as done (see `linear_losses`), and Megatron would not add the others'.
+            student = Predictions(student.hidden, student.weight.view_as(student.weight))
         num_tokens = text.mask.sum()
         sums = torch.zeros(1 + len(self._on_predictions), dtype=torch.float64, device=output.device)
         sums[0] = num_tokens
@@ -281,11 +286,20 @@ def _entry_problems(entries: list[Entry], student: torch.nn.Module, vocab: int) 
     return problems + [problem for teacher in teachers.values() for problem in teacher.problems(student)]
 
 
+def _logit_problems(model: torch.nn.Module) -> list[str]:
+    """Returns why a model's logits are not its last hidden states times its output weight, one sentence each."""
+    if not getattr(model.config, "use_mup", False):
+        return []
+    return [
+        "config.use_mup = True: Megatron-Core scales the logits then, which is not done here: take models without muP"
+    ]
+
+
 def _balanced(entries: Sequence[Entry]) -> list[tuple[Entry, BalancedWeight]]:
     return [(entry, entry.weight) for entry in entries if isinstance(entry.weight, BalancedWeight)]
 
 
-def _gradient_problems(chunk: torch.nn.Module, ctx: ParallelContext, compares_states: bool) -> list[str]:
+def _gradient_problems(chunk: torch.nn.Module, ctx: ParallelContext) -> list[str]:
     """Returns why the gradients of a model would be wrong, one sentence each."""
     config, problems = unwrap_model(chunk).config, []
     if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
@@ -318,9 +332,8 @@ def _gradient_problems(chunk: torch.nn.Module, ctx: ParallelContext, compares_st
             f"config.mtp_num_layers = {config.mtp_num_layers}: layers that predict several tokens ahead take no part "
             f"in this loss, so leave them out"
         )
-    if config.fp16 and compares_states:
+    if config.fp16:
         problems.append(
-            "config.fp16 = True: losses between hidden states are not scaled as fp16 needs it, so train in bf16 or "
-            "set loss.hidden.weight to 0"
+            "config.fp16 = True: gradients of logits and states are not scaled here as fp16 needs it, so train in bf16"
         )
     return problems

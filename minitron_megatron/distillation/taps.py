@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minitron_megatron.config.loss import EMBEDDING, LAYER
 from minitron_megatron.config.parallel import ParallelConfig
-from minitron_megatron.distillation.teachers import Tap
+from minitron_megatron.distillation.pairs import Tap
 from minitron_megatron.model.build import layers_of
 from minitron_megatron.model.layers import KINDS
 from minitron_megatron.parallel.collectives import gather_objects

@@ -12,11 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minitron_megatron.distillation.pairs import Tap
 from minitron_megatron.distillation.result import StepResult
 from minitron_megatron.parallel.schedule import Batch
-
-Tap = tuple[str, int]
-"""Where a hidden state is taken: the point (`loss.hidden.points`) in a transformer layer, and the layer, from 0."""
 
 
 @dataclass(frozen=True)

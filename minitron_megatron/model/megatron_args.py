@@ -5,6 +5,7 @@ from `TransformerConfig`; both are read, and both are written.
 """
 
 import argparse
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +14,8 @@ from minitron_megatron.errors import UnsupportedModelError
 from minitron_megatron.model.layers import DENSE, KINDS
 from minitron_megatron.model.network import Llama3RopeScaling, Network, transformer
 from minitron_megatron.model.norms import NormKind
+
+logger = logging.getLogger(__name__)
 
 _BY_STAGE = (
     "decoder_first_pipeline_num_layers",
@@ -92,6 +95,7 @@ NO_FIELD: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mtp_num_layers": (_is_unset, "layers that predict several tokens"),
     "heterogeneous_layers_config_path": (_is_unset, "layers of several sizes"),
     "heterogeneous_layers_config_encoded_json": (_is_unset, "layers of several sizes"),
+    "heterogeneous_block_specs": (_is_unset, "layers of several sizes"),
     "window_size": (_is_unset, "sliding windows"),
     "no_rope_freq": (_is_unset, "layers without the rotary embedding"),
     "rotary_interleaved": (_is_unset, "an interleaved rotary embedding"),
@@ -124,10 +128,7 @@ def network_of_args(args: argparse.Namespace) -> Network:
         UnsupportedModelError: a feature is on that `Network` has no field for, or a size is missing.
     """
 
-    def get(*names: str, default: Any = None) -> Any:
-        values = (getattr(args, name, None) for name in names)
-        return next((value for value in values if value is not None), default)
-
+    get = _getter(args)
     pattern = get(*_PATTERNS)
     if problems := _arg_problems(args, pattern, get):
         raise UnsupportedModelError(
@@ -158,6 +159,16 @@ def network_of_args(args: argparse.Namespace) -> Network:
     )
 
 
+def _getter(args: argparse.Namespace) -> Callable[..., Any]:
+    """Returns a function that gives the first of several args that is set."""
+
+    def get(*names: str, default: Any = None) -> Any:
+        values = (getattr(args, name, None) for name in names)
+        return next((value for value in values if value is not None), default)
+
+    return get
+
+
 def _arg_problems(args: argparse.Namespace, pattern: str | None, get: Callable[..., Any]) -> list[str]:
     """Returns why `Network` cannot describe the network of these args, one sentence each."""
     problems = [
@@ -168,6 +179,8 @@ def _arg_problems(args: argparse.Namespace, pattern: str | None, get: Callable[.
     if others := set(pattern or "") - {*KINDS, "|"}:
         kinds = ", ".join(f"{_OTHER_KINDS.get(symbol, 'another kind')} ({symbol!r})" for symbol in sorted(others))
         problems.append(f"hybrid_layer_pattern = {pattern!r} is not supported (layers of {kinds})")
+    if pattern and get("use_rope_scaling"):
+        problems.append("use_rope_scaling = True is not supported with a pattern (HybridModel scales no frequencies)")
     if not pattern and get("spec"):
         problems.append(f"spec = {args.spec!r} is not supported (layers that other code describes)")
     if not get("use_rotary_position_embeddings") and (kind := get("position_embedding_type")) != "rope":
@@ -185,10 +198,11 @@ def _num_tokens(args: argparse.Namespace) -> int:
     return given + (getattr(args, "tokenizer_type", None) in _NULL_TOKENIZERS)
 
 
-def args_of_network(args: argparse.Namespace | None, network: Network) -> argparse.Namespace:
+def args_of_network(args: argparse.Namespace | None, network: Network) -> argparse.Namespace | None:
     """Returns the args to save with weights that no run has trained yet: all that `--use-checkpoint-args` reads.
 
-    If layers differ, the args are the first layer's: Megatron-LM has none for the others.
+    If layers differ, the args are the first layer's: Megatron-LM has none for the others. There are none, and a warning
+    says why, if Megatron-LM would build another network from any.
 
     Args:
         args: of the original network, if Megatron-LM trained it; not modified.
@@ -234,7 +248,25 @@ def args_of_network(args: argparse.Namespace | None, network: Network) -> argpar
     if "encoder_num_layers" in before:  # a second name for num_layers
         values["encoder_num_layers"] = values["num_layers"]
     fresh = {"seq_length": network.max_positions, **_FRESH, **dict.fromkeys(_OTHER_NETWORKS)}
-    return argparse.Namespace(**{**fresh, **before, **values})
+    made = argparse.Namespace(**{**fresh, **before, **values})
+    if unsaid := _unsaid(made, network):
+        logger.warning(
+            "no args are saved for Megatron-LM's --use-checkpoint-args: none describe %s", " and ".join(unsaid)
+        )
+        return None
+    return made
+
+
+def _unsaid(args: argparse.Namespace, network: Network) -> list[str]:
+    """Returns what Megatron-LM would build otherwise from the args of a network."""
+    get, unsaid = _getter(args), []
+    for kind in network.kinds:
+        first = network.sublayers[network.positions(kind)[0]]
+        if kind in DENSE and kind.from_args(get) != first:
+            unsaid.append(f"this {kind.title} beside the other layers ({first})")
+    if network.rotary_scaling and not _is_gpt(network):
+        unsaid.append("rotary_scaling in a network with a pattern")
+    return unsaid
 
 
 def _is_gpt(network: Network) -> bool:

@@ -137,8 +137,9 @@ def _run(
 
     rank0_first(begin_log)
     args = args_of_network(student.megatron_args(), student.network)
-    args.tensor_model_parallel_size = ctx.layout.tensor
-    args.pipeline_model_parallel_size = ctx.layout.pipeline
+    if args:
+        args.tensor_model_parallel_size = ctx.layout.tensor
+        args.pipeline_model_parallel_size = ctx.layout.pipeline
     Trainer(
         config,
         setup.step,

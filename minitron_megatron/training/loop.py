@@ -145,14 +145,17 @@ class Trainer:
         seconds = {**watch.seconds, "step": watch.total, "stop": float(self.stop_requested())}
         seconds = largest_over_ranks(seconds, self.ctx)
         is_stopping = bool(seconds.pop("stop"))
+        tokens = self.config.global_batch * self.config.data.sequence_length
         values |= {
             "progress/step": run.step,
-            "progress/tokens": run.step * self.config.global_batch * self.config.data.sequence_length,
+            "progress/tokens": run.step * tokens,
             "progress/skipped_steps": run.skipped,
             **loss_values("loss", result),
             "optim/lr": rates[0],
             "optim/grad_norm": norms[0],
-            **throughput_values(result.num_tokens / seconds["step"], self.flops_per_token, self.ctx),
+            **throughput_values(
+                result.num_tokens / seconds["step"], self.flops_per_token * tokens / seconds["step"], self.ctx
+            ),
             **{f"time/{name}_s": value for name, value in seconds.items()},
             **largest_over_ranks(memory_values(self.ctx.device), self.ctx),
         }

@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -10,11 +9,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import unwrap_model
 
 from minitron_megatron.config.schema import DType, OptimizerConfig
 from minitron_megatron.model.build import TORCH_DTYPES
-from minitron_megatron.model.parameters import PROJECTIONS
 from minitron_megatron.parallel.context import ParallelContext
 
 
@@ -74,7 +71,7 @@ def setup_optimizer(
         if config.overlap:  # reduce only after the last micro-batch
             no_sync = [own.no_sync for own in wrapped]
             chunk.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
-        chunk.config.finalize_model_grads_func = _finalize_gradients
+        chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.grad_scale_func = optimizer.scale_loss
     return TrainableModel(wrapped, optimizer, _make_schedule(optimizer, config, num_steps))
 
@@ -142,14 +139,6 @@ def _make_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, num_st
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-
-
-def _finalize_gradients(model: list[torch.nn.Module], *args: Any, **options: Any) -> None:
-    """Reduces gradients over ranks as Megatron does, and those of projections that several stages share."""
-    finalize_model_grads(model, *args, **options)
-    for chunk in unwrap_model(model):
-        if hasattr(chunk, PROJECTIONS):
-            getattr(chunk, PROJECTIONS).add_up()
 
 
 def _count_padding(model_chunks: list[DistributedDataParallel]) -> None:

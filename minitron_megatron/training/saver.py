@@ -21,14 +21,14 @@ class Saver:
         root: folder of the run's checkpoints.
         keep: number of latest checkpoints to keep.
         models: trained models, by the prefix of their keys; the student's is empty.
-        args: of Megatron-LM, which describe the network.
+        args: of Megatron-LM, which describe the network; None if none do.
 
     Attributes:
         loss_seen_since_save: whether the weights of the latest checkpoint have given a finite loss.
         cleanup_pending: whether checkpoints before it are still to be removed.
     """
 
-    def __init__(self, root: Path, keep: int, models: Mapping[str, TrainableModel], args: argparse.Namespace):
+    def __init__(self, root: Path, keep: int, models: Mapping[str, TrainableModel], args: argparse.Namespace | None):
         self.root = root
         self.keep = keep
         self.models = models

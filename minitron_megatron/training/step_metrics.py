@@ -67,16 +67,16 @@ def loss_values(where: str, result: StepResult) -> dict[str, float]:
     return values
 
 
-def throughput_values(tokens_per_s: float, flops_per_token: float, ctx: ParallelContext) -> dict[str, float]:
+def throughput_values(tokens_per_s: float, flops_per_s: float, ctx: ParallelContext) -> dict[str, float]:
     """Returns the throughput of a step.
 
     Args:
         tokens_per_s: valid tokens over all ranks.
-        flops_per_token: floating-point operations of all models.
+        flops_per_s: floating-point operations of all models over all ranks, those for masked tokens included.
         ctx: this rank's place.
     """
     ranks = ctx.layout.world_size
-    tflops = tokens_per_s * flops_per_token / ranks / 1e12
+    tflops = flops_per_s / ranks / 1e12
     values = {
         "throughput/tokens_per_s": tokens_per_s,
         "throughput/tokens_per_s_per_rank": tokens_per_s / ranks,

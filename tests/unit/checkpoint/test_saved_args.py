@@ -5,6 +5,7 @@ import copy
 import logging
 import os
 import signal
+from dataclasses import replace
 from enum import Enum
 
 import pytest
@@ -16,6 +17,7 @@ from megatron.core.transformer.enums import AttnBackend
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.config.schema import PruneConfig, TargetConfig
+from minitron_megatron.errors import UnsupportedModelError
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.layers.mlp import Activation
 from minitron_megatron.model.megatron_args import args_of_network, network_of_args
@@ -157,6 +159,33 @@ def test_args_tell_all_of_a_network(config):
     assert network_of_args(args_of_network(None, network)) == network
     biased = changed(network, bias=True, qkv_bias=False, gated=False, activation=Activation.GELU)
     assert network_of_args(args_of_network(None, biased)) == biased
+
+
+@pytest.mark.parametrize(
+    "config, changes",
+    [
+        ("llama", dict(activation=Activation.GELU)),  # gated, and Megatron-LM's gate is SiLU's
+        ("nemotron", dict(activation=Activation.SILU)),
+        ("nemotron", dict(gated=True)),
+    ],
+)
+def test_a_network_that_no_args_describe_has_none(config, changes, caplog):
+    """Megatron-LM would build another one from them, and load the weights."""
+    network = changed(network_from_config(CONFIGS[config]), **changes)
+    assert args_of_network(ARGS, network) is None
+    assert "none describe this MLP" in caplog.text
+
+
+def test_sublayers_of_unlike_biases_have_no_args(caplog):
+    network = network_from_config(LLAMA)
+    sublayers = tuple(s if type(s).symbol == "*" else replace(s, bias=True) for s in network.sublayers)
+    assert args_of_network(None, replace(network, sublayers=sublayers)) is None
+
+
+def test_a_scaling_that_a_hybrid_model_would_not_apply_is_refused():
+    args = argparse.Namespace(**vars(ARGS), hybrid_layer_pattern="*-*-", use_rope_scaling=True)
+    with pytest.raises(UnsupportedModelError, match="use_rope_scaling = True is not supported with a pattern"):
+        network_of_args(args)
 
 
 def test_a_tokenizer_of_a_number_of_tokens_alone_adds_one():

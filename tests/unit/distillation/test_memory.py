@@ -10,10 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig
+from minitron_megatron.config.loss import Divergence, HiddenConfig, LogitsConfig, LossConfig
 from minitron_megatron.config.schema import DistillConfig, DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
-from minitron_megatron.distillation.memory import GIB, estimate_memory
+from minitron_megatron.distillation.memory import GIB, _stage_memory, estimate_memory
 from minitron_megatron.distillation.nearest_layout import nearest_layout
 from minitron_megatron.distillation.step_time import estimate_step
 from minitron_megatron.model.build import build_model
@@ -171,6 +171,14 @@ def test_a_teacher_costs_what_is_done_with_it():
     assert estimate_memory(STUDENT, TEACHER, replace(run, loss=text), ParallelConfig()) == estimate_memory(
         STUDENT, None, replace(run, loss=text), ParallelConfig()
     )
+
+
+def test_a_teachers_states_are_where_they_are_and_where_the_student_is_compared_with_them():
+    """Eight layers of the first of four stages with eight of the last one, and the last hidden state for the logits."""
+    loss = LossConfig(hidden=HiddenConfig(1.0, pairs=[[31 - n, n] for n in range(8)]))
+    run = settings(128, global_batch=64, micro_batch=1, loss=loss)
+    of_stages = [_stage_memory(STUDENT, TEACHER, run, ParallelConfig(pipeline=4), n).teacher_states for n in range(4)]
+    assert of_stages == [count * 64 * 128 * 4096 * 2 for count in (8, 0, 0, 9)]
 
 
 def test_micro_batches_on_their_way_and_the_ends_of_a_pipeline():

@@ -180,6 +180,7 @@ def test_megatrons_wrapper_for_bf16_changes_nothing():
         ({"finalize_model_grads_func": None}, False, "config.finalize_model_grads_func = None: set it to"),
         ({}, True, "give current_context.sequence=False"),
         ({"mtp_num_layers": 1}, False, "config.mtp_num_layers = 1: layers that predict several tokens"),
+        ({"fp16": True}, False, "config.fp16 = True: gradients of logits and states are not scaled"),
     ],
 )
 def test_a_model_whose_gradients_would_be_others_is_refused(changes, sequence, message):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from minitron_megatron.config.loss import Balance, HiddenConfig, LogitsConfig, LossConfig, Schedule
@@ -39,9 +40,9 @@ def rows(first, count=2):
     }
 
 
-def network(ctx, seed):
+def network(ctx, seed, **changes):
     torch.manual_seed(seed)
-    [model] = build_model(network_from_config(LLAMA), ctx, DType.FP32)
+    [model] = build_model(network_from_config({**LLAMA, **changes}), ctx, DType.FP32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -163,10 +164,47 @@ def test_a_teacher_lets_go_of_states_that_nobody_wants():
                 assert len(targets._last_states) == wanted
 
 
+class PlainCrossEntropy(CrossEntropy):
+    """The same by autograd on whole logits, which an objective of one's own may compute."""
+
+    name = "plain"
+
+    @staticmethod
+    def compute(student, text, terms, group, vocab, chunk_tokens):
+        logits = (student.hidden @ student.weight.T)[:, :vocab]
+        loss = (F.cross_entropy(logits, text.labels, reduction="none") * text.mask).sum()
+        return terms[0].weight * loss, loss.detach().double()[None]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_objective_that_computes_by_itself_gives_its_gradient_beside_the_fused_ones(tied):
+    found = []
+    for entries in (
+        [Entry(None, CrossEntropy())],
+        [Entry(None, CrossEntropy(), 0.25), Entry(None, PlainCrossEntropy(), 0.75)],
+    ):
+        with parallel_context(ParallelConfig()) as ctx:
+            model = network(ctx, 1, tie_word_embeddings=tied)
+            DistillationStep([trained(model)], entries, ctx, VOCAB, chunk_tokens=7).train([rows(0), rows(4)])
+            found.append({name: parameter.main_grad.clone() for name, parameter in model.named_parameters()})
+    fused, mixed = found
+    for name, gradient in fused.items():
+        assert gradient.any() and close(mixed[name], gradient, 1e-4), name
+
+
+def test_logits_that_megatron_scales_are_refused():
+    with parallel_context(ParallelConfig()) as ctx:
+        model = network(ctx, 1)
+        model.config.use_mup = True
+        with pytest.raises(ConfigError, match="config.use_mup = True"):
+            LiveTeacher([model], ctx, VOCAB)
+
+
 class Quiet:
     """A student that is only asked for its vocabulary."""
 
     vocab_size = VOCAB
+    config = SimpleNamespace()
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,14 @@ def test_a_layout_that_cannot_share_the_heads_is_refused(settings):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(num_moe_experts=2), dict(window_size=(4, 0)), dict(rotary_interleaved=True)], ids=str
+    "changes",
+    [
+        dict(num_moe_experts=2),
+        dict(window_size=(4, 0)),
+        dict(rotary_interleaved=True),
+        dict(heterogeneous_block_specs=True),
+    ],
+    ids=str,
 )
 def test_a_model_that_the_axis_table_does_not_describe_is_refused(changes):
     [name] = changes

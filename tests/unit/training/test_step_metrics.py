@@ -21,6 +21,6 @@ from minitron_megatron.training.step_metrics import throughput_values
 def test_utilisation_is_of_the_part_whose_peak_is_known(name, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     ctx = SimpleNamespace(layout=ParallelConfig(tensor=2), device=torch.device("cuda"))
-    found = throughput_values(1e3, 4e9, ctx)
+    found = throughput_values(1e3, 4e12, ctx)
     assert found["throughput/tflops_per_rank"] == pytest.approx(2)
     assert found.get("throughput/mfu_pct") == (expected and pytest.approx(expected))
