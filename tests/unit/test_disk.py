@@ -82,7 +82,8 @@ def test_every_verb_tells_it_in_one_line(verb, error, monkeypatch):
         raise error
 
     name = verbs.VERBS[verb].split(":")[1]
-    monkeypatch.setattr(verbs, "import_heavy", lambda module: type("module", (), {name: staticmethod(fail)}))
+    for load in ("import_heavy", "import_module"):
+        monkeypatch.setattr(verbs, load, lambda module: type("module", (), {name: staticmethod(fail)}))
     settings = SCHEMAS[verb]()
     if hasattr(settings, "output"):
         settings.output = "out"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from minitron_megatron.artifacts import lease as module
+from minitron_megatron.artifacts.files import write_json
 from minitron_megatron.artifacts.fingerprint import fingerprint
 from minitron_megatron.artifacts.lease import lease, sole_writer
 from minitron_megatron.artifacts.manifest import Manifest
@@ -50,7 +51,7 @@ def lease_file(output):
 def elsewhere(output, **changes):
     """Leave a lease of a process of another machine."""
     values = {"id": "other", "host": "node7", "processes": "other", "pid": 1, "started": 0.0, "since": "then"}
-    lease_file(output).write_text(json.dumps({**values, "renewals": 0, **changes}))
+    write_json(lease_file(output), {**values, "renewals": 0, **changes})
 
 
 def test_a_second_process_is_told_who_writes(output, holder):
