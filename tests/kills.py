@@ -32,7 +32,7 @@ from minitron_megatron.checkpoint.dist_reader import Checkpoint  # noqa: E402
 from minitron_megatron.model.parameters import layer_key, parameters  # noqa: E402
 from tests.tiny import LLAMA, hf_model, import_hf, literate  # noqa: E402
 
-STEPS, SAVE_EVERY = 60, 3
+STEPS, SAVE_EVERY = 240, 4
 LAYOUTS = {
     "tp2": ["parallel.tensor=2", "parallel.sequence=true"],
     "dp2": ["parallel.data=2", "optimizer.distributed=true"],
@@ -42,7 +42,7 @@ NOT_EXACT = ("time/", "throughput/", "memory/")
 SETTINGS = [
     f"steps={STEPS}",
     f"save_every={SAVE_EVERY}",
-    "validate_every=15",
+    "validate_every=60",
     "validate_batches=1",
     "global_batch=8",
     "micro_batch=2",
@@ -126,7 +126,8 @@ def metrics(output: Path) -> list[dict]:
 def kill_one(inputs: Path, output: Path, layout: str, chance: random.Random, longest: float) -> Kill | None:
     """Start a run, kill one of its processes and see what comes of it; None if the run ended before."""
     command = start(inputs, output, layout)
-    root, started, delay = psutil.Process(command.pid), time.monotonic(), chance.uniform(1.0, longest)
+    # What was killed goes on, and has less to do than a whole run.
+    root, started, delay = psutil.Process(command.pid), time.monotonic(), chance.uniform(1.0, longest / 2)
     # Half of the moments are those in which a checkpoint is written.
     at_save, saving = chance.random() < 0.5, output / "checkpoints"
     while time.monotonic() - started < delay or (at_save and not list(saving.glob(".*.partial"))):
