@@ -23,6 +23,7 @@ import numpy as np
 from minitron_megatron.data.chat import render_chat
 from minitron_megatron.data.rows import Document, RowError
 from minitron_megatron.errors import DataError, LostWorkerError
+from minitron_megatron.process import import_heavy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,9 +35,10 @@ _CHARACTERS_PER_WORKER = 2**24
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer in a Hugging Face folder, without running any code from there."""
-    from transformers import AutoTokenizer  # which takes a second to load
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    # Not every verb needs it, and it takes a second to load.
+    auto = import_heavy("transformers.models.auto.tokenization_auto").AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return tokenizer
 
 
 def require_end_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
