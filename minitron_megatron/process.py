@@ -106,7 +106,7 @@ def update_environment(environment: Mapping[str, str]) -> None:
 
 
 def import_heavy(module: str) -> ModuleType:
-    """Imports a module that loads a lot, such as torch and Megatron-Core, in half of the time.
+    """Imports a module that loads a lot, such as torch and Megatron-Core, without what would slow it down.
 
     Garbage collection waits meanwhile: scanning that many objects takes a third of the time, and seconds at exit, and
     finds nothing to free. On the CPU `torch.compile` leaves Megatron-Core's functions as they are: none of its fused

@@ -134,20 +134,25 @@ def write_checkpoint(
 
         def write_rest() -> None:
             _write_index(folder, network, dtype, jobs, places)
-            common: dict[str, object] = {"iteration": 0, "checkpoint_version": 3.0}
-            if saved := args_of_network(args, network):
-                common["args"] = saved
-            torch.save(common, folder / "common.pt")
-            backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
-            (folder / "metadata.json").write_text(
-                json.dumps({**backends, "sharded_backend_version": 1, "common_backend_version": 1})
-            )
+            _write_common(folder, args_of_network(args, network))
             if huggingface is not None:
                 copy_content(huggingface, temporary / HUGGINGFACE)
             files(temporary)
             (temporary / TRACKER).write_text(RELEASE)
 
         workers.run_on_main(write_rest)
+
+
+def _write_common(folder: Path, args: argparse.Namespace | None) -> None:
+    """Writes what a `torch_dist` checkpoint has beside its tensors and their index."""
+    common: dict[str, object] = {"iteration": 0, "checkpoint_version": 3.0}
+    if args:
+        common["args"] = args
+    torch.save(common, folder / "common.pt")
+    backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+    (folder / "metadata.json").write_text(
+        json.dumps({**backends, "sharded_backend_version": 1, "common_backend_version": 1})
+    )
 
 
 def _jobs(network: Network, tensor_ranks: int, dtype: torch.dtype) -> list[list[_Item]]:
