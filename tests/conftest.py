@@ -1,9 +1,18 @@
-"""Nothing that the tests do stays in the user's cache."""
+"""What holds for all tests: nothing stays in the user's cache, and what they import is never looked through."""
 
+import gc
 import os
 import tempfile
 
 import pytest
+
+# As in the commands: torch, Megatron-Core and transformers are a million objects, none of which is ever freed.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

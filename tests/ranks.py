@@ -1,5 +1,6 @@
 """Runs a function on real gloo processes."""
 
+import gc
 import multiprocessing
 import os
 
@@ -7,9 +8,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Imported once, by a server that the ranks are forked from: it takes each of them several seconds otherwise.
+# Imported once, by a server that the ranks are forked from: it takes each of them several seconds otherwise. The first
+# step of an optimiser loads torch's compiler.
 multiprocessing.set_forkserver_preload(
-    ["minitron_megatron.training.distill", "minitron_megatron.pruning.score", "minitron_megatron.evaluation.evaluate"]
+    [
+        "torch._dynamo",
+        "minitron_megatron.training.distill",
+        "minitron_megatron.pruning.score",
+        "minitron_megatron.evaluation.evaluate",
+    ]
 )
 
 
@@ -22,6 +29,8 @@ def run_on_ranks(num_ranks: int, function, *args) -> None:
 
 
 def _enter(rank: int, num_ranks: int, port: int, function, args) -> None:
+    # Nothing that was imported is ever freed: looking through it again and again copies the server's memory.
+    gc.freeze()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
     os.environ |= {
         "RANK": str(rank),

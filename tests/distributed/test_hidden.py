@@ -40,10 +40,8 @@ from tests.tiny import LLAMA, Samples, changed, hf_model, without_sublayers
 
 LAYOUTS = {
     "1x1": ParallelConfig(),
-    "tp2": ParallelConfig(tensor=2),
     "tp2_sequence": ParallelConfig(tensor=2, sequence=True),
     "tp4_sequence": ParallelConfig(tensor=4, sequence=True),  # two ranks share a query group
-    "pp2": ParallelConfig(pipeline=2),
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2),
     "pp4": ParallelConfig(pipeline=4),  # where only some stages have states to send
     "tp2_pp2_dp2": ParallelConfig(tensor=2, pipeline=2, data=2, sequence=True),
@@ -68,7 +66,7 @@ CASES = {
     ),
     "cosine, dynamic": HiddenConfig(1.0, Balance.DYNAMIC, pairs=[[1, 4], [3, 5]]),
 }
-GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, STEPS = 8, 1, 16, 2
+GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, STEPS = 4, 1, 16, 2
 
 
 def models(name):

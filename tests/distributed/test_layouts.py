@@ -1,5 +1,6 @@
 """One process against many: scores, plans, losses and every gradient are those of the model, not of the layout."""
 
+import functools
 from dataclasses import asdict
 from itertools import product
 
@@ -52,7 +53,12 @@ MODELS = {
         TargetConfig(layers=5, hidden=40, ffn=36, heads=4),
     ),
 }
-GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, CALIBRATION, CALIBRATION_OF_GREEDY = 8, 2, 16, 13, 5
+GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, CALIBRATION, CALIBRATION_OF_GREEDY = 8, 2, 16, 7, 5
+# The deeper network is for what depends on depth.
+PAIRS = [
+    *(("qwen3", name) for name in LAYOUTS if name != "1x1"),
+    *(("nemotron", name) for name in ("pp2", "tp2_pp2", "tp2_sequence", "pp2_interleaved")),
+]
 # Scores do not depend on the number of sequences per forward pass either.
 SCORING_MICRO_BATCH = {"1x1": 2, "tp2": 3, "tp2_sequence": 5, "tp2_pp2_dp2": 1}
 ON_TEXT = [DepthCriterion.LOSS, DepthCriterion.KL, DepthCriterion.LOGITS, DepthCriterion.BLOCK_INFLUENCE]
@@ -176,7 +182,7 @@ def is_greedy(name: str) -> bool:
 
 def scorings(layout: ParallelConfig, network) -> list[str]:
     """Names of those that a layout is compared by: greedy searches take several ranks over gloo half a minute, and
-    that of the larger network is for one process and for the layouts with all kinds of ranks, or of stages."""
+    that of the larger network is for one process and for the layouts with two kinds of ranks, or of stages."""
     has_time = layout.tensor < 4 and (len(network.layers) < 7 or layout.tensor == layout.pipeline or layout.stages > 2)
     return [name for name in SCORINGS if has_time or not is_greedy(name)]
 
@@ -185,19 +191,23 @@ def layout_name(layout: ParallelConfig) -> str:
     return next(name for name, other in LAYOUTS.items() if other == layout)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def models(request, tmp_path_factory):
-    """Teacher and student checkpoints, both also as transformers models."""
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """The folder with teacher and student checkpoints of a model, both also as transformers models."""
     from minitron_megatron.checkpoint.convert import export
     from minitron_megatron.pruning.prune import prune
 
-    folder = tmp_path_factory.mktemp(request.param)
-    config, target = MODELS[request.param]
-    checkpoint = import_hf(folder / "teacher", hf_model(**config))
-    _write_random_scores(checkpoint, folder / "scores")
-    prune(PruneConfig(str(checkpoint), str(folder / "student"), str(folder / "scores"), target=target))
-    export(ExportConfig(str(folder / "student"), str(folder / "student_hf")))
-    return folder
+    @functools.cache
+    def make(model: str):
+        folder = tmp_path_factory.mktemp(model)
+        config, target = MODELS[model]
+        checkpoint = import_hf(folder / "teacher", hf_model(**config))
+        _write_random_scores(checkpoint, folder / "scores")
+        prune(PruneConfig(str(checkpoint), str(folder / "student"), str(folder / "scores"), target=target))
+        export(ExportConfig(str(folder / "student"), str(folder / "student_hf")))
+        return folder
+
+    return make
 
 
 def _write_random_scores(checkpoint, folder):
@@ -222,16 +232,17 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def single(models):
-    return Run(models, "1x1")
+def run(folder_of):
+    """What a layout finds about a model."""
+    return functools.cache(lambda model, layout: Run(folder_of(model), layout))
 
 
-@pytest.fixture(scope="module", params=[name for name in LAYOUTS if name != "1x1"])
-def many(request, models):
-    return Run(models, request.param)
+each_layout = pytest.mark.parametrize("model, layout", PAIRS)
 
 
-def test_scores_and_plans_do_not_depend_on_the_layout(single, many):
+@each_layout
+def test_scores_and_plans_do_not_depend_on_the_layout(run, model, layout):
+    single, many = run(model, "1x1"), run(model, layout)
     for name, rank in product(scorings(many.layout, many.teacher), many.ranks):
         expected = single.ranks[0][name]
         assert rank[name]["scores"].keys() == expected["scores"].keys()
@@ -242,12 +253,15 @@ def test_scores_and_plans_do_not_depend_on_the_layout(single, many):
         assert rank[name]["plan"] == expected["plan"], name
 
 
-def test_losses_and_gradient_norms_do_not_depend_on_the_layout(single, many):
-    for rank in many.ranks:
-        np.testing.assert_allclose(rank["steps"], single.ranks[0]["steps"], rtol=1e-5)
+@each_layout
+def test_losses_and_gradient_norms_do_not_depend_on_the_layout(run, model, layout):
+    for rank in run(model, layout).ranks:
+        np.testing.assert_allclose(rank["steps"], run(model, "1x1").ranks[0]["steps"], rtol=1e-5)
 
 
-def test_every_gradient_does_not_depend_on_the_layout(single, many):
+@each_layout
+def test_every_gradient_does_not_depend_on_the_layout(run, model, layout):
+    single, many = run(model, "1x1"), run(model, layout)
     names = list(hf_tensors(single.network))
     assert len(names) > 20
     for name, _, param, part in names:
@@ -256,13 +270,15 @@ def test_every_gradient_does_not_depend_on_the_layout(single, many):
         assert close(read_hf_tensor(many.gradients, param, part), expected), name
 
 
-def test_the_step_is_the_plain_loss_on_transformers_models(models, single):
+@pytest.mark.parametrize("model", MODELS)
+def test_the_step_is_the_plain_loss_on_transformers_models(folder_of, run, model):
     from transformers import AutoModelForCausalLM
 
     from minitron_megatron.distillation.losses import distillation_loss
 
-    teacher = AutoModelForCausalLM.from_pretrained(models / "teacher/hf")
-    student = AutoModelForCausalLM.from_pretrained(models / "student_hf")
+    folder, single = folder_of(model), run(model, "1x1")
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher/hf")
+    student = AutoModelForCausalLM.from_pretrained(folder / "student_hf")
     samples = Samples(2 * GLOBAL_BATCH, SEQUENCE, single.network.vocab_size, seed=3)
     batch = next(rank_batches(samples, 0, GLOBAL_BATCH, GLOBAL_BATCH, 0, 1))
     with torch.no_grad():

@@ -44,7 +44,7 @@ LAYOUTS = {
     "pp2_interleaved": ParallelConfig(pipeline=2, virtual_pipeline=2),
     "dp2": ParallelConfig(data=2),
 }
-NUM_SAMPLES, MICRO_BATCH = 8, 2
+NUM_SAMPLES, NUM_SCORED, MICRO_BATCH = 8, 5, 2
 HIDDEN = HiddenConfig(
     0.5,
     loss=HiddenLoss.SQUAREHEAD,
@@ -90,10 +90,10 @@ def scores_and_plan(model_chunks, network, ctx, scoring: str) -> dict:
     from minitron_megatron.pruning.score_model import score_model
 
     depth, target = SCORINGS[scoring]
-    config = ScoreConfig(num_samples=NUM_SAMPLES, micro_batch=MICRO_BATCH, depth=depth)
+    config = ScoreConfig(num_samples=NUM_SCORED, micro_batch=MICRO_BATCH, depth=depth)
     if config.depends_on_target:
         config.target = target
-    scores = score_model(model_chunks, network, ctx, Samples(NUM_SAMPLES, 16, network.vocab_size), config)
+    scores = score_model(model_chunks, network, ctx, Samples(NUM_SCORED, 16, network.vocab_size), config)
     values = {"hidden": scores.hidden, **{f"depth.{name}": own for name, own in scores.depth.items()}}
     values |= {f"{name}.{n}": one for name, own in scores.elements.items() for n, one in enumerate(own)}
     values |= {f"rounds.{name}": own for name, own in scores.rounds.items()}
