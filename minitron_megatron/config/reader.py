@@ -60,6 +60,12 @@ def show(value: Any) -> str:
     return f"[{', '.join(map(show, value))}]" if isinstance(value, list) else repr(value)
 
 
+def _was_text(kind: Any, value: Any) -> bool:
+    """Returns whether YAML has read a number or a boolean where the setting is text, or a list of texts."""
+    values = [value] if kind is str else value if kind == list[str] and isinstance(value, list) else []
+    return any(isinstance(one, int | float) for one in values)
+
+
 class Reader:
     """Reads settings and collects their problems.
 
@@ -141,6 +147,8 @@ class Reader:
             if isinstance(value, list) and set(value) <= set(choices):
                 return [members(item) for item in value]
             expected = f"a list, as in [a,b], of {', '.join(choices)}"
+        elif _was_text(kind, value):
+            expected = "text: put quotes around it where it is written, for YAML has read something else"
         else:
             try:
                 if kind is dict and OmegaConf.is_dict(value):

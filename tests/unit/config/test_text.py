@@ -1,10 +1,13 @@
 """What is written for a setting that is text is what it is, on the command line and in YAML."""
 
+import shutil
+
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitron_megatron.config import compose as composing
 from minitron_megatron.config.compose import compose, read_settings
 from minitron_megatron.errors import ConfigError
 
@@ -96,3 +99,16 @@ def test_stages_of_a_yaml_file(tmp_path):
     recipe = read_settings("compress", file)
     assert recipe.run_dir == "2024_11_29"
     assert recipe.stages["a"] == {"verb": "import", "source": "1e5", "output": "0123"}
+
+
+def test_text_that_hydra_reads_as_something_else_is_refused(tmp_path, monkeypatch):
+    """In a file of a group, and within braces."""
+    shutil.copytree(composing.conf_dir(), tmp_path / "conf")
+    monkeypatch.setattr(composing, "conf_dir", lambda: tmp_path / "conf")
+    for name, account in (("quoted", '"0123"'), ("bare", "0123")):
+        (tmp_path / f"conf/cluster/{name}.yaml").write_text(f"kind: slurm\naccount: {account}\n")
+    assert compose("launch", ["cluster=quoted"]).cluster.account == "0123"
+    with pytest.raises(ConfigError, match="cluster.account = 83: must be text: put quotes around it"):
+        compose("launch", ["cluster=bare"])
+    with pytest.raises(ConfigError, match=r"data.text = \['a', 100000.0\]: must be text: put quotes around it"):
+        compose("score", ["checkpoint=c", "output=o", "data={text:[a,1e5]}"])
