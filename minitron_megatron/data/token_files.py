@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minitron_megatron.artifacts.files import read_json
+from minitron_megatron.artifacts.fingerprint import fingerprint
 from minitron_megatron.artifacts.manifest import MANIFEST
 from minitron_megatron.data.indexed import read_index
 from minitron_megatron.errors import DataError
@@ -74,6 +75,9 @@ def _read(folder: Path) -> Made:
         files = TokenFiles(str(folder / name), counts["tokens"], counts["documents"])
         if (len(index.lengths), int(index.lengths.sum(dtype=np.int64))) != (files.num_documents, files.num_tokens):
             raise DataError(f"{folder / name}.idx is not that of {folder / MANIFEST}")
+        for file, content in counts.get("content", {}).items():
+            if fingerprint(folder / file) != content:
+                raise DataError(f"{folder / file} is not what was written there")
         token_files.append(files)
     return Made(folder, manifest["details"]["fingerprint"], token_files)
 

@@ -28,7 +28,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -331,12 +331,15 @@ def _folder(config: DataConfig, settings: dict) -> Path:
 def _new_corpus(folder: Path, fingerprint: str, config: DataConfig, settings: dict) -> Iterator[tuple[Path, dict]]:
     """Yields a temporary folder that becomes `folder` in one step, and a dict for the counts of its files."""
     logger.info("preparing tokens in %s", folder)
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, dict[str, Any]] = {}
     with convert_enospc(folder):
         try:
             with replacing(folder) as unfinished:
                 unfinished.mkdir(parents=True)
                 yield unfinished, counts
+                for name, own in counts.items():
+                    files = [f"{name}.{suffix}" for suffix in ("bin", "idx")]
+                    own["content"] = {file: content_fingerprint(unfinished / file) for file in files}
                 made_of = {"text": config.text, **settings}
                 details = {"fingerprint": fingerprint, "files": counts}
                 manifest = {"kind": "corpus", "config": made_of, "details": details, "version": __version__}

@@ -2,19 +2,15 @@
 
 import json
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import load_plain_tensors
 from megatron.core.utils import unwrap_model
 
-from minitron_megatron.checkpoint.convert import export
-from minitron_megatron.checkpoint.dist_reader import TEACHER, TRACKER, Checkpoint, iteration_folder, latest_folder
+from minitron_megatron.checkpoint.dist_reader import TEACHER, TRACKER, Checkpoint
 from minitron_megatron.checkpoint.load import local_parameters
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.config.loss import (
@@ -26,76 +22,16 @@ from minitron_megatron.config.loss import (
     Projection,
     Schedule,
 )
-from minitron_megatron.config.schema import (
-    DataConfig,
-    DistillConfig,
-    DType,
-    ExportConfig,
-    OptimizerConfig,
-    ParallelConfig,
-)
-from minitron_megatron.distillation.result import EntryResult, StepResult
-from minitron_megatron.distillation.step import DistillationStep
-from minitron_megatron.errors import ConfigError, DataError, TrainingError
+from minitron_megatron.config.schema import OptimizerConfig, ParallelConfig
+from minitron_megatron.errors import ConfigError, DataError
 from minitron_megatron.model.count import forward_flops_per_token
 from minitron_megatron.model.parameters import by_key, layer_key, parameters
-from minitron_megatron.parallel.context import parallel_context
 from minitron_megatron.tracking.metrics import read_metrics
-from minitron_megatron.training import distill, loop, saver, setup, state
+from minitron_megatron.training import distill, saver, setup, state
 from minitron_megatron.training.loop import Trainer
-from minitron_megatron.training.optimizer import TrainableModel
+from tests.distributed.distilling import run_in, settings, weights_of
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, hf_model, import_hf, literate
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    import_hf(folder, literate(hf_model(**LLAMA)))
-    import_hf(folder / "narrow", hf_model(seed=1, **{**LLAMA, "hidden_size": 36, "num_hidden_layers": 2}))
-    import_hf(folder / "deep", hf_model(seed=1, **{**LLAMA, "hidden_size": 36}))
-    import_hf(folder / "tied", hf_model(seed=1, **{**LLAMA, "hidden_size": 36, "tie_word_embeddings": True}))
-    for number in range(20):
-        (folder / f"{number}.txt").write_text("abcdefgh"[number % 8] * (50 + number))
-    return folder
-
-
-def settings(inputs, output, **changes):
-    return DistillConfig(
-        str(inputs / "checkpoint"),
-        str(inputs / "checkpoint"),
-        str(output),
-        steps=1,
-        dtype=DType.FP32,
-        optimizer=OptimizerConfig(warmup_steps=0),
-        data=DataConfig([str(inputs / f"{n}.txt") for n in range(20)], str(inputs / "corpora"), 16, seed=1),
-        **changes,
-    )
-
-
-def measured(num_tokens, **losses):
-    """The result of a step, as if its losses had been these."""
-    entries = {name: EntryResult(1.0, {name: loss * num_tokens}, {name: num_tokens}) for name, loss in losses.items()}
-    return StepResult(entries, num_tokens)
-
-
-@pytest.fixture
-def stop_after_saving(monkeypatch):
-    """A run that is interrupted after its first checkpoint."""
-
-    @contextmanager
-    def stopping():
-        save = saver.save_state
-
-        def save_and_stop(*arguments):
-            save(*arguments)
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(saver, "save_state", save_and_stop)
-            yield
-
-    return stopping
 
 
 def random_weights_of_a_rank(inputs, folder, parallel):
@@ -192,14 +128,6 @@ def test_a_run_with_every_kind_of_loss_goes_on_exactly_where_it_was_interrupted(
         assert torch.equal(found.read(param, index), whole.read(param, index)), layer_key(param)
 
 
-def weights_of(run, step, prefix=""):
-    """All weights in a checkpoint of a run, by key, as Megatron's library reads them."""
-    with parallel_context(ParallelConfig()):
-        tensors = load_plain_tensors(str(run / "checkpoints" / iteration_folder(step)))
-    parts = tuple(prefix + part for part in ("decoder.", "embedding.", "output_layer."))
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(parts)}
-
-
 def test_a_teacher_is_trained_beside_its_student_as_it_would_be_alone(inputs, tmp_path):
     """By cross-entropy on the same batches; the student learns from what the teacher knew before each step."""
     both = replace(
@@ -241,10 +169,6 @@ def test_a_teacher_no_better_than_chance_is_refused(inputs, tmp_path):
     with pytest.raises(DataError, match=r"narrow/checkpoint has a loss of .* and chance over 101 tokens has 4\.615"):
         distill.distill(config)
     assert not (tmp_path / "run/checkpoints" / TRACKER).exists()
-
-
-def run_in(config, parallel):
-    distill.distill(replace(config, parallel=parallel))
 
 
 def run_first_half_in(config, parallel):
@@ -344,161 +268,3 @@ def test_a_run_goes_on_in_another_layout(whole, tmp_path, optimizer, before, aft
         for key in theirs:
             if key.startswith(("loss/", "optim/", "teacher/")):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4), (ours["progress/step"], key)
-
-
-def poisoned_in(steps, where):
-    """A step of training whose gradients, or whose losses, are not finite in some of the steps."""
-    train, calls = DistillationStep.train, count(1)
-
-    def poisoned(step, batches, number):
-        result = train(step, batches, number)
-        if next(calls) in steps:
-            if where == "gradient":
-                next(iter(step.student[0].parameters())).main_grad.view(-1)[3] = torch.inf
-            else:
-                result.entries["kd_logits"].numerators["kd_logits"] = torch.nan
-        return result
-
-    return poisoned
-
-
-@pytest.mark.parametrize("where", ["gradient", "loss"])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(inputs, tmp_path, monkeypatch, where):
-    """Nothing moves, not even the learning rate: what follows is as if the step had been left out of the schedule."""
-    config = replace(
-        settings(inputs, tmp_path / "run"), student=str(inputs / "narrow/checkpoint"), steps=4, save_every=1
-    )
-    for ended_by, output in ((3, "ended"), (4, "run")):
-        with monkeypatch.context() as patch:
-            patch.setattr(DistillationStep, "train", poisoned_in({2, 3}, where))
-            distill.distill(replace(config, steps=ended_by, output=str(tmp_path / output)))
-    lines = read_metrics(tmp_path / "run")
-    assert [line["progress/skipped_steps"] for line in lines] == [0, 1, 2, 2]
-    # The end is saved in any case, and what was there before a skipped step stays.
-    states = {step: weights_of(tmp_path / "ended", step) for step in (1, 3)}
-    assert not (tmp_path / "ended/checkpoints" / iteration_folder(2)).exists()
-    for key, weight in states[1].items():
-        assert torch.equal(weight, states[3][key])
-    [last] = (tmp_path / "run/checkpoints").glob("iter_*")
-    assert last.name == iteration_folder(4)
-    assert any(not torch.equal(weight, states[1][key]) for key, weight in weights_of(tmp_path / "run", 4).items())
-    distill.distill(replace(config, output=str(tmp_path / "whole")))
-    whole = read_metrics(tmp_path / "whole")
-    assert [line["optim/lr"] for line in whole[:2]] == [lines[0]["optim/lr"], lines[3]["optim/lr"]]
-
-
-def run_poisoned_in(config, parallel):
-    """The same, but that one gradient is not finite in the second step, on one rank alone and before it is reduced."""
-    train, calls = DistillationStep.train, count(1)
-
-    def poisoned(step, batches, number):
-        if next(calls) != 2 or dist.get_rank() != dist.get_world_size() - 1:
-            return train(step, batches, number)
-        parameter = next(iter(step.student[0].parameters()))
-        hook = parameter.register_hook(lambda grad: grad + torch.inf)
-        try:
-            return train(step, batches, number)
-        finally:
-            hook.remove()
-
-    DistillationStep.train = poisoned
-    run_in(config, parallel)
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        pytest.param({}, id="plain"),
-        pytest.param({"distributed": True, "overlap": True}, id="distributed", marks=pytest.mark.oldest),
-    ],
-)
-def test_all_ranks_skip_what_is_not_finite_on_one(inputs, tmp_path, monkeypatch, optimizer):
-    config = replace(settings(inputs, tmp_path / "one"), student=str(inputs / "narrow/checkpoint"), steps=3)
-    config = replace(config, micro_batch=2, save_every=None)
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillationStep, "train", poisoned_in({2}, "gradient"))
-        distill.distill(config)
-    many = replace(config, output=str(tmp_path / "many"), optimizer=replace(config.optimizer, **optimizer))
-    run_on_ranks(4, run_poisoned_in, many, ParallelConfig(pipeline=2, data=2))
-    one, many = (read_metrics(tmp_path / run) for run in ("one", "many"))
-    assert [line["progress/skipped_steps"] for line in many] == [0, 1, 1]
-    for ours, theirs in zip(many, one, strict=True):
-        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-5)
-    found, expected = (weights_of(tmp_path / run, 3) for run in ("many", "one"))
-    for key, weight in expected.items():
-        torch.testing.assert_close(found[key], weight, rtol=1e-4, atol=1e-5)
-
-
-def test_a_run_stops_when_step_after_step_is_not_finite(inputs, tmp_path, monkeypatch):
-    config = replace(settings(inputs, tmp_path / "run"), steps=9, save_every=1, max_skipped_steps=3, global_batch=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillationStep, "train", poisoned_in({2, 4, 5, 6}, "gradient"))
-        with pytest.raises(TrainingError, match="in the last 3 steps.* In step 6, of sequences 20 to 23, the loss was"):
-            distill.distill(config)
-    assert Checkpoint(tmp_path / "run").iteration == 3  # what came after may be what is wrong
-    assert read_metrics(tmp_path / "run")[-1]["progress/skipped_steps"] == 4
-    distill.distill(config)  # and goes on from there, should it be lucky now
-    assert Checkpoint(tmp_path / "run").iteration == 9
-
-
-@pytest.mark.parametrize("validate_every", [None, 2])
-def test_a_checkpoint_stays_until_the_next_one_is_seen_to_work(inputs, tmp_path, monkeypatch, validate_every):
-    """Step 4 ruins the weights, and saves them: only what comes after shows it, or its validation."""
-    step = TrainableModel.step
-
-    def ruining(model):
-        lr = step(model)
-        if model.schedule.num_steps == 4:
-            next(iter(model.model_chunks[0].parameters())).data.fill_(torch.nan)
-        return lr
-
-    config = replace(settings(inputs, tmp_path / "run"), steps=9, save_every=2, max_skipped_steps=3)
-    monkeypatch.setattr(TrainableModel, "step", ruining)
-    with pytest.raises(TrainingError, match="in the last 3 steps"):
-        distill.distill(replace(config, validate_every=validate_every))
-    folders = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("iter_*"))
-    assert folders == [iteration_folder(step) for step in ([2, 4] if validate_every is None else [2])]
-    assert Checkpoint(tmp_path / "run").iteration == 2
-    # It goes on from there, and what it goes on from stays until it has saved another.
-    monkeypatch.setattr(TrainableModel, "step", step)
-    saved, save = [], saver.save_state
-
-    def watched(root, *arguments):
-        saved.append(latest_folder(root).is_dir())
-        save(root, *arguments)
-
-    monkeypatch.setattr(saver, "save_state", watched)
-    distill.distill(replace(config, validate_every=validate_every))
-    assert all(saved) and len(saved) == 4 and Checkpoint(tmp_path / "run").iteration == 9
-
-
-def test_the_best_checkpoint_stays_whatever_comes_after(inputs, tmp_path, monkeypatch):
-    losses = iter([3.0, float("nan"), 2.0, 1.0, 2.0, 1.5])
-    monkeypatch.setattr(loop, "validate", lambda *arguments: measured(1, kd_logits=next(losses), lm=9.0))
-    config = replace(
-        settings(inputs, tmp_path / "run"), steps=6, save_every=3, validate_every=1, keep_checkpoints=2, micro_batch=2
-    )
-    announced = []
-    announce = state._announce
-    monkeypatch.setattr(state, "_announce", lambda *a: (announced.append((a[1].name, a[2])), announce(*a)))
-    distill.distill(config)
-    # Beside those of every third step and the last, those that were the best so far.
-    assert announced == [(iteration_folder(n), best) for n, best in ((1, True), (3, True), (4, True), (6, False))]
-    folders = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("iter_*"))
-    assert folders == [iteration_folder(4), iteration_folder(6)]
-    best = Checkpoint(tmp_path / "run/best")
-    assert best.iteration == 4 and best.manifest.kind == "checkpoint"
-    assert (best.huggingface_folder / "tokenizer.json").is_file()
-    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")) == []
-    exported = export(ExportConfig(str(tmp_path / "run/best"), str(tmp_path / "exported")))
-    assert (exported / "config.json").is_file()
-
-
-def test_the_best_loss_so_far_outlives_an_interruption(inputs, tmp_path, monkeypatch, stop_after_saving):
-    config = replace(settings(inputs, tmp_path / "run"), steps=3, save_every=None, validate_every=1, micro_batch=2)
-    losses = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(loop, "validate", lambda *arguments: measured(1, kd_logits=next(losses), lm=0.0))
-    with stop_after_saving():
-        distill.distill(config)
-    distill.distill(config)
-    assert Checkpoint(tmp_path / "run/best").iteration == 1 and Checkpoint(tmp_path / "run").iteration == 3

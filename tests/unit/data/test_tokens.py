@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import random
 import shutil
@@ -177,15 +178,26 @@ def test_a_process_that_comes_second_takes_the_corpus_of_the_first(config, token
     assert {path.stat().st_ino for path in (tmp_path / "cache").iterdir()} == set(inodes)  # a folder and a link to it
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "train.bin", "train.idx", "heldout.bin", "heldout.idx"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+TOKEN_FILES = ["train.bin", "train.idx", "heldout.bin", "heldout.idx"]
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        *itertools.product(["manifest.json", *TOKEN_FILES], ["missing", "empty", "cut"]),
+        *itertools.product(TOKEN_FILES, ["flipped"]),
+    ],
+)
 def test_a_damaged_folder_is_named_and_made_again(config, tokenizer_dir, caplog, name, damage):
     corpus = prepare_corpus(config, tokenizer_dir)
     whole = {file.name: file.read_bytes() for file in corpus.folder.iterdir()}
     if damage == "missing":
         (corpus.folder / name).unlink()
     else:
-        (corpus.folder / name).write_bytes(whole[name][: len(whole[name]) // 2] if damage == "cut" else b"")
+        half = len(whole[name]) // 2
+        rest = bytes([whole[name][half] ^ 1]) + whole[name][half + 1 :]
+        damaged = {"empty": b"", "cut": whole[name][:half], "flipped": whole[name][:half] + rest}
+        (corpus.folder / name).write_bytes(damaged[damage])
     assert prepare_corpus(config, tokenizer_dir) == corpus
     assert {file.name: file.read_bytes() for file in corpus.folder.iterdir()} == whole
     assert f"{corpus.folder} is not a whole corpus" in caplog.text and name.removesuffix(".bin") in caplog.text

@@ -58,6 +58,15 @@ def rounds_by_axis(scores: Scores) -> dict[str, Tensor]:
     }
 
 
+def assert_same(found: Scores, expected: Scores, tolerance: float = 0.0) -> None:
+    """Two scorings by the same settings found the same."""
+    for name in ("network", "settings", "checkpoint"):
+        assert getattr(found, name) == getattr(expected, name)
+    for name in ("hidden", "elements", "depth", "rounds", "element_rounds"):
+        one, other = getattr(found, name), getattr(expected, name)
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 class RandomSource:
     """Random weights in memory, by key and layer."""
 
