@@ -152,6 +152,6 @@ def make_inputs(folder: Path) -> dict[str, str]:
 def data_settings(network: str, inputs: Path) -> list[str]:
     """Settings of a network's text."""
     if network == SMOLLM2:
-        return ["data.text=[builtin]", "data.cache_dir=corpora", "data.sequence_length=96"]
+        return ["data.text=[builtin]", "data.cache_dir=../corpora", "data.sequence_length=96"]
     text = f"data.text=[{inputs / 'text.jsonl'}]"
-    return [text, "data.cache_dir=corpora", "data.sequence_length=32", "data.heldout_pct=20"]
+    return [text, "data.cache_dir=../corpora", "data.sequence_length=32", "data.heldout_pct=20"]
