@@ -6,7 +6,6 @@ folders of their own below, by number, with all of these but the scripts and `la
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.reader import show
 from minitron_megatron.config.schema import SCHEMAS
 from minitron_megatron.errors import ConfigError
+from minitron_megatron.files import write_atomically, write_json
 from minitron_megatron.launch.jobs import REPORT, Job, Stages
 
 FOLDER = "launch"
@@ -64,21 +64,11 @@ class Launched:
             raise ConfigError([f"{path} is damaged ({error}): remove it and launch the run again"]) from error
 
     def write(self, run_dir: Path) -> None:
-        replace(run_dir / FOLDER / "launch.json", json.dumps(asdict(self), indent=2) + "\n")
+        write_json(run_dir / FOLDER / "launch.json", asdict(self))
 
     def runs(self, run_dir: Path) -> list[Path]:
         """Returns the folder of each run."""
         return [run_dir] if self.num_runs is None else [run_dir / str(number) for number in range(self.num_runs)]
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a small file atomically: a reader sees the old or the new text."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def other_run_problems(run: Path, jobs: list[Job], stages: Stages) -> list[str]:
@@ -108,13 +98,13 @@ def write_settings(run: Path, jobs: list[Job], stages: Stages, recipe: Any) -> N
     folder.mkdir(parents=True, exist_ok=True)
     (run / LOGS).mkdir(exist_ok=True)
     for job, (_, settings) in zip(jobs, stages.values(), strict=False):
-        replace(folder / f"{job.file}.yaml", to_yaml(settings))
+        write_atomically(folder / f"{job.file}.yaml", to_yaml(settings))
         # The script finds the job's output by this link.
         made = folder / f"{job.file}.output"
         made.unlink(missing_ok=True)
         made.symlink_to(Path(settings.output).absolute())
     if recipe is not None:
-        replace(run / RECIPE, to_yaml(recipe))
+        write_atomically(run / RECIPE, to_yaml(recipe))
 
 
 def read_stage(run: Path, job: Job, work_dir: str) -> tuple[dict, Path] | None:

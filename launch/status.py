@@ -37,7 +37,8 @@ def status_table(run_dir: Path) -> Table:
 def _state(run: Path, job: Job, launched: Launched, known: list[tuple[str, str]]) -> tuple[str, str]:
     """Returns the state in a word or two, and the restarts so far."""
     path = run / FOLDER / f"{job.file}.state"
-    own, _, restarts = path.read_text().split() if path.is_file() else ("", "", "")
+    words = path.read_text().split() if path.is_file() else []
+    own, _, restarts = words if len(words) == 3 else ("", "", "")
     if is_done(run, job, launched.work_dir):
         return "done", restarts
     if launched.num_runs is None and known:
@@ -64,8 +65,11 @@ def _progress(run: Path, job: Job, work_dir: str) -> list[str]:
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if not lines:
         return ["", "", ""]
-    last, steps = json.loads(lines[-1]), settings["steps"]
-    left = (steps - last["progress/step"]) * last["time/step_s"]
+    try:
+        last, steps = json.loads(lines[-1]), settings["steps"]
+        left = (steps - last["progress/step"]) * last["time/step_s"]
+    except (ValueError, TypeError, KeyError):  # damaged, as the next run of it says
+        return ["", "", ""]
     return [
         f"{last['progress/step']} of {steps}",
         f"{last['loss/total']:.4f}",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import re
 import shlex
 import sys
@@ -22,6 +21,7 @@ from minitron_megatron.config.text import as_value
 from minitron_megatron.config.verbs import VERBS
 from minitron_megatron.disk import convert_os_errors
 from minitron_megatron.errors import PREEMPTED, ConfigError, raise_if_any
+from minitron_megatron.files import write_atomically, write_json
 from minitron_megatron.fit_check import check_fit
 from minitron_megatron.launch import slurm
 from minitron_megatron.launch.jobs import REPORT, Job, Stages, file_stem, jobs_of
@@ -33,7 +33,6 @@ from minitron_megatron.launch.run_folder import (
     Launched,
     is_done,
     other_run_problems,
-    replace,
     write_settings,
 )
 from minitron_megatron.launch.script import render
@@ -128,7 +127,7 @@ def _prepare_folders(launched: Launched, base: Path, runs: list[Run]) -> None:
 def _submit(launched: Launched, base: Path, waiting: list[Job], cluster: ClusterConfig) -> None:
     """Writes all job scripts, and submits those of the jobs that are not done."""
     for file, text in _scripts(launched, base, cluster).items():
-        replace(base / FOLDER / f"{file}.sh", text)
+        write_atomically(base / FOLDER / f"{file}.sh", text)
 
     def keep(script: Path, job_id: str) -> None:
         launched.ids[script.stem] = job_id
@@ -168,7 +167,7 @@ def report(run_dir: str) -> int:
         with suppress(OSError, ValueError):  # a stage that is not done, or a file that a full disk left empty
             seconds[name] = float(path.read_text())
     with lease(Path(run_dir)):
-        replace(Path(run_dir) / SECONDS, json.dumps(seconds, indent=2) + "\n")
+        write_json(Path(run_dir) / SECONDS, seconds)
         finish(recipe, stages)
     return 0
 
@@ -293,12 +292,12 @@ def _run_here(launched: Launched, runs: list[Run]) -> int:
             if is_done(run.folder, job, launched.work_dir):
                 continue
             state = run.folder / FOLDER / f"{job.file}.state"
-            replace(state, "running - 0\n")
+            write_atomically(state, "running - 0\n")
             started = time.perf_counter()
             if status := run_ranks(job.ranks, _command(run.folder, job)):
-                replace(state, f"{'stopped' if status == PREEMPTED else 'failed'} - 0\n")
+                write_atomically(state, f"{'stopped' if status == PREEMPTED else 'failed'} - 0\n")
                 return status
-            replace(state.with_suffix(".done"), f"{time.perf_counter() - started:.0f}\n")
+            write_atomically(state.with_suffix(".done"), f"{time.perf_counter() - started:.0f}\n")
     return 0
 
 

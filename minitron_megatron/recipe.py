@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from minitron_megatron.artifacts.files import read_json, write_atomically, write_json
 from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.artifacts.manifest import MANIFEST
 from minitron_megatron.config.compose import Stages, resolve_stages, to_yaml
 from minitron_megatron.config.schema import CompressConfig
 from minitron_megatron.config.verbs import verb_function
 from minitron_megatron.errors import PREEMPTED, CheckpointError, ConfigError, Preempted
+from minitron_megatron.files import read_json, write_atomically, write_json
 from minitron_megatron.launch.local import run_ranks
 from minitron_megatron.launch.world import ranks_to_start
 

@@ -18,8 +18,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from minitron_megatron.artifacts.files import is_lease, read_json, write_json
 from minitron_megatron.errors import CheckpointError
+from minitron_megatron.files import is_lease, read_json, write_json
 from minitron_megatron.progress import progress
 
 logger = logging.getLogger(__name__)

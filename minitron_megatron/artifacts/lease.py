@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 
 import psutil
 
-from minitron_megatron.artifacts.files import lease_of, write_json
 from minitron_megatron.artifacts.manifest import MANIFEST
 from minitron_megatron.errors import ConfigError
+from minitron_megatron.files import lease_of, write_json
 from minitron_megatron.process import handle_signals
 
 logger = logging.getLogger(__name__)

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from minitron_megatron import __version__
-from minitron_megatron.artifacts.files import read_json, write_json
 from minitron_megatron.artifacts.fingerprint import fingerprint, is_of
 from minitron_megatron.config.changes import content, defaults, differences
 from minitron_megatron.config.reader import show
 from minitron_megatron.config.schema import SCHEMAS
 from minitron_megatron.errors import CheckpointError
+from minitron_megatron.files import read_json, write_json
 
 MANIFEST = "manifest.json"
 # The results of an evaluation, beside its manifest.

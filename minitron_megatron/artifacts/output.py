@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from minitron_megatron.artifacts.files import is_lease, publish
 from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
 from minitron_megatron.disk import convert_enospc, require_space
 from minitron_megatron.errors import ConfigError
+from minitron_megatron.files import is_lease, publish
 from minitron_megatron.parallel.workers import ALONE, Workers
 from minitron_megatron.process import handle_signals
 

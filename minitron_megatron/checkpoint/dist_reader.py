@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from minitron_megatron.artifacts.files import read_json
 from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
 from minitron_megatron.checkpoint.dcp_chunks import Chunk, StoredObject
 from minitron_megatron.checkpoint.hf_assets import num_tokens
@@ -32,6 +31,7 @@ from minitron_megatron.checkpoint.row_io import bits
 from minitron_megatron.checkpoint.safe_load import PlainUnpickler, load_plain
 from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError, UserError
+from minitron_megatron.files import read_json
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.megatron_args import network_of_args
 from minitron_megatron.model.network import Network

@@ -31,12 +31,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from minitron_megatron.artifacts.files import copy_content
 from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.artifacts.output import writing
 from minitron_megatron.checkpoint.dist_reader import HUGGINGFACE, RELEASE, TRACKER
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.disk import convert_enospc
+from minitron_megatron.files import copy_content
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.megatron_args import args_of_network
 from minitron_megatron.model.network import Network

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from minitron_megatron.artifacts.files import read_json
 from minitron_megatron.errors import CheckpointError
+from minitron_megatron.files import read_json
 
 # Files that are copied along with the weights, if present; the model card for its licence. Never weights or code.
 HF_ASSETS = (

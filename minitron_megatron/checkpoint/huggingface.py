@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import transformers
 
-from minitron_megatron.artifacts.files import read_json
 from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.artifacts.output import writing
 from minitron_megatron.checkpoint.hf_assets import HF_ASSETS, original_config, read_config
@@ -31,6 +30,7 @@ from minitron_megatron.checkpoint.stored_tensors import SafeTensor, StoredTensor
 from minitron_megatron.checkpoint.tokenizer_files import keep_tokens
 from minitron_megatron.disk import convert_enospc
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError
+from minitron_megatron.files import read_json
 from minitron_megatron.model.axes import Param, Part
 from minitron_megatron.model.families import Config, config_from_network, network_from_config
 from minitron_megatron.model.network import Network

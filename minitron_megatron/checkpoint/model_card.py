@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from minitron_megatron.artifacts.files import read_json
 from minitron_megatron.artifacts.lineage import in_creation_order, origin_of
 from minitron_megatron.artifacts.manifest import EVALUATION, Manifest, Parent
 from minitron_megatron.errors import CheckpointError
+from minitron_megatron.files import read_json
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.facts import network_facts
 from minitron_megatron.model.network import Network

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from minitron_megatron.artifacts.files import read_json, write_json
 from minitron_megatron.checkpoint.hf_assets import original_config
 from minitron_megatron.checkpoint.model_card import CARD, license_of
 from minitron_megatron.data.encoding import load_tokenizer
 from minitron_megatron.errors import CheckpointError
+from minitron_megatron.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

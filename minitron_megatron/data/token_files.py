@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from minitron_megatron.artifacts.files import read_json
 from minitron_megatron.artifacts.fingerprint import fingerprint
 from minitron_megatron.artifacts.manifest import MANIFEST
 from minitron_megatron.data.indexed import read_index
 from minitron_megatron.errors import DataError
+from minitron_megatron.files import read_json
 
 logger = logging.getLogger(__name__)
 

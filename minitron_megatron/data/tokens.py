@@ -36,7 +36,6 @@ import tokenizers
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from minitron_megatron import __version__
-from minitron_megatron.artifacts.files import replacing, write_json
 from minitron_megatron.artifacts.fingerprint import fingerprint as content_fingerprint
 from minitron_megatron.artifacts.manifest import MANIFEST
 from minitron_megatron.config.common import OnBadRow
@@ -56,6 +55,7 @@ from minitron_megatron.data.rows import Document, RowError, RowReport
 from minitron_megatron.data.token_files import TokenFiles, drop_damaged_orders, whole
 from minitron_megatron.disk import convert_enospc
 from minitron_megatron.errors import DataError
+from minitron_megatron.files import replacing, write_json
 from minitron_megatron.progress import progress
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from minitron_megatron.artifacts.files import write_json
 from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.artifacts.manifest import EVALUATION, Manifest, Parent
 from minitron_megatron.artifacts.output import is_done, writing
@@ -35,6 +34,7 @@ from minitron_megatron.evaluation.inference import Inference
 from minitron_megatron.evaluation.rank0 import Call, run_on_rank0
 from minitron_megatron.evaluation.sampling import SamplingParams
 from minitron_megatron.evaluation.tasks import Tasks, exp, task_problems, task_table
+from minitron_megatron.files import write_json
 from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.positions import warn_of_positions

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from minitron_megatron.artifacts.files import read_json, write_atomically
 from minitron_megatron.errors import CheckpointError, raise_if_any
+from minitron_megatron.files import read_json, write_atomically
 from minitron_megatron.model.axes import HIDDEN, Kept
 from minitron_megatron.model.layers import PrunableAxis, Sublayer
 from minitron_megatron.model.network import Network

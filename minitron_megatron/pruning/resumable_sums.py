@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minitron_megatron.artifacts.files import replacing
 from minitron_megatron.data.samples import Samples, rank_batches
 from minitron_megatron.errors import DataError
+from minitron_megatron.files import replacing
 from minitron_megatron.parallel.collectives import rank0_first, sum_over
 from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import Batch, to_device

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minitron_megatron.artifacts.files import write_atomically, write_json
 from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.config.schema import CompareConfig
 from minitron_megatron.evaluation.tasks import show
+from minitron_megatron.files import write_atomically, write_json
 from minitron_megatron.report.results import Evaluation
 
 MARKDOWN, JSON = "comparison.md", "comparison.json"

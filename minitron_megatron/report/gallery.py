@@ -5,9 +5,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from minitron_megatron.artifacts.files import replacing
 from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
 from minitron_megatron.config.schema import DepthSearch
+from minitron_megatron.files import replacing
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.layers import PrunableAxis, Sublayer
 from minitron_megatron.plotting import FEW, png

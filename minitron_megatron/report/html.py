@@ -7,8 +7,8 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from minitron_megatron import __version__
-from minitron_megatron.artifacts.files import write_atomically
 from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
+from minitron_megatron.files import write_atomically
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.plotting import FIGURES, short
 from minitron_megatron.pruning import plan as plans

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from minitron_megatron.artifacts.files import write_atomically
 from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.config.schema import TrackingConfig
 from minitron_megatron.errors import CheckpointError, UserError
+from minitron_megatron.files import write_atomically
 from minitron_megatron.tracking.trackers import STEP, TensorBoard, Wandb, start_trackers
 
 logger = logging.getLogger(__name__)

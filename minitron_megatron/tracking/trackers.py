@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.artifacts.files import write_atomically
 from minitron_megatron.artifacts.lineage import Origin, in_creation_order, origin_of, origins_of
 from minitron_megatron.artifacts.manifest import Manifest, Parent
 from minitron_megatron.config.schema import Tracker, TrackingConfig
 from minitron_megatron.errors import ConfigError
+from minitron_megatron.files import write_atomically
 from minitron_megatron.tracking.provenance import provenance
 
 WANDB_ID = "wandb_id"

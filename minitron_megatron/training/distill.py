@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from minitron_megatron.artifacts.files import write_atomically
 from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.artifacts.manifest import MANIFEST, Manifest, Parent
 from minitron_megatron.artifacts.output import conflict_message, writing
@@ -24,6 +23,7 @@ from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.disk import convert_enospc
 from minitron_megatron.distillation.pairs import hidden_problems
 from minitron_megatron.errors import ConfigError, Preempted, raise_if_any
+from minitron_megatron.files import write_atomically
 from minitron_megatron.model.build import build_problems, fp8_problems
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.megatron_args import args_of_network

@@ -15,7 +15,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
-from minitron_megatron.artifacts.files import publish, write_atomically
 from minitron_megatron.checkpoint.dist_reader import (
     TRACKER,
     iteration_folder,
@@ -24,6 +23,7 @@ from minitron_megatron.checkpoint.dist_reader import (
     require_plain,
 )
 from minitron_megatron.disk import convert_enospc
+from minitron_megatron.files import publish, write_atomically
 from minitron_megatron.parallel.collectives import rank0_first
 from minitron_megatron.training.optimizer import TrainableModel
 

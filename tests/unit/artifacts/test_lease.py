@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from minitron_megatron.artifacts import lease as module
-from minitron_megatron.artifacts.files import write_json
 from minitron_megatron.artifacts.fingerprint import fingerprint
 from minitron_megatron.artifacts.lease import lease, sole_writer
 from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.artifacts.output import is_done, writing
 from minitron_megatron.errors import ConfigError
+from minitron_megatron.files import write_json
 
 HOLD = """
 import signal, sys, time
