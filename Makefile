@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed-$(RELEASE)
 # Bytecode is written when a module is first imported, which happens to few of those that are installed.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
 # Two processes, and a file's tests in one of them, for many tests start several ranks of their own.
-PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # Without bytecode every process compiles torch and Megatron-Core anew, which takes 20 seconds.
 unexport PYTHONDONTWRITEBYTECODE

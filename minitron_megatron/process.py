@@ -112,6 +112,8 @@ def import_heavy(module: str) -> ModuleType:
     finds nothing to free. On the CPU `torch.compile` leaves Megatron-Core's functions as they are: none of its fused
     ones is used there, and the compiler alone takes seconds to load.
     """
+    if module in sys.modules:  # freezing once more would keep for ever what the process makes meanwhile
+        return sys.modules[module]
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -6,6 +6,8 @@ import tempfile
 
 import pytest
 
+MANY_THREADS = 100  # the groups of one rank have some seventy
+
 # As in the commands: torch, Megatron-Core and transformers are a million objects, none of which is ever freed.
 gc.disable()
 
@@ -26,3 +28,11 @@ def cache_of_the_tests():
             del os.environ["XDG_CACHE_HOME"]
         else:
             os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(autouse=True)
+def no_threads_of_former_groups():
+    """What a test has caught keeps its process groups alive, each with a thread that wakes up every ten milliseconds."""
+    yield
+    if len(os.listdir("/proc/self/task")) > MANY_THREADS:
+        gc.collect()

@@ -1,5 +1,6 @@
 """What is set for the whole process."""
 
+import gc
 import subprocess
 import sys
 
@@ -28,3 +29,11 @@ def test_what_is_not_megatrons_is_compiled(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert hasattr(import_heavy("own_kernels").double, "_torchdynamo_orig_callable")
     assert torch.compile.__module__ == "torch"
+
+
+def test_what_a_process_makes_later_is_not_kept_for_ever():
+    import_heavy("minitron_megatron.errors")
+    before = gc.get_freeze_count()
+    kept = [[] for _ in range(1000)]
+    import_heavy("minitron_megatron.errors")
+    assert gc.get_freeze_count() == before and len(kept) == 1000
