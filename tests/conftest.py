@@ -32,7 +32,7 @@ def cache_of_the_tests():
 
 @pytest.fixture(autouse=True)
 def no_threads_of_former_groups():
-    """What a test has caught keeps its process groups alive, each with a thread that wakes up every ten milliseconds."""
+    """What a test has caught keeps process groups alive, and each of them a thread that polls all the time."""
     yield
     if len(os.listdir("/proc/self/task")) > MANY_THREADS:
         gc.collect()

@@ -236,16 +236,23 @@ def _require_readable(config: Config, network: Network) -> None:
 def _stored_tensors(folder: Path) -> dict[str, SafeTensor]:
     """Returns the tensors of a folder that transformers would load, by name."""
     if (folder / SINGLE).is_file():
-        tensors = tensors_in(folder / SINGLE)
-        if (folder / INDEX).is_file() and set(_weight_map(folder).values()) != {SINGLE}:
+        if _has_other_index(folder):
             logger.warning("%s: %s is read, and not the shards of %s, as transformers does", folder, SINGLE, INDEX)
-        return tensors
+        return tensors_in(folder / SINGLE)
     if not (folder / INDEX).is_file():
         hint = folder_hint(folder) or "only safetensors weights are read"
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: {hint}")
     names = _weight_map(folder)
     there = {file: tensors_in(folder / file) for file in set(names.values())}
     return {name: there[file][name] for name, file in names.items() if name in there[file]}
+
+
+def _has_other_index(folder: Path) -> bool:
+    """Returns whether there is an index beside the single file, be it damaged, that names other files."""
+    try:
+        return (folder / INDEX).is_file() and set(_weight_map(folder).values()) != {SINGLE}
+    except CheckpointError:
+        return True
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -23,11 +23,14 @@ import numpy as np
 from minitron_megatron.data.chat import render_chat
 from minitron_megatron.data.rows import Document, RowError
 from minitron_megatron.errors import DataError, LostWorkerError
+from minitron_megatron.files import read_json
 from minitron_megatron.process import import_heavy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_FAST = "tokenizer.json"
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _BATCH = 64  # documents per tokenizer call, enough to keep its threads busy
 # Starting a process takes as long as the tokenizer's own threads need for about this much text.
 _CHARACTERS_PER_WORKER = 2**24
@@ -63,7 +66,7 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
     Raises:
         DataError: the folder holds no `tokenizer.json`.
     """
-    file = Path(tokenizer_dir) / "tokenizer.json"
+    file = Path(tokenizer_dir) / _FAST
     if not file.is_file():
         raise DataError(
             f"{file} does not exist: put the tokenizer there, as the files tokenizer.json and tokenizer_config.json "
@@ -75,6 +78,28 @@ def tokenizer_fingerprint(tokenizer_dir: Path) -> str:
     content = {part: backend[part] for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
     content["split_special_tokens"] = bool(tokenizer.split_special_tokens)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def have_equal_tokenizers(first: Path, second: Path) -> bool:
+    """Returns whether two Hugging Face folders tokenise every text alike.
+
+    Tokenizers of equal files are not loaded, for which every rank would import transformers.
+
+    Raises:
+        DataError: as of `tokenizer_fingerprint`.
+    """
+    files = _tokenizer_files(first)
+    if _FAST in files and files == _tokenizer_files(second):
+        return True
+    return tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
+
+
+def _tokenizer_files(folder: Path) -> dict[str, bytes | str]:
+    """Returns what transformers makes a tokenizer of: files by name, and the kind of the model."""
+    files = {name: (folder / name).read_bytes() for name in (_FAST, *_SETTINGS) if (folder / name).is_file()}
+    config = folder / "config.json"
+    kind = read_json(config, "the whole config of a model").get("model_type") if config.is_file() else None
+    return {**files, "model_type": str(kind)}
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:

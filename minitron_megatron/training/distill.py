@@ -17,7 +17,7 @@ from minitron_megatron.checkpoint.hf_assets import copy_hf_assets
 from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.data.corpus import text_parents
-from minitron_megatron.data.encoding import tokenizer_fingerprint
+from minitron_megatron.data.encoding import have_equal_tokenizers
 from minitron_megatron.data.samples import Samples, heldout_samples, require_tokens, training_samples
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.disk import convert_enospc
@@ -192,13 +192,12 @@ def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: Distill
             f"teacher = {config.teacher} has {theirs}; student = {config.student} has {ours}: they must share one "
             f"vocabulary, and its padding"
         )
-    if teacher.network.vocab_size == student.network.vocab_size:
-        theirs, ours = (tokenizer_fingerprint(c.huggingface_folder) for c in (teacher, student))
-        if theirs != ours:
-            problems.append(
-                f"teacher = {config.teacher} and student = {config.student} carry different tokenizers: "
-                f"they must share one"
-            )
+    if teacher.network.vocab_size == student.network.vocab_size and not have_equal_tokenizers(
+        teacher.huggingface_folder, student.huggingface_folder
+    ):
+        problems.append(
+            f"teacher = {config.teacher} and student = {config.student} carry different tokenizers: they must share one"
+        )
     return problems
 
 

@@ -80,7 +80,7 @@ def source_of(model):
 
 
 def samples():
-    return Samples(STEPS * GLOBAL_BATCH, SEQUENCE, 101, seed=3)
+    return Samples(16, SEQUENCE, 101, seed=3)
 
 
 def work(folder, name):

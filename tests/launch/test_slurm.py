@@ -26,7 +26,7 @@ CLUSTER = [
     *("cluster.cpus_per_rank=null", "cluster.memory=null"),
 ]
 NOT_EXACT = ("time/", "throughput/", "memory/")
-STEPS = 30
+STEPS, SAVE_EVERY = 20, 10
 
 
 def recipe(inputs: Path, run_dir: Path) -> list[str]:
@@ -47,7 +47,7 @@ def recipe(inputs: Path, run_dir: Path) -> list[str]:
 
 DISTILL = [
     f"steps={STEPS}",
-    "save_every=15",
+    f"save_every={SAVE_EVERY}",
     "dtype=fp32",
     "optimizer.warmup_steps=1",
     "tracking={trackers:[wandb],mode:offline}",
@@ -185,30 +185,31 @@ def kill_a_rank(output: Path) -> None:
     os.kill(ranks[-1].pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("event, rendezvous", [("preempted", "srun"), ("warned", "torchrun"), ("killed", "torchrun")])
+@pytest.mark.parametrize("rendezvous, events", [("srun", ["preempted"]), ("torchrun", ["warned", "killed"])])
 def test_a_job_that_is_interrupted_comes_back_and_ends_as_if_it_had_not_been(
-    done, tmp_path, minitron, job, ended, ask, event, rendezvous
+    done, tmp_path, minitron, job, ended, ask, rendezvous, events
 ):
     output = tmp_path / "out"
     arguments = [*distill(done, output), f"cluster.rendezvous={rendezvous}"]
     assert minitron("launch", *arguments).returncode == 0
     [job_id] = launched(tmp_path / "out.launch").values()
-    wait_for(lambda: training(output, 17 if event == "killed" else 5), what="some steps")
-    if event == "preempted":  # by Slurm, for another job that takes its nodes
-        ask("sbatch", "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
-    elif event == "warned":  # as before the end of its time
-        ask("scancel", "--signal=USR1", job_id)
-    else:
-        kill_a_rank(output)
-    wait_for(lambda: job(job_id)["Restarts"] == "1", what="a restart")
+    for count, event in enumerate(events, 1):
+        wait_for(lambda: training(output, SAVE_EVERY + 2 if event == "killed" else 3), what="some steps")  # noqa: B023
+        if event == "preempted":  # by Slurm, for another job that takes its nodes
+            ask("sbatch", "--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
+        elif event == "warned":  # as before the end of its time
+            ask("scancel", "--signal=USR1", job_id)
+        else:
+            kill_a_rank(output)
+        wait_for(lambda: job(job_id)["Restarts"] == str(count), what="a restart")  # noqa: B023
     assert ended(job_id) == "COMPLETED", logs(tmp_path / "out.launch")
-    assert job(job_id)["Restarts"] == "1"
+    assert job(job_id)["Restarts"] == str(len(events))
     assert metrics(output) == metrics(done / "distilled")
     wandb_ids, rows = history(output)
     assert len(wandb_ids) == 1 and rows == read_metrics(output)
     said = logs(tmp_path / "out.launch")
-    assert ("saved and stopped" in said) == (event != "killed")
-    assert ("resuming after step 15" in said) == (event == "killed")
+    assert "saved and stopped" in said
+    assert (f"resuming after step {SAVE_EVERY}" in said) == ("killed" in events)
 
 
 def test_a_sweep_is_an_array_of_which_few_run_at_once(done, tmp_path, minitron, job, ended, ask):

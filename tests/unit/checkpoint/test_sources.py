@@ -128,11 +128,12 @@ def test_a_prefix_beside_another_network_is_said_and_refused(folder):
     assert "unknown: vision_tower.weight" in message and "its keys begin with 'language_model.model.'" in message
 
 
-def test_of_two_sets_of_weights_that_of_transformers_is_read(folder, caplog):
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_of_two_sets_of_weights_that_of_transformers_is_read(folder, is_damaged, caplog):
     shards = {name: tensor * 2 for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(shards, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
     weight_map = dict.fromkeys(shards, "model-00001-of-00001.safetensors")
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text("{" if is_damaged else json.dumps({"weight_map": weight_map}))
     torch.save(shards, folder / "pytorch_model.bin")
     assert torch.equal(logits(as_transformers_model(imported(folder))), theirs(folder))
     assert f"model.safetensors is read, and not the shards of {INDEX}" in caplog.text
