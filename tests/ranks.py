@@ -9,10 +9,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Imported once, by a server that the ranks are forked from: it takes each of them several seconds otherwise. The first
-# step of an optimiser loads torch's compiler.
+# step of an optimiser loads torch's compiler, and a tokenizer transformers.
 multiprocessing.set_forkserver_preload(
     [
         "torch._dynamo",
+        "transformers.models.auto.tokenization_auto",
         "minitron_megatron.training.distill",
         "minitron_megatron.pruning.score",
         "minitron_megatron.evaluation.evaluate",

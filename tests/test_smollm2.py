@@ -114,10 +114,10 @@ def test_its_perplexity_in_bf16_is_that_of_transformers(smollm2):
     from minitron_megatron.data.tokens import prepare_corpus
 
     ours, theirs = (
-        measure(smollm2.folder, model, DType.BF16, num_samples=16, generate_tokens=0)["heldout"]
+        measure(smollm2.folder, model, DType.BF16, num_samples=8, generate_tokens=0)["heldout"]
         for model in ("checkpoint", "exported")
     )
-    assert ours["num_tokens"] == theirs["num_tokens"] > 8000
+    assert ours["num_tokens"] == theirs["num_tokens"] > 4000
 
     # What bf16 does to the loss of a token is known from transformers' model with weights of bf16, whose loss in
     # float32 is the exact one.

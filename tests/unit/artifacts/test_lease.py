@@ -23,7 +23,9 @@ HOLD = """
 import signal, sys, time
 from pathlib import Path
 from minitron_megatron.artifacts.lease import lease
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which it would inherit, ignored, from nohup
+# Both would be inherited, ignored, from nohup and from a script's background.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with lease(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
