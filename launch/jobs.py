@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from minitron_megatron.config.cluster import ClusterConfig
@@ -73,6 +74,25 @@ def jobs_of(stages: Stages, cluster: ClusterConfig, with_report: bool) -> list[J
         )
     raise_if_any(problems)
     return [*jobs, Job(REPORT, file_stem(len(jobs) + 1, REPORT), REPORT)] if with_report else jobs
+
+
+def missing_inputs(stages: Stages, run_dir: Path) -> list[str]:
+    """Returns a problem for each setting that names a place in the run's folder which is not there and no earlier stage
+    makes."""
+    problems = []
+    made: list[Path] = []
+    for name, (_, settings) in stages.items():
+        for field, value in vars(settings).items():
+            path = Path(value).absolute() if isinstance(value, str) and value and field != "output" else None
+            if path is None or run_dir.absolute() not in path.parents:
+                continue
+            if not path.exists() and not any(output in (path, *path.parents) for output in made):
+                problems.append(
+                    f"stages.{name}.{field} = {value} is not there, and no earlier stage makes it: name another, or "
+                    f"leave the stage out with stages.{name}=null"
+                )
+        made.append(Path(settings.output).absolute())
+    return problems
 
 
 def file_stem(number: int, name: str) -> str:

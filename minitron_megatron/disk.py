@@ -26,9 +26,13 @@ def require_space(folder: Path, num_bytes: int) -> None:
     free = _free(folder)
     if free < num_bytes:
         raise DiskSpaceError(
-            f"{folder} has {free / 1e9:.2f} GB free, and {num_bytes / 1e9:.2f} GB are needed: free some space "
-            f"or choose another output"
+            f"{folder} has {_size(free)} free, and {_size(num_bytes)} are needed: free some space or choose another "
+            f"output"
         )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from minitron_megatron.errors import PREEMPTED, ConfigError, raise_if_any
 from minitron_megatron.files import write_atomically, write_json
 from minitron_megatron.fit_check import check_fit
 from minitron_megatron.launch import slurm
-from minitron_megatron.launch.jobs import REPORT, Job, Stages, file_stem, jobs_of
+from minitron_megatron.launch.jobs import REPORT, Job, Stages, file_stem, jobs_of, missing_inputs
 from minitron_megatron.launch.local import run_ranks
 from minitron_megatron.launch.run_folder import (
     FOLDER,
@@ -238,7 +238,9 @@ def _run(verb: str, overrides: list[str]) -> Run:
     """Returns one run. That of a single verb has its folder beside the verb's output."""
     settings = compose(verb, overrides)
     if verb == "compress":
-        return Run(Path(settings.run_dir).absolute(), resolve_stages(settings), settings)
+        stages = resolve_stages(settings)
+        raise_if_any(missing_inputs(stages, Path(settings.run_dir)))
+        return Run(Path(settings.run_dir).absolute(), stages, settings)
     output = Path(settings.output).absolute()
     return Run(output.with_name(f"{output.name}.launch"), {verb: (verb, settings)})
 

@@ -13,8 +13,9 @@ from minitron_megatron.artifacts.manifest import MANIFEST
 from minitron_megatron.config.compose import Stages, resolve_stages, to_yaml
 from minitron_megatron.config.schema import CompressConfig
 from minitron_megatron.config.verbs import verb_function
-from minitron_megatron.errors import PREEMPTED, CheckpointError, ConfigError, Preempted
+from minitron_megatron.errors import PREEMPTED, CheckpointError, ConfigError, Preempted, raise_if_any
 from minitron_megatron.files import read_json, write_atomically, write_json
+from minitron_megatron.launch.jobs import missing_inputs
 from minitron_megatron.launch.local import run_ranks
 from minitron_megatron.launch.world import ranks_to_start
 
@@ -38,6 +39,7 @@ def compress(config: CompressConfig) -> Path:
     """
     run_dir = Path(config.run_dir)
     stages = resolve_stages(config)
+    raise_if_any(missing_inputs(stages, run_dir))
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.yaml", to_yaml(config))
     seconds = _read_seconds(run_dir)

@@ -103,6 +103,15 @@ def readme_commands() -> list[str]:
     return [line for line in lines if "minitron " in line]
 
 
+@pytest.mark.parametrize("launched", [[], ["launch"]])
+def test_a_stage_without_its_input_is_named_before_the_first_one_starts(launched, inputs, tmp_path, capsys):
+    left_out = ["stages.distilled=null", "stages.evaluate_distilled=null"]
+    assert main([*launched, *arguments(inputs), f"run_dir={tmp_path}/other", *left_out]) == 2
+    said = f"stages.exported.checkpoint = {tmp_path}/other/distilled is not there, and no earlier stage makes it"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("command", readme_commands())
 def test_every_command_of_the_readme_composes(command, capsys):
     words = shlex.split(command, comments=True)
