@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-MANY_THREADS = 100  # the groups of one rank have some seventy
+MANY_THREADS = 60  # as the groups of one rank have
 
 # As in the commands: torch, Megatron-Core and transformers are a million objects, none of which is ever freed.
 gc.disable()
@@ -30,9 +30,27 @@ def cache_of_the_tests():
             os.environ["XDG_CACHE_HOME"] = before
 
 
+class Threads:
+    """How many there may be before it is worth a look for those of groups that nobody has any more."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def tidy(self) -> None:
+        if self.count() > self.most:
+            gc.collect()
+            self.most = self.count() + MANY_THREADS
+
+    @staticmethod
+    def count() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+
+THREADS = Threads()
+
+
 @pytest.fixture(autouse=True)
 def no_threads_of_former_groups():
     """What a test has caught keeps process groups alive, and each of them a thread that polls all the time."""
     yield
-    if len(os.listdir("/proc/self/task")) > MANY_THREADS:
-        gc.collect()
+    THREADS.tidy()
