@@ -76,22 +76,28 @@ def jobs_of(stages: Stages, cluster: ClusterConfig, with_report: bool) -> list[J
     return [*jobs, Job(REPORT, file_stem(len(jobs) + 1, REPORT), REPORT)] if with_report else jobs
 
 
-def missing_inputs(stages: Stages, run_dir: Path) -> list[str]:
+def missing_inputs(stages: Stages, run_dir: str) -> list[str]:
     """Returns a problem for each setting that names a place in the run's folder which is not there and no earlier stage
-    makes."""
+    makes.
+
+    Args:
+        stages: in order.
+        run_dir: the run's folder, as it is written in front of such a place.
+    """
     problems = []
     made: list[Path] = []
     for name, (_, settings) in stages.items():
         for field, value in vars(settings).items():
-            path = Path(value).absolute() if isinstance(value, str) and value and field != "output" else None
-            if path is None or run_dir.absolute() not in path.parents:
+            # Only what begins like the folder is meant as a place in it: a prompt is text as well.
+            if field == "output" or not isinstance(value, str) or not value.startswith(f"{run_dir}/"):
                 continue
+            path = Path(value)
             if not path.exists() and not any(output in (path, *path.parents) for output in made):
                 problems.append(
                     f"stages.{name}.{field} = {value} is not there, and no earlier stage makes it: name another, or "
                     f"leave the stage out with stages.{name}=null"
                 )
-        made.append(Path(settings.output).absolute())
+        made.append(Path(settings.output))
     return problems
 
 

@@ -239,7 +239,7 @@ def _run(verb: str, overrides: list[str]) -> Run:
     settings = compose(verb, overrides)
     if verb == "compress":
         stages = resolve_stages(settings)
-        raise_if_any(missing_inputs(stages, Path(settings.run_dir)))
+        raise_if_any(missing_inputs(stages, settings.run_dir))
         return Run(Path(settings.run_dir).absolute(), stages, settings)
     output = Path(settings.output).absolute()
     return Run(output.with_name(f"{output.name}.launch"), {verb: (verb, settings)})

@@ -39,7 +39,7 @@ def compress(config: CompressConfig) -> Path:
     """
     run_dir = Path(config.run_dir)
     stages = resolve_stages(config)
-    raise_if_any(missing_inputs(stages, run_dir))
+    raise_if_any(missing_inputs(stages, config.run_dir))
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.yaml", to_yaml(config))
     seconds = _read_seconds(run_dir)

@@ -11,6 +11,8 @@ import pytest
 
 from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.cli import main
+from minitron_megatron.config.schema import EvaluateConfig
+from minitron_megatron.launch.jobs import missing_inputs
 from minitron_megatron.launching import ACTIONS
 from minitron_megatron.tracking.metrics import read_metrics
 from tests.offline_wandb import history, rows, sessions
@@ -110,6 +112,11 @@ def test_a_stage_without_its_input_is_named_before_the_first_one_starts(launched
     said = f"stages.exported.checkpoint = {tmp_path}/other/distilled is not there, and no earlier stage makes it"
     assert said in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_text_is_no_place_in_the_folder_of_a_run():
+    stages = {"evaluated": ("evaluate", EvaluateConfig("builtin:x", "./evaluated"))}
+    assert missing_inputs(stages, ".") == []
 
 
 @pytest.mark.parametrize("command", readme_commands())
