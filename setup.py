@@ -60,11 +60,14 @@ setup(
         # its own requirements compile llama.cpp and only its GGUF file is read.
         "demo": ["gguf"],
         "data": ["pyarrow"],
+        # Packs what `quantize` makes, for vLLM and transformers.
+        "quantize": ["compressed-tensors>=0.19"],
         # lm-eval runs Hugging Face folders through accelerate, which it does not require.
         "eval": ["lm-eval>=0.4.13,<0.5", "accelerate"],
         "tensorboard": ["tensorboard"],
         "test": [
             "accelerate",
+            "compressed-tensors>=0.19",
             "datasets",
             "hypothesis",
             "import-linter",

@@ -109,6 +109,6 @@ def file_stem(number: int, name: str) -> str:
 def ranks_of(verb: str, settings: Any, cluster: ClusterConfig) -> int:
     """Returns the number of ranks of a stage: that of its layout, or all of cluster.nodes if parallel.data is null."""
     if verb in DISTRIBUTED and settings.parallel.data is None and cluster.nodes:
-        model = required_ranks(settings.parallel)
+        model = settings.parallel.model_ranks
         return max(1, cluster.nodes * cluster.ranks_per_node // model) * model
     return ranks_to_start(verb, settings)

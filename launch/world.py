@@ -4,13 +4,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from minitron_megatron.config.schema import InferenceParallelConfig
+from minitron_megatron.config.parallel import DataParallelConfig
 from minitron_megatron.config.verbs import DISTRIBUTED, SHARED
 
 
-def required_ranks(parallel: InferenceParallelConfig) -> int:
+def required_ranks(parallel: DataParallelConfig) -> int:
     """Returns the number of ranks of a layout without a launcher: one replica unless `data` says more."""
-    return parallel.tensor * parallel.pipeline * (parallel.data or 1)
+    return parallel.model_ranks * (parallel.data or 1)
 
 
 def ranks_to_start(verb: str, settings: Any) -> int:

@@ -15,6 +15,7 @@ from minitron_megatron.checkpoint.gguf import open_gguf
 from minitron_megatron.checkpoint.hf_assets import copy_hf_assets, num_tokens, original_config
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder, HuggingFaceTensors, write_huggingface
 from minitron_megatron.checkpoint.model_card import model_card
+from minitron_megatron.checkpoint.packed import Packed
 from minitron_megatron.checkpoint.padded import Padded
 from minitron_megatron.checkpoint.recognise import file_hint, hub_hint, is_gguf
 from minitron_megatron.checkpoint.source import TensorSource
@@ -79,14 +80,38 @@ def export(config: ExportConfig) -> Path:
         parents.append(Parent.of("huggingface", hf_assets))
         if tokens := num_tokens(hf_assets, checkpoint.network.padded_vocab_size):
             checkpoint.network = checkpoint.network.replace(vocab_size=tokens)
+    packed = _packed(config, checkpoint)
     source: TensorSource = Padded(checkpoint) if config.format is ExportFormat.PADDED else checkpoint
     config_from_network(source.network, original_config(hf_assets))  # raises, if there is none, before any work
     manifest = Manifest("huggingface", parents=parents, config=to_plain(config), verb="export")
     if is_done(output, manifest):
         return output
     card = model_card(parents[0], checkpoint.network, hf_assets)
-    write_huggingface(output, source, hf_assets, config.max_shard_gb * 1e9, manifest, card)
+    write_huggingface(output, source, hf_assets, config.max_shard_gb * 1e9, manifest, card, packed)
     return output
+
+
+def _packed(config: ExportConfig, checkpoint: Checkpoint) -> Packed | None:
+    """Returns the checkpoint's tensors packed; None if it is not quantised, or is to be written as it is.
+
+    Raises:
+        ConfigError: it cannot be packed.
+        CheckpointError: it does not say its scheme.
+    """
+    if config.packed and not checkpoint.scales:
+        raise ConfigError(
+            [
+                f"packed = true, and checkpoint = {config.checkpoint} is not quantised: quantise it first, or leave "
+                f"packed out"
+            ]
+        )
+    if not checkpoint.scales or config.packed is False:
+        return None
+    if config.format is not ExportFormat.HF:
+        raise ConfigError(
+            [f"format = {config.format.value} writes weights as they are: set packed=false, or format=hf"]
+        )
+    return Packed(checkpoint)
 
 
 def hf_assets_of(checkpoint: Checkpoint) -> Path:

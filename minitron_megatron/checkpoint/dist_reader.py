@@ -23,6 +23,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
+from minitron_megatron.checkpoint.companions import MASK, SCALE, companions, is_companion
 from minitron_megatron.checkpoint.dcp_chunks import Chunk, StoredObject
 from minitron_megatron.checkpoint.hf_assets import num_tokens
 from minitron_megatron.checkpoint.megatron_bridge import RUN_CONFIG, args_of_bridge
@@ -154,7 +155,7 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """A `torch_dist` checkpoint on disk, as a source of weights.
+    """A `torch_dist` checkpoint on disk, as a source of weights, with companions by key where it has any.
 
     Opening reads only the index, and checks that every file it names exists and is long enough. Layers may be stacked
     in one tensor or each in its own, numbered as GPTModel's or as HybridModel's, where every sublayer is a layer.
@@ -181,6 +182,7 @@ class Checkpoint:
         self._table = parameters(self.network)
         self.stacked = any(stacked_key(param) in self.tensors for param in self._table if param.layer is not None)
         self._is_hybrid = any(key.startswith(_HYBRID_NORM) for key in self.tensors)
+        self.companions = companions(self.network, {key: tensor.shape for key, tensor in self.tensors.items()})
         self._check_tensors()
         self.dtype = self.tensors[self._key(self._table[0])].dtype
 
@@ -199,6 +201,16 @@ class Checkpoint:
         """The tensors of the network, without optimiser state and the like."""
         return {key: tensor for key, tensor in self.tensors.items() if not key.startswith(_NOT_WEIGHTS)}
 
+    @property
+    def masks(self) -> list[Param]:
+        """The masks that it carries; see `companions`."""
+        return [param for key, param in self.companions.items() if key.endswith(MASK)]
+
+    @property
+    def scales(self) -> list[Param]:
+        """The scales of rounded matrices that it carries; see `companions`."""
+        return [param for key, param in self.companions.items() if key.endswith(SCALE)]
+
     def megatron_args(self) -> argparse.Namespace | None:
         """Returns the `args` that Megatron-LM saved beside the weights; see `read_args`."""
         return read_args(self.folder, self._objects)
@@ -206,12 +218,14 @@ class Checkpoint:
     def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
         """See `TensorSource.read`."""
         stored = self.tensors[self._key(param)]
-        if param.layer is not None and self.stacked:
+        if param.layer is not None and self.stacked and not is_companion(param.name):
             return self._gather(stored, [np.array([param.layer]), *index])[0]
         return self._gather(stored, index)
 
     def _key(self, param: Param) -> str:
         """Returns the key of a parameter on disk."""
+        if is_companion(param.name):
+            return layer_key(param)
         if self.stacked:
             return stacked_key(param)
         if not self._is_hybrid:
@@ -272,6 +286,7 @@ class Checkpoint:
         for param in self._table:
             layers = (len(self.network.layers),) if self.stacked and param.layer is not None else ()
             expected[self._key(param)] = (*layers, *param.shape)
+        expected |= {key: param.shape for key, param in self.companions.items()}
         problems = []
         for key, size in expected.items():
             if key not in self.tensors:

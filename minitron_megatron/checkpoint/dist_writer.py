@@ -12,7 +12,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.artifacts.output import writing
+from minitron_megatron.checkpoint.companions import dtype_of
 from minitron_megatron.checkpoint.dist_reader import HUGGINGFACE, RELEASE, TRACKER
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.disk import convert_enospc
@@ -54,11 +55,13 @@ class _Item:
 
     Attributes:
         layer: its index in the tensor of its key, where that stacks all layers; else None.
+        dtype: on disk.
     """
 
     param: Param
     ranges: tuple[range, ...]
     layer: int | None
+    dtype: torch.dtype
 
     @property
     def key(self) -> str:
@@ -75,9 +78,13 @@ class _Item:
         own = tuple(len(r) for r in self.ranges)
         return own if self.layer is None else (1, *own)
 
-    def read(self, source: TensorSource, dtype: torch.dtype) -> torch.Tensor:
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+    def read(self, source: TensorSource) -> torch.Tensor:
         index = [np.arange(r.start, r.stop) for r in self.ranges]
-        tensor = source.read(self.param, index).to(dtype).reshape(self.sizes).contiguous()
+        tensor = source.read(self.param, index).to(self.dtype).reshape(self.sizes).contiguous()
         # `torch.save` writes the whole storage of a view.
         return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
@@ -95,6 +102,7 @@ def write_checkpoint(
     files: Callable[[Path], None] = lambda folder: None,
     tensor_ranks: int = 1,
     args: argparse.Namespace | None = None,
+    companions: Iterable[Param] = (),
 ) -> None:
     """Writes a network as a `torch_dist` checkpoint that Megatron-Core loads. Collective.
 
@@ -112,6 +120,7 @@ def write_checkpoint(
         tensor_ranks: chunks are split at the borders of this number of tensor-parallel shards, so that each rank reads
             only its own.
         args: of the Megatron-LM run that the weights come from, if any; they are saved with the new network's sizes.
+        companions: what the source has beside its matrices, to be written as well; see `companions`.
 
     Raises:
         DiskSpaceError: the disk is full, or becomes full.
@@ -121,19 +130,22 @@ def write_checkpoint(
     manifest.network = network.to_dict()
     manifest.details.setdefault("optimizer_state", "left out")
     jobs = _jobs(network, tensor_ranks, dtype)
-    num_bytes = dtype.itemsize * sum(map(_num_elements, jobs))
+    for param in companions:
+        own = dtype_of(param)
+        jobs.append([_Item(param, ranges, None, own) for ranges in _chunks(param, tensor_ranks, own.itemsize)])
+    num_bytes = sum(map(_num_bytes, jobs))
     with join_workers() as workers, writing(output, manifest, num_bytes, workers) as temporary:
         folder = temporary / RELEASE
 
         def write_share() -> list[_Place]:
             folder.mkdir(exist_ok=True)
             with convert_enospc(output):
-                return _write_files(folder, workers.rank, _balance(jobs, workers.size)[workers.rank], source, dtype)
+                return _write_files(folder, workers.rank, _balance(jobs, workers.size)[workers.rank], source)
 
         places = [place for share in workers.run(write_share) for place in share]
 
         def write_rest() -> None:
-            _write_index(folder, network, dtype, jobs, places)
+            _write_index(folder, network, jobs, places)
             _write_common(folder, args_of_network(args, network))
             if huggingface is not None:
                 copy_content(huggingface, temporary / HUGGINGFACE)
@@ -159,7 +171,7 @@ def _jobs(network: Network, tensor_ranks: int, dtype: torch.dtype) -> list[list[
     """Returns the chunks of all parameters, one job per parameter, whose chunks share parts of the source."""
     return [
         [
-            _Item(param, ranges, param.layer if network.has_equal_layers else None)
+            _Item(param, ranges, param.layer if network.has_equal_layers else None, dtype)
             for ranges in _chunks(param, tensor_ranks, dtype.itemsize)
         ]
         for param in parameters(network)
@@ -172,6 +184,8 @@ def _chunks(param: Param, tensor_ranks: int, itemsize: int) -> list[tuple[range,
     A rank's rows of a fused projection are several runs, each in chunks of its own.
     """
     shards = [param.shard(rank, tensor_ranks) for rank in range(tensor_ranks if param.split else 1)]
+    if sum(math.prod(map(len, shard)) for shard in shards) != math.prod(param.shape):
+        shards = [param.shard(0, 1)]  # a group of columns that two ranks share
     boxes = [box for shard in shards for box in itertools.product(*map(_runs, shard))]
     chunks = []
     for rows, *columns in sorted(boxes, key=lambda box: [r.start for r in box]):
@@ -188,24 +202,22 @@ def _runs(positions: np.ndarray) -> list[range]:
     return [range(int(run[0]), int(run[-1]) + 1) for run in runs]
 
 
-def _num_elements(job: list[_Item]) -> int:
-    return sum(math.prod(item.sizes) for item in job)
+def _num_bytes(job: list[_Item]) -> int:
+    return sum(item.num_bytes for item in job)
 
 
 def _balance(jobs: list[list[_Item]], count: int) -> list[list[list[_Item]]]:
     """Balances jobs over `count` workers: the largest job first, each to the worker with least. Keeps their order."""
     shares: list[list[int]] = [[] for _ in range(count)]
     filled = [0] * count
-    for number in sorted(range(len(jobs)), key=lambda number: -_num_elements(jobs[number])):
+    for number in sorted(range(len(jobs)), key=lambda number: -_num_bytes(jobs[number])):
         least = filled.index(min(filled))
         shares[least].append(number)
-        filled[least] += _num_elements(jobs[number])
+        filled[least] += _num_bytes(jobs[number])
     return [[jobs[number] for number in sorted(share)] for share in shares]
 
 
-def _write_files(
-    folder: Path, rank: int, jobs: list[list[_Item]], source: TensorSource, dtype: torch.dtype
-) -> list[_Place]:
+def _write_files(folder: Path, rank: int, jobs: list[list[_Item]], source: TensorSource) -> list[_Place]:
     """Writes this process's share of the chunks, one file per thread. A failure in one thread stops the others."""
     stop = Event()
     shares = [list(itertools.chain(*share)) for share in _balance(jobs, num_threads()) if share]
@@ -217,7 +229,7 @@ def _write_files(
                 if stop.is_set():
                     return places
                 start = file.tell()
-                torch.save(item.read(source, dtype), file)
+                torch.save(item.read(source), file)
                 places.append((item.key, item.offsets, name, start, file.tell() - start))
                 advance()
             file.flush()
@@ -240,15 +252,13 @@ def num_threads() -> int:
     return min(MAX_THREADS, 1 + cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _write_index(
-    folder: Path, network: Network, dtype: torch.dtype, jobs: list[list[_Item]], places: list[_Place]
-) -> None:
+def _write_index(folder: Path, network: Network, jobs: list[list[_Item]], places: list[_Place]) -> None:
     """Writes `.metadata`: the tensors, and the location of their chunks."""
     tensors: dict[str, TensorStorageMetadata] = {}
     for item in itertools.chain(*jobs):
         layers = () if item.layer is None else (len(network.layers),)
         size = torch.Size((*layers, *item.param.shape))
-        whole = TensorStorageMetadata(TensorProperties(dtype=dtype), size, [])
+        whole = TensorStorageMetadata(TensorProperties(dtype=item.dtype), size, [])
         chunk = ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes))
         tensors.setdefault(item.key, whole).chunks.append(chunk)
     files = {

@@ -23,6 +23,7 @@ from minitron_megatron.checkpoint.hf_names import (
     with_tie,
 )
 from minitron_megatron.checkpoint.model_card import CARD
+from minitron_megatron.checkpoint.packed import Packed
 from minitron_megatron.checkpoint.recognise import adapter_in, folder_hint, merge_first
 from minitron_megatron.checkpoint.safetensors_writer import Tensor, cut_into_shards, write_shards
 from minitron_megatron.checkpoint.source import TensorSource
@@ -158,7 +159,13 @@ def read_hf_tensor(
 
 
 def write_huggingface(
-    output: Path, source: TensorSource, hf_assets: Path, max_shard_bytes: float, manifest: Manifest, card: str
+    output: Path,
+    source: TensorSource,
+    hf_assets: Path,
+    max_shard_bytes: float,
+    manifest: Manifest,
+    card: str,
+    packed: Packed | None = None,
 ) -> None:
     """Writes a network as a Hugging Face folder, a block of rows at a time. Collective.
 
@@ -172,6 +179,7 @@ def write_huggingface(
         max_shard_bytes: largest size of one safetensors file, unless one tensor alone is larger.
         manifest: of the result; its network is set here.
         card: text of its `README.md`.
+        packed: the source's tensors, packed; None to write them as they are.
 
     Raises:
         DiskSpaceError: the disk is full, or becomes full.
@@ -182,11 +190,15 @@ def write_huggingface(
     # transformers 5 writes `dtype`; earlier readers know `torch_dtype`.
     config["dtype"] = config["torch_dtype"] = str(source.dtype).removeprefix("torch.")
     config["transformers_version"] = transformers.__version__
-    tensors = [
-        Tensor(name, tuple(size), partial(read_hf_tensor, source, param, part))
-        for name, size, param, part in hf_tensors(source.network)
-    ]
-    shards = cut_into_shards(tensors, source.dtype, max_shard_bytes)
+    if packed:
+        config["quantization_config"] = packed.config()
+        tensors = list(packed.tensors())
+    else:
+        tensors = [
+            Tensor(name, tuple(size), source.dtype, partial(read_hf_tensor, source, param, part))
+            for name, size, param, part in hf_tensors(source.network)
+        ]
+    shards = cut_into_shards(tensors, max_shard_bytes)
     names = [SINGLE]
     if len(shards) > 1:
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -194,7 +206,7 @@ def write_huggingface(
     def write_share(folder: Path, workers: Workers) -> None:
         share = list(zip(names, shards, strict=True))[workers.rank :: workers.size]
         with convert_enospc(output):
-            write_shards({folder / name: shard for name, shard in share}, source.dtype)
+            write_shards({folder / name: shard for name, shard in share})
 
     def write_rest(folder: Path) -> None:
         for name in HF_ASSETS:
@@ -209,7 +221,7 @@ def write_huggingface(
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     manifest.network = source.network.to_dict()
-    num_bytes = sum(tensor.num_bytes(source.dtype) for tensor in tensors)
+    num_bytes = sum(tensor.num_bytes for tensor in tensors)
     with join_workers() as workers, writing(output, manifest, num_bytes, workers) as folder:
         workers.run(lambda: write_share(folder, workers))
         workers.run_on_main(lambda: write_rest(folder))

@@ -21,7 +21,17 @@ from minitron_megatron.checkpoint.row_io import bits
 from minitron_megatron.progress import progress
 
 BLOCK_BYTES = 64 * 2**20
-_KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+# In the order of safetensors, whose files have the last ones first.
+_KINDS = {
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
 _ALIGNMENT = 8  # of the first tensor; safetensors pads its headers to it
 
 
@@ -32,46 +42,49 @@ class Tensor:
     Attributes:
         name: its key.
         size: its shape.
+        dtype: of its numbers.
         read: returns its rows `low:high`.
     """
 
     name: str
     size: tuple[int, ...]
+    dtype: torch.dtype
     read: Callable[[int, int], torch.Tensor]
 
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        return math.prod(self.size) * dtype.itemsize
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.size) * self.dtype.itemsize
 
 
-def cut_into_shards(tensors: Sequence[Tensor], dtype: torch.dtype, max_bytes: float) -> list[list[Tensor]]:
+def cut_into_shards(tensors: Sequence[Tensor], max_bytes: float) -> list[list[Tensor]]:
     """Groups consecutive tensors into shards of at most `max_bytes`, or of one larger tensor."""
     shards: list[list[Tensor]] = [[]]
     filled = 0
     for tensor in tensors:
-        if shards[-1] and filled + tensor.num_bytes(dtype) > max_bytes:
+        if shards[-1] and filled + tensor.num_bytes > max_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(tensor)
-        filled += tensor.num_bytes(dtype)
+        filled += tensor.num_bytes
     return shards
 
 
-def write_shards(files: dict[Path, list[Tensor]], dtype: torch.dtype) -> None:
+def write_shards(files: dict[Path, list[Tensor]]) -> None:
     """Writes files byte for byte as safetensors' `save_file` does.
 
     Args:
         files: the tensors of each file.
-        dtype: of all tensors.
     """
     stop = Event()
     blocks = []
     for path, tensors in files.items():
-        tensors = sorted(tensors, key=lambda tensor: tensor.name)
-        starts = _make_file(path, tensors, dtype)
+        ranks = {dtype: -rank for rank, dtype in enumerate(_KINDS)}
+        tensors = sorted(tensors, key=lambda tensor: (ranks[tensor.dtype], tensor.name))
+        starts = _make_file(path, tensors)
         blocks += [(path, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
 
     def write(path: Path, start: int, tensor: Tensor) -> None:
-        row_bytes = tensor.num_bytes(dtype) // tensor.size[0]
+        row_bytes = tensor.num_bytes // tensor.size[0]
         step = max(1, BLOCK_BYTES // row_bytes)
         with open(path, "r+b", buffering=0) as file:
             file.seek(start)
@@ -95,7 +108,7 @@ def write_shards(files: dict[Path, list[Tensor]], dtype: torch.dtype) -> None:
             os.fsync(file.fileno())
 
 
-def _make_file(path: Path, tensors: list[Tensor], dtype: torch.dtype) -> list[int]:
+def _make_file(path: Path, tensors: list[Tensor]) -> list[int]:
     """Creates a file with its header and its full length.
 
     Returns:
@@ -104,8 +117,8 @@ def _make_file(path: Path, tensors: list[Tensor], dtype: torch.dtype) -> list[in
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     ends = [0]
     for tensor in tensors:
-        ends.append(ends[-1] + tensor.num_bytes(dtype))
-        header[tensor.name] = {"dtype": _KINDS[dtype], "shape": list(tensor.size), "data_offsets": ends[-2:]}
+        ends.append(ends[-1] + tensor.num_bytes)
+        header[tensor.name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.size), "data_offsets": ends[-2:]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with open(path, "wb") as file:

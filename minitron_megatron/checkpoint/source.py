@@ -24,7 +24,7 @@ class TensorSource(Protocol):
         """Reads some positions of one parameter.
 
         Args:
-            param: of `parameters(network)`.
+            param: of `parameters(network)`, or one of the source's own companions.
             index: for each dimension, ascending positions.
 
         Returns:

@@ -16,6 +16,11 @@ class DType(str, Enum):
     FP16 = "fp16"
     FP32 = "fp32"
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a number."""
+        return 4 if self is DType.FP32 else 2
+
 
 class OnBadRow(str, Enum):
     """What to do with a row of text that is broken, without text, or a conversation that cannot be taught."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from minitron_megatron.config.calibration import Scheme, group_problems
 from minitron_megatron.config.checks import at_least, nearest_multiples
 from minitron_megatron.config.common import DataConfig, DType, sequence_problems
 from minitron_megatron.config.fields import SAME_RESULT
@@ -16,14 +17,96 @@ class Tracker(str, Enum):
     TENSORBOARD = "tensorboard"
 
 
+class Decay(str, Enum):
+    """How the learning rate gets from its peak, which the warm-up ends at, to `min_lr`, at the last step."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"  # it stays at the peak
+    WSD = "wsd"  # it stays at the peak and decays linearly in the last `decay_steps`
+
+
+class MaskMode(str, Enum):
+    """What becomes of the masks of a sparse student."""
+
+    KEEP = "keep"  # what is zero stays zero
+    IGNORE = "ignore"  # every weight is trained; the result has no masks
+
+
+@dataclass
+class MasksConfig:
+    """What training does to zeros: those of a sparse student, or those that it makes.
+
+    Attributes:
+        mode: keep what is zero in a sparse student at zero, or train every weight.
+        sparsity: make every matrix of the layers sparser while training, up to this share of zeros; null for no more
+            zeros than there are.
+        first_step: step at which the first weights are dropped.
+        last_step: step from which on no more are dropped.
+        every: steps between two rounds of dropping. In between the share rises with the cube of the time that is left
+            (Zhu and Gupta, 1710.01878); each round drops the smallest weights of each matrix.
+    """
+
+    mode: MaskMode = MaskMode.KEEP
+    sparsity: float | None = None
+    first_step: int = 1
+    last_step: int | None = None
+    every: int = 10
+
+    def problems(self, steps: int, where: str = "masks.") -> list[str]:
+        """Returns what is wrong with the settings of a run of so many steps, one sentence each."""
+        problems = [*at_least(where, "first_step", self.first_step, 1), *at_least(where, "every", self.every, 1)]
+        if self.sparsity is None:
+            if self.last_step is not None:
+                problems.append(f"{where}last_step = {self.last_step}, and {where}sparsity = null: set both or neither")
+            return problems
+        if not 0 < self.sparsity < 1:
+            problems.append(f"{where}sparsity = {self.sparsity}: must be above 0 and below 1")
+        if self.mode is MaskMode.IGNORE:
+            problems.append(
+                f"{where}sparsity = {self.sparsity}, and {where}mode = ignore keeps no zeros: set it to keep"
+            )
+        if self.last_step is None or not self.first_step <= self.last_step <= steps:
+            problems.append(
+                f"{where}last_step = {self.last_step}: must be from {where}first_step = {self.first_step} to steps = "
+                f"{steps}; leave the last steps for what is left to recover"
+            )
+        return problems
+
+
+@dataclass
+class FakeQuantConfig:
+    """Quantisation-aware training: the forward pass has rounded weights, and the optimiser updates them as they are.
+
+    Attributes:
+        scheme: what the matrices of the layers are rounded to; null for no rounding. `export` packs the result.
+        group_size: columns that share a scale, for w4a16; see `quantize`.
+    """
+
+    scheme: Scheme | None = None
+    group_size: int | None = None
+
+    def problems(self, dtype: DType, where: str = "fake_quant.") -> list[str]:
+        """Returns what is wrong with the settings of a run in a number format, one sentence each."""
+        problems = group_problems(where, self.scheme, self.group_size)
+        if self.scheme is not None and dtype is not DType.BF16:
+            problems.append(
+                f"{where}scheme = {self.scheme.value}, and dtype = {dtype.value} has no weights to update beside the "
+                f"rounded ones: set dtype=bf16"
+            )
+        return problems
+
+
 @dataclass
 class OptimizerConfig:
-    """AdamW with a cosine schedule.
+    """AdamW with warm-up and decay of the learning rate.
 
     Attributes:
         lr: peak learning rate.
-        min_lr: learning rate at the last step.
+        min_lr: learning rate at the last step; not for a constant one.
         warmup_steps: steps of linear warm-up.
+        decay: how the learning rate goes down after the warm-up.
+        decay_steps: steps of the decay, for wsd.
         weight_decay: decoupled weight decay of matrices; norms and biases have none.
         beta1: decay rate of the first moment.
         beta2: decay rate of the second moment.
@@ -36,6 +119,8 @@ class OptimizerConfig:
     lr: float = 1e-4
     min_lr: float = 1e-5
     warmup_steps: int = 40
+    decay: Decay = Decay.COSINE
+    decay_steps: int | None = None
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -50,7 +135,12 @@ class OptimizerConfig:
             problems += at_least(where, name, getattr(self, name), 0)
         if self.lr <= 0 or self.min_lr > self.lr:
             problems.append(f"{where}lr = {self.lr} must be above 0 and at least {where}min_lr = {self.min_lr}")
-        return problems
+        if (self.decay is Decay.WSD) != (self.decay_steps is not None):
+            problems.append(
+                f"{where}decay = {self.decay.value} and {where}decay_steps = {self.decay_steps}: wsd needs "
+                f"{where}decay_steps, and nothing else has them"
+            )
+        return problems + at_least(where, "decay_steps", self.decay_steps, 1)
 
 
 @dataclass
@@ -130,6 +220,8 @@ class DistillConfig(PluginConfig):
     teacher_lr: float | None = None
     seed: int = 1234
     loss: LossConfig = field(default_factory=LossConfig)
+    masks: MasksConfig = field(default_factory=MasksConfig)
+    fake_quant: FakeQuantConfig = field(default_factory=FakeQuantConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=SAME_RESULT)
@@ -142,6 +234,8 @@ class DistillConfig(PluginConfig):
             problems += at_least(where, name, getattr(self, name), 1)
         for part in ("loss", "optimizer", "data", "parallel", "tracking"):
             problems += getattr(self, part).problems(f"{where}{part}.")
+        problems += self.masks.problems(self.steps, f"{where}masks.")
+        problems += self.fake_quant.problems(self.dtype, f"{where}fake_quant.")
         problems += sequence_problems(where, self.data, self.parallel)
         weights = {"kd_logits_weight": self.loss.kd_logits_weight, "hidden.weight": self.loss.hidden.weight}
         for name, weight in weights.items() if self.teacher is None else ():
@@ -185,6 +279,11 @@ class DistillConfig(PluginConfig):
             problems.append(
                 f"{where}optimizer.warmup_steps = {self.optimizer.warmup_steps} must be below {where}steps = "
                 f"{self.steps}: set it to {self.steps // 10}"
+            )
+        if (decay := self.optimizer.decay_steps) and decay > self.steps - self.optimizer.warmup_steps:
+            problems.append(
+                f"{where}optimizer.decay_steps = {decay}, and {where}steps = {self.steps} less "
+                f"{where}optimizer.warmup_steps are fewer: set it to {self.steps // 10}"
             )
         return problems
 

@@ -40,8 +40,8 @@ class ModelParallelConfig:
 
 
 @dataclass
-class InferenceParallelConfig(ModelParallelConfig):
-    """The layout for inference.
+class DataParallelConfig:
+    """The layout for work in which every rank has whole layers.
 
     Attributes:
         data: data-parallel replicas; null for as many as the ranks allow, or one where no launcher started any.
@@ -51,28 +51,51 @@ class InferenceParallelConfig(ModelParallelConfig):
     data: int | None = None
     timeout_min: float = field(default=30.0, kw_only=True)
 
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica."""
+        return 1
+
     def in_world(self, num_ranks: int) -> "ParallelConfig":
         """Returns the layout for a world of `num_ranks`, with its number of replicas.
 
         Raises:
-            ConfigError: the world size is not tensor x pipeline x data.
+            ConfigError: the world has another size than the layout.
         """
-        model_ranks = self.tensor * self.pipeline
-        data = self.data or max(1, num_ranks // model_ranks)
-        needed = model_ranks * data
+        data = self.data or max(1, num_ranks // self.model_ranks)
+        needed = self.model_ranks * data
         problem = (
-            f"parallel.tensor x pipeline x data = {self.tensor} x {self.pipeline} x {data} = {needed} ranks, but the "
-            f"world has {num_ranks}: start {needed} ranks or change the layout"
+            f"{self._show(data)} = {needed} ranks, but the world has {num_ranks}: start {needed} ranks or change the "
+            f"layout"
         )
         raise_if_any([problem] if needed != num_ranks else [])
         own = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         return ParallelConfig(**{**own, "data": data})
 
+    def _show(self, data: int) -> str:
+        return f"parallel.data = {data}"
+
     def problems(self, where: str = "parallel.") -> list[str]:
-        problems = [*super().problems(where), *at_least(where, "data", self.data, 1)]
+        """Returns what is wrong with the settings, one sentence each."""
+        problems = at_least(where, "data", self.data, 1)
         if self.timeout_min <= 0:
             problems.append(f"{where}timeout_min = {self.timeout_min}: must be above 0")
         return problems
+
+
+@dataclass
+class InferenceParallelConfig(DataParallelConfig, ModelParallelConfig):
+    """The layout for inference."""
+
+    @property
+    def model_ranks(self) -> int:
+        return self.tensor * self.pipeline
+
+    def _show(self, data: int) -> str:
+        return f"parallel.tensor x pipeline x data = {self.tensor} x {self.pipeline} x {data}"
+
+    def problems(self, where: str = "parallel.") -> list[str]:
+        return [*ModelParallelConfig.problems(self, where), *DataParallelConfig.problems(self, where)]
 
 
 @dataclass

@@ -24,6 +24,7 @@ from minitron_megatron.config.parallel import (
 )
 from minitron_megatron.config.plugins import PluginConfig
 from minitron_megatron.config.prune import PruneConfig
+from minitron_megatron.config.quantize import QuantizeConfig
 from minitron_megatron.config.score import (
     Aggregation,
     AxisConfig,
@@ -36,6 +37,7 @@ from minitron_megatron.config.score import (
     ScoreConfig,
     Unit,
 )
+from minitron_megatron.config.sparsify import SparsifyConfig
 from minitron_megatron.config.target import TargetConfig
 
 __all__ = [
@@ -65,7 +67,9 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PruneConfig",
+    "QuantizeConfig",
     "ScoreConfig",
+    "SparsifyConfig",
     "TargetConfig",
     "TargetParallelConfig",
     "Tracker",
@@ -116,6 +120,8 @@ class ExportConfig(PluginConfig):
             no `config.json`, one is written for the first family that matches the network.
         format: hf writes a model class of transformers, which needs equal layers. padded pads unequal layers with zero
             neurons, heads and sublayers to the largest: exact, but no smaller.
+        packed: pack the weights of a quantised checkpoint as compressed-tensors, which vLLM and transformers read;
+            false writes them rounded but unpacked. null packs what is quantised.
         workers: processes that share the files, unless torchrun or srun started some.
     """
 
@@ -124,6 +130,7 @@ class ExportConfig(PluginConfig):
     max_shard_gb: float = 5.0
     huggingface: str | None = None
     format: ExportFormat = ExportFormat.HF
+    packed: bool | None = None
     workers: int = field(default=1, metadata=SAME_RESULT)
 
     def problems(self, where: str = "") -> list[str]:
@@ -207,6 +214,8 @@ SCHEMAS = {
     "import": ImportConfig,
     "score": ScoreConfig,
     "prune": PruneConfig,
+    "sparsify": SparsifyConfig,
+    "quantize": QuantizeConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,

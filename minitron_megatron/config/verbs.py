@@ -17,6 +17,8 @@ VERBS = {
     "import": "minitron_megatron.checkpoint.convert:import_checkpoint",
     "score": "minitron_megatron.pruning.score:score",
     "prune": "minitron_megatron.pruning.prune:prune",
+    "sparsify": "minitron_megatron.sparsity.sparsify:sparsify",
+    "quantize": "minitron_megatron.sparsity.quantize:quantize",
     "distill": "minitron_megatron.training.distill:distill",
     "evaluate": "minitron_megatron.evaluation.evaluate:evaluate",
     "export": "minitron_megatron.checkpoint.convert:export",
@@ -26,7 +28,7 @@ VERBS = {
 }
 """Module and function by verb. The function takes the verb's settings object."""
 
-DISTRIBUTED = ("score", "distill", "evaluate")
+DISTRIBUTED = ("score", "sparsify", "quantize", "distill", "evaluate")
 """Verbs that run on as many ranks as `parallel` says."""
 
 LIGHT = ("compress",)

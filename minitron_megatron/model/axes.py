@@ -126,6 +126,26 @@ class _Concat(Dim):
         return np.concatenate([self.first.labels(axis, sizes), self.second.labels(axis, sizes)])
 
 
+@dataclass(frozen=True)
+class Grouped(Dim):
+    """A dimension with one element for every `group` consecutive elements of another; the last may have fewer.
+
+    It has no elements of axes of its own: what it holds follows the dimension that is grouped.
+    """
+
+    inner: Dim
+    group: int
+
+    def size(self, sizes: Sizes) -> int:
+        return -(-self.inner.size(sizes) // self.group)
+
+    def index(self, kept: Kept, sizes: Sizes, rows: Sizes | None = None) -> np.ndarray:
+        return np.unique(self.inner.index(kept, sizes, rows) // self.group)
+
+    def labels(self, axis: str, sizes: Sizes) -> np.ndarray:
+        return np.full(self.size(sizes), -1)
+
+
 HIDDEN, VOCAB = Axis("hidden"), Axis("vocab")
 
 axes.register(axes.Axis(HIDDEN.name, "channels of the residual stream.", __name__, HIDDEN.name, is_scored=True))
@@ -151,7 +171,7 @@ class Part:
         return {axis: np.empty(0, dtype=np.int64) for axis in self.dropped}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A row of the axis table, as a kind of layer defines it.
 
@@ -206,11 +226,13 @@ class Param(Row):
         All ranks hold equally many, in the order of the split axis: several query groups, or a part of one.
         """
         shards = []
-        for positions, dim in zip(self.index({}), self.dims, strict=True):
-            elements = np.full(len(positions), -1) if self.split is None else dim.labels(self.split, self.sizes)
+        for dim in self.dims:
+            whole = dim.inner if isinstance(dim, Grouped) else dim
+            positions = whole.index({}, self.sizes)
+            elements = np.full(len(positions), -1) if self.split is None else whole.labels(self.split, self.sizes)
             if (elements >= 0).all():
                 positions = np.sort(elements.argsort(kind="stable").reshape(num_ranks, -1)[rank])
-            shards.append(positions)
+            shards.append(np.unique(positions // dim.group) if isinstance(dim, Grouped) else positions)
         return shards
 
     def hf_name(self, part: Part) -> str:

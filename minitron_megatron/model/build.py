@@ -92,34 +92,62 @@ def build_model(
     """
     raise_if_any(build_problems(network, ctx.layout))
     config = _network_config(network, ctx.layout, dtype, recompute, fp8)
-    num_chunks = ctx.layout.model_chunks
-    model_chunks = []
-    for chunk in range(num_chunks):
-        vp_stage = chunk if num_chunks > 1 else None
-        settings: dict[str, Any] = dict(
-            config=config,
-            vocab_size=network.padded_vocab_size,
-            max_sequence_length=network.max_positions,
+    last = ctx.layout.model_chunks - 1
+    return [
+        _model_chunk(
+            network,
+            ctx,
+            config,
+            chunk,
             pre_process=ctx.is_first_stage and chunk == 0,
-            post_process=ctx.is_last_stage and chunk == num_chunks - 1,
-            share_embeddings_and_output_weights=network.tie_embeddings,
-            position_embedding_type="rope",
-            rotary_percent=network.rotary_fraction,
-            rotary_base=network.rotary_base,
-            pg_collection=ctx.collection,
-            vp_stage=vp_stage,
+            post_process=ctx.is_last_stage and chunk == last,
         )
-        if builds_hybrid(network, ctx.layout):
-            from minitron_megatron.model.hybrid import hybrid_model
+        for chunk in range(last + 1)
+    ]
 
-            model = hybrid_model(network, _layers_of_stages(network, ctx.layout), settings)
-        else:
-            stage = chunk * ctx.layout.pipeline + ctx.pipeline_rank
-            own = _layers_of_stages(network, ctx.layout)[stage]
-            model = GPTModel(transformer_layer_spec=_block(network, own, config), **settings)
-        model.rotary_pos_emb.inv_freq = _rotary_frequencies(model.rotary_pos_emb, network)
-        model_chunks.append(model.to(ctx.device))
-    return model_chunks
+
+def build_bare_layer(network: Network, ctx: ParallelContext, dtype: DType) -> torch.nn.Module:
+    """Builds the transformer layers of a network without embedding, final norm and output projection.
+
+    Args:
+        network: with one layer, as a rule: a layer of a larger network that runs by itself.
+        ctx: this rank's place, without tensor or pipeline parallelism.
+        dtype: of the weights and of computation.
+
+    Returns:
+        a model whose `set_input_tensor` takes hidden states `[seq, batch, hidden]`, and whose output they are.
+    """
+    config = _network_config(network, ctx.layout, dtype, recompute=False, fp8=False)
+    return _model_chunk(network, ctx, config, chunk=0, pre_process=False, post_process=False)
+
+
+def _model_chunk(
+    network: Network, ctx: ParallelContext, config: TransformerConfig, chunk: int, pre_process: bool, post_process: bool
+) -> torch.nn.Module:
+    """Builds one virtual pipeline stage of this rank."""
+    settings: dict[str, Any] = dict(
+        config=config,
+        vocab_size=network.padded_vocab_size,
+        max_sequence_length=network.max_positions,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=network.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=network.rotary_fraction,
+        rotary_base=network.rotary_base,
+        pg_collection=ctx.collection,
+        vp_stage=chunk if ctx.layout.model_chunks > 1 else None,
+    )
+    stages = _layers_of_stages(network, ctx.layout)
+    if builds_hybrid(network, ctx.layout):
+        from minitron_megatron.model.hybrid import hybrid_model
+
+        model = hybrid_model(network, stages, settings)
+    else:
+        own = stages[chunk * ctx.layout.pipeline + ctx.pipeline_rank]
+        model = GPTModel(transformer_layer_spec=_block(network, own, config), **settings)
+    model.rotary_pos_emb.inv_freq = _rotary_frequencies(model.rotary_pos_emb, network)
+    return model.to(ctx.device)
 
 
 def builds_hybrid(network: Network, layout: ParallelConfig) -> bool:

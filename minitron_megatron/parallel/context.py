@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from minitron_megatron.config.parallel import InferenceParallelConfig, ParallelConfig
+from minitron_megatron.config.parallel import DataParallelConfig, ParallelConfig
 from minitron_megatron.errors import ConfigError, raise_if_any
 from minitron_megatron.parallel.cpu import install_cpu_backend
 from minitron_megatron.parallel.watchdog import watchdog
@@ -88,7 +88,7 @@ def current_context(sequence: bool = False) -> ParallelContext:
 
 
 @contextmanager
-def parallel_context(config: InferenceParallelConfig) -> Iterator[ParallelContext]:
+def parallel_context(config: DataParallelConfig) -> Iterator[ParallelContext]:
     """Initialises torch.distributed and `parallel_state` for the block, in the launcher's world or a world of one.
 
     The backend is NCCL where CUDA exists, else gloo. A `watchdog` kills ranks that make no progress for `timeout_min`,

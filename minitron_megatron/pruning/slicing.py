@@ -6,18 +6,23 @@ the query projection (and their biases): under grouped-query attention the paper
 dropped heads share keys and values anyway.
 """
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from minitron_megatron.artifacts.manifest import Manifest
+from minitron_megatron.checkpoint.companions import columns_of, mask_of, matrices, pack_mask, read_mask
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
 from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.config.sparsify import UNSTRUCTURED
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.parameters import parameters
 from minitron_megatron.pruning.plan import Plan
+
+logger = logging.getLogger(__name__)
 
 
 class Pruned:
@@ -30,9 +35,12 @@ class Pruned:
         self.network = plan.target
         self.dtype = source.dtype
         self._origins = {(param.position, param.name): param for param in parameters(source.network)}
+        self._matrices = {(param.position, mask_of(param).name): param for param in matrices(self.network)}
 
     def read(self, param: Param, index: list[np.ndarray]) -> torch.Tensor:
-        """See `TensorSource.read`."""
+        """See `TensorSource.read`. Masks of the source are cut as well."""
+        if matrix := self._matrices.get((param.position, param.name)):
+            return self._read_mask(matrix, index)
         position = None if param.position is None else self.plan.sublayers[param.position]
         origin, kept = self._origins[position, param.name], self.plan.kept(position)
         positions = [k[i] for k, i in zip(origin.index(kept), index, strict=True)]
@@ -50,6 +58,15 @@ class Pruned:
         mixed = (2 * tensor.float() - partner.float()).to(tensor.dtype)
         return torch.where(torch.from_numpy(rows != positions[0]).view(-1, *[1] * (tensor.dim() - 1)), mixed, tensor)
 
+    def _read_mask(self, matrix: Param, index: list[np.ndarray]) -> torch.Tensor:
+        """Reads positions of the packed mask of a matrix."""
+        assert matrix.position is not None
+        position = self.plan.sublayers[matrix.position]
+        origin = self._origins[position, matrix.name]
+        rows, columns = origin.index(self.plan.kept(position))
+        own = columns_of(index[1], matrix.shape[1])
+        return pack_mask(read_mask(self.source, origin, [rows[index[0]], columns[own]]))
+
 
 def write_pruned(output: Path, checkpoint: Checkpoint, plan: Plan, manifest: Manifest, tensor_ranks: int) -> None:
     """Writes the pruned checkpoint, with the plan and the files that accompany the source. Collective.
@@ -62,6 +79,16 @@ def write_pruned(output: Path, checkpoint: Checkpoint, plan: Plan, manifest: Man
         tensor_ranks: see `write_checkpoint`.
     """
     hf_assets = checkpoint.huggingface_folder
+    if checkpoint.scales:
+        logger.warning("%s is quantised: its scales are left out, so quantise the result again", checkpoint.root)
+    masks = [
+        mask_of(param)
+        for param in matrices(plan.target)
+        if param.position is not None and (plan.sublayers[param.position], mask_of(param).name) in _masked(checkpoint)
+    ]
+    if masks:
+        manifest.details["pattern"] = UNSTRUCTURED
+        logger.warning("masks are cut with their matrices: what is zero stays zero, but N:M groups are no longer whole")
     write_checkpoint(
         output,
         Pruned(checkpoint, plan),
@@ -71,4 +98,10 @@ def write_pruned(output: Path, checkpoint: Checkpoint, plan: Plan, manifest: Man
         files=plan.write,
         tensor_ranks=tensor_ranks,
         args=checkpoint.megatron_args(),
+        companions=masks,
     )
+
+
+def _masked(checkpoint: Checkpoint) -> set[tuple[int | None, str]]:
+    """Returns position and name of the masks of a checkpoint."""
+    return {(mask.position, mask.name) for mask in checkpoint.masks}

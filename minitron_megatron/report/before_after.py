@@ -4,9 +4,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from minitron_megatron.plotting import CUT, INK, KEPT, MUTED, label, new_figure, short, spread, tidy
-from minitron_megatron.report.results import Evaluation, find_teacher
+from minitron_megatron.report.results import CUTTING, Evaluation, find_teacher
 
-_COLOURS: dict[str | None, str] = {"prune": CUT, "distill": KEPT, "export": KEPT}
+_COLOURS: dict[str | None, str] = {"distill": KEPT, "export": KEPT, **dict.fromkeys(CUTTING, CUT)}
 
 
 def before_after(evaluations: list[Evaluation]) -> Figure:
@@ -36,10 +36,10 @@ def before_after(evaluations: list[Evaluation]) -> Figure:
 
 
 def _before_and_after(evaluations: list[Evaluation]) -> list[tuple[Evaluation, Evaluation]]:
-    """Returns each trained model with the last pruned model of its size before it."""
+    """Returns each trained model with the last one of its size before it that was cut."""
     pairs = []
     for i, distilled in enumerate(evaluations):
-        before = [e for e in evaluations[:i] if e.made_by == "prune" and e.parameters == distilled.parameters]
+        before = [e for e in evaluations[:i] if e.made_by in CUTTING and e.parameters == distilled.parameters]
         if before and distilled.made_by == "distill":
             pairs.append((before[-1], distilled))
     return pairs

@@ -1,5 +1,6 @@
 """Describes what lies in a folder: checkpoints, runs, scores, plans, evaluations and Hugging Face folders."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from minitron_megatron.artifacts.manifest import EVALUATION, MANIFEST
 from minitron_megatron.checkpoint.dist_reader import TRACKER, Checkpoint
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
+from minitron_megatron.checkpoint.sparsity_facts import MatrixFacts, sparsity_facts
 from minitron_megatron.config.schema import DepthSearch, Unit
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import HIDDEN
@@ -36,12 +38,14 @@ class Description:
         networks: by role; empty for its only one.
         facts: other facts by name, in order.
         pictures: makes its figures, if it has any.
+        matrices: its sparse or quantised matrices.
     """
 
     kind: str
     networks: dict[str, Network] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
     pictures: Callable[[], list[Picture]] | None = None
+    matrices: list[MatrixFacts] = field(default_factory=list)
 
 
 def describe(path: Path) -> Description:
@@ -71,10 +75,30 @@ def _checkpoint(folder: Path) -> Description:
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "weights": _storage(checkpoint),
     }
+    matrices = list(sparsity_facts(checkpoint))
+    facts |= _sparsity(matrices)
     if not (folder / PLAN).is_file():
-        return Description("checkpoint", {"": checkpoint.network}, facts)
+        kind = " and ".join(
+            [*["sparse"] * any(own.density is not None for own in matrices), *["quantised"] * bool(checkpoint.scales)]
+        )
+        return Description(f"{kind} checkpoint".strip(), {"": checkpoint.network}, facts, matrices=matrices)
     plan = _plan(folder)
-    return Description("pruned checkpoint", plan.networks, facts | plan.facts, plan.pictures)
+    return Description("pruned checkpoint", plan.networks, facts | plan.facts, plan.pictures, matrices)
+
+
+def _sparsity(matrices: list[MatrixFacts]) -> dict[str, str]:
+    """Describes the masks and scales of all matrices together."""
+    facts = {}
+    masked = [own for own in matrices if own.density is not None]
+    if masked:
+        count = sum(math.prod(own.param.shape) for own in masked)
+        kept = sum(own.density * math.prod(own.param.shape) for own in masked if own.density is not None)
+        broken = sum(own.broken or 0 for own in masked)
+        facts["zeros"] = f"{100 * (1 - kept / count):.2f}% of {len(masked)} matrices"
+        facts["groups of four with more than two weights"] = f"{broken:,}"
+    if groups := {own.group for own in matrices if own.group}:
+        facts["columns to a scale"] = ", ".join(map(str, sorted(groups)))
+    return facts
 
 
 def _storage(checkpoint: Checkpoint) -> str:

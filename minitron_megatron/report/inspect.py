@@ -16,7 +16,7 @@ from minitron_megatron.errors import ConfigError
 from minitron_megatron.report.descriptions import describe
 from minitron_megatron.report.differences import open_network
 from minitron_megatron.report.gallery import write_pictures
-from minitron_megatron.report.network_tables import comparison, fact_table, layer_table, network_table
+from minitron_megatron.report.network_tables import comparison, fact_table, layer_table, network_table, sparsity_table
 
 
 def inspect(config: InspectConfig) -> None:
@@ -51,6 +51,8 @@ def inspect(config: InspectConfig) -> None:
     for name, network in description.networks.items():
         if not network.has_equal_layers:
             _print_section(console, f"layers {name}".rstrip(), layer_table(network))
+    if description.matrices:
+        _print_section(console, "sparse and quantised matrices", sparsity_table(description.matrices))
     if manifest:
         _print_section(console, "made from", _lineage(Text(str(path)), origins_of(manifest)))
         settings = yaml.safe_dump(manifest.config, sort_keys=False, width=120)

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.checkpoint.sparsity_facts import MatrixFacts
 from minitron_megatron.model.count import cache_bytes_per_token, forward_flops_per_token
 from minitron_megatron.model.facts import network_facts
 from minitron_megatron.model.layers import Slot, Sublayer
@@ -58,6 +59,25 @@ def layer_table(network: Network) -> Table:
         filled = [kind.slot for kind in own]
         missing = [title for slot, title in titles.items() if title and slot not in filled]
         table.add_row(str(number), *sizes, ", ".join(missing))
+    return table
+
+
+def sparsity_table(matrices: list[MatrixFacts]) -> Table:
+    """Returns a row for each transformer layer: share of zeros, broken groups and relative error of its matrices."""
+    names = list(dict.fromkeys(own.param.name for own in matrices))
+    short_names = [name.removesuffix(".weight").rpartition(".")[2] for name in names]
+    table = Table(box=None, pad_edge=False)
+    for header in ("layer", *(f"{name} {what}" for name in short_names for what in ("zeros", "error")), "broken"):
+        table.add_column(header, justify="right")
+    for number in sorted({own.param.layer for own in matrices if own.param.layer is not None}):
+        of_layer = {own.param.name: own for own in matrices if own.param.layer == number}
+        cells = []
+        for name in names:
+            own = of_layer.get(name)
+            cells.append(_NONE if own is None or own.density is None else f"{100 * (1 - own.density):.1f}%")
+            cells.append(_NONE if own is None or own.error is None else f"{own.error:.4f}")
+        broken = [own.broken for own in of_layer.values() if own.broken is not None]
+        table.add_row(str(number), *cells, f"{sum(broken):,}" if broken else _NONE)
     return table
 
 

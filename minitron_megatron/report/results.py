@@ -9,6 +9,9 @@ from minitron_megatron.errors import CheckpointError
 
 _FIELDS = {"model", "parameters", "parameters_without_embeddings", "heldout", "generation"}
 
+CUTTING = ("prune", "sparsify", "quantize")
+"""Verbs that make a model worse, for what follows to recover."""
+
 
 @dataclass
 class Stage:
@@ -134,8 +137,8 @@ def find_teacher(evaluations: list[Evaluation]) -> Evaluation | None:
 
 
 def find_worst_pruned(evaluations: list[Evaluation]) -> Evaluation | None:
-    """Returns the pruned, untrained model of highest loss."""
-    return max((e for e in evaluations if e.made_by == "prune"), key=lambda e: e.loss, default=None)
+    """Returns the pruned, sparsified or quantised model of highest loss that was not trained since."""
+    return max((e for e in evaluations if e.made_by in CUTTING), key=lambda e: e.loss, default=None)
 
 
 def find_result(evaluations: list[Evaluation]) -> Evaluation | None:
@@ -151,7 +154,7 @@ def recoveries(evaluations: list[Evaluation]) -> list[float | None]:
     """
     shares: list[float | None] = []
     for i, evaluation in enumerate(evaluations):
-        is_end = evaluation.made_by == "prune" or evaluation is find_teacher(evaluations)
+        is_end = evaluation.made_by in CUTTING or evaluation is find_teacher(evaluations)
         teacher, pruned = find_teacher(evaluations[:i]), find_worst_pruned(evaluations[:i])
         if is_end or teacher is None or pruned is None:
             shares.append(None)

@@ -15,7 +15,9 @@ from minitron_megatron.artifacts.output import conflict_message, writing
 from minitron_megatron.checkpoint.dist_reader import HUGGINGFACE, Checkpoint
 from minitron_megatron.checkpoint.hf_assets import copy_hf_assets
 from minitron_megatron.config.compose import to_plain, to_yaml
+from minitron_megatron.config.distill import MaskMode
 from minitron_megatron.config.schema import DistillConfig
+from minitron_megatron.config.sparsify import UNSTRUCTURED
 from minitron_megatron.data.corpus import text_parents
 from minitron_megatron.data.encoding import have_equal_tokenizers
 from minitron_megatron.data.samples import Samples, heldout_samples, require_tokens, training_samples
@@ -69,6 +71,7 @@ def distill(config: DistillConfig) -> Path:
     parents = [Parent.of("student", student.root), *([Parent.of("teacher", teacher.root)] if teacher else [])]
     parents += text_parents(config.data.text)
     manifest = Manifest("run", student.network.to_dict(), parents, to_plain(config), verb="distill")
+    _say_of_zeros_and_scales(config, student, manifest)
     with parallel_context(config.parallel) as ctx:
         raise_if_any(config.batch_problems(ctx.layout.replicas))
         if rank0_first(lambda: _is_finished(output, manifest)):
@@ -171,6 +174,23 @@ def _require_fit(config: DistillConfig, student: Checkpoint, teacher: Checkpoint
             warn_of_positions(model.network.max_positions, config.data.sequence_length, f"the {role}")
     if teacher and config.teacher_fp8:
         raise_if_any(fp8_problems(teacher.network, config.parallel, "teacher_fp8"))
+
+
+def _say_of_zeros_and_scales(config: DistillConfig, student: Checkpoint, manifest: Manifest) -> None:
+    """Passes on which pattern a sparse student has, and warns of what training does to a quantised one."""
+    is_kept = config.masks.mode is MaskMode.KEEP
+    if student.masks and is_kept and config.masks.sparsity is None:
+        pattern = student.manifest.details.get("pattern", UNSTRUCTURED)
+        manifest.details["pattern"] = pattern
+        logger.info("the student is sparse (%s), and what is zero stays zero", pattern)
+    elif config.masks.sparsity is not None:
+        manifest.details["pattern"] = UNSTRUCTURED
+    elif student.masks:
+        logger.warning("the student is sparse, and masks.mode=ignore trains every weight: the result has no masks")
+    if config.fake_quant.scheme is not None:
+        manifest.details["scheme"] = config.fake_quant.scheme.value
+    elif student.scales:
+        logger.warning("the student is quantised, and training moves its weights off their grid: quantise the result")
 
 
 def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: DistillConfig) -> list[str]:

@@ -16,6 +16,7 @@ from minitron_megatron.parallel.schedule import Batch, group_microbatches, to_de
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 from minitron_megatron.tracking.metrics import Metrics
+from minitron_megatron.training.masks import share_of_zeros
 from minitron_megatron.training.optimizer import TrainableModel
 from minitron_megatron.training.saver import Saver
 from minitron_megatron.training.state import RunState
@@ -140,6 +141,7 @@ class Trainer:
         result = self.step.train(batches, run.step)
         watch.lap("student", less=("teacher", result.teacher_s))
         norms, rates = self._update_weights(result)
+        values |= self._drop_weights()
         watch.lap("optimizer")
         run.alpha = self.step.alpha
         seconds = {**watch.seconds, "step": watch.total, "stop": float(self.stop_requested())}
@@ -203,6 +205,18 @@ class Trainer:
             run.empty_in_a_row += 1
             logger.warning("no token counts in step %d, %s: skipped", run.step, self._sequences())
         return norms, rates
+
+    def _drop_weights(self) -> dict[str, float]:
+        """Makes the student sparser where its schedule says so, and returns its share of zeros if it has masks."""
+        student = next(iter(self.models.values()))
+        if student.masks is None:
+            return {}
+        if self.run.zeros_before is None:
+            self.run.zeros_before = student.masks.sparsity()
+        share = share_of_zeros(self.config.masks, self.run.step, self.run.zeros_before)
+        if share is not None:
+            student.drop_smallest(share)
+        return {"masks/sparsity": student.masks.sparsity()}
 
     def _sequences(self) -> str:
         """Returns the words for the sequences of the latest step."""

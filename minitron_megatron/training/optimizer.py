@@ -1,6 +1,7 @@
 """Wraps a model in Megatron's DistributedDataParallel, with optimiser and learning-rate schedule."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +9,15 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from minitron_megatron.config.distill import Decay
 from minitron_megatron.config.schema import DType, OptimizerConfig
 from minitron_megatron.model.build import TORCH_DTYPES
 from minitron_megatron.parallel.context import ParallelContext
+from minitron_megatron.training.fake_quant import FakeQuant
+from minitron_megatron.training.masks import Masks
 
 
 @dataclass
@@ -22,12 +27,16 @@ class TrainableModel:
     Attributes:
         model_chunks: this rank's model in Megatron's DistributedDataParallel, which holds the gradients in float32.
         optimizer: AdamW with float32 main weights.
-        schedule: cosine with warm-up, counted in steps.
+        schedule: of the learning rate, counted in steps.
+        masks: of its sparse matrices; None if it is dense.
+        fake_quant: rounds its weights after each step; None for no rounding.
     """
 
     model_chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
+    masks: Masks | None = None
+    fake_quant: FakeQuant | None = None
 
     def zero_grad(self) -> None:
         """Sets all gradients to zero."""
@@ -36,9 +45,32 @@ class TrainableModel:
         self.optimizer.zero_grad()
 
     def grad_norm(self) -> float:
-        """Returns the L2 norm of the whole gradient over all ranks, before clipping. Collective."""
+        """Returns the L2 norm of the whole gradient over all ranks, before clipping. Collective.
+
+        Gradients of weights that stay zero do not count.
+        """
+        if self.masks:
+            self.masks.mask_gradients()
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
+
+    def zero_entries(self, parameter: torch.nn.Parameter, entries: torch.Tensor) -> None:
+        """Zeroes entries of a weight, and what the optimiser keeps of them: main weights and moments.
+
+        Args:
+            parameter: of this rank's model.
+            entries: bool, of its shape.
+        """
+        with torch.no_grad():
+            parameter.masked_fill_(entries, 0)
+            for own, held in _kept_of(self.optimizer, parameter, entries):
+                own.masked_fill_(held, 0)
+
+    def drop_smallest(self, sparsity: float) -> None:
+        """Zeroes the smallest weights of every masked matrix, until this share of it is zero. Collective."""
+        assert self.masks is not None
+        for parameter, entries in self.masks.drop_smallest(sparsity):
+            self.zero_entries(parameter, entries)
 
     def step(self) -> float:
         """Applies the gradients. Collective.
@@ -50,6 +82,8 @@ class TrainableModel:
         # exactly the minimum.
         self.schedule.step(1)
         self.optimizer.step()
+        if self.fake_quant:
+            self.fake_quant.round_weights()
         return self.optimizer.param_groups[0]["lr"]
 
 
@@ -124,8 +158,31 @@ def _make_optimizer(
     return optimizer
 
 
+def _kept_of(
+    optimizer: MegatronOptimizer, parameter: torch.nn.Parameter, entries: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields the tensors that the optimiser keeps of a weight on this rank, each with its part of `entries`."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer):  # it keeps a range of the flattened weight
+            if parameter not in part.model_param_group_index_map:
+                continue
+            group, place = part.model_param_group_index_map[parameter]
+            main = part.optimizer.param_groups[group]["params"][place]
+            held = part._get_model_param_range_map(parameter)["param"]
+            here = entries.flatten()[held.start : held.end].view_as(main)
+        else:
+            own = [other for group in part.param_groups for other in group["params"]]
+            main, here = getattr(parameter, "main_param", parameter), entries
+            if not any(other is main for other in own):
+                continue
+        yield main, here
+        for tensor in part.optimizer.state[main].values():
+            if torch.is_tensor(tensor) and tensor.shape == main.shape:
+                yield tensor, here
+
+
 def _make_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, num_steps: int) -> OptimizerParamScheduler:
-    """Makes the learning-rate schedule: linear warm-up, then cosine decay to the minimum."""
+    """Makes the learning-rate schedule: linear warm-up, then the decay to the minimum."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -133,7 +190,9 @@ def _make_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, num_st
         min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
         lr_decay_steps=num_steps,
-        lr_decay_style="cosine",
+        lr_decay_style="WSD" if config.decay is Decay.WSD else config.decay.value,
+        wsd_decay_steps=config.decay_steps,
+        lr_wsd_decay_style="linear",
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=0,

@@ -52,6 +52,9 @@ class Saver:
             is_validated: whether the held-out loss of these weights is known.
             is_suspect: whether these weights may be broken; then nothing is removed.
         """
+        for model in self.models.values():
+            if model.masks:
+                model.masks.check()
         save_state(self.root, run, self.models, is_best, self.args)
         self.loss_seen_since_save = is_validated
         self.cleanup_pending = is_suspect or not (is_validated or is_last)

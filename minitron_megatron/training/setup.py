@@ -8,6 +8,7 @@ from megatron.core.models.gpt import GPTModel
 from minitron_megatron.checkpoint.dist_reader import TEACHER, Checkpoint
 from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.random_weights import RandomWeights
+from minitron_megatron.config.distill import MaskMode
 from minitron_megatron.config.schema import DistillConfig, DType
 from minitron_megatron.distillation.entries import loss_entries
 from minitron_megatron.distillation.hidden import HiddenDistance
@@ -16,7 +17,10 @@ from minitron_megatron.distillation.projections import add_projections
 from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.model.build import TORCH_DTYPES, build_model
 from minitron_megatron.model.count import forward_flops_per_token
+from minitron_megatron.parallel.collectives import raise_on_all_ranks
 from minitron_megatron.parallel.context import ParallelContext
+from minitron_megatron.training.fake_quant import FakeQuant
+from minitron_megatron.training.masks import Masks
 from minitron_megatron.training.optimizer import TrainableModel, setup_optimizer
 
 
@@ -49,6 +53,12 @@ def set_up(
     vocab, chunk_tokens = student.network.vocab_size, config.loss.chunk_tokens
     model_chunks = build_model(student.network, ctx, config.dtype, recompute=config.recompute)
     load_weights(model_chunks, RandomWeights(student.network, config.seed) if config.random_init else student, ctx)
+    masks = None
+    makes_sparser = config.masks.sparsity is not None
+    if makes_sparser or (student.masks and config.masks.mode is MaskMode.KEEP):
+        with raise_on_all_ranks():
+            masks = Masks(model_chunks, student, ctx, every=makes_sparser)
+            masks.zero_weights() if config.random_init else masks.require_zeros()
     # A backward pass costs as much as two forward passes.
     flops = 3 * forward_flops_per_token(student.network, config.data.sequence_length)
     models, live_teacher, hidden = {}, None, None
@@ -65,7 +75,13 @@ def set_up(
             models[TEACHER] = _trainable_teacher(config, config.teacher_lr, teacher, teacher_chunks, ctx)
             teacher_chunks = models[TEACHER].model_chunks
         live_teacher = LiveTeacher(teacher_chunks, ctx, vocab, chunk_tokens)
-    models = {"": setup_optimizer(model_chunks, config.optimizer, config.steps, config.dtype, ctx), **models}
+    trained = setup_optimizer(model_chunks, config.optimizer, config.steps, config.dtype, ctx)
+    fake_quant = None
+    if config.fake_quant.scheme is not None:
+        with raise_on_all_ranks():
+            fake_quant = FakeQuant(model_chunks, student, config.fake_quant, ctx)
+            fake_quant.round_weights()  # after the optimiser has copied them
+    models = {"": dataclasses.replace(trained, masks=masks, fake_quant=fake_quant), **models}
     entries = loss_entries(config.loss, live_teacher, hidden, config.steps)
     return TrainingSetup(DistillationStep(models[""].model_chunks, entries, ctx, vocab, chunk_tokens), models, flops)
 

@@ -17,6 +17,7 @@ from megatron.core.utils import unwrap_model
 
 from minitron_megatron.checkpoint.dist_reader import (
     TRACKER,
+    Checkpoint,
     iteration_folder,
     latest_folder,
     newest_whole,
@@ -46,6 +47,7 @@ class RunState:
         empty_in_a_row: length of the current series of steps without a token to learn from.
         best_loss: lowest held-out loss so far.
         alpha: see `DistillationStep`.
+        zeros_before: share of zeros of a student with masks, before the first step.
     """
 
     step: int = 0
@@ -54,6 +56,7 @@ class RunState:
     empty_in_a_row: int = 0
     best_loss: float = math.inf
     alpha: float | None = None
+    zeros_before: float | None = None
 
 
 def save_state(
@@ -199,6 +202,8 @@ def load_state(root: Path, models: Mapping[str, TrainableModel]) -> RunState:
             chunk.load_state_dict(weights, strict=True)
         model.optimizer.load_state_dict(loaded[f"{prefix}{_OPTIMIZER}"])
         model.schedule.load_state_dict(loaded[f"{prefix}{_SCHEDULE}"])
+        if model.masks:
+            model.masks.read(Checkpoint(root))
     return RunState(**loaded[_RUN])
 
 
@@ -226,6 +231,10 @@ def _sharded_state(models: Mapping[str, TrainableModel], is_loading: bool) -> di
     for prefix, model in models.items():
         own = {name: chunk.sharded_state_dict(prefix=prefix) for name, chunk in _named(model, prefix)}
         state |= own
+        if model.masks and not is_loading:  # `Masks.read` reads them
+            state |= model.masks.sharded_state()
+        if model.fake_quant and not is_loading:  # they stay those of the start
+            state |= model.fake_quant.sharded_state()
         state[f"{prefix}{_OPTIMIZER}"] = model.optimizer.sharded_state_dict(
             own, is_loading=is_loading, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
         )

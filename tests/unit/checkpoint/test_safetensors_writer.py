@@ -15,18 +15,25 @@ def tensor_of(values, name, blocks):
         blocks.append((name, low, high))
         return values[low:high]
 
-    return Tensor(name, tuple(values.shape), read)
+    return Tensor(name, tuple(values.shape), values.dtype, read)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+MIXED = [torch.int8, torch.bfloat16, torch.int64, torch.float8_e4m3fn, torch.int32]
+
+
+@pytest.mark.parametrize("dtypes", [*([dtype] * len(SIZES) for dtype in DTYPES), MIXED])
 @pytest.mark.parametrize("block_bytes", [1, 70, 2**26])
-def test_files_are_those_of_safetensors(block_bytes, dtype, tmp_path, monkeypatch):
+def test_files_are_those_of_safetensors(block_bytes, dtypes, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_writer, "BLOCK_BYTES", block_bytes)
     generator, blocks = torch.Generator().manual_seed(0), []
-    values = {name: torch.randn(size, generator=generator).to(dtype) for name, size in SIZES.items()}
+    values = {
+        name: torch.randn(size, generator=generator).to(dtype)
+        for (name, size), dtype in zip(SIZES.items(), dtypes, strict=True)
+    }
     split = {"one": ["b", "layers.10.a"], "two": ["layers.9.a", "a.weight", "B"]}
     files = {tmp_path / file: [tensor_of(values[name], name, blocks) for name in own] for file, own in split.items()}
-    write_shards(files, dtype)
+    write_shards(files)
     for file, own in split.items():
         save_file({name: values[name] for name in own}, tmp_path / "theirs", metadata={"format": "pt"})
         assert (tmp_path / file).read_bytes() == (tmp_path / "theirs").read_bytes(), file
@@ -37,8 +44,8 @@ def test_files_are_those_of_safetensors(block_bytes, dtype, tmp_path, monkeypatc
 
 
 def test_shards_are_filled_up_to_their_size():
-    tensors = [Tensor(str(number), (rows, 10), None) for number, rows in enumerate([3, 3, 4, 20, 1, 1])]
-    found = cut_into_shards(tensors, torch.bfloat16, 120)
+    tensors = [Tensor(str(number), (rows, 10), torch.bfloat16, None) for number, rows in enumerate([3, 3, 4, 20, 1, 1])]
+    found = cut_into_shards(tensors, 120)
     assert [[tensor.name for tensor in shard] for shard in found] == [["0", "1"], ["2"], ["3"], ["4", "5"]]
 
 
@@ -52,5 +59,5 @@ def test_what_fails_in_one_thread_is_raised_and_stops_the_others(tmp_path, monke
 
     slow = tensor_of(torch.zeros(100_000, 1), "b", blocks)
     with pytest.raises(ZeroDivisionError, match="defect"):
-        write_shards({tmp_path / "file": [Tensor("a", (1, 1), fail), slow]}, torch.float32)
+        write_shards({tmp_path / "file": [Tensor("a", (1, 1), torch.float32, fail), slow]})
     assert len(blocks) < 100_000

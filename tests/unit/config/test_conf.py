@@ -13,6 +13,8 @@ MANDATORY = {
     "import": ["source=s", "output=o"],
     "score": ["checkpoint=c", "output=o"],
     "prune": ["checkpoint=c", "scores=s", "output=o", "target.ffn=8"],
+    "sparsify": ["checkpoint=c", "output=o"],
+    "quantize": ["checkpoint=c", "output=o"],
     "distill": ["teacher=t", "student=s", "output=o"],
     "evaluate": ["model=m", "output=o"],
     "export": ["checkpoint=c", "output=o"],
@@ -76,7 +78,7 @@ def test_every_folder_a_stage_reads_is_written_by_an_earlier_one(overrides):
     for name, (verb, settings) in resolve_stages(recipe).items():
         for field in ("checkpoint", "scores", "teacher", "student", "model"):
             if path := getattr(settings, field, None):
-                kinds = ["score"] if field == "scores" else ["import", "prune", "distill"]
+                kinds = ["score"] if field == "scores" else ["import", "prune", "sparsify", "quantize", "distill"]
                 assert writers.get(path) in kinds, f"{name} reads {path}"
         assert settings.output.startswith(f"{recipe.run_dir}/") and settings.output not in writers
         writers[settings.output] = verb

@@ -1,0 +1,90 @@
+"""The settings of `minitron sparsify`."""
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+
+from minitron_megatron.config.calibration import CalibrationConfig, Scheme, group_problems
+from minitron_megatron.config.checks import at_least
+
+UNSTRUCTURED = "unstructured"
+_N_OF_M = re.compile(r"([1-9]\d?):([1-9]\d?)")
+
+
+class SparsifyMethod(str, Enum):
+    """How the weights that stay are chosen, and the others made up for."""
+
+    MAGNITUDE = "magnitude"  # the largest weights; needs no text
+    WANDA = "wanda"  # the largest products of weight and input (2306.11695)
+    SPARSEGPT = "sparsegpt"  # column by column, on updated weights (2301.00774)
+    ALPS = "alps"  # mask and weights together, by ADMM (2406.07831)
+    GIVEN = "given"  # the masks of another checkpoint: a lottery ticket's (1803.03635)
+    RANDOM = "random"  # chance, with as many zeros in each matrix as masks_of has, if it is given: a control
+
+
+_WITHOUT_TEXT = (SparsifyMethod.MAGNITUDE, SparsifyMethod.GIVEN, SparsifyMethod.RANDOM)
+
+
+@dataclass
+class SparsifyConfig(CalibrationConfig):
+    """`minitron sparsify`: set a share of a checkpoint's weights to zero, layer by layer.
+
+    Attributes:
+        pattern: N:M keeps N of every M weights of a row, as in 2:4; unstructured keeps any.
+        sparsity: share of zeros of each matrix, for an unstructured pattern.
+        method: how the weights that stay are chosen.
+        masks_of: sparse checkpoint of the same network, whose masks are taken (given) or shuffled (random).
+        seed: of random masks.
+        refit: refit the weights that stay by least squares; with magnitude and wanda they are else as they were.
+        refit_steps: conjugate-gradient steps of the refit.
+        scheme: also round the weights that stay; see `quantize`. After a refit that is a second pass over the columns;
+            sparsegpt without a refit chooses and rounds in one pass.
+        group_size: see `quantize`.
+        ignore: matrices to leave as they are, as patterns of their names, such as `*.mlp.linear_fc2.weight` or
+            `decoder.layers.0.*`.
+    """
+
+    pattern: str = "2:4"
+    sparsity: float = 0.5
+    method: SparsifyMethod = SparsifyMethod.ALPS
+    masks_of: str | None = None
+    seed: int = 1234
+    refit: bool = True
+    refit_steps: int = 20
+    scheme: Scheme | None = None
+    group_size: int | None = None
+    ignore: list[str] = field(default_factory=list)
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """N and M of the pattern; None if it is unstructured."""
+        match = _N_OF_M.fullmatch(self.pattern)
+        return (int(match[1]), int(match[2])) if match else None
+
+    @property
+    def needs_text(self) -> bool:
+        return self.refit or self.scheme is not None or self.method not in _WITHOUT_TEXT
+
+    def problems(self, where: str = "") -> list[str]:
+        problems = super().problems(where)
+        if self.n_of_m is None and self.pattern != UNSTRUCTURED:
+            problems.append(f"{where}pattern = {self.pattern}: must be N:M, such as 2:4, or {UNSTRUCTURED}")
+        if self.n_of_m and not self.n_of_m[0] < self.n_of_m[1]:
+            problems.append(f"{where}pattern = {self.pattern}: keeps every weight; N must be below M")
+        if not 0 < self.sparsity < 1:
+            problems.append(f"{where}sparsity = {self.sparsity}: must be above 0 and below 1")
+        if self.n_of_m and self.n_of_m[0] < self.n_of_m[1]:
+            own = 1 - self.n_of_m[0] / self.n_of_m[1]
+            if self.sparsity not in (own, 0.5):
+                problems.append(
+                    f"{where}sparsity = {self.sparsity}, and {where}pattern = {self.pattern} has {own:.4g}: leave "
+                    f"{where}sparsity out, or set {where}pattern={UNSTRUCTURED}"
+                )
+        is_given = self.method is SparsifyMethod.GIVEN
+        if (self.masks_of is None) if is_given else (self.masks_of and self.method is not SparsifyMethod.RANDOM):
+            problems.append(
+                f"{where}masks_of = {self.masks_of} and {where}method = {self.method.value}: given needs a checkpoint "
+                f"with masks, random may have one, and no other method has"
+            )
+        problems += group_problems(where, self.scheme, self.group_size)
+        return problems + at_least(where, "refit_steps", self.refit_steps, 1)

@@ -1,0 +1,164 @@
+"""Runs a network over a calibration set one layer at a time.
+
+Only one layer and the hidden states of the calibration set at one boundary are in memory, so networks are worked on
+that are many times as large as a device. Every rank has whole layers and its own share of the samples.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from minitron_megatron.checkpoint.companions import matrices
+from minitron_megatron.checkpoint.load import load_weights
+from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.config.common import DType
+from minitron_megatron.model.axes import Param
+from minitron_megatron.model.build import TORCH_DTYPES, build_bare_layer, held_sublayers
+from minitron_megatron.model.layers import Sublayer
+from minitron_megatron.model.network import Network
+from minitron_megatron.model.parameters import parameters
+from minitron_megatron.model.torch_modules import normalize
+from minitron_megatron.parallel.context import ParallelContext
+from minitron_megatron.parallel.schedule import PADDING, SAMPLE_IDS, Batch
+
+
+class OneLayer:
+    """A transformer layer of a source, as the source of a network that has no other."""
+
+    def __init__(self, source: TensorSource, number: int):
+        self.source = source
+        self.positions = source.network.layers[number]
+        self.network = source.network.replace(
+            sublayers=tuple(source.network.sublayers[position] for position in self.positions)
+        )
+        self.dtype = source.dtype
+        self._origins = {(param.position, param.name): param for param in parameters(source.network)}
+
+    def origin(self, param: Param) -> Param:
+        """Returns the parameter of the whole network."""
+        assert param.position is not None
+        return self._origins[self.positions[param.position], param.name]
+
+    def read(self, param: Param, index: list[np.ndarray]) -> Tensor:
+        """See `TensorSource.read`."""
+        return self.source.read(self.origin(param), index)
+
+
+class LayerStream:
+    """The hidden states of a calibration set between two layers, and the layer after them.
+
+    Args:
+        source: of the weights.
+        batches: this rank's micro-batches.
+        ctx: this rank's place, without tensor or pipeline parallelism.
+        dtype: of weights and computation.
+        file: where hidden states are kept; None for in memory.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        batches: Sequence[Batch],
+        ctx: ParallelContext,
+        dtype: DType,
+        file: Path | None = None,
+    ):
+        self.source = source
+        self.batches = batches
+        self.ctx = ctx
+        self.dtype = dtype
+        self._built: tuple[tuple[Sublayer, ...], torch.nn.Module] | None = None
+        self.states = self._embed(file)
+
+    def load(self, number: int) -> torch.nn.Module:
+        """Returns a layer with its weights, as a model. The one before it is overwritten."""
+        layer = OneLayer(self.source, number)
+        sublayers = layer.network.sublayers
+        if self._built is None or self._built[0] != sublayers:
+            self._built = None  # before the next one is built
+            model = build_bare_layer(layer.network, self.ctx, self.dtype)
+            model.requires_grad_(False)
+            self._built = sublayers, model.eval()
+        model = self._built[1]
+        load_weights([model], layer, self.ctx)
+        return model
+
+    @torch.no_grad()
+    def run(self, model: torch.nn.Module, advance: bool, after_batch: Callable[[], None] = lambda: None) -> None:
+        """Runs a layer over all micro-batches.
+
+        Args:
+            model: of `load`.
+            advance: whether its output becomes the hidden states.
+            after_batch: called after every micro-batch.
+        """
+        own = unwrap_model(model)
+        for number, batch in enumerate(self.batches):
+            own.set_input_tensor(self.states[number].to(self.ctx.device, non_blocking=True))
+            output = model(
+                batch["tokens"].to(self.ctx.device),
+                batch["position_ids"].to(self.ctx.device),
+                attention_mask=None if "document_ids" not in batch else batch["document_ids"].to(self.ctx.device),
+            )
+            if advance:
+                self.states[number].copy_(output)
+            after_batch()
+
+    @contextmanager
+    def inputs(self, model: torch.nn.Module, network: Network, take: Callable[[Param, Tensor], None]) -> Iterator[None]:
+        """Passes on the inputs of a layer's matrices while the block runs it.
+
+        Args:
+            model: of `load`.
+            network: of one layer, see `OneLayer`.
+            take: called with each matrix and its inputs `[tokens, columns]`, without those of padding rows.
+        """
+        layers = {position: layer for positions, layer in held_sublayers(model, network) for position in positions}
+        handles, number = [], 0
+
+        def watch(param: Param, module: torch.nn.Module) -> None:
+            def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+                x = args[0]
+                if hasattr(module, "layer_norm_weight"):  # Transformer Engine fuses the norm into it
+                    x = normalize(x, module.layer_norm_weight, module.layer_norm_bias, module.config)
+                is_row = (self.batches[number][SAMPLE_IDS] != PADDING).to(x.device)
+                take(param, x[:, is_row].flatten(0, 1))
+
+            handles.append(module.register_forward_pre_hook(hook))
+
+        def count(module: torch.nn.Module, args: object, output: object) -> None:
+            nonlocal number
+            number += 1
+
+        for param in matrices(network):
+            assert param.position is not None
+            watch(param, layers[param.position].get_submodule(param.name.removesuffix(".weight")))
+        handles.append(model.register_forward_hook(count))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _embed(self, file: Path | None) -> Tensor:
+        """Returns the embeddings of all micro-batches, `[batches, seq, batch, hidden]`. Reads no other row."""
+        tokens = torch.stack([batch["tokens"] for batch in self.batches])
+        embedding = next(param for param in parameters(self.source.network) if param.is_embedding)
+        rows, places = np.unique(tokens.numpy(), return_inverse=True)
+        hidden = self.source.network.hidden_size
+        table = self.source.read(embedding, [rows, np.arange(hidden)]).to(TORCH_DTYPES[self.dtype])
+        shape, dtype = (len(tokens), tokens.shape[2], tokens.shape[1], hidden), table.dtype
+        if file is None:
+            states = torch.empty(shape, dtype=dtype)
+        else:
+            size = int(np.prod(shape))
+            states = torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
+        for number, place in enumerate(torch.from_numpy(places).view(tokens.shape)):
+            states[number] = table[place].transpose(0, 1)
+        return states

@@ -1,0 +1,79 @@
+"""The verb `quantize`: rounds a checkpoint's weights to few bits, and makes up for the error."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from minitron_megatron.artifacts.lease import sole_writer
+from minitron_megatron.checkpoint.companions import MASK, SCALE, mask_of, pack_mask, read_mask, scale_of
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
+from minitron_megatron.config.quantize import QuantizeConfig
+from minitron_megatron.errors import CheckpointError, raise_if_any
+from minitron_megatron.model.axes import Param
+from minitron_megatron.model.parameters import layer_key
+from minitron_megatron.sparsity.engine import WEIGHT, Rows
+from minitron_megatron.sparsity.grids import Grid, group_problems, scale_dtype
+from minitron_megatron.sparsity.layerwise import Task, chosen_matrices, run_layerwise
+from minitron_megatron.sparsity.methods import Matrix, gptq
+from minitron_megatron.sparsity.second_moments import SecondMoments
+
+
+@sole_writer
+def quantize(config: QuantizeConfig) -> Path:
+    """Quantises a checkpoint, one layer at a time; zeros of a sparse one stay.
+
+    An interrupted run goes on after the last finished layer when it is started again with the same settings.
+
+    Returns:
+        folder of the quantised checkpoint: rounded weights in the source's number format, and their scales.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole, or is quantised already.
+        ConfigError: a group size does not divide, or the output holds something else.
+        DataError: the text is shorter than one sequence.
+    """
+    checkpoint = Checkpoint(config.checkpoint)
+    return run_layerwise(config, checkpoint, lambda: quantization(config, checkpoint))
+
+
+def quantization(config: QuantizeConfig, checkpoint: Checkpoint) -> Task:
+    """Returns what to do to a checkpoint.
+
+    Raises:
+        CheckpointError: it is quantised already.
+        ConfigError: a group size does not divide.
+    """
+    if checkpoint.scales:
+        raise CheckpointError(
+            f"{checkpoint.root} is quantised already: name the checkpoint that it was made of, whose weights are whole"
+        )
+    chosen = chosen_matrices(checkpoint, config.ignore)
+    raise_if_any(group_problems(chosen, config.group_size))
+    grids = {param: Grid.of(config.scheme, param.shape[1], config.group_size) for param in chosen}
+    dtype = scale_dtype(checkpoint)
+
+    def solver(param: Param, weight: Tensor, moments: SecondMoments | None) -> Callable[[slice], Rows]:
+        grid, mask = grids[param], None
+        if layer_key(mask_of(param)) in checkpoint.companions:
+            mask = read_mask(checkpoint, param, [np.arange(size) for size in param.shape]).to(weight.device)
+        rounded = gptq(Matrix(weight, moments, config.by_activation), grid, dtype) if moments else None
+
+        def solve(rows: slice) -> Rows:
+            own = weight[rows]
+            if rounded:
+                new, scales = rounded(own, None if mask is None else mask[rows])
+            else:
+                scales = grid.scales(own, dtype)
+                new = grid.round(own, grid.spread(scales))
+            beside = {MASK: pack_mask(mask[rows])} if mask is not None else {}
+            return {WEIGHT: new, SCALE: scales, **beside}
+
+        return solve
+
+    masks = [mask_of(param) for param in chosen if layer_key(mask_of(param)) in checkpoint.companions]
+    scales = [scale_of(param, grid.group) for param, grid in grids.items()]
+    details = {"scheme": config.scheme.value, "method": config.method.value}
+    title = f"quantize ({config.method.value}, {config.scheme.value})"
+    return Task("quantize", title, chosen, solver, [*masks, *scales], details)
