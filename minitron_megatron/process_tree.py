@@ -50,6 +50,10 @@ def watched(
     _watches.append(ended)
     try:
         yield
+        if helpers:  # one that was killed a moment ago has not been noticed yet
+            for pid in _children():
+                if (number := _killed_by(pid)) not in (0, signal.SIGTERM):  # by which owners end theirs
+                    _leave(what, f"its helper, pid {pid}, was killed by {signal.Signals(number).name}", tell)
     finally:
         _watches.remove(ended)
         ended.set()

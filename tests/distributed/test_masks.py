@@ -47,7 +47,7 @@ def settings(inputs, output, **changes):
         save_every=5,
         keep_checkpoints=5,
         dtype=DType.FP32,
-        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1),
+        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=0, weight_decay=0.1),
         data=DataConfig([str(inputs / f"{n}.txt") for n in range(20)], str(inputs / "corpora"), 16, seed=1),
     )
     return DistillConfig(str(inputs / "checkpoint"), str(inputs / "sparse"), str(output), **{**given, **changes})
@@ -97,7 +97,8 @@ def test_every_layout_trains_the_same_student(name, distributed, inputs, alone, 
     run_on_ranks(num_ranks, run_in, config, parallel)
     expected = assert_same_zeros(alone, inputs / "sparse")
     for found, weight in zip(assert_same_zeros(tmp_path / "run", inputs / "sparse"), expected, strict=True):
-        assert (found - weight).abs().max() <= 1e-4 * weight.abs().max()
+        # Adam makes a step of a gradient that is next to nothing, and 12 steps of 1e-3 were made.
+        assert (found - weight).abs().max() <= 1e-3 and (found - weight).abs().mean() <= 1e-5
 
 
 def test_bf16_and_the_distributed_optimizer_keep_zeros_over_a_change_of_the_layout(inputs, tmp_path, stop_after_saving):
@@ -116,7 +117,7 @@ def test_masked_training_is_that_of_torch_with_masked_gradients(inputs, tmp_path
     from minitron_megatron.parallel.context import parallel_context
     from tests.in_memory import as_transformers_model
 
-    config = settings(inputs, tmp_path / "run", teacher=None, steps=4, save_every=None)
+    config = replace(settings(inputs, tmp_path / "run", steps=4, save_every=None), teacher=None)
     config.loss = replace(config.loss, kd_logits_weight=0.0, lm_weight=1.0)
     config.optimizer = OptimizerConfig(lr=1e-2, min_lr=1e-2, warmup_steps=0, clip_grad=0.5, weight_decay=0.0)
     distill.distill(config)
@@ -135,12 +136,15 @@ def test_masked_training_is_that_of_torch_with_masked_gradients(inputs, tmp_path
             for name, parameter in model.named_parameters():
                 if name in masks:
                     parameter.grad *= masks[name]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            # Of what is left: Adam would not notice that gradients were clipped by another norm.
+            assert metrics(tmp_path / "run")[step]["optim/grad_norm"] == pytest.approx(float(norm), rel=1e-4)
             optimizer.step()
     expected = dict(model.named_parameters())
     found = dict(as_transformers_model(Checkpoint(tmp_path / "run")).named_parameters())
     for name, parameter in found.items():
-        assert (parameter - expected[name]).abs().max() <= 2e-4 * expected[name].abs().max(), name
+        difference = (parameter - expected[name]).abs()
+        assert difference.max() <= 1e-3 and difference.mean() <= 1e-5, name  # after 4 steps of 1e-2
 
 
 def test_masks_that_are_ignored_are_gone(inputs, tmp_path):

@@ -13,6 +13,7 @@ from minitron_megatron.config.calibration import Scheme
 from minitron_megatron.config.quantize import QuantizeConfig
 from minitron_megatron.config.schema import DataConfig, DType
 from minitron_megatron.config.sparsify import SparsifyConfig, SparsifyMethod
+from minitron_megatron.sparsity.methods import METHODS
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, hf_model, import_hf, literate
 
@@ -69,7 +70,7 @@ def run(config):
 TASKS = {
     **{
         f"{method.value}-{pattern}": (SparsifyConfig, dict(method=method, pattern=pattern))
-        for method in SparsifyMethod
+        for method in METHODS
         for pattern in ("2:4", "unstructured")
     },
     "dense-inputs": (SparsifyConfig, dict(method=SparsifyMethod.SPARSEGPT, sequential=False)),

@@ -127,6 +127,23 @@ def test_a_rank_ends_with_its_helpers_when_one_of_them_was_killed(tmp_path):
     assert out == f"told {err}"
 
 
+def test_a_helper_that_was_killed_a_moment_before_the_end_is_noticed():
+    code = (
+        PREAMBLE
+        + """
+with watched("rank 3", helpers=True):
+    helper = sleeper()
+    os.kill(helper.pid, SIGNAL)
+    time.sleep(0.2)
+"""
+    )
+    for number, status in (("signal.SIGKILL", 1), ("signal.SIGTERM", 0)):
+        command = [sys.executable, "-c", code.replace("SIGNAL", number)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == status
+        assert ("its helper, pid" in ended.stderr and "was killed by SIGKILL" in ended.stderr) == bool(status)
+
+
 def test_a_killed_manager_of_multiprocessing_is_noticed(tmp_path):
     run = start(MANAGED, tmp_path)
     assert run.wait(timeout=60) == 1
