@@ -19,6 +19,7 @@ from minitron_megatron.checkpoint.packed import Packed
 from minitron_megatron.checkpoint.padded import Padded
 from minitron_megatron.checkpoint.recognise import file_hint, hub_hint, is_gguf
 from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.checkpoint.sparsity_facts import sparsity_facts
 from minitron_megatron.checkpoint.tokenizer_files import check_assets
 from minitron_megatron.config.compose import to_plain
 from minitron_megatron.config.schema import ExportConfig, ExportFormat, ImportConfig
@@ -86,7 +87,7 @@ def export(config: ExportConfig) -> Path:
     manifest = Manifest("huggingface", parents=parents, config=to_plain(config), verb="export")
     if is_done(output, manifest):
         return output
-    card = model_card(parents[0], checkpoint.network, hf_assets)
+    card = model_card(parents[0], checkpoint.network, hf_assets, list(sparsity_facts(checkpoint)))
     write_huggingface(output, source, hf_assets, config.max_shard_gb * 1e9, manifest, card, packed)
     return output
 

@@ -1,5 +1,6 @@
 """Writes the model card of an exported network: its sizes, its lineage and settings, and evaluations."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from minitron_megatron.artifacts.lineage import in_creation_order, origin_of
 from minitron_megatron.artifacts.manifest import EVALUATION, Manifest, Parent
+from minitron_megatron.checkpoint.sparsity_facts import MatrixFacts
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.files import read_json
 from minitron_megatron.model.count import num_parameters
@@ -19,7 +21,16 @@ from minitron_megatron.model.network import Network
 
 CARD = "README.md"
 _LICENSE = ("license", "license_name", "license_link")
-_STEP_NAMES = {"distill": "distilled", "prune": "pruned", "score": "scored", "import": "imported"}
+_STEP_NAMES = {
+    "distill": "distilled",
+    "prune": "pruned",
+    "sparsify": "sparsified",
+    "quantize": "quantised",
+    "score": "scored",
+    "import": "imported",
+}
+# Those of them that a title names.
+_IN_TITLE = ("pruned", "sparsified", "distilled", "quantised")
 # Settings by which the verb of an earlier version's result is recognised; the first that is present counts.
 _VERB_BY_SETTING = {"student": "distill", "target": "prune", "num_samples": "score", "source": "import"}
 
@@ -55,7 +66,7 @@ def _step_name(manifest: Manifest) -> str:
     return _STEP_NAMES.get(manifest.verb or next(guesses, ""), manifest.kind)
 
 
-def model_card(checkpoint: Parent, network: Network, hf_assets: Path) -> str:
+def model_card(checkpoint: Parent, network: Network, hf_assets: Path, matrices: Sequence[MatrixFacts] = ()) -> str:
     """Returns the text of a `README.md`, with the front matter that Hugging Face reads.
 
     The licence is that of the source's model card, if it has one.
@@ -64,6 +75,7 @@ def model_card(checkpoint: Parent, network: Network, hf_assets: Path) -> str:
         checkpoint: that is exported.
         network: of the checkpoint.
         hf_assets: folder with the source's model card, if there is one.
+        matrices: its sparse and quantised matrices.
 
     Raises:
         CheckpointError: the front matter of the source's card cannot be read.
@@ -75,11 +87,11 @@ def model_card(checkpoint: Parent, network: Network, hf_assets: Path) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base_model(source) if source else None,
-        tags=["minitron", "pruned"] if any(step.name == "pruned" for step in steps) else ["minitron"],
+        tags=["minitron", *(name for name in _IN_TITLE if any(step.name == name for step in steps))],
         **license_of(hf_assets / CARD),
     )
     before = Network.from_dict(first.manifest.network) if first and first.manifest.network else network
-    title = " and ".join(dict.fromkeys(step.name for step in steps if step.name in ("pruned", "distilled")))
+    title = " and ".join(dict.fromkeys(step.name for step in steps if step.name in _IN_TITLE))
     name = base_model(source) if source else Path(checkpoint.path).name
     paragraphs = [
         f"---\n{front.to_yaml()}\n---",
@@ -88,6 +100,8 @@ def model_card(checkpoint: Parent, network: Network, hf_assets: Path) -> str:
         "## Size",
         _size_table(before, network),
     ]
+    if matrices:
+        paragraphs += ["## Sparsity and rounding", _matrix_table(matrices)]
     if measured := _evaluations(Path(checkpoint.path), steps):
         paragraphs += ["## Evaluation", "The loss is of held-out text of the sources named below.", *measured]
     paragraphs += ["## How it was made"]
@@ -133,6 +147,29 @@ def _size_table(before: Network, after: Network) -> str:
     columns = [network_facts(network) for network in (before, after)]
     rows = [(name, *(column.get(name, "") for column in columns)) for name in columns[0]]
     return _table(["", "before", "after"], rows)
+
+
+def _matrix_table(matrices: Sequence[MatrixFacts]) -> str:
+    """Returns a row for each layer: share of zeros, groups of four with more than two weights, columns to a scale."""
+    rows = []
+    for number in sorted({own.param.layer for own in matrices if own.param.layer is not None}):
+        own = [facts for facts in matrices if facts.param.layer == number]
+        masked = [facts for facts in own if facts.density is not None]
+        count = sum(math.prod(facts.param.shape) for facts in masked)
+        kept = sum(facts.density * math.prod(facts.param.shape) for facts in masked if facts.density is not None)
+        errors = [facts.error for facts in own if facts.error is not None]
+        groups = sorted({facts.group for facts in own if facts.group})
+        rows.append(
+            (
+                str(number),
+                f"{100 * (1 - kept / count):.2f}%" if count else "",
+                str(sum(facts.broken or 0 for facts in masked)) if masked else "",
+                ", ".join(map(str, groups)),
+                f"{max(errors):.4f}" if errors else "",
+            )
+        )
+    header = ["layer", "zeros", "groups of four with more than two weights", "columns to a scale", "largest error"]
+    return _table(header, rows)
 
 
 def _evaluations(checkpoint: Path, steps: list[Step]) -> list[str]:

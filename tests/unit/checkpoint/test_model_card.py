@@ -100,7 +100,7 @@ def test_a_source_that_says_nothing_gets_no_licence(run, tmp_path):
         (Manifest("scores", config={"num_samples": 8, "target": {"ffn": 8}}, verb="score"), "scored"),
         (Manifest("checkpoint", config={"num_samples": 8, "target": {"ffn": 8}}, verb="score"), "pruned"),
         (Manifest("checkpoint", config={"source": "s"}, verb="prune"), "pruned"),
-        (Manifest("checkpoint", config={}, verb="quantize"), "checkpoint"),
+        (Manifest("checkpoint", config={}, verb="translate"), "checkpoint"),
         # Of versions that did not say the verb:
         (Manifest("scores", config={"num_samples": 8}), "scored"),
         (Manifest("checkpoint", config={"student": "s", "source": "s"}), "distilled"),
