@@ -13,6 +13,7 @@ from minitron_megatron.config.schema import DataConfig, DistillConfig, DType, Op
 from minitron_megatron.config.sparsify import SparsifyConfig, SparsifyMethod
 from minitron_megatron.errors import CheckpointError, ConfigError, TrainingError
 from minitron_megatron.sparsity.sparsify import sparsify
+from minitron_megatron.tracking.metrics import read_metrics
 from minitron_megatron.training import distill
 from minitron_megatron.training.masks import Masks, share_of_zeros
 from tests.ranks import run_on_ranks
@@ -86,19 +87,69 @@ def test_what_is_zero_stays_zero(alone, inputs):
     assert_same_zeros(alone, inputs / "sparse")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("distributed", [False, True])
-def test_every_layout_trains_the_same_student(name, distributed, inputs, alone, tmp_path):
-    if distributed and name != "dp2":
-        pytest.skip("it shards over replicas")
-    num_ranks, parallel = LAYOUTS[name]
-    config = settings(inputs, tmp_path / "run")
-    config.optimizer.distributed = distributed
-    run_on_ranks(num_ranks, run_in, config, parallel)
+GRADUAL = MasksConfig(sparsity=0.6, first_step=2, last_step=8, every=2)
+
+
+def gradual(inputs, output):
+    """A dense student that gets sparser."""
+    return replace(settings(inputs, output, masks=GRADUAL), student=str(inputs / "checkpoint"))
+
+
+def run_both(inputs, where, parallel):
+    torch.distributed.init_process_group("gloo")  # once: the verb uses a world that there is
+    for config in (settings(inputs, where / "kept"), gradual(inputs, where / "gradual")):
+        config.optimizer.distributed = parallel.replicas > 1
+        run_in(config, parallel)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def in_layout(request, inputs):
+    num_ranks, parallel = LAYOUTS[request.param]
+    run_on_ranks(num_ranks, run_both, inputs, inputs / request.param, parallel)
+    return inputs / request.param
+
+
+def test_every_layout_trains_the_same_student(in_layout, inputs, alone):
     expected = assert_same_zeros(alone, inputs / "sparse")
-    for found, weight in zip(assert_same_zeros(tmp_path / "run", inputs / "sparse"), expected, strict=True):
+    for found, weight in zip(assert_same_zeros(in_layout / "kept", inputs / "sparse"), expected, strict=True):
         # Adam makes a step of a gradient that is next to nothing, and 12 steps of 1e-3 were made.
         assert (found - weight).abs().max() <= 1e-3 and (found - weight).abs().mean() <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def gradual_alone(inputs):
+    distill.distill(gradual(inputs, inputs / "gradual"))
+    return inputs / "gradual"
+
+
+def test_a_student_gets_sparser_the_same_way_in_every_layout(in_layout, gradual_alone):
+    expected = weights_and_masks(Checkpoint(gradual_alone))
+    for (param, weight, mask), (_, _, own) in zip(
+        weights_and_masks(Checkpoint(in_layout / "gradual")), expected, strict=True
+    ):
+        assert not weight[~mask].any()
+        assert (mask != own).float().mean() < 0.01, param.name
+
+
+def test_a_student_gets_sparser_on_schedule(gradual_alone):
+    for _, weight, mask in weights_and_masks(Checkpoint(gradual_alone)):
+        assert (~mask).sum() == int(0.6 * mask.numel()) and not weight[~mask].any()
+    shares = [values["masks/sparsity"] for values in read_metrics(gradual_alone)]
+    assert shares == sorted(shares) and shares[0] == 0
+    for step, share in enumerate(shares, start=1):
+        wanted = share_of_zeros(GRADUAL, step)
+        assert wanted is None or abs(share - wanted) < 1e-3
+
+
+def test_getting_sparser_goes_on_where_it_was_interrupted(inputs, gradual_alone, tmp_path, stop_after_saving):
+    parts = gradual(inputs, tmp_path / "parts")
+    with stop_after_saving():
+        distill.distill(parts)
+    distill.distill(parts)
+    for (_, weight, mask), (_, whole, own) in zip(
+        weights_and_masks(Checkpoint(tmp_path / "parts")), weights_and_masks(Checkpoint(gradual_alone)), strict=True
+    ):
+        assert torch.equal(mask, own) and torch.equal(weight, whole)
 
 
 def test_bf16_and_the_distributed_optimizer_keep_zeros_over_a_change_of_the_layout(inputs, tmp_path, stop_after_saving):
@@ -138,7 +189,7 @@ def test_masked_training_is_that_of_torch_with_masked_gradients(inputs, tmp_path
                     parameter.grad *= masks[name]
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             # Of what is left: Adam would not notice that gradients were clipped by another norm.
-            assert metrics(tmp_path / "run")[step]["optim/grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+            assert read_metrics(tmp_path / "run")[step]["optim/grad_norm"] == pytest.approx(float(norm), rel=1e-4)
             optimizer.step()
     expected = dict(model.named_parameters())
     found = dict(as_transformers_model(Checkpoint(tmp_path / "run")).named_parameters())
@@ -200,51 +251,6 @@ def test_a_layout_that_splits_bytes_is_refused(inputs, tmp_path):
 def refused(config):
     with pytest.raises(ConfigError, match=r"parallel\.tensor = 2 gives every rank 36 columns of .*linear_proj"):
         run_in(config, ParallelConfig(tensor=2))
-
-
-def test_a_student_gets_sparser_on_schedule_and_the_same_in_every_layout(inputs, tmp_path):
-    masks = MasksConfig(sparsity=0.6, first_step=2, last_step=8, every=2)
-    dense = replace(settings(inputs, tmp_path / "alone", masks=masks), student=str(inputs / "checkpoint"))
-    distill.distill(dense)
-    expected = list(weights_and_masks(Checkpoint(tmp_path / "alone")))
-    for _, weight, mask in expected:
-        assert (~mask).sum() == int(0.6 * mask.numel()) and not weight[~mask].any()
-    shares = [values["masks/sparsity"] for values in metrics(tmp_path / "alone")]
-    assert shares == sorted(shares) and shares[0] == 0
-    for step, share in enumerate(shares, start=1):
-        wanted = share_of_zeros(masks, step)
-        assert wanted is None or abs(share - wanted) < 1e-3
-    for name, (num_ranks, parallel) in LAYOUTS.items():
-        config = replace(dense, output=str(tmp_path / name))
-        config.optimizer = replace(config.optimizer, distributed=name == "dp2")
-        run_on_ranks(num_ranks, run_in, config, parallel)
-        for (param, weight, mask), (_, _, own) in zip(
-            weights_and_masks(Checkpoint(tmp_path / name)), expected, strict=True
-        ):
-            assert not weight[~mask].any()
-            assert (mask != own).float().mean() < 0.01, (name, param.name)
-
-
-def test_getting_sparser_goes_on_where_it_was_interrupted(inputs, tmp_path, stop_after_saving):
-    masks = MasksConfig(sparsity=0.6, first_step=2, last_step=8, every=2)
-    dense = replace(settings(inputs, tmp_path / "whole", masks=masks), student=str(inputs / "checkpoint"))
-    distill.distill(dense)
-    parts = replace(dense, output=str(tmp_path / "parts"))
-    with stop_after_saving():
-        distill.distill(parts)
-    distill.distill(parts)
-    for (_, weight, mask), (_, whole, own) in zip(
-        weights_and_masks(Checkpoint(tmp_path / "parts")),
-        weights_and_masks(Checkpoint(tmp_path / "whole")),
-        strict=True,
-    ):
-        assert torch.equal(mask, own) and torch.equal(weight, whole)
-
-
-def metrics(run):
-    from minitron_megatron.tracking.metrics import read_metrics
-
-    return read_metrics(run)
 
 
 @pytest.mark.parametrize(("step", "share"), [(1, None), (2, 0.0), (5, None), (6, 0.6 * (1 - (2 / 3) ** 3)), (14, 0.6)])
