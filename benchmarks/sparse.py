@@ -5,6 +5,7 @@ whose documentation they are of. The trial was a few hundred lines of torch on a
 tokens; its held-out losses are of bf16. The weights come from a 4-bit file, which flatters every 4-bit figure.
 """
 
+import json
 import shutil
 import tempfile
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import (
+    RESULTS,
     console,
     describe,
     in_fresh_process,
@@ -101,27 +103,27 @@ class Tokens:
 
 def main() -> None:
     options = parser(__doc__, threads=2)
-    options.add_argument("--only", nargs="+", help="cases whose names contain one of these")
+    options.add_argument("--only", nargs="+", help="names of cases to measure again")
     args = options.parse_args()
     if args.docs:
         write_docs(NAME, in_markdown)
         return
     facts = machine()
+    known = RESULTS / f"{NAME}.json"
+    before = json.loads(known.read_text())["cases"] if args.only and known.exists() else {}
     model = args.work / "smollm2_fp32"
     if not model.exists():
         in_fresh_process(import_model, model)
-    results = {"machine": facts, "dense": in_fresh_process(dense_loss, model, args.threads), "cases": {}}
+    results = {"machine": facts, "dense": in_fresh_process(dense_loss, model, args.threads), "cases": before}
     console.print(f"dense: {results['dense']:.4f}")
     for case in CASES:
-        if args.only and not any(part in case.name for part in args.only):
+        if args.only and case.name not in args.only:
             continue
         for sequential in case.passes:
             with console.status(f"{case.name}, {'sequential' if sequential else 'one pass'}"):
                 measured = in_fresh_process(measure, model, case, sequential, args.threads)
             results["cases"].setdefault(case.name, {})["sequential" if sequential else "one pass"] = measured
-            console.print(f"{case.name}, sequential={sequential}: {measured}")
-    if not args.only:
-        write_results(NAME, results)
+            write_results(NAME, results)
     print_table(f"held-out loss; dense {results['dense']:.3f}", COLUMNS, rows(results))
     console.print(describe(facts))
 

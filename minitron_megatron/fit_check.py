@@ -105,6 +105,9 @@ def networks_of(stages: Stages, recipe: CompressConfig | None) -> Networks:
                 target = resolve_target(source, settings.target, settings.parallel)
                 if left := target.network_of(source):
                     networks[settings.output] = left
+        elif verb in ("sparsify", "quantize"):
+            if source := _known(settings.checkpoint, networks):
+                networks[settings.output] = source
         elif verb == "distill":
             for folder in filter(None, (settings.teacher, settings.student)):
                 _known(folder, networks)

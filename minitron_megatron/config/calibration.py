@@ -41,7 +41,7 @@ class CalibrationConfig(PluginConfig):
     checkpoint: str = "???"
     output: str = field(default="???", metadata=SAME_RESULT)
     num_samples: int = 128
-    micro_batch: int = field(default=4, metadata=SAME_RESULT)
+    micro_batch: int = 4
     sequential: bool = True
     damping: float = 0.01
     most_norms: float | None = None

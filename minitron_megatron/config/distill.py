@@ -57,9 +57,11 @@ class MasksConfig:
         """Returns what is wrong with the settings of a run of so many steps, one sentence each."""
         problems = [*at_least(where, "first_step", self.first_step, 1), *at_least(where, "every", self.every, 1)]
         if self.sparsity is None:
-            if self.last_step is not None:
-                problems.append(f"{where}last_step = {self.last_step}, and {where}sparsity = null: set both or neither")
-            return problems
+            return problems + [
+                f"{where}{name} = {getattr(self, name)}, and {where}sparsity = null: set both or neither"
+                for name, default in {"first_step": 1, "last_step": None, "every": 10}.items()
+                if getattr(self, name) != default
+            ]
         if not 0 < self.sparsity < 1:
             problems.append(f"{where}sparsity = {self.sparsity}: must be above 0 and below 1")
         if self.mode is MaskMode.IGNORE:

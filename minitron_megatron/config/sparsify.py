@@ -32,6 +32,8 @@ class SparsifyConfig(CalibrationConfig):
     Attributes:
         pattern: N:M keeps N of every M weights of a row, as in 2:4; unstructured keeps any.
         sparsity: share of zeros of each matrix, for an unstructured pattern.
+        sparsity_of: other shares of zeros, by patterns of the names of matrices, as in `{*.mlp.*: 0.6,
+            decoder.layers.0.*: 0.3}`; the last pattern that matches a matrix counts.
         method: how the weights that stay are chosen.
         masks_of: sparse checkpoint of the same network, whose masks are taken (given) or shuffled (random).
         seed: of random masks.
@@ -46,6 +48,7 @@ class SparsifyConfig(CalibrationConfig):
 
     pattern: str = "2:4"
     sparsity: float = 0.5
+    sparsity_of: dict = field(default_factory=dict)
     method: SparsifyMethod = SparsifyMethod.ALPS
     masks_of: str | None = None
     seed: int = 1234
@@ -80,11 +83,28 @@ class SparsifyConfig(CalibrationConfig):
                     f"{where}sparsity = {self.sparsity}, and {where}pattern = {self.pattern} has {own:.4g}: leave "
                     f"{where}sparsity out, or set {where}pattern={UNSTRUCTURED}"
                 )
+        if self.sparsity_of and self.pattern != UNSTRUCTURED:
+            problems.append(
+                f"{where}sparsity_of = {self.sparsity_of}, and {where}pattern = {self.pattern} has one share of zeros: "
+                f"set {where}pattern={UNSTRUCTURED}, or leave matrices out with {where}ignore"
+            )
+        problems += [
+            f"{where}sparsity_of has {glob}: {share!r}: must be a number above 0 and below 1; {where}ignore leaves a "
+            f"matrix as it is"
+            for glob, share in self.sparsity_of.items()
+            if not (isinstance(share, float) and 0 < share < 1)
+        ]
         is_given = self.method is SparsifyMethod.GIVEN
         if (self.masks_of is None) if is_given else (self.masks_of and self.method is not SparsifyMethod.RANDOM):
             problems.append(
                 f"{where}masks_of = {self.masks_of} and {where}method = {self.method.value}: given needs a checkpoint "
                 f"with masks, random may have one, and no other method has"
+            )
+        defaults = {"pattern": "2:4", "sparsity": 0.5, "sparsity_of": {}}
+        if others := [name for name, value in defaults.items() if self.masks_of and getattr(self, name) != value]:
+            problems.append(
+                f"{where}masks_of = {self.masks_of} says which weights are zero: leave out "
+                f"{' and '.join(where + name for name in others)}"
             )
         problems += group_problems(where, self.scheme, self.group_size)
         return problems + at_least(where, "refit_steps", self.refit_steps, 1)

@@ -106,6 +106,17 @@ def parallel_context(config: DataParallelConfig) -> Iterator[ParallelContext]:
 
 
 @contextmanager
+def float32_matmuls() -> Iterator[None]:
+    """Has float32 products of matrices computed in float32 while the block runs; some containers default to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def _process_groups(layout: ParallelConfig) -> Iterator[ProcessGroupCollection]:
     owns_world, world_size = not dist.is_initialized(), layout.world_size
     if torch.cuda.is_available():

@@ -45,18 +45,31 @@ class Pruned:
         origin, kept = self._origins[position, param.name], self.plan.kept(position)
         positions = [k[i] for k, i in zip(origin.index(kept), index, strict=True)]
         tensor = self.source.read(origin, positions)
-        if position is None or position not in self.plan.merge or not origin.takes_merged:
+        partners = self._partners(origin, index[0])
+        if partners is None:
             return tensor
-        sublayer = self.plan.source.sublayers[position]
-        if sublayer.merged is None:
-            return tensor
-        merged = sublayer.axis(sublayer.merged).axis
-        rows = origin.index({**kept, merged.name: np.array(self.plan.merge[position])})[0][index[0]]
         # A source needs ascending, distinct positions, which those of partners are not.
-        wanted, back = np.unique(rows, return_inverse=True)
+        wanted, back = np.unique(partners, return_inverse=True)
         partner = self.source.read(origin, [wanted, *positions[1:]])[torch.from_numpy(back)]
         mixed = (2 * tensor.float() - partner.float()).to(tensor.dtype)
-        return torch.where(torch.from_numpy(rows != positions[0]).view(-1, *[1] * (tensor.dim() - 1)), mixed, tensor)
+        return torch.where(_as_column(partners != positions[0], tensor.dim()), mixed, tensor)
+
+    def _partners(self, origin: Param, rows: np.ndarray) -> np.ndarray | None:
+        """Returns for each row of a matrix the row of the source that is merged into it: itself for none.
+
+        Args:
+            origin: the source's matrix.
+            rows: of the pruned one.
+        """
+        position = origin.position
+        if position is None or position not in self.plan.merge or not origin.takes_merged:
+            return None
+        sublayer = self.plan.source.sublayers[position]
+        if sublayer.merged is None:
+            return None
+        merged = sublayer.axis(sublayer.merged).axis
+        kept = self.plan.kept(position)
+        return origin.index({**kept, merged.name: np.array(self.plan.merge[position])})[0][rows]
 
     def _read_mask(self, matrix: Param, index: list[np.ndarray]) -> torch.Tensor:
         """Reads positions of the packed mask of a matrix."""
@@ -64,8 +77,17 @@ class Pruned:
         position = self.plan.sublayers[matrix.position]
         origin = self._origins[position, matrix.name]
         rows, columns = origin.index(self.plan.kept(position))
-        own = columns_of(index[1], matrix.shape[1])
-        return pack_mask(read_mask(self.source, origin, [rows[index[0]], columns[own]]))
+        own = columns[columns_of(index[1], matrix.shape[1])]
+        mask = read_mask(self.source, origin, [rows[index[0]], own])
+        partners = self._partners(origin, index[0])
+        if partners is not None:  # what is merged has the weights of both
+            wanted, back = np.unique(partners, return_inverse=True)
+            mask = mask | read_mask(self.source, origin, [wanted, own])[torch.from_numpy(back)]
+        return pack_mask(mask)
+
+
+def _as_column(mask: np.ndarray, num_dims: int) -> torch.Tensor:
+    return torch.from_numpy(mask).view(-1, *[1] * (num_dims - 1))
 
 
 def write_pruned(output: Path, checkpoint: Checkpoint, plan: Plan, manifest: Manifest, tensor_ranks: int) -> None:

@@ -48,8 +48,9 @@ def fix_columns(
         keep = mask.clone() if order is None else mask[:, order]
     numbers = range(columns) if order is None else order.tolist()
     group = pattern.group if pattern else 1
-    for start in range(0, columns, BLOCK):
-        block = slice(start, min(start + BLOCK, columns))
+    length = max(group, BLOCK - BLOCK % group)
+    for start in range(0, columns, length):
+        block = slice(start, min(start + length, columns))
         own, scale = weight[:, block].clone(), factor[block, block]
         diagonal = scale.diagonal()
         errors = torch.empty_like(own)

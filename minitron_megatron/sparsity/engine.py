@@ -18,9 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.errors import DataError
 from minitron_megatron.model.axes import Param
-from minitron_megatron.parallel.collectives import rank0_first, sum_over
+from minitron_megatron.parallel.collectives import raise_on_all_ranks, rank0_first, sum_over
 from minitron_megatron.parallel.context import ParallelContext
+from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 from minitron_megatron.sparsity.layer_stream import LayerStream, OneLayer
 from minitron_megatron.sparsity.moment_sums import MomentSums
@@ -77,97 +80,125 @@ def solve_layers(
         chosen: matrices to solve.
         ctx: this rank's place.
         title: of the progress bar.
+
+    Raises:
+        DataError: the inputs of a matrix are not finite.
     """
-    count, first = len(solved.network.layers), rank0_first(solved.num_solved)
+    count, first = len(solved.network.layers), rank0_first(solved.count_files)
     if first:
         logger.info("going on after %d of %d layers", first, count)
-    with progress(title, count) as advance:
+    with progress(title, count) as advance, watchdog(ctx.timeout_min) as heartbeat:
+        work = _LayerWork(solved, stream, calibration, solver, ctx, heartbeat)
         for number in range(count):
             if number < first:
+                solved.num_solved = number + 1
                 if stream is not None:
-                    stream.run(stream.load(number), advance=True)
+                    stream.run(stream.load(number), advance=True, after_batch=heartbeat)
                 advance(1)
                 continue
-            report = _solve_layer(number, solved, stream, calibration, solver, chosen, ctx)
-            worst = max((own["error"] for own in report.values() if own.get("error") is not None), default=None)
+            report = work.solve(number, [param for param in chosen if param.layer == number])
+            worst = max((own["error"] for own in report.values() if own["error"] is not None), default=None)
             advance(1, "" if worst is None else f"largest error {worst:.3f}")
 
 
-def _solve_layer(
-    number: int,
-    solved: SolvedLayers,
-    stream: LayerStream | None,
-    calibration: Calibration,
-    solver: Solver,
-    chosen: Sequence[Param],
-    ctx: ParallelContext,
-) -> dict[str, dict[str, Any]]:
-    """Solves one layer, and returns its report: the relative error of every matrix, by name."""
-    one = OneLayer(solved, number)
-    params = [param for param in chosen if param.layer == number]
-    moments: dict[str, SecondMoments] = {}
-    if stream is not None:
-        model = stream.load(number)
-        sums = {own.name: _sums(own, calibration, ctx) for own in params}
+@dataclass(frozen=True)
+class _LayerWork:
+    """Solves one layer after another; see `solve_layers`."""
+
+    solved: SolvedLayers
+    stream: LayerStream | None
+    calibration: Calibration
+    solver: Solver
+    ctx: ParallelContext
+    heartbeat: Callable[[], None]
+
+    def solve(self, number: int, params: Sequence[Param]) -> dict[str, dict[str, Any]]:
+        """Solves a layer, and returns its report: the relative error of every matrix, by name."""
+        moments = self._measure(number, params) if self.stream is not None else {}
+        rows, errors = self._solve_own(params, moments)
+        tensors = self._collect(params, rows)
+        sum_over(errors, self.ctx.collection.dp)
+        report: dict[str, dict[str, Any]] = {}
+        for param, (change, whole) in zip(params, errors.tolist(), strict=True):
+            report[param.name] = {"error": change / whole if whole else None}
+        rank0_first(lambda: self.solved.write(number, tensors, report))
+        self.solved.num_solved = number + 1
+        if self.stream is not None and self.calibration.sequential:
+            self.stream.run(self.stream.load(number), advance=True, after_batch=self.heartbeat)
+        return report
+
+    def _measure(self, number: int, params: Sequence[Param]) -> dict[str, SecondMoments]:
+        """Returns the second moments of the inputs of a layer's matrices, by name."""
+        assert self.stream is not None
+        sums = {param.name: self._sums(param) for param in params}
 
         def take(param: Param, x: Tensor) -> None:
             if param.name in sums:
                 sums[param.name].add(x)
 
-        with stream.inputs(model, one.network, take):
-            stream.run(model, advance=not calibration.sequential)
-        for own in params:
-            moments[own.name] = SecondMoments(sums.pop(own.name).total(), calibration.damping, _describe(own))
-    tensors, report = _solve_matrices(params, solved, moments, solver, ctx)
-    rank0_first(lambda: solved.write(number, tensors, report))
-    if stream is not None and calibration.sequential:
-        stream.run(stream.load(number), advance=True)
-    return report
+        model, network = self.stream.load(number), OneLayer(self.solved, number).network
+        with self.stream.inputs(model, network, take):
+            self.stream.run(model, advance=not self.calibration.sequential, after_batch=self.heartbeat)
+        moments = {}
+        for param in params:
+            total, name = sums.pop(param.name).total(), f"layer {param.layer}, {param.name}"
+            if not total.isfinite().all():  # on every rank
+                raise DataError(
+                    f"the inputs of {name} are not finite: set dtype=bf16 or fp32, or look at data.text and the weights"
+                )
+            moments[param.name] = SecondMoments(total, self.calibration.damping, name)
+        return moments
 
+    def _sums(self, param: Param) -> MomentSums:
+        how, group = self.calibration, self.ctx.collection.dp
+        return MomentSums(param.shape[1], how.num_batches, self.ctx.device, group, how.most_norms)
 
-def _sums(param: Param, calibration: Calibration, ctx: ParallelContext) -> MomentSums:
-    return MomentSums(param.shape[1], calibration.num_batches, ctx.device, ctx.collection.dp, calibration.most_norms)
+    def _solve_own(
+        self, params: Sequence[Param], moments: Mapping[str, SecondMoments]
+    ) -> tuple[dict[tuple[str, int], Rows], Tensor]:
+        """Solves this rank's rows.
 
+        Returns:
+            them, by name of the matrix and first row; and for each matrix the squared changes of its outputs by these
+            rows, and the squares of the outputs.
+        """
+        rows: dict[tuple[str, int], Rows] = {}
+        errors = torch.zeros(len(params), 2, dtype=torch.float64, device=self.ctx.device)
+        with raise_on_all_ranks():
+            for index, param in enumerate(params):
+                own = moments.get(param.name)
+                blocks = [
+                    block for other, block, owner in self._shares(params) if other is param and owner == self._rank
+                ]
+                if not blocks:
+                    continue
+                weight = _read(self.solved.source, param).to(self.ctx.device)
+                solve = self.solver(param, weight, own)
+                for block in blocks:
+                    made = dict(solve(block))
+                    made[WEIGHT] = made[WEIGHT].to(self.solved.dtype)
+                    rows[param.name, block.start] = made
+                    if own is not None:
+                        change = made[WEIGHT].float() - weight[block]
+                        errors[index] += torch.stack([own.error(change), own.error(weight[block])])
+                    self.heartbeat()
+        return rows, errors
 
-def _solve_matrices(
-    params: Sequence[Param],
-    solved: SolvedLayers,
-    moments: Mapping[str, SecondMoments],
-    solver: Solver,
-    ctx: ParallelContext,
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Solves matrices, their rows shared out over the ranks.
-
-    Returns:
-        whole tensors by `key_of`, on rank 0; and, on all ranks, the report by name of the matrix.
-    """
-    rank, size = ctx.data_rank, ctx.layout.replicas
-    tensors: dict[str, Tensor] = {}
-    report: dict[str, dict[str, Any]] = {}
-    shares = _shares(params, size)
-    for param in params:
-        own = moments.get(param.name)
-        blocks = [(block, owner) for other, block, owner in shares if other is param]
-        weight = _read(solved, param).to(ctx.device)
-        errors = torch.zeros(len(blocks), 2, dtype=torch.float64, device=ctx.device)
-        solve = None
+    def _collect(self, params: Sequence[Param], rows: Mapping[tuple[str, int], Rows]) -> dict[str, Tensor]:
+        """Returns the whole matrices of a layer and their companions, by `key_of`, on rank 0; nothing elsewhere."""
         parts: dict[str, list[Tensor]] = {}
-        for index, (block, owner) in enumerate(blocks):
-            rows: Rows = {}
-            if owner == rank:
-                solve = solve or solver(param, weight, own)
-                rows = {**(made := solve(block)), WEIGHT: made[WEIGHT].to(solved.dtype)}
-                if own is not None:
-                    change = rows[WEIGHT].float() - weight[block]
-                    errors[index] = torch.stack([own.error(change), own.error(weight[block])])
-            for suffix, value in _to_rank0(rows, owner, ctx).items():
-                parts.setdefault(suffix, []).append(value)
-        sum_over(errors, ctx.collection.dp)
-        change, whole = errors.sum(0).tolist()
-        report[param.name] = {"error": change / whole if whole else None}
-        for suffix, values in parts.items():
-            tensors[f"{key_of(param)}{suffix}"] = torch.cat(values)
-    return tensors, report
+        for param, block, owner in self._shares(params):
+            own = rows.get((param.name, block.start), {})
+            for suffix, value in _to_rank0(own, owner, self.ctx).items():
+                parts.setdefault(f"{key_of(param)}{suffix}", []).append(value)
+        return {key: torch.cat(values) for key, values in parts.items()}
+
+    def _shares(self, params: Sequence[Param]) -> list[tuple[Param, slice, int]]:
+        return _shares(params, self.ctx.layout.replicas)
+
+    @property
+    def _rank(self) -> int:
+        return self.ctx.data_rank
 
 
 def _shares(params: Sequence[Param], size: int) -> list[tuple[Param, slice, int]]:
@@ -190,11 +221,11 @@ def _to_rank0(rows: Rows, owner: int, ctx: ParallelContext) -> Rows:
         described = [{suffix: (value.shape, value.dtype) for suffix, value in rows.items()}]
         source, target = dist.get_global_rank(group, owner), dist.get_global_rank(group, 0)
         if rank == owner:
-            dist.send_object_list(described, dst=target, group=group)
-            for value in rows.values():
-                dist.send(value.contiguous().view(torch.uint8), dst=target, group=group)
+            dist.send_object_list(described, dst=target, group=group, device=ctx.device)
+            for value in rows.values():  # NCCL sends none from the CPU
+                dist.send(value.to(ctx.device).contiguous().view(torch.uint8), dst=target, group=group)
             return {}
-        dist.recv_object_list(described, src=source, group=group)
+        dist.recv_object_list(described, src=source, group=group, device=ctx.device)
         received = {}
         for suffix, (shape, dtype) in described[0].items():
             received[suffix] = torch.empty(shape, dtype=dtype, device=ctx.device)
@@ -203,10 +234,6 @@ def _to_rank0(rows: Rows, owner: int, ctx: ParallelContext) -> Rows:
     return {suffix: value.cpu() for suffix, value in rows.items()} if rank == 0 else {}
 
 
-def _read(solved: SolvedLayers, param: Param) -> Tensor:
-    """Returns a whole matrix of the source in float32."""
-    return solved.source.read(param, [np.arange(size) for size in param.shape]).float()
-
-
-def _describe(param: Param) -> str:
-    return f"layer {param.layer}, {param.name}"
+def _read(source: TensorSource, param: Param) -> Tensor:
+    """Returns a whole matrix in float32."""
+    return source.read(param, [np.arange(size) for size in param.shape]).float()

@@ -4,7 +4,7 @@ import fnmatch
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from minitron_megatron.model.build import build_problems
 from minitron_megatron.model.parameters import layer_key
 from minitron_megatron.model.positions import warn_of_positions
 from minitron_megatron.parallel.collectives import rank0_first
-from minitron_megatron.parallel.context import ParallelContext, parallel_context
+from minitron_megatron.parallel.context import ParallelContext, float32_matmuls, parallel_context
+from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.sparsity.engine import Calibration, Solver, solve_layers
 from minitron_megatron.sparsity.layer_stream import LayerStream
 from minitron_megatron.sparsity.solved_layers import SolvedLayers
@@ -90,15 +91,19 @@ def run_layerwise(config: CalibrationConfig, checkpoint: Checkpoint, task: Calla
         errors = [{name: own["error"] for name, own in report.items()} for report in solved.reports()]
         manifest.details = {**todo.details, "errors": errors}
         hf_assets = checkpoint.huggingface_folder
-        write_checkpoint(
-            output,
-            solved,
-            checkpoint.dtype,
-            manifest,
-            hf_assets if hf_assets.is_dir() else None,
-            args=checkpoint.megatron_args(),
-            companions=todo.companions,
-        )
+        # What the checkpoint has beside matrices that stay as they are.
+        new = {(own.position, own.name) for own in todo.companions}
+        kept = [own for own in checkpoint.companions.values() if (own.position, own.name) not in new]
+        with watchdog(None):
+            write_checkpoint(
+                output,
+                solved,
+                checkpoint.dtype,
+                manifest,
+                hf_assets if hf_assets.is_dir() else None,
+                args=checkpoint.megatron_args(),
+                companions=[*todo.companions, *kept],
+            )
         rank0_first(lambda: shutil.rmtree(work))
     return output
 
@@ -133,9 +138,11 @@ def solve(
         _warn_of_rank(num_tokens * ctx.layout.replicas, task.chosen)
         states_bytes = num_tokens * source.network.hidden_size * config.dtype.num_bytes
         file = work / f"states_{ctx.data_rank}" if states_bytes > config.states_gb * 1e9 else None
-        stream = LayerStream(solved, batches, ctx, config.dtype, file)
+        # Without `sequential` a run that goes on needs the outputs of the layers as they were, too.
+        stream = LayerStream(solved if config.sequential else source, batches, ctx, config.dtype, file)
     calibration = Calibration(num_batches, config.sequential, config.most_norms, config.damping)
-    solve_layers(solved, stream, calibration, task.solver, task.chosen, ctx, task.title)
+    with float32_matmuls():
+        solve_layers(solved, stream, calibration, task.solver, task.chosen, ctx, task.title)
     return solved
 
 
@@ -146,17 +153,25 @@ def chosen_matrices(checkpoint: Checkpoint, ignore: Sequence[str]) -> list[Param
         ConfigError: a pattern in `ignore` matches none, or they match all.
     """
     every = list(matrices(checkpoint.network))
-    keys = {param: layer_key(param) for param in every}
-    raise_if_any(
-        [
-            f"ignore = {glob} matches no matrix: their names are like {', '.join(list(keys.values())[:4])}"
-            for glob in ignore
-            if not fnmatch.filter(keys.values(), glob)
-        ]
-    )
-    chosen = [param for param in every if not any(fnmatch.fnmatchcase(keys[param], glob) for glob in ignore)]
+    raise_if_any(unmatched(every, ignore, "ignore"))
+    chosen = [param for param in every if not any(matches(param, glob) for glob in ignore)]
     raise_if_any([] if chosen else [f"ignore = {list(ignore)} leaves no matrix to work on: name fewer"])
     return chosen
+
+
+def matches(param: Param, glob: str) -> bool:
+    """Returns whether a pattern matches the name of a matrix, that of its own layer."""
+    return fnmatch.fnmatchcase(layer_key(param), glob)
+
+
+def unmatched(params: Sequence[Param], globs: Iterable[str], setting: str) -> list[str]:
+    """Returns which patterns of a setting match no matrix, one sentence for each."""
+    names = ", ".join(map(layer_key, params[:4]))
+    return [
+        f"{setting} = {glob} matches no matrix: their names are like {names}"
+        for glob in globs
+        if not any(matches(param, glob) for param in params)
+    ]
 
 
 def _warn_of_rank(num_tokens: int, chosen: Sequence[Param]) -> None:

@@ -10,6 +10,7 @@ from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.checkpoint.companions import MASK, SCALE, mask_of, pack_mask, read_mask, scale_of
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.quantize import QuantizeConfig
+from minitron_megatron.config.sparsify import UNSTRUCTURED
 from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.parameters import layer_key
@@ -75,5 +76,7 @@ def quantization(config: QuantizeConfig, checkpoint: Checkpoint) -> Task:
     masks = [mask_of(param) for param in chosen if layer_key(mask_of(param)) in checkpoint.companions]
     scales = [scale_of(param, grid.group) for param, grid in grids.items()]
     details = {"scheme": config.scheme.value, "method": config.method.value}
+    if checkpoint.masks:
+        details["pattern"] = checkpoint.manifest.details.get("pattern", UNSTRUCTURED)
     title = f"quantize ({config.method.value}, {config.scheme.value})"
     return Task("quantize", title, chosen, solver, [*masks, *scales], details)

@@ -1,6 +1,8 @@
 """The verb `sparsify`: sets a share of a checkpoint's weights to zero, and makes up for it."""
 
+import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.artifacts.manifest import Parent
-from minitron_megatron.checkpoint.companions import MASK, SCALE, mask_of, pack_mask, read_mask, scale_of
+from minitron_megatron.checkpoint.companions import MASK, SCALE, mask_of, matrices, pack_mask, read_mask, scale_of
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.sparsify import UNSTRUCTURED, SparsifyConfig, SparsifyMethod
 from minitron_megatron.errors import CheckpointError, raise_if_any
@@ -19,7 +21,7 @@ from minitron_megatron.model.axes import Param
 from minitron_megatron.model.parameters import layer_key
 from minitron_megatron.sparsity.engine import WEIGHT, Rows
 from minitron_megatron.sparsity.grids import Grid, group_problems, scale_dtype
-from minitron_megatron.sparsity.layerwise import Task, chosen_matrices, run_layerwise
+from minitron_megatron.sparsity.layerwise import Task, chosen_matrices, matches, run_layerwise, unmatched
 from minitron_megatron.sparsity.methods import METHODS, Matrix, SparseRows, gptq, sparsegpt_rounded
 from minitron_megatron.sparsity.patterns import NofM, Pattern, Unstructured
 from minitron_megatron.sparsity.refit import refit
@@ -58,6 +60,8 @@ def sparsification(config: SparsifyConfig, checkpoint: Checkpoint) -> Task:
     chosen = chosen_matrices(checkpoint, config.ignore)
     if config.masks_of is None:
         raise_if_any(_pattern_problems(chosen, pattern))
+    raise_if_any(unmatched(chosen, config.sparsity_of, "sparsity_of"))
+    patterns = {param: _pattern_for(param, config) for param in chosen}
     grids = {}
     if config.scheme:
         raise_if_any(group_problems(chosen, config.group_size))
@@ -68,7 +72,7 @@ def sparsification(config: SparsifyConfig, checkpoint: Checkpoint) -> Task:
 
     def solver(param: Param, weight: Tensor, moments: SecondMoments | None) -> Callable[[slice], Rows]:
         moments = moments or SecondMoments(torch.eye(0), config.damping)  # of a method that asks for none
-        matrix, grid = Matrix(weight, moments, config.by_activation), grids.get(param)
+        matrix, grid, pattern = Matrix(weight, moments, config.by_activation), grids.get(param), patterns[param]
         if grid and in_one_pass:
             solve_both = sparsegpt_rounded(matrix, pattern, grid, dtype)
 
@@ -95,7 +99,12 @@ def sparsification(config: SparsifyConfig, checkpoint: Checkpoint) -> Task:
         return solve
 
     masks, scales = [mask_of(param) for param in chosen], [scale_of(param, grid.group) for param, grid in grids.items()]
-    details: dict[str, Any] = {"pattern": str(pattern), "sparsity": pattern.sparsity, "method": config.method.value}
+    zeros = sum(own.sparsity * math.prod(param.shape) for param, own in patterns.items())
+    details: dict[str, Any] = {
+        "pattern": str(pattern),
+        "sparsity": zeros / sum(math.prod(param.shape) for param in chosen),
+        "method": config.method.value,
+    }
     if config.masks_of:
         is_same = config.method is SparsifyMethod.GIVEN
         known = Checkpoint(config.masks_of).manifest.details
@@ -116,17 +125,23 @@ def _masks_of(config: SparsifyConfig, chosen: Sequence[Param]) -> Callable[[Para
     """
     other = Checkpoint(config.masks_of) if config.masks_of else None
     if other:
-        missing = [layer_key(param) for param in chosen if layer_key(mask_of(param)) not in other.companions]
+        shapes = {layer_key(param): param.shape for param in matrices(other.network)}
+        missing = [
+            layer_key(param)
+            for param in chosen
+            if layer_key(mask_of(param)) not in other.companions or shapes[layer_key(param)] != param.shape
+        ]
         if missing:
             raise CheckpointError(
-                f"masks_of = {config.masks_of} has no masks of {', '.join(missing[:4])}"
+                f"masks_of = {config.masks_of} has no masks of the shape of {', '.join(missing[:4])}"
                 f"{' and others' * (len(missing) > 4)}: name a sparse checkpoint of the same network"
             )
 
     def make(param: Param, weight: Tensor) -> SparseRows:
-        generator = torch.Generator().manual_seed(config.seed + (param.position or 0))
+        digest = hashlib.sha256(f"{config.seed} {layer_key(param)}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
         if other is None:
-            mask = pattern_of(config).mask(torch.rand(weight.shape, generator=generator))
+            mask = _pattern_for(param, config).mask(torch.rand(weight.shape, generator=generator))
         else:
             mask = read_mask(other, param, [np.arange(size) for size in param.shape])
             if config.method is SparsifyMethod.RANDOM:
@@ -140,6 +155,12 @@ def _masks_of(config: SparsifyConfig, chosen: Sequence[Param]) -> Callable[[Para
 def pattern_of(config: SparsifyConfig) -> Pattern:
     """Returns the pattern of the settings."""
     return NofM(*config.n_of_m) if config.n_of_m else Unstructured(config.sparsity)
+
+
+def _pattern_for(param: Param, config: SparsifyConfig) -> Pattern:
+    """Returns the pattern of a matrix: that of all, or with a share of zeros of its own."""
+    own = [share for glob, share in config.sparsity_of.items() if matches(param, glob)]
+    return Unstructured(own[-1]) if own else pattern_of(config)
 
 
 def _pattern_problems(chosen: Sequence[Param], pattern: Pattern) -> list[str]:

@@ -14,14 +14,17 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from minitron_megatron.checkpoint.companions import scale_of
+from minitron_megatron.checkpoint.companions import matrices, scale_of
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.load import local_parameters
+from minitron_megatron.checkpoint.source import TensorSource
+from minitron_megatron.config.calibration import Scheme
 from minitron_megatron.config.distill import FakeQuantConfig
 from minitron_megatron.model.axes import Param
+from minitron_megatron.model.network import Network
 from minitron_megatron.model.parameters import layer_key
 from minitron_megatron.parallel.context import ParallelContext
-from minitron_megatron.sparsity.grids import Grid, scale_dtype
+from minitron_megatron.sparsity.grids import Grid, group_problems
 from minitron_megatron.training.companion_shards import require_whole_groups, sharded_companion
 
 
@@ -49,7 +52,8 @@ class FakeQuant:
 
     Args:
         model_chunks: this rank's model.
-        student: checkpoint that it starts from. Its scales are taken, if it has any of this scheme.
+        source: of the weights that the model was loaded from.
+        student: checkpoint whose scales are taken, if it has any of this scheme and group size.
         config: the scheme.
         ctx: this rank's place.
 
@@ -58,22 +62,28 @@ class FakeQuant:
     """
 
     def __init__(
-        self, model_chunks: Sequence[MegatronModule], student: Checkpoint, config: FakeQuantConfig, ctx: ParallelContext
+        self,
+        model_chunks: Sequence[MegatronModule],
+        source: TensorSource,
+        student: Checkpoint,
+        config: FakeQuantConfig,
+        ctx: ParallelContext,
     ):
         assert config.scheme is not None
         self.ctx = ctx
         self._rounded: list[_Rounded] = []
+        known = student.companions if _has_scales(student, config.scheme) and source is student else {}
         for chunk in model_chunks:
             for parameter, param, (rows, columns) in _matrices(chunk, student, ctx):
                 grid = Grid.of(config.scheme, param.shape[1], config.group_size)
                 scale = scale_of(param, grid.group)
                 require_whole_groups(scale, ctx)
                 held, groups = np.unique(columns // grid.group, return_inverse=True)
-                if layer_key(scale) in student.companions and student.companions[layer_key(scale)].shape == scale.shape:
+                if layer_key(scale) in known and known[layer_key(scale)].shape == scale.shape:
                     scales = student.read(scale, [rows, held])
                 else:
-                    whole = student.read(param, [rows, np.arange(param.shape[1])]).float()
-                    scales = grid.scales(whole, scale_dtype(student))[:, held]
+                    whole = source.read(param, [rows, np.arange(param.shape[1])]).float()
+                    scales = grid.scales(whole, torch.bfloat16)[:, held]  # the number format of training
                 device = parameter.device
                 self._rounded.append(
                     _Rounded(parameter, grid, scale, scales.to(device), torch.from_numpy(groups).to(device))
@@ -91,6 +101,15 @@ class FakeQuant:
         for own in self._rounded:
             state |= sharded_companion(own.scale, own.scales, self.ctx)
         return state
+
+
+def _has_scales(student: Checkpoint, scheme: Scheme) -> bool:
+    return bool(student.scales) and student.manifest.details.get("scheme") == scheme.value
+
+
+def fake_quant_problems(network: Network, config: FakeQuantConfig) -> list[str]:
+    """Returns which matrices of a network a group size does not divide, one sentence for each name."""
+    return group_problems(list(matrices(network)), config.group_size)
 
 
 def _matrices(

@@ -141,7 +141,7 @@ class Trainer:
         result = self.step.train(batches, run.step)
         watch.lap("student", less=("teacher", result.teacher_s))
         norms, rates = self._update_weights(result)
-        values |= self._drop_weights()
+        values |= self._drop_and_round()
         watch.lap("optimizer")
         run.alpha = self.step.alpha
         seconds = {**watch.seconds, "step": watch.total, "stop": float(self.stop_requested())}
@@ -206,9 +206,19 @@ class Trainer:
             logger.warning("no token counts in step %d, %s: skipped", run.step, self._sequences())
         return norms, rates
 
-    def _drop_weights(self) -> dict[str, float]:
-        """Makes the student sparser where its schedule says so, and returns its share of zeros if it has masks."""
+    def _drop_and_round(self) -> dict[str, float]:
+        """Makes the student sparser where its schedule says so, and rounds what is left.
+
+        Returns:
+            its share of zeros, if it has masks.
+        """
         student = next(iter(self.models.values()))
+        values = self._make_sparser(student)
+        if student.fake_quant:  # last, for what is rounded has many equal weights
+            student.fake_quant.round_weights()
+        return values
+
+    def _make_sparser(self, student: TrainableModel) -> dict[str, float]:
         if student.masks is None:
             return {}
         if self.run.zeros_before is None:

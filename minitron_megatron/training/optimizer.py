@@ -82,8 +82,6 @@ class TrainableModel:
         # exactly the minimum.
         self.schedule.step(1)
         self.optimizer.step()
-        if self.fake_quant:
-            self.fake_quant.round_weights()
         return self.optimizer.param_groups[0]["lr"]
 
 

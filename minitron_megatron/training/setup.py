@@ -52,7 +52,8 @@ def set_up(
     """
     vocab, chunk_tokens = student.network.vocab_size, config.loss.chunk_tokens
     model_chunks = build_model(student.network, ctx, config.dtype, recompute=config.recompute)
-    load_weights(model_chunks, RandomWeights(student.network, config.seed) if config.random_init else student, ctx)
+    source = RandomWeights(student.network, config.seed) if config.random_init else student
+    load_weights(model_chunks, source, ctx)
     masks = None
     makes_sparser = config.masks.sparsity is not None
     if makes_sparser or (student.masks and config.masks.mode is MaskMode.KEEP):
@@ -79,7 +80,7 @@ def set_up(
     fake_quant = None
     if config.fake_quant.scheme is not None:
         with raise_on_all_ranks():
-            fake_quant = FakeQuant(model_chunks, student, config.fake_quant, ctx)
+            fake_quant = FakeQuant(model_chunks, source, student, config.fake_quant, ctx)
             fake_quant.round_weights()  # after the optimiser has copied them
     models = {"": dataclasses.replace(trained, masks=masks, fake_quant=fake_quant), **models}
     entries = loss_entries(config.loss, live_teacher, hidden, config.steps)

@@ -11,16 +11,19 @@ from minitron_megatron.checkpoint.convert import export
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.calibration import Scheme
 from minitron_megatron.config.distill import FakeQuantConfig, MasksConfig
+from minitron_megatron.config.quantize import QuantizeConfig, QuantizeMethod
 from minitron_megatron.config.schema import DataConfig, DistillConfig, ExportConfig, OptimizerConfig, ParallelConfig
+from minitron_megatron.errors import ConfigError
 from minitron_megatron.model.parameters import layer_key
+from minitron_megatron.sparsity.quantize import quantize
 from minitron_megatron.tracking.metrics import read_metrics
 from minitron_megatron.training import distill
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, hf_model, import_hf, literate
 
 SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-LAYOUTS = {"tp2": ParallelConfig(tensor=2), "pp2": ParallelConfig(pipeline=2), "dp2": ParallelConfig(data=2)}
-STEPS = 20
+LAYOUTS = {"tp2": ParallelConfig(tensor=2), "dp2": ParallelConfig(data=2)}
+STEPS = 16
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +82,26 @@ def test_rounded_weights_learn_and_are_packed_as_they_are(inputs, alone, tmp_pat
     export(ExportConfig(str(alone), str(tmp_path / "packed")))  # which checks that it is exact
 
 
-@pytest.mark.parametrize("scheme", [Scheme.W8A8, Scheme.FP8])
-def test_other_schemes_are_packed_too(scheme, inputs, tmp_path):
-    distill.distill(replace(settings(inputs, tmp_path / "run", scheme), steps=4))
-    export(ExportConfig(str(tmp_path / "run"), str(tmp_path / "packed")))
+def test_the_scales_of_a_quantised_student_stay_if_they_are_of_the_scheme(inputs, tmp_path):
+    given = dict(method=QuantizeMethod.RTN, scheme=Scheme.W8A8)
+    quantize(QuantizeConfig(str(inputs / "student" / "checkpoint"), str(tmp_path / "student"), **given))
+    scales = {}
+    for scheme in (Scheme.W8A8, Scheme.FP8):
+        config = replace(settings(inputs, tmp_path / scheme.value, scheme), steps=1, student=str(tmp_path / "student"))
+        config.optimizer.warmup_steps = 0
+        distill.distill(config)
+        scales[scheme] = [own for _, _, own in codes_of(tmp_path / scheme.value)]
+        export(ExportConfig(str(tmp_path / scheme.value), str(tmp_path / f"{scheme.value}_packed")))
+    for theirs, same, other in zip(codes_of(tmp_path / "student"), *scales.values(), strict=True):
+        assert torch.equal(theirs[2], same)
+        torch.testing.assert_close(other, same * 127.5 / 448, rtol=0.02, atol=0)
+
+
+def test_a_group_size_that_does_not_divide_is_refused(inputs, tmp_path):
+    config = settings(inputs, tmp_path / "run")
+    config.fake_quant.group_size = 48
+    with pytest.raises(ConfigError, match=r"group_size = 48 does not divide the 64 columns of .*linear_qkv"):
+        distill.distill(config)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -13,6 +13,7 @@ from minitron_megatron.config.calibration import Scheme
 from minitron_megatron.config.quantize import QuantizeConfig
 from minitron_megatron.config.schema import DataConfig, DType
 from minitron_megatron.config.sparsify import SparsifyConfig, SparsifyMethod
+from minitron_megatron.errors import DataError
 from tests.ranks import run_on_ranks
 from tests.tiny import LLAMA, hf_model, import_hf, literate
 
@@ -154,8 +155,26 @@ def stop_after_one_layer(config):
         SolvedLayers.write = write
 
 
-def test_an_interrupted_run_goes_on_after_its_last_layer(inputs, alone, tmp_path):
-    name = "sparsegpt-2:4"
+def without_finite_weights(config):
+    read = Checkpoint.read
+
+    def with_a_fault(self, param, index):
+        tensor = read(self, param, index)
+        return tensor * 1e30 if param.name.endswith("linear_fc1.weight") and param.layer == 1 else tensor
+
+    Checkpoint.read = with_a_fault
+    with pytest.raises(DataError, match=r"the inputs of layer 1, mlp\.linear_fc2\.weight are not finite"):
+        run(config)
+
+
+def test_inputs_that_are_not_finite_are_an_error_on_every_rank(inputs, tmp_path):
+    config = settings(SparsifyConfig, inputs, tmp_path / "out", method=SparsifyMethod.WANDA, refit=False)
+    run_on_ranks(2, without_finite_weights, config)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["sparsegpt-2:4", "dense-inputs"])
+def test_an_interrupted_run_goes_on_after_its_last_layer(name, inputs, alone, tmp_path):
     schema, changes = TASKS[name]
     config = settings(schema, inputs, tmp_path / "out", **changes)
     run_on_ranks(1, stop_after_one_layer, config)

@@ -27,7 +27,11 @@ def on_login_node(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("experiment", [name for name in shipped("experiment") if name != "smollm2_135m"])
+# On a laptop, or with a student of another recipe, which cannot be read before that has run.
+NOT_PLANNED = ["smollm2_135m", "smollm2_135m_sparse", "sparse_llama31_8b_task"]
+
+
+@pytest.mark.parametrize("experiment", [name for name in shipped("experiment") if name not in NOT_PLANNED])
 def test_a_recipe_for_gpus_is_planned_without_torch_and_slurm_and_touches_nothing(experiment, tmp_path):
     found = on_login_node("dry_run=true", f"+experiment={experiment}", "cluster=slurm", cwd=tmp_path)
     assert found.returncode == 0, found.stderr

@@ -50,6 +50,14 @@ def test_blocks_of_columns_change_nothing(monkeypatch):
     assert torch.equal(blocks[1], whole[1])
 
 
+@pytest.mark.parametrize("pattern", [NofM(2, 6), NofM(3, 5), NofM(40, 75)], ids=str)
+def test_groups_need_not_divide_a_block(pattern):
+    columns = 2 * 3 * 5 * 10
+    weight, _, moments = problem(rows=3, columns=columns, tokens=2 * columns)
+    found, mask = METHODS[SparsifyMethod.SPARSEGPT](matrix_of(weight, moments, True), pattern)(ALL_ROWS)
+    assert (mask.unflatten(1, (-1, pattern.m)).sum(2) == pattern.n).all() and torch.equal(mask, found != 0)
+
+
 @pytest.mark.parametrize("by_activation", [False, True])
 def test_gptq_is_the_papers_row_by_row(by_activation):
     weight, _, moments = problem(rows=4, columns=32)

@@ -93,6 +93,27 @@ def test_pruning_leaves_the_scales_of_a_quantised_checkpoint_out(folder, tmp_pat
     assert "its scales are left out" in caplog.text
 
 
+def test_merged_heads_have_the_masks_of_both(folder, tmp_path):
+    random_scores(tmp_path / "scores", Checkpoint(folder / "sparse").network)
+    target = TargetConfig(heads=4)
+    config = PruneConfig(str(folder / "sparse"), str(tmp_path / "small"), str(tmp_path / "scores"), target=target)
+    prune(replace(config, merge_heads=True))
+    small = Checkpoint(tmp_path / "small")
+    for param in matrices(small.network):
+        weight, mask = small.read(param, whole(param)), read_mask(small, param, whole(param))
+        assert not weight[~mask].any() and (weight[mask] != 0).float().mean() > 0.99, param.name
+
+
+def test_masks_of_matrices_that_stay_as_they_are_stay_too(folder, tmp_path):
+    config = QuantizeConfig(str(folder / "sparse"), str(tmp_path / "q"), method=QuantizeMethod.RTN)
+    verb_function("quantize")(replace(config, ignore=["*.linear_fc2.weight"]))
+    found = Checkpoint(tmp_path / "q")
+    assert len(found.masks) == 16 and len(found.scales) == 12 and found.manifest.details["pattern"] == "2:4"
+    sparsify(folder / "sparse", tmp_path / "again", pattern="1:4", ignore=["*.mlp.*"])
+    densities = {own.param.name: own.density for own in sparsity_facts(Checkpoint(tmp_path / "again"))}
+    assert densities["mlp.linear_fc1.weight"] == 0.5 and densities["self_attention.linear_qkv.weight"] == 0.25
+
+
 def test_what_is_ignored_stays_as_it_is(folder, tmp_path):
     sparsify(folder / "checkpoint", tmp_path / "out", ignore=["decoder.layers.0.*", "*.linear_fc2.weight"])
     dense, found = Checkpoint(folder / "checkpoint"), Checkpoint(tmp_path / "out")
@@ -101,6 +122,14 @@ def test_what_is_ignored_stays_as_it_is(folder, tmp_path):
         is_sparse = param.matmul and param.layer not in (None, 0) and not param.name.endswith("linear_fc2.weight")
         same = torch.equal(found.read(param, whole(param)), dense.read(param, whole(param)))
         assert same != is_sparse, param.name
+
+
+def test_matrices_have_shares_of_their_own(folder, tmp_path):
+    shares = {"*.mlp.*": 0.7, "decoder.layers.1.*": 0.25}
+    sparsify(folder / "checkpoint", tmp_path / "out", pattern="unstructured", sparsity=0.4, sparsity_of=shares)
+    for facts in sparsity_facts(Checkpoint(tmp_path / "out")):
+        share = 0.25 if facts.param.layer == 1 else 0.7 if "mlp" in facts.param.name else 0.4
+        assert facts.density == pytest.approx(1 - share, abs=1e-3)
 
 
 def test_inspect_shows_density_and_broken_groups_by_layer(folder, capsys):
@@ -138,10 +167,14 @@ def test_masks_are_given_to_another_checkpoint_and_shuffled(folder, tmp_path):
         (dict(pattern="unstructured", sparsity=1.0), "must be above 0 and below 1"),
         (dict(pattern="2:4", sparsity=0.7), r"pattern = 2:4 has 0\.5"),
         (dict(pattern="3:16"), r"linear_fc2\.weight has 44 columns, which is no multiple of 16"),
+        (dict(sparsity_of={"*": 0.3}), "pattern = 2:4 has one share of zeros"),
+        (dict(pattern="unstructured", sparsity_of={"*": 0}), r"sparsity_of has \*: 0: must be a number above 0"),
+        (dict(pattern="unstructured", sparsity_of={"*.fc3": 0.3}), r"sparsity_of = \*\.fc3 matches no matrix"),
         (dict(ignore=["*.fc3"]), r"ignore = \*\.fc3 matches no matrix"),
         (dict(ignore=["*"]), "leaves no matrix to work on"),
         (dict(method=SparsifyMethod.GIVEN), "given needs a checkpoint with masks"),
         (dict(masks_of="somewhere"), "no other method has"),
+        (dict(masks_of="x", method=SparsifyMethod.RANDOM, pattern="1:4"), "leave out pattern"),
         (dict(damping=0.0), "must be above 0 and below 1; 0.01 and 0.1 are usual"),
         (dict(most_norms=0.5), "must be at least 1"),
         (dict(group_size=32), "leave group_size out"),
@@ -154,10 +187,12 @@ def test_bad_settings_are_named(changes, message, folder, tmp_path):
 
 
 def test_masks_of_a_dense_checkpoint_are_refused(folder, tmp_path):
-    with pytest.raises(CheckpointError, match=r"masks_of = .* has no masks of decoder\.layers\.0\.self_attention"):
-        sparsify(
-            folder / "checkpoint", tmp_path / "out", method=SparsifyMethod.GIVEN, masks_of=str(folder / "checkpoint")
-        )
+    import_hf(tmp_path, hf_model(**{**LLAMA, "intermediate_size": 52}))
+    sparsify(tmp_path / "checkpoint", tmp_path / "wider")
+    for other, name in ((folder / "checkpoint", "self_attention"), (tmp_path / "wider", "mlp")):
+        with pytest.raises(CheckpointError, match=rf"has no masks of the shape of decoder\.layers\.0\.{name}"):
+            given = dict(method=SparsifyMethod.GIVEN, masks_of=str(other))
+            sparsify(folder / "checkpoint", tmp_path / "out", **given)
 
 
 def test_a_quantised_checkpoint_is_not_sparsified(folder, tmp_path):
