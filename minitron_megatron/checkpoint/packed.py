@@ -75,7 +75,7 @@ class Packed:
                 yield Tensor(name, tuple(size), dtype, partial(self._read, param, part))
                 continue
             rows, columns = size
-            scheme = self._scheme_of(group, columns)
+            scheme = self._scheme_of(None if group == columns else group)
             stem = name.removesuffix("weight")
             read = partial(self._packed_rows, param, part, scheme, name)
             if self.scheme is Scheme.W4A16:
@@ -92,18 +92,18 @@ class Packed:
         """Returns the `quantization_config`."""
         from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
-        by_group: dict[tuple[int, int | None], set[str]] = {}
+        by_group: dict[int | None, set[str]] = {}  # None for a scale of each row
         ignored = set(filter(None, [_module(output_name(self.checkpoint.network.replace(tie_embeddings=False)))]))
         for name, size, param, part in hf_tensors(self.checkpoint.network):
             group = self._groups.get(layer_key(param))
             if group is not None:
-                by_group.setdefault((group, size[1] if group == size[1] else None), set()).add(_pattern(part))
+                by_group.setdefault(None if group == size[1] else group, set()).add(_pattern(part))
             elif param.matmul and param.position is not None:
                 ignored.add(_module(name) or name)
         one = len(by_group) == 1
         groups = {
-            f"group_{number}": self._scheme_of(group, columns or 0, ["Linear"] if one else sorted(patterns))
-            for number, ((group, columns), patterns) in enumerate(sorted(by_group.items(), key=str))
+            f"group_{number}": self._scheme_of(group, ["Linear"] if one else sorted(patterns))
+            for number, (group, patterns) in enumerate(sorted(by_group.items(), key=str))
         }
         config = QuantizationConfig(
             config_groups=groups,
@@ -117,18 +117,17 @@ class Packed:
     def _bits(self) -> int:
         return 4 if self.scheme is Scheme.W4A16 else 8
 
-    def _scheme_of(self, group: int, columns: int, targets: Sequence[str] = ("Linear",)) -> "QuantizationScheme":
-        """Returns how compressed-tensors describes matrices with this group size."""
+    def _scheme_of(self, group: int | None, targets: Sequence[str] = ("Linear",)) -> "QuantizationScheme":
+        """Returns how compressed-tensors describes matrices with this group size; None for a scale of each row."""
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
 
         kind = "float" if self.scheme is Scheme.FP8 else "int"
-        by_row = group == columns
         weights = QuantizationArgs(
             num_bits=self._bits,
             type=kind,
             symmetric=True,
-            strategy=QuantizationStrategy.CHANNEL if by_row else QuantizationStrategy.GROUP,
-            group_size=None if by_row else group,
+            strategy=QuantizationStrategy.CHANNEL if group is None else QuantizationStrategy.GROUP,
+            group_size=group,
         )
         activations = None
         if self.scheme is not Scheme.W4A16:
