@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +99,7 @@ def sparsification(config: SparsifyConfig, checkpoint: Checkpoint) -> Task:
         return solve
 
     masks, scales = [mask_of(param) for param in chosen], [scale_of(param, grid.group) for param, grid in grids.items()]
-    zeros = sum(own.sparsity * math.prod(param.shape) for param, own in patterns.items())
-    details: dict[str, Any] = {
-        "pattern": str(pattern),
-        "sparsity": zeros / sum(math.prod(param.shape) for param in chosen),
-        "method": config.method.value,
-    }
-    if config.masks_of:
-        is_same = config.method is SparsifyMethod.GIVEN
-        known = Checkpoint(config.masks_of).manifest.details
-        details |= {"pattern": known.get("pattern", UNSTRUCTURED) if is_same else UNSTRUCTURED}
-        details |= {"sparsity": known.get("sparsity")}
-    if config.scheme:
-        details["scheme"] = config.scheme.value
+    details = _details(config, patterns)
     title = f"sparsify ({details['method']}, {details['pattern']})"
     parents = [Parent.of("masks_of", Path(config.masks_of))] if config.masks_of else []
     return Task("sparsify", title, chosen, solver, [*masks, *scales], details, parents)
@@ -150,6 +138,24 @@ def _masks_of(config: SparsifyConfig, chosen: Sequence[Param]) -> Callable[[Para
         return lambda rows: (weight[rows] * mask[rows], mask[rows])
 
     return make
+
+
+def _details(config: SparsifyConfig, patterns: Mapping[Param, Pattern]) -> dict[str, Any]:
+    """Returns what the manifest says of the result."""
+    zeros = sum(own.sparsity * math.prod(param.shape) for param, own in patterns.items())
+    details: dict[str, Any] = {
+        "pattern": str(pattern_of(config)),
+        "sparsity": zeros / sum(math.prod(param.shape) for param in patterns),
+        "method": config.method.value,
+    }
+    if config.masks_of:
+        is_same = config.method is SparsifyMethod.GIVEN
+        known = Checkpoint(config.masks_of).manifest.details
+        details |= {"pattern": known.get("pattern", UNSTRUCTURED) if is_same else UNSTRUCTURED}
+        details |= {"sparsity": known.get("sparsity")}
+    if config.scheme:
+        details["scheme"] = config.scheme.value
+    return details
 
 
 def pattern_of(config: SparsifyConfig) -> Pattern:
