@@ -102,10 +102,21 @@ def _held(file: Path, output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        released.set()
-        renewing.join()
-        if _read(file).get("id") == own["id"]:
-            file.unlink(missing_ok=True)
+        with _after_signals():
+            released.set()
+            renewing.join()
+            if _read(file).get("id") == own["id"]:
+                file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _after_signals() -> Iterator[None]:
+    """Has SIGTERM, which launchers send to the ranks that are left when one fails, wait until the block ends."""
+    got: list[int] = []
+    with handle_signals((signal.SIGTERM,), lambda number, _: got.append(number)):
+        yield
+    if got:
+        os.kill(os.getpid(), got[0])
 
 
 @contextmanager

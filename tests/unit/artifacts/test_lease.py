@@ -191,6 +191,19 @@ def test_a_signal_releases_the_lease(number, output, holder):
     assert not lease_file(output).exists()
 
 
+def test_a_launcher_that_ends_a_failing_rank_does_not_keep_it_from_releasing_its_lease(output):
+    # The block fails, as when another rank was killed, and the signal comes as the lease is about to be released.
+    ending = """    read = m._read
+    m._read = lambda file: os.kill(os.getpid(), signal.SIGTERM) or read(file)
+    raise RuntimeError("a peer is gone")"""
+    code = "import os\nfrom minitron_megatron.artifacts import lease as m\n"
+    code += HOLD.replace("    time.sleep(60)", ending)
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    holder = subprocess.run([sys.executable, "-c", code, str(output)], env=environment, capture_output=True)
+    assert holder.returncode == -signal.SIGTERM, holder.stderr
+    assert not lease_file(output).exists()
+
+
 def test_a_lease_belongs_to_no_result(output):
     output.mkdir()
     (output / "weights").write_text("weights")
