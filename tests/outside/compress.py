@@ -1,7 +1,7 @@
 """Run by an interpreter that has llm-compressor: sparsifies or quantises a Hugging Face folder in one shot.
 
-On standard input is JSON: `{"folder": ..., "tokens": [[token, ...], ...], "recipes": {name: [modifier, {arguments}]}}`.
-Below the folder that the argument names, each recipe's weights are written to `NAME.safetensors`.
+On standard input is JSON: `{"folder": ..., "tokens": [[token, ...], ...], "recipes": {name: [modifier, {arguments},
+sequential]}}`. Below the folder that the argument names, each recipe's weights are written to `NAME.safetensors`.
 """
 
 import json
@@ -22,7 +22,9 @@ MODULES = {
 }
 
 
-def compress(folder: str, tokens: list[list[int]], modifier: str, arguments: dict) -> dict[str, torch.Tensor]:
+def compress(
+    folder: str, tokens: list[list[int]], modifier: str, arguments: dict, sequential: bool
+) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     texts = Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * len(row) for row in tokens]})
     recipe = getattr(import_module(MODULES[modifier]), modifier)(**arguments)
@@ -34,6 +36,7 @@ def compress(folder: str, tokens: list[list[int]], modifier: str, arguments: dic
         num_calibration_samples=len(tokens),
         max_seq_length=len(tokens[0]),
         shuffle_calibration_samples=False,
+        propagate_error=sequential,
         log_dir=None,
     )
     return {name: value.detach().contiguous() for name, value in model.named_parameters() if "layers." in name}
@@ -42,5 +45,5 @@ def compress(folder: str, tokens: list[list[int]], modifier: str, arguments: dic
 if __name__ == "__main__":
     asked, output = json.load(sys.stdin), Path(sys.argv[1])
     torch.set_num_threads(1)
-    for name, (modifier, arguments) in asked["recipes"].items():
-        save_file(compress(asked["folder"], asked["tokens"], modifier, arguments), output / f"{name}.safetensors")
+    for name, recipe in asked["recipes"].items():
+        save_file(compress(asked["folder"], asked["tokens"], *recipe), output / f"{name}.safetensors")
