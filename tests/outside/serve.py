@@ -1,7 +1,8 @@
 """Run by an interpreter that has vLLM: what it says of folders that are named on standard input, as JSON.
 
-In: `{"folders": [...], "prompts": [[token, ...], ...], "new_tokens": n}`. Into the file that the argument names goes,
-by folder and prompt, the log-probability of each of its tokens but the first, and the greedy tokens with their text.
+In: `{"folders": {folder: dtype}, "prompts": [[token, ...], ...], "new_tokens": n}`. Into the file that the argument
+names goes, by folder and prompt, the log-probability of each of its tokens but the first, and the greedy tokens with
+their text.
 """
 
 import json
@@ -14,8 +15,8 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 from vllm import LLM, SamplingParams
 
 
-def serve(folder: str, prompts: list[list[int]], new_tokens: int) -> list[dict]:
-    llm = LLM(folder, dtype="float32", enforce_eager=True)
+def serve(folder: str, dtype: str, prompts: list[list[int]], new_tokens: int) -> list[dict]:
+    llm = LLM(folder, dtype=dtype, enforce_eager=True)
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, prompt_logprobs=0, ignore_eos=True)
     served = []
     for request in llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False):
@@ -33,5 +34,6 @@ def serve(folder: str, prompts: list[list[int]], new_tokens: int) -> list[dict]:
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
-    found = {folder: serve(folder, asked["prompts"], asked["new_tokens"]) for folder in asked["folders"]}
-    Path(sys.argv[1]).write_text(json.dumps(found))
+    rest = asked["prompts"], asked["new_tokens"]
+    served = {folder: serve(folder, dtype, *rest) for folder, dtype in asked["folders"].items()}
+    Path(sys.argv[1]).write_text(json.dumps(served))
