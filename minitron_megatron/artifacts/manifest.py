@@ -15,8 +15,8 @@ from minitron_megatron.errors import CheckpointError
 from minitron_megatron.files import read_json, write_json
 
 MANIFEST = "manifest.json"
-# The results of an evaluation, beside its manifest.
-EVALUATION = "evaluation.json"
+# The results of an evaluation, beside its manifest, and the number of every question of its tasks.
+EVALUATION, QUESTIONS = "evaluation.json", "questions.json"
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -14,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from minitron_megatron.artifacts.lease import sole_writer
-from minitron_megatron.artifacts.manifest import EVALUATION, Manifest, Parent
+from minitron_megatron.artifacts.manifest import EVALUATION, QUESTIONS, Manifest, Parent
 from minitron_megatron.artifacts.output import is_done, writing
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.hf_assets import read_config
@@ -34,7 +35,7 @@ from minitron_megatron.evaluation.inference import Inference
 from minitron_megatron.evaluation.rank0 import Call, run_on_rank0
 from minitron_megatron.evaluation.sampling import SamplingParams
 from minitron_megatron.evaluation.tasks import Tasks, exp, task_problems, task_table
-from minitron_megatron.files import write_json
+from minitron_megatron.files import write_atomically, write_json
 from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.positions import warn_of_positions
@@ -98,8 +99,11 @@ def evaluate(config: EvaluateConfig) -> Path:
             measured = _measure_folder(path, samples, tasks, config, ctx)
         if ctx.is_main:
             result = {"model": str(path), "name": path.name, **measured}
+            questions = {name: task.pop("questions") for name, task in measured["tasks"].items()}
             with writing(output, manifest) as folder:
                 write_json(folder / EVALUATION, result)
+                if questions:
+                    write_atomically(folder / QUESTIONS, json.dumps(questions))
             if measured["tasks"]:
                 # A file has no width, and wrapped lines cannot be searched.
                 Console(width=None if sys.stdout.isatty() else 200).print(task_table(measured["tasks"]))

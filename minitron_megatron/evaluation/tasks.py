@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +73,9 @@ class Tasks:
         """Evaluates a language model of lm-eval.
 
         Returns:
-            for each task and group, `num_fewshot`, `num_samples` (questions), `version` and `metrics`: by name,
-            `value`, `stderr` (None where lm-eval has no formula) and `higher_is_better` (None where unknown).
+            for each task and group, `num_fewshot`, `num_samples` (questions), `version`, `group` (that it is a part
+            of) and `metrics`: by name, `value`, `stderr` (None where lm-eval has no formula) and `higher_is_better`
+            (None where unknown); `questions` has the number of every question, for metrics that are their mean.
         """
         from lm_eval import simple_evaluate
 
@@ -85,17 +87,26 @@ class Tasks:
                 num_fewshot=self.config.num_fewshot,
                 limit=self.config.limit,
                 apply_chat_template=self.config.chat_template,
-                log_samples=False,
             )
-        return {
-            name: {
+        children = results["group_subtasks"]
+        groups = {child: group for group, names in children.items() for child in names}
+
+        def answers(name: str) -> list[dict]:
+            own = results["samples"].get(name, [])
+            return own or [answer for child in children.get(name, []) for answer in answers(child)]
+
+        measured = {}
+        for name, values in results["results"].items():
+            metrics = _metrics(values, results["higher_is_better"].get(name, {}))
+            measured[name] = {
                 "num_fewshot": results["n-shot"].get(name),
                 "num_samples": values.get("sample_len"),
                 "version": results["versions"].get(name),
-                "metrics": _metrics(values, results["higher_is_better"].get(name, {})),
+                "group": groups.get(name),
+                "metrics": metrics,
+                "questions": _questions(metrics, answers(name)),
             }
-            for name, values in results["results"].items()
-        }
+        return measured
 
 
 def exp(exponent: float) -> float:
@@ -146,6 +157,19 @@ def _metrics(values: dict[str, Any], higher_is_better: dict[str, bool | None]) -
                 "higher_is_better": higher_is_better.get(metric),
             }
     return metrics
+
+
+def _questions(metrics: dict[str, dict], answers: list[dict]) -> dict[str, list[float]]:
+    """Returns the number of every question, for metrics that are the mean of them."""
+    questions = {}
+    for name, measured in metrics.items():
+        metric, _, filtered = name.partition(",")
+        own = [answer.get(metric) for answer in answers if answer["filter"] == (filtered or "none")]
+        numbers = [float(value) for value in own if isinstance(value, int | float)]
+        is_mean = numbers and math.isclose(statistics.fmean(numbers), measured["value"], abs_tol=1e-9)
+        if is_mean and len(numbers) == len(own):
+            questions[name] = numbers
+    return questions
 
 
 def show(value: float, stderr: float | None, digits: int = 4) -> str:

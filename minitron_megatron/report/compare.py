@@ -1,6 +1,7 @@
 """The verb `compare`: shows evaluations side by side, and how much of the first model the others recover."""
 
 import math
+import statistics
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -27,14 +28,16 @@ class Value:
         value: the number.
         stderr: its standard error, if known.
         recovery: share of the teacher's number, in percent; None if neither higher nor lower is better.
+        recovery_stderr: its standard error, in percent, if known.
     """
 
     value: float
     stderr: float | None = None
     recovery: float | None = None
+    recovery_stderr: float | None = None
 
     def show(self, digits: int) -> str:
-        recovery = "" if self.recovery is None else f" ({self.recovery:.1f}%)"
+        recovery = "" if self.recovery is None else f" ({show(self.recovery, self.recovery_stderr, 1)}%)"
         return show(self.value, self.stderr, digits) + recovery
 
 
@@ -70,7 +73,9 @@ def compare(config: CompareConfig) -> None:
         Evaluation.read(folder, folder.name if count[folder.name] == 1 else str(folder)) for folder in folders
     ]
     measures = model_measures(evaluations) + task_measures(evaluations, evaluations[0])
-    notes = differences(evaluations)
+    averaged = averaged_metrics(evaluations)
+    notes = [f"averaged are {', '.join(map(' '.join, averaged))}"] if len(averaged) > 1 else []
+    notes += differences(evaluations)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for number, column in enumerate(header(evaluations)):
         table.add_column(Text(column), justify="right" if number else "left")
@@ -113,17 +118,67 @@ def model_measures(evaluations: list[Evaluation]) -> list[Measure]:
 
 
 def task_measures(evaluations: list[Evaluation], teacher: Evaluation | None) -> list[Measure]:
-    """Returns every metric of every task that any of the models was evaluated on."""
+    """Returns every metric of every task that any of the models was evaluated on, and the average of the tasks."""
     names = {(task, metric): None for e in evaluations for task in e.tasks for metric in e.tasks[task]["metrics"]}
+    measures = [Measure(" ".join(name), [_value(e, teacher, [name]) for e in evaluations]) for name in names]
+    averaged = averaged_metrics(evaluations)
+    if len(averaged) > 1:
+        measures.append(
+            Measure(f"average of {len(averaged)} tasks", [_value(e, teacher, averaged) for e in evaluations])
+        )
+    return measures
 
-    def value(evaluation: Evaluation, task: str, metric: str) -> Value | None:
-        own, best = (_metric(e, task, metric) for e in (evaluation, teacher))
-        if own is None:
-            return None
-        recovery = _recovery(own["value"], best["value"], own["higher_is_better"]) if best else None
-        return Value(own["value"], own["stderr"], recovery)
 
-    return [Measure(" ".join(name), [value(e, *name) for e in evaluations]) for name in names]
+def averaged_metrics(evaluations: list[Evaluation]) -> list[tuple[str, str]]:
+    """Returns task and metric of what is averaged: the share of right answers of every task that all models were given.
+
+    That is `acc_norm` where there is one, and else the first metric of which more is better. A group counts once.
+    """
+
+    def is_share(task: str, metric: str) -> bool:
+        scores = [_metric(e, task, metric) for e in evaluations]
+        return all(score and score["higher_is_better"] and 0 <= score["value"] <= 1 for score in scores)
+
+    chosen = []
+    for task, own in (evaluations[0].tasks if evaluations else {}).items():
+        metrics = [metric for metric in own["metrics"] if is_share(task, metric)]
+        if metrics and not own.get("group"):
+            chosen.append((task, "acc_norm" if "acc_norm" in metrics else metrics[0]))
+    return chosen
+
+
+def _value(evaluation: Evaluation, teacher: Evaluation | None, names: list[tuple[str, str]]) -> Value | None:
+    """Returns the mean of metrics of a model, and what it recovers of the teacher's; None if it lacks one.
+
+    A recovery is the quotient of both models' means. Both answer the same questions, so its standard error is that of
+    the differences between their answers, of tasks that are independent of each other (the delta method).
+    """
+    own, best = ([score for name in names if (score := _metric(e, *name))] for e in (evaluation, teacher))
+    if len(own) < len(names):
+        return None
+    value = statistics.fmean(score["value"] for score in own)
+    errors = [score["stderr"] for score in own]
+    found = Value(value, None if None in errors else math.hypot(*errors) / len(errors))
+    if teacher is None or len(best) < len(names):
+        return found
+    whole, is_higher = statistics.fmean(score["value"] for score in best), own[0]["higher_is_better"]
+    found.recovery = _recovery(value, whole, is_higher)
+    if found.recovery is not None and evaluation is not teacher:
+        part, other = (evaluation, teacher) if is_higher else (teacher, evaluation)
+        variances = [_variance(part, other, name, found.recovery / 100) for name in names]
+        known = [variance for variance in variances if variance is not None]
+        if len(known) == len(names):
+            found.recovery_stderr = 100 * math.sqrt(sum(known)) / (len(names) * (whole if is_higher else value))
+    return found
+
+
+def _variance(part: Evaluation, whole: Evaluation, name: tuple[str, str], ratio: float) -> float | None:
+    """Returns the variance of the mean of `part - ratio * whole` over a task's questions; None if not known."""
+    task, metric = name
+    own, other = (e.questions.get(task, {}).get(metric, []) for e in (part, whole))
+    if len(own) < 2 or len(own) != len(other):
+        return None
+    return statistics.variance(a - ratio * b for a, b in zip(own, other, strict=True)) / len(own)
 
 
 def differences(evaluations: list[Evaluation]) -> list[str]:

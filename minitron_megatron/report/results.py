@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minitron_megatron.artifacts.manifest import EVALUATION
+from minitron_megatron.artifacts.manifest import EVALUATION, QUESTIONS
 from minitron_megatron.errors import CheckpointError
+from minitron_megatron.files import read_json
 
 _FIELDS = {"model", "parameters", "parameters_without_embeddings", "heldout", "generation"}
 
@@ -44,6 +45,7 @@ class Evaluation:
         num_tokens: number of tokens that the two are a mean over.
         generation: `tokens_per_s`, `num_tokens`, `prompt` and `text`; None if not requested.
         tasks: lm-eval results by task: see `evaluation.tasks.Tasks.run`.
+        questions: by task and metric, the number of every question, for metrics that are their mean.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Evaluation:
     num_tokens: int
     generation: dict | None = None
     tasks: dict[str, dict] = field(default_factory=dict)
+    questions: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, name: str, made_by: str | None = None) -> "Evaluation":
@@ -70,6 +73,7 @@ class Evaluation:
             num_tokens=values["heldout"]["num_tokens"],
             generation=values["generation"],
             tasks=values["tasks"],
+            questions=read_json(questions, "the questions") if (questions := folder / QUESTIONS).is_file() else {},
         )
 
     def numbers(self) -> dict[str, float]:

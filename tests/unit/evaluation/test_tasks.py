@@ -75,6 +75,15 @@ def test_a_checkpoint_and_its_export_have_the_same_scores(folder, result):
     assert values["letter_text"]["byte_perplexity"]["higher_is_better"] is False
     assert [task["num_samples"] for task in result["tasks"].values()] == [14, 9, 7]
     assert [task["num_fewshot"] for task in result["tasks"].values()] == [2, 0, 0]
+    # The questions of what is a mean of them, by which recoveries are compared; a perplexity is none.
+    questions = json.loads((folder / "ours" / "questions.json").read_text())
+    assert {name: list(own) for name, own in questions.items()} == {
+        "letter_choice": ["acc", "acc_norm"],
+        "letter_writing": ["lower", "length"],
+        "letter_text": [],
+    }
+    assert {len(own) for own in questions["letter_choice"].values()} == {14}
+    assert sum(questions["letter_choice"]["acc"]) / 14 == pytest.approx(values["letter_choice"]["acc"]["value"])
 
 
 def test_settings_reach_the_tasks(folder, result):

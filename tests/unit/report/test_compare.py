@@ -1,5 +1,8 @@
 import json
+import math
+from statistics import fmean
 
+import numpy as np
 import pytest
 
 from minitron_megatron.config.schema import CompareConfig, InspectConfig
@@ -45,6 +48,48 @@ def test_what_is_left_of_the_teacher():
     ]
 
 
+def answered(name, right, tasks):
+    """An evaluation whose tasks have these right answers, by task."""
+    made = evaluation(name)
+    made.tasks = {
+        task: {"group": None, "metrics": {"acc": {"value": fmean(own), "stderr": 0.1, "higher_is_better": True}}}
+        for task, own in right.items()
+    }
+    made.questions = {task: {"acc": own} for task, own in right.items()}
+    made.tasks |= tasks
+    return made
+
+
+def test_recovery_per_task_and_on_average_has_the_error_of_paired_answers():
+    """Against a bootstrap over questions, which knows no formula; unpaired errors would be half as large again."""
+    draw = np.random.default_rng(0)
+    teacher = {"one": (draw.random(400) < 0.7).astype(float), "two": (draw.random(300) < 0.5).astype(float)}
+    pruned = {name: np.where(draw.random(len(own)) < 0.8, own, 1 - own) for name, own in teacher.items()}
+    part = {"part": {"group": "one", "metrics": {"acc": {"value": 0.0, "stderr": 0.1, "higher_is_better": True}}}}
+    models = [
+        answered(name, {task: own.tolist() for task, own in right.items()}, part)
+        for name, right in (("teacher", teacher), ("pruned", pruned))
+    ]
+    measures = {measure.name: measure.values for measure in task_measures(models, models[0])}
+    assert list(measures) == ["one acc", "two acc", "part acc", "average of 2 tasks"]
+
+    def recovery(tasks, picks):
+        means = [[right[task][picks[task]].mean() for task in tasks] for right in (pruned, teacher)]
+        return 100 * sum(means[0]) / sum(means[1])
+
+    for name, tasks in (("one acc", ["one"]), ("two acc", ["two"]), ("average of 2 tasks", ["one", "two"])):
+        every = {task: np.arange(len(own)) for task, own in teacher.items()}
+        drawn = [
+            recovery(tasks, {task: draw.integers(len(own), size=len(own)) for task, own in teacher.items()})
+            for _ in range(4000)
+        ]
+        of_teacher, found = measures[name]
+        assert found.recovery == pytest.approx(recovery(tasks, every))
+        assert found.recovery_stderr == pytest.approx(np.std(drawn), rel=0.05)
+        assert of_teacher.recovery == 100 and of_teacher.recovery_stderr is None
+    assert measures["average of 2 tasks"][1].stderr == pytest.approx(math.hypot(0.1, 0.1) / 2)
+
+
 def test_a_task_that_some_models_were_not_given():
     teacher, pruned = evaluation("teacher"), evaluation("pruned")
     pruned.tasks["mmlu"] = pruned.tasks["arc"]
@@ -73,7 +118,12 @@ def test_the_verb_shows_and_writes_every_number(run, tmp_path, capsys):
     assert "| arc perplexity | 10.0000 (100.0%) | 40.0000 (25.0%) | 12.5000 (80.0%) |" in markdown
     values = json.loads((tmp_path / "out" / "comparison.json").read_text())
     [acc] = [measure for measure in values["measures"] if measure["name"] == "arc acc"]
-    assert acc["values"][2] == {"value": 0.7, "stderr": 0.025, "recovery": pytest.approx(87.5)}
+    assert acc["values"][2] == {
+        "value": 0.7,
+        "stderr": 0.025,
+        "recovery": pytest.approx(87.5),
+        "recovery_stderr": None,
+    }
     assert values["models"] == list(SCORES) and values["notes"] == []
 
 
