@@ -1,12 +1,13 @@
-"""What a checkpoint may hold beside a matrix: the mask of a sparse one, and the scales of a rounded one.
+"""What a checkpoint may hold beside a matrix: the mask of a sparse one, the scales of a rounded one, norms of inputs.
 
-A companion is a parameter of its own, with the rows of its matrix and one element for a group of columns. Its key is
+A companion is a parameter of its own, with one element for a group of columns, in each row but for norms. Its key is
 that of its matrix in its own layer, also where the matrices of all layers are stacked, with a suffix:
 
 | suffix   | dtype    | an element                                                                             |
 |----------|----------|----------------------------------------------------------------------------------------|
 | `_mask`  | uint8    | eight columns, the first in the lowest bit; 1 where the weight stays                   |
 | `_scale` | float32  | the columns that share a scale                                                         |
+| `_norm`  | float32  | the norm of a column's inputs over the calibration set, the same for all rows          |
 
 Megatron-Core ignores keys that it does not ask for, so such a checkpoint loads everywhere.
 """
@@ -23,7 +24,7 @@ from minitron_megatron.model.axes import Grouped, Param
 from minitron_megatron.model.network import Network
 from minitron_megatron.model.parameters import layer_key, parameters
 
-MASK, SCALE = "_mask", "_scale"
+MASK, SCALE, NORM = "_mask", "_scale", "_norm"
 _BITS = 8
 
 
@@ -42,6 +43,11 @@ def scale_of(param: Param, group: int) -> Param:
     return _companion(param, SCALE, group)
 
 
+def norm_of(param: Param) -> Param:
+    """Returns the norms of a matrix's inputs as a parameter."""
+    return replace(param, name=f"{param.name}{NORM}", dims=(param.dims[1],), parts=(), matmul=False)
+
+
 def _companion(param: Param, suffix: str, group: int) -> Param:
     rows, columns = param.dims
     return replace(param, name=f"{param.name}{suffix}", dims=(rows, Grouped(columns, group)), parts=(), matmul=False)
@@ -49,7 +55,7 @@ def _companion(param: Param, suffix: str, group: int) -> Param:
 
 def is_companion(key: str) -> bool:
     """Returns whether a key in a checkpoint is that of a companion."""
-    return key.endswith((f".weight{MASK}", f".weight{SCALE}"))
+    return key.endswith(tuple(f".weight{suffix}" for suffix in (MASK, SCALE, NORM)))
 
 
 def dtype_of(companion: Param) -> torch.dtype:
@@ -66,7 +72,7 @@ def companions(network: Network, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     """
     found: dict[str, Param] = {}
     for param in matrices(network):
-        own = [mask_of(param)]
+        own = [mask_of(param), norm_of(param)]
         if (shape := shapes.get(f"{layer_key(param)}{SCALE}")) and len(shape) == 2 and shape[1]:
             own.append(scale_of(param, -(-param.shape[1] // shape[1])))
         found |= {layer_key(one): one for one in own if layer_key(one) in shapes}

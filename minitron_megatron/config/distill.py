@@ -33,6 +33,13 @@ class MaskMode(str, Enum):
     IGNORE = "ignore"  # every weight is trained; the result has no masks
 
 
+class MaskScore(str, Enum):
+    """Which weights are dropped first while training."""
+
+    MAGNITUDE = "magnitude"  # the smallest of a matrix
+    ACTIVATION = "activation"  # of each row, the smallest products with the norms of inputs that `sparsify` has saved
+
+
 @dataclass
 class MasksConfig:
     """What training does to zeros: those of a sparse student, or those that it makes.
@@ -44,7 +51,8 @@ class MasksConfig:
         first_step: step at which the first weights are dropped.
         last_step: step from which on no more are dropped.
         every: steps between two rounds of dropping. In between the share rises with the cube of the time that is left
-            (Zhu and Gupta, 1710.01878); each round drops the smallest weights of each matrix.
+            (Zhu and Gupta, 1710.01878).
+        by: which weights a round drops.
     """
 
     mode: MaskMode = MaskMode.KEEP
@@ -52,6 +60,7 @@ class MasksConfig:
     first_step: int = 1
     last_step: int | None = None
     every: int = 10
+    by: MaskScore = MaskScore.MAGNITUDE
 
     def problems(self, steps: int, where: str = "masks.") -> list[str]:
         """Returns what is wrong with the settings of a run of so many steps, one sentence each."""
@@ -59,7 +68,12 @@ class MasksConfig:
         if self.sparsity is None:
             return problems + [
                 f"{where}{name} = {getattr(self, name)}, and {where}sparsity = null: set both or neither"
-                for name, default in {"first_step": 1, "last_step": None, "every": 10}.items()
+                for name, default in {
+                    "first_step": 1,
+                    "last_step": None,
+                    "every": 10,
+                    "by": MaskScore.MAGNITUDE,
+                }.items()
                 if getattr(self, name) != default
             ]
         if not 0 < self.sparsity < 1:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_megatron.checkpoint.companions import NORM
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.errors import DataError
 from minitron_megatron.model.axes import Param
@@ -117,6 +118,9 @@ class _LayerWork:
         moments = self._measure(number, params) if self.stream is not None else {}
         rows, errors = self._solve_own(params, moments)
         tensors = self._collect(params, rows)
+        for param in params:
+            if param.name in moments:
+                tensors[f"{key_of(param)}{NORM}"] = moments[param.name].diagonal.sqrt().cpu()
         sum_over(errors, self.ctx.collection.dp)
         report: dict[str, dict[str, Any]] = {}
         for param, (change, whole) in zip(params, errors.tolist(), strict=True):

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from minitron_megatron.artifacts.lease import sole_writer
 from minitron_megatron.artifacts.manifest import Parent
-from minitron_megatron.checkpoint.companions import MASK, SCALE, mask_of, matrices, pack_mask, read_mask, scale_of
+from minitron_megatron.checkpoint.companions import (
+    MASK,
+    SCALE,
+    mask_of,
+    matrices,
+    norm_of,
+    pack_mask,
+    read_mask,
+    scale_of,
+)
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.sparsify import UNSTRUCTURED, SparsifyConfig, SparsifyMethod
 from minitron_megatron.errors import CheckpointError, raise_if_any
@@ -98,11 +107,12 @@ def sparsification(config: SparsifyConfig, checkpoint: Checkpoint) -> Task:
 
         return solve
 
-    masks, scales = [mask_of(param) for param in chosen], [scale_of(param, grid.group) for param, grid in grids.items()]
+    beside = [mask_of(param) for param in chosen] + [scale_of(param, grid.group) for param, grid in grids.items()]
+    beside += [norm_of(param) for param in chosen] if config.needs_text else []
     details = _details(config, patterns)
     title = f"sparsify ({details['method']}, {details['pattern']})"
     parents = [Parent.of("masks_of", Path(config.masks_of))] if config.masks_of else []
-    return Task("sparsify", title, chosen, solver, [*masks, *scales], details, parents)
+    return Task("sparsify", title, chosen, solver, beside, details, parents)
 
 
 def _masks_of(config: SparsifyConfig, chosen: Sequence[Param]) -> Callable[[Param, Tensor], SparseRows]:

@@ -35,6 +35,7 @@ from minitron_megatron.parallel.context import ParallelContext, parallel_context
 from minitron_megatron.tracking.metrics import Metrics
 from minitron_megatron.training.fake_quant import fake_quant_problems
 from minitron_megatron.training.loop import Trainer
+from minitron_megatron.training.masks import masks_problems
 from minitron_megatron.training.preemption import stop_requests
 from minitron_megatron.training.saver import Saver
 from minitron_megatron.training.setup import set_up
@@ -165,7 +166,8 @@ def _require_fit(config: DistillConfig, student: Checkpoint, teacher: Checkpoint
     Raises:
         ConfigError: they do not, or cannot.
     """
-    raise_if_any([*_mismatches(teacher, student, config), *fake_quant_problems(student.network, config.fake_quant)])
+    problems = _mismatches(teacher, student, config) + masks_problems(student, config.masks)
+    raise_if_any(problems + fake_quant_problems(student.network, config.fake_quant))
     problems = build_problems(student.network, config.parallel, "student")
     if teacher:
         problems += build_problems(teacher.network, config.parallel, "teacher")

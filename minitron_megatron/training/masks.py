@@ -14,10 +14,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from minitron_megatron.checkpoint.companions import mask_of, pack_mask, read_mask
+from minitron_megatron.checkpoint.companions import mask_of, matrices, norm_of, pack_mask, read_mask
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.load import local_parameters
-from minitron_megatron.config.distill import MasksConfig
+from minitron_megatron.config.distill import MasksConfig, MaskScore
 from minitron_megatron.errors import CheckpointError, TrainingError
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.parameters import layer_key
@@ -35,12 +35,14 @@ class _Masked:
         param: of the network.
         index: for each dimension, the positions of the network's parameter that this rank holds.
         dropped: bool, true where a weight is zero.
+        norms: of the inputs of all columns of the network's matrix; None if weights are dropped by magnitude.
     """
 
     parameter: torch.nn.Parameter
     param: Param
     index: list[np.ndarray]
     dropped: Tensor
+    norms: Tensor | None
 
 
 class Masks:
@@ -50,14 +52,15 @@ class Masks:
         model_chunks: this rank's model.
         student: checkpoint that it starts from.
         ctx: this rank's place.
-        every: mask every matrix of the layers, and not only those that have a mask in the checkpoint.
+        config: with a share of zeros to reach, every matrix of the layers has a mask, and not only those that have one
+            in the checkpoint.
 
     Raises:
         ConfigError: the layout splits a byte of a mask.
     """
 
     def __init__(
-        self, model_chunks: Sequence[MegatronModule], student: Checkpoint, ctx: ParallelContext, every: bool = False
+        self, model_chunks: Sequence[MegatronModule], student: Checkpoint, ctx: ParallelContext, config: MasksConfig
     ):
         self.ctx = ctx
         self._sparsity: float | None = None
@@ -66,10 +69,13 @@ class Masks:
             for parameter, param, index in local_parameters(chunk, student.network, ctx):
                 if not param.matmul or param.position is None:
                     continue
-                if every or layer_key(mask_of(param)) in student.companions:
+                if config.sparsity is not None or layer_key(mask_of(param)) in student.companions:
                     require_whole_groups(mask_of(param), ctx)
                     dropped = torch.zeros_like(parameter, dtype=torch.bool)
-                    self._masked.append(_Masked(parameter, param, index, dropped))
+                    norms = None
+                    if config.by is MaskScore.ACTIVATION:
+                        norms = student.read(norm_of(param), [np.arange(param.shape[1])]).to(parameter.device)
+                    self._masked.append(_Masked(parameter, param, index, dropped, norms))
         self.read(student)
 
     def read(self, checkpoint: Checkpoint) -> None:
@@ -104,7 +110,9 @@ class Masks:
             gradient.masked_fill_(own.dropped, 0)
 
     def drop_smallest(self, sparsity: float) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-        """Drops the smallest weights of every matrix, until this share of it is zero. Collective over tensor ranks.
+        """Drops weights of every matrix, until this share of it is zero. Collective over tensor ranks.
+
+        They are the smallest of the matrix, or in each row the smallest products with the norms of their inputs.
 
         Yields:
             each weight on this rank, and a bool tensor of its shape: the entries to zero.
@@ -113,7 +121,8 @@ class Masks:
         for own in self._masked:
             # Of weights that are zero anyway, those that are dropped already come first.
             size = own.parameter.detach().float().abs().masked_fill(own.dropped, -1)
-            keep = pattern.mask_of_matrix(self._whole(own, size))
+            whole = self._whole(own, size)
+            keep = pattern.mask_of_matrix(whole) if own.norms is None else pattern.mask(whole * own.norms)
             here = keep[np.ix_(*own.index)] if self.ctx.layout.tensor > 1 else keep
             own.dropped = own.dropped | ~here
             yield own.parameter, own.dropped
@@ -163,6 +172,18 @@ class Masks:
 
     def _broken(self) -> list[str]:
         return [layer_key(own.param) for own in self._masked if (own.parameter.detach()[own.dropped] != 0).any()]
+
+
+def masks_problems(student: Checkpoint, config: MasksConfig) -> list[str]:
+    """Returns what a student lacks for the settings, one sentence each."""
+    missing = [p for p in matrices(student.network) if layer_key(norm_of(p)) not in student.companions]
+    if config.by is MaskScore.MAGNITUDE or not missing:
+        return []
+    return [
+        f"masks.by = activation needs the norms of inputs that `minitron sparsify` saves, and student = {student.root} "
+        f"has none of {layer_key(missing[0])}: make some of its weights zero with method=wanda, or set "
+        f"masks.by=magnitude"
+    ]
 
 
 def share_of_zeros(config: MasksConfig, step: int, before: float = 0.0) -> float | None:

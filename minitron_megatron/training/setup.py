@@ -55,10 +55,9 @@ def set_up(
     source = RandomWeights(student.network, config.seed) if config.random_init else student
     load_weights(model_chunks, source, ctx)
     masks = None
-    makes_sparser = config.masks.sparsity is not None
-    if makes_sparser or (student.masks and config.masks.mode is MaskMode.KEEP):
+    if config.masks.sparsity is not None or (student.masks and config.masks.mode is MaskMode.KEEP):
         with raise_on_all_ranks():
-            masks = Masks(model_chunks, student, ctx, every=makes_sparser)
+            masks = Masks(model_chunks, student, ctx, config.masks)
             masks.zero_weights() if config.random_init else masks.require_zeros()
     # A backward pass costs as much as two forward passes.
     flops = 3 * forward_flops_per_token(student.network, config.data.sequence_length)

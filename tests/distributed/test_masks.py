@@ -8,7 +8,7 @@ import torch
 
 from minitron_megatron.checkpoint.companions import matrices, read_mask
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
-from minitron_megatron.config.distill import MaskMode, MasksConfig
+from minitron_megatron.config.distill import MaskMode, MasksConfig, MaskScore
 from minitron_megatron.config.schema import DataConfig, DistillConfig, DType, OptimizerConfig, ParallelConfig
 from minitron_megatron.config.sparsify import SparsifyConfig, SparsifyMethod
 from minitron_megatron.errors import CheckpointError, ConfigError, TrainingError
@@ -150,6 +150,26 @@ def test_getting_sparser_goes_on_where_it_was_interrupted(inputs, gradual_alone,
         weights_and_masks(Checkpoint(tmp_path / "parts")), weights_and_masks(Checkpoint(gradual_alone)), strict=True
     ):
         assert torch.equal(mask, own) and torch.equal(weight, whole)
+
+
+def test_weights_are_dropped_by_the_inputs_that_sparsify_saved(inputs, tmp_path):
+    """At a learning rate of next to nothing, what Wanda drops at once is dropped in two rounds, on two tensor ranks."""
+    wanda = dict(method=SparsifyMethod.WANDA, pattern="unstructured", refit=False, sequential=False, num_samples=8)
+    for name, sparsity in (("some", 0.2), ("most", 0.6)):
+        data = settings(inputs, "unused").data
+        folders = str(inputs / "checkpoint"), str(tmp_path / name)
+        sparsify(SparsifyConfig(*folders, sparsity=sparsity, dtype=DType.FP32, data=data, **wanda))
+    masks = MasksConfig(sparsity=0.6, last_step=2, every=1, by=MaskScore.ACTIVATION)
+    config = settings(inputs, tmp_path / "run", steps=2, save_every=None, masks=masks)
+    config.optimizer = replace(config.optimizer, lr=1e-12, min_lr=1e-12)
+    with pytest.raises(ConfigError, match=r"masks\.by = activation needs the norms .* has none of decoder"):
+        distill.distill(replace(config, student=str(inputs / "checkpoint")))
+    run_on_ranks(2, run_in, replace(config, student=str(tmp_path / "some")), LAYOUTS["tp2_sp"][1])
+    expected = weights_and_masks(Checkpoint(tmp_path / "most"))
+    for (param, weight, mask), (_, _, own) in zip(
+        weights_and_masks(Checkpoint(tmp_path / "run")), expected, strict=True
+    ):
+        assert torch.equal(mask, own) and not weight[~mask].any(), param.name
 
 
 def test_bf16_and_the_distributed_optimizer_keep_zeros_over_a_change_of_the_layout(inputs, tmp_path, stop_after_saving):
