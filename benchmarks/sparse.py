@@ -51,7 +51,9 @@ class Case:
     passes: tuple[bool, ...] = (False, True)
 
 
-def sparse(name: str, method: str, *settings: str, refit: bool, trial: tuple, passes: tuple = (False, True)) -> Case:
+def sparse(
+    name: str, method: str, *settings: str, refit: bool, trial: tuple = (None, None), passes: tuple = (False, True)
+) -> Case:
     return Case(name, "sparsify", (f"method={method}", f"refit={refit}", *settings), trial, passes)
 
 
@@ -70,6 +72,9 @@ CASES = [
     sparse("2:4 ALPS", "alps", refit=True, trial=(3.084, 3.065)),
     sparse("50% magnitude", "magnitude", *HALF, refit=False, trial=(5.623, None), passes=(False,)),
     sparse("50% Wanda", "wanda", *HALF, refit=False, trial=(3.171, None)),
+    sparse(
+        "50% Wanda, shares by error", "wanda", *HALF, "by_error=true", refit=False, trial=(None, None), passes=(False,)
+    ),
     sparse("50% Wanda, refit", "wanda", *HALF, refit=True, trial=(2.859, None)),
     sparse("50% SparseGPT", "sparsegpt", PLAIN, *HALF, refit=False, trial=(2.942, None)),
     sparse("50% SparseGPT, refit", "sparsegpt", PLAIN, *HALF, refit=True, trial=(2.878, None)),

@@ -34,6 +34,8 @@ class SparsifyConfig(CalibrationConfig):
         sparsity: share of zeros of each matrix, for an unstructured pattern.
         sparsity_of: other shares of zeros, by patterns of the names of matrices, as in `{*.mlp.*: 0.6,
             decoder.layers.0.*: 0.3}`; the last pattern that matches a matrix counts.
+        by_error: give each layer a share of zeros of its own, within 0.2 of `sparsity`, which is then that of all: the
+            smaller, the more predictions change where that layer alone has zeros.
         method: how the weights that stay are chosen.
         masks_of: sparse checkpoint of the same network, whose masks are taken (given) or shuffled (random).
         seed: of random masks.
@@ -49,6 +51,7 @@ class SparsifyConfig(CalibrationConfig):
     pattern: str = "2:4"
     sparsity: float = 0.5
     sparsity_of: dict = field(default_factory=dict)
+    by_error: bool = False
     method: SparsifyMethod = SparsifyMethod.ALPS
     masks_of: str | None = None
     seed: int = 1234
@@ -66,7 +69,7 @@ class SparsifyConfig(CalibrationConfig):
 
     @property
     def needs_text(self) -> bool:
-        return self.refit or self.scheme is not None or self.method not in _WITHOUT_TEXT
+        return self.refit or self.by_error or self.scheme is not None or self.method not in _WITHOUT_TEXT
 
     def problems(self, where: str = "") -> list[str]:
         problems = super().problems(where)
@@ -88,6 +91,12 @@ class SparsifyConfig(CalibrationConfig):
                 f"{where}sparsity_of = {self.sparsity_of}, and {where}pattern = {self.pattern} has one share of zeros: "
                 f"set {where}pattern={UNSTRUCTURED}, or leave matrices out with {where}ignore"
             )
+        if self.by_error and (self.pattern != UNSTRUCTURED or self.sparsity_of):
+            other = f"pattern = {self.pattern}" if self.pattern != UNSTRUCTURED else f"sparsity_of = {self.sparsity_of}"
+            problems.append(
+                f"{where}by_error = true, and {where}{other} says which share each matrix has: set one of them, with "
+                f"{where}pattern={UNSTRUCTURED}"
+            )
         problems += [
             f"{where}sparsity_of has {glob}: {share!r}: must be a number above 0 and below 1; {where}ignore leaves a "
             f"matrix as it is"
@@ -100,7 +109,7 @@ class SparsifyConfig(CalibrationConfig):
                 f"{where}masks_of = {self.masks_of} and {where}method = {self.method.value}: given needs a checkpoint "
                 f"with masks, random may have one, and no other method has"
             )
-        defaults = {"pattern": "2:4", "sparsity": 0.5, "sparsity_of": {}}
+        defaults = {"pattern": "2:4", "sparsity": 0.5, "sparsity_of": {}, "by_error": False}
         if others := [name for name, value in defaults.items() if self.masks_of and getattr(self, name) != value]:
             problems.append(
                 f"{where}masks_of = {self.masks_of} says which weights are zero: leave out "

@@ -14,6 +14,7 @@ from minitron_megatron.config.parallel import ModelParallelConfig
 from minitron_megatron.config.schema import AxisScoring, Criterion, DepthCriterion, ScoreConfig
 from minitron_megatron.data.choices import ChoiceSamples
 from minitron_megatron.data.samples import Samples
+from minitron_megatron.distillation.logit_change import MEASURES
 from minitron_megatron.errors import ConfigError, DataError, raise_if_any
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.network import Network, layout_problems
@@ -23,7 +24,6 @@ from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 from minitron_megatron.pruning.activation_stats import ActivationStats, ElementSpans, place_name
 from minitron_megatron.pruning.depth_search import DepthSearcher
-from minitron_megatron.pruning.logit_change import MEASURES
 from minitron_megatron.pruning.resumable_sums import ResumableSums
 from minitron_megatron.pruning.scores import Scores, batch_score, scored_axes
 from minitron_megatron.pruning.skip_runner import WHOLE, Skipped, SkipRunner

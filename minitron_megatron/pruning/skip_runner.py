@@ -18,12 +18,12 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from minitron_megatron.distillation.logit_change import compare_outputs
 from minitron_megatron.model.build import first_position, held_sublayers
 from minitron_megatron.model.network import Network
 from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.cpu import in_blocks
 from minitron_megatron.parallel.schedule import Batch, forward_hidden, output_weight, own_tokens
-from minitron_megatron.pruning.logit_change import compare_outputs
 
 Skipped = frozenset[int]
 WHOLE: Skipped = frozenset()

@@ -89,7 +89,6 @@ class LayerStream:
         load_weights([model], layer, self.ctx)
         return model
 
-    @torch.no_grad()
     def run(self, model: torch.nn.Module, advance: bool, after_batch: Callable[[], None] = lambda: None) -> None:
         """Runs a layer over all micro-batches.
 
@@ -98,17 +97,33 @@ class LayerStream:
             advance: whether its output becomes the hidden states.
             after_batch: called after every micro-batch.
         """
+        for number, output in enumerate(self.outputs(model, self.states)):
+            if advance:
+                self.states[number].copy_(output)
+            after_batch()
+
+    @torch.no_grad()
+    def outputs(self, model: torch.nn.Module, states: Tensor) -> Iterator[Tensor]:
+        """Yields a layer's outputs `[seq, batch, hidden]` for every micro-batch.
+
+        Args:
+            model: of `load`.
+            states: hidden states before the layer, `[batches, seq, batch, hidden]`.
+        """
         own = unwrap_model(model)
-        for number, batch in enumerate(self.batches):
-            own.set_input_tensor(self.states[number].to(self.ctx.device, non_blocking=True))
-            output = model(
+        for batch, before in zip(self.batches, states, strict=True):
+            own.set_input_tensor(before.to(self.ctx.device, non_blocking=True))
+            yield model(
                 batch["tokens"].to(self.ctx.device),
                 batch["position_ids"].to(self.ctx.device),
                 attention_mask=None if "document_ids" not in batch else batch["document_ids"].to(self.ctx.device),
             )
-            if advance:
-                self.states[number].copy_(output)
-            after_batch()
+
+    def weights(self, model: torch.nn.Module, number: int) -> dict[str, Tensor]:
+        """Returns the weights of a layer's matrices by name, to be changed in place until another one is loaded."""
+        network = OneLayer(self.source, number).network
+        layers = self._held(model, network)
+        return {param.name: layers[param.position].get_parameter(param.name).data for param in matrices(network)}
 
     @contextmanager
     def inputs(self, model: torch.nn.Module, network: Network, take: Callable[[Param, Tensor], None]) -> Iterator[None]:
@@ -119,7 +134,7 @@ class LayerStream:
             network: of one layer, see `OneLayer`.
             take: called with each matrix and its inputs `[tokens, columns]`, without those of padding rows.
         """
-        layers = {position: layer for positions, layer in held_sublayers(model, network) for position in positions}
+        layers = self._held(model, network)
         handles, number = [], 0
 
         def watch(param: Param, module: torch.nn.Module) -> None:
@@ -137,7 +152,6 @@ class LayerStream:
             number += 1
 
         for param in matrices(network):
-            assert param.position is not None
             watch(param, layers[param.position].get_submodule(param.name.removesuffix(".weight")))
         handles.append(model.register_forward_hook(count))
         try:
@@ -145,6 +159,10 @@ class LayerStream:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _held(self, model: torch.nn.Module, network: Network) -> dict[int | None, torch.nn.Module]:
+        """Returns the module of a network of one layer that each of its sublayers lies in, by position."""
+        return {position: layer for positions, layer in held_sublayers(model, network) for position in positions}
 
     def _embed(self, file: Path | None) -> Tensor:
         """Returns the embeddings of all micro-batches, `[batches, seq, batch, hidden]`. Reads no other row."""

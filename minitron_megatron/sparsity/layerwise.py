@@ -47,6 +47,7 @@ class Task:
         companions: what the result has beside its matrices.
         details: of the result's manifest.
         parents: its inputs beside the checkpoint and the text.
+        prepare: called with the samples before the first layer, and may add to `details`. Collective.
     """
 
     verb: str
@@ -56,6 +57,7 @@ class Task:
     companions: Sequence[Param]
     details: dict[str, Any] = field(default_factory=dict)
     parents: Sequence[Parent] = ()
+    prepare: Callable[[Samples, ParallelContext], None] | None = None
 
 
 def run_layerwise(config: CalibrationConfig, checkpoint: Checkpoint, task: Callable[[], Task]) -> Path:
@@ -145,6 +147,8 @@ def solve(
         stream = LayerStream(solved if config.sequential else source, batches, ctx, config.dtype, file)
     calibration = Calibration(num_batches, config.sequential, config.most_norms, config.damping)
     with float32_matmuls():
+        if task.prepare and samples is not None:
+            task.prepare(samples, ctx)
         solve_layers(solved, stream, calibration, task.solver, task.chosen, ctx, task.title)
     return solved
 

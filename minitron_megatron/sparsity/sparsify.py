@@ -25,11 +25,15 @@ from minitron_megatron.checkpoint.companions import (
 )
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.sparsify import UNSTRUCTURED, SparsifyConfig, SparsifyMethod
+from minitron_megatron.data.samples import Samples, rank_batches
 from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.parameters import layer_key
+from minitron_megatron.parallel.context import ParallelContext
+from minitron_megatron.sparsity.allocation import SAMPLES, allocate, layer_costs
 from minitron_megatron.sparsity.engine import WEIGHT, Rows
 from minitron_megatron.sparsity.grids import Grid, group_problems, scale_dtype
+from minitron_megatron.sparsity.layer_stream import LayerStream
 from minitron_megatron.sparsity.layerwise import Task, chosen_matrices, matches, run_layerwise, unmatched
 from minitron_megatron.sparsity.methods import METHODS, Matrix, SparseRows, gptq, sparsegpt_rounded
 from minitron_megatron.sparsity.patterns import NofM, Pattern, Unstructured
@@ -110,9 +114,29 @@ def sparsification(config: SparsifyConfig, checkpoint: Checkpoint) -> Task:
     beside = [mask_of(param) for param in chosen] + [scale_of(param, grid.group) for param, grid in grids.items()]
     beside += [norm_of(param) for param in chosen] if config.needs_text else []
     details = _details(config, patterns)
+
+    def allocate_zeros(samples: Samples, ctx: ParallelContext) -> None:
+        shares = _shares_by_error(config, checkpoint, chosen, samples, ctx)
+        patterns.update({param: Unstructured(shares[param.layer]) for param in chosen if param.layer is not None})
+        details["sparsity_of_layers"] = shares
+
     title = f"sparsify ({details['method']}, {details['pattern']})"
     parents = [Parent.of("masks_of", Path(config.masks_of))] if config.masks_of else []
-    return Task("sparsify", title, chosen, solver, beside, details, parents)
+    prepare = allocate_zeros if config.by_error else None
+    return Task("sparsify", title, chosen, solver, beside, details, parents, prepare)
+
+
+def _shares_by_error(
+    config: SparsifyConfig, checkpoint: Checkpoint, chosen: Sequence[Param], samples: Samples, ctx: ParallelContext
+) -> dict[int, float]:
+    """Returns the share of zeros of each layer that has matrices to sparsify. Collective."""
+    batches = list(rank_batches(samples, 0, SAMPLES, 1, ctx.data_rank, ctx.layout.replicas))
+    costs = layer_costs(LayerStream(checkpoint, batches, ctx, config.dtype), chosen, config.sparsity, ctx)
+    sizes: dict[int, int] = {}
+    for param in chosen:
+        assert param.layer is not None
+        sizes[param.layer] = sizes.get(param.layer, 0) + math.prod(param.shape)
+    return allocate({layer: costs[layer].tolist() for layer in sizes}, sizes, config.sparsity)
 
 
 def _masks_of(config: SparsifyConfig, chosen: Sequence[Param]) -> Callable[[Param, Tensor], SparseRows]:

@@ -72,6 +72,10 @@ TASKS = {
     "alps-unstructured": (SparsifyConfig, dict(method=SparsifyMethod.ALPS, pattern="unstructured")),
     "sparsegpt-2:4": (SparsifyConfig, dict(method=SparsifyMethod.SPARSEGPT)),
     "magnitude-unstructured": (SparsifyConfig, dict(method=SparsifyMethod.MAGNITUDE, pattern="unstructured")),
+    "by-error": (
+        SparsifyConfig,
+        dict(method=SparsifyMethod.WANDA, pattern="unstructured", by_error=True, refit=False),
+    ),
     "dense-inputs": (SparsifyConfig, dict(method=SparsifyMethod.WANDA, sequential=False)),
     "in-one-pass": (SparsifyConfig, dict(method=SparsifyMethod.SPARSEGPT, refit=False, scheme=Scheme.W4A16)),
     "rounded": (SparsifyConfig, dict(method=SparsifyMethod.WANDA, scheme=Scheme.W4A16, group_size=8)),
@@ -105,7 +109,7 @@ def test_the_result_is_the_same_to_the_bit_for_any_number_of_ranks(num_ranks, in
 
 @pytest.mark.parametrize("name", [name for name, (schema, _) in TASKS.items() if schema is SparsifyConfig])
 def test_what_the_masks_drop_is_zero_and_what_they_keep_is_half(name, alone):
-    checkpoint = Checkpoint(alone / name)
+    checkpoint, kept = Checkpoint(alone / name), {}
     assert len(checkpoint.masks) == 8 and len(checkpoint.scales) in (0, 8)
     for _, param in all_params(checkpoint):
         if not param.matmul or param.position is None:
@@ -113,9 +117,13 @@ def test_what_the_masks_drop_is_zero_and_what_they_keep_is_half(name, alone):
         index = [np.arange(n) for n in param.shape]
         weight, mask = checkpoint.read(param, index), read_mask(checkpoint, param, index)
         assert not weight[~mask].any()
-        assert mask.float().mean() == 0.5
-        if "unstructured" not in name:
+        kept.setdefault(param.layer, []).append(mask.flatten())
+        assert mask.float().mean() == 0.5 or name == "by-error"
+        if "unstructured" not in name and name != "by-error":
             assert (mask.view(len(mask), -1, 4).sum(2) == 2).all()
+    if name == "by-error":
+        first, second = (float(torch.cat(masks).float().mean()) for masks in kept.values())
+        assert abs(first - second) > 0.05 and (first + second) / 2 == pytest.approx(0.5, abs=0.01)  # of rows of few
 
 
 def test_other_calibration_gives_other_masks(inputs, alone):
