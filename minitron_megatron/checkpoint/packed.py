@@ -17,7 +17,7 @@ from minitron_megatron.checkpoint.companions import SCALE, matrices, scale_of
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.hf_names import hf_tensors, output_name
 from minitron_megatron.checkpoint.safetensors_writer import Tensor
-from minitron_megatron.config.calibration import Scheme
+from minitron_megatron.config.calibration import NOT_SERVED, Scheme, is_served
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model.axes import Param, Part
 from minitron_megatron.model.parameters import layer_key
@@ -41,7 +41,7 @@ class Packed:
 
     Raises:
         ConfigError: compressed-tensors is not installed.
-        CheckpointError: the checkpoint does not say its scheme.
+        CheckpointError: the checkpoint does not say its scheme, or has groups that no reader knows.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -64,7 +64,13 @@ class Packed:
         self._groups: dict[str, int] = {}
         for param in matrices(checkpoint.network):
             if scale := scales.get((param.position, f"{param.name}{SCALE}")):
-                self._groups[layer_key(param)] = -(-param.shape[1] // scale.shape[1])
+                group = -(-param.shape[1] // scale.shape[1])
+                if not is_served(group, param.shape[1]):
+                    raise CheckpointError(
+                        f"{checkpoint.root} has a scale for every {group} columns of {layer_key(param)}, and "
+                        f"{NOT_SERVED}: quantise it with one of these group sizes, or set packed=false"
+                    )
+                self._groups[layer_key(param)] = group
 
     def tensors(self) -> Iterator[Tensor]:
         """Yields the tensors to write. Weights are packed a block of rows at a time."""

@@ -18,6 +18,17 @@ class Scheme(str, Enum):
     FP8 = "fp8"  # 8-bit floats (e4m3), a scale for each row; activations by token, when served
 
 
+GROUPS = (128, 64, 32)
+"""Group sizes that readers of packed weights have kernels for, the preferred first."""
+
+NOT_SERVED = f"readers of packed weights know groups of {', '.join(map(str, GROUPS))} columns and whole rows"
+
+
+def is_served(group: int, columns: int) -> bool:
+    """Returns whether readers of packed weights know a group size in rows of so many columns."""
+    return group in (*GROUPS, columns)
+
+
 @dataclass
 class CalibrationConfig(PluginConfig):
     """What verbs share that work through a network layer by layer, on the inputs of its matrices.

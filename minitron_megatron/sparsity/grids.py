@@ -4,6 +4,7 @@ Scales and ranges are those of compressed-tensors, which serving engines read: a
 scale half of it to the largest weight. Rounded weights would give other scales, so scales are kept beside them.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from minitron_megatron.checkpoint.source import TensorSource
-from minitron_megatron.config.calibration import Scheme
+from minitron_megatron.config.calibration import GROUPS, NOT_SERVED, Scheme, is_served
+from minitron_megatron.errors import raise_if_any
 from minitron_megatron.model.axes import Param
 
-GROUPS = (128, 64, 32)
-"""Group sizes that serving engines have kernels for, the preferred first."""
+logger = logging.getLogger(__name__)
 
 _FP8 = torch.float8_e4m3fn
 
@@ -86,6 +87,24 @@ class Grid:
 def scale_dtype(source: TensorSource) -> torch.dtype:
     """Returns the number format of scales, which are served in that of the weights; bf16 for fp32."""
     return torch.bfloat16 if source.dtype is torch.float32 else source.dtype
+
+
+def grids_of(chosen: Sequence[Param], scheme: Scheme, group: int | None) -> dict[Param, Grid]:
+    """Returns the grid of every matrix, and warns of one that packed weights are not read in.
+
+    Args:
+        chosen: the matrices.
+        scheme: of the weights.
+        group: columns that share a scale; None for the default.
+
+    Raises:
+        ConfigError: the group size does not divide the columns of a matrix.
+    """
+    raise_if_any(group_problems(chosen, group))
+    grids = {param: Grid.of(scheme, param.shape[1], group) for param in chosen}
+    if any(not is_served(grid.group, param.shape[1]) for param, grid in grids.items()):
+        logger.warning("group_size = %d: %s; export will want packed=false", group, NOT_SERVED)
+    return grids
 
 
 def group_problems(chosen: Sequence[Param], group: int | None) -> list[str]:

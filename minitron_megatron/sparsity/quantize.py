@@ -11,11 +11,11 @@ from minitron_megatron.checkpoint.companions import MASK, SCALE, mask_of, pack_m
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.quantize import QuantizeConfig
 from minitron_megatron.config.sparsify import UNSTRUCTURED
-from minitron_megatron.errors import CheckpointError, raise_if_any
+from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import Param
 from minitron_megatron.model.parameters import layer_key
 from minitron_megatron.sparsity.engine import WEIGHT, Rows
-from minitron_megatron.sparsity.grids import Grid, group_problems, scale_dtype
+from minitron_megatron.sparsity.grids import grids_of, scale_dtype
 from minitron_megatron.sparsity.layerwise import Task, chosen_matrices, run_layerwise
 from minitron_megatron.sparsity.methods import Matrix, gptq
 from minitron_megatron.sparsity.second_moments import SecondMoments
@@ -51,8 +51,7 @@ def quantization(config: QuantizeConfig, checkpoint: Checkpoint) -> Task:
             f"{checkpoint.root} is quantised already: name the checkpoint that it was made of, whose weights are whole"
         )
     chosen = chosen_matrices(checkpoint, config.ignore)
-    raise_if_any(group_problems(chosen, config.group_size))
-    grids = {param: Grid.of(config.scheme, param.shape[1], config.group_size) for param in chosen}
+    grids = grids_of(chosen, config.scheme, config.group_size)
     dtype = scale_dtype(checkpoint)
 
     def solver(param: Param, weight: Tensor, moments: SecondMoments | None) -> Callable[[slice], Rows]:

@@ -32,7 +32,7 @@ from minitron_megatron.model.parameters import layer_key
 from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.sparsity.allocation import SAMPLES, allocate, layer_costs
 from minitron_megatron.sparsity.engine import WEIGHT, Rows
-from minitron_megatron.sparsity.grids import Grid, group_problems, scale_dtype
+from minitron_megatron.sparsity.grids import grids_of, scale_dtype
 from minitron_megatron.sparsity.layer_stream import LayerStream
 from minitron_megatron.sparsity.layerwise import Task, chosen_matrices, matches, run_layerwise, unmatched
 from minitron_megatron.sparsity.methods import METHODS, Matrix, SparseRows, gptq, sparsegpt_rounded
@@ -77,8 +77,7 @@ def sparsification(config: SparsifyConfig, checkpoint: Checkpoint) -> Task:
     patterns = {param: _pattern_for(param, config) for param in chosen}
     grids = {}
     if config.scheme:
-        raise_if_any(group_problems(chosen, config.group_size))
-        grids = {param: Grid.of(config.scheme, param.shape[1], config.group_size) for param in chosen}
+        grids = grids_of(chosen, config.scheme, config.group_size)
     dtype = scale_dtype(checkpoint)
     given = _masks_of(config, chosen)
     in_one_pass = config.method is SparsifyMethod.SPARSEGPT and not config.refit

@@ -126,6 +126,17 @@ def test_a_quantised_checkpoint_is_read_by_everything_else(folder):
     assert 0 < (logits(model) - logits(dense)).norm() < 0.1 * logits(dense).norm()
 
 
+def test_groups_that_no_reader_knows_are_warned_of_and_not_packed(folder, tmp_path, caplog):
+    few = dict(group_size=16, method=QuantizeMethod.RTN)
+    quantize(QuantizeConfig(str(folder / "dense"), str(tmp_path / "out"), **few))
+    known = "readers of packed weights know groups of 128, 64, 32 columns and whole rows"
+    assert f"group_size = 16: {known}; export will want packed=false" in caplog.text
+    with pytest.raises(CheckpointError, match=rf"a scale for every 16 columns of decoder.*, and {known}: quantise it"):
+        export(ExportConfig(str(tmp_path / "out"), str(tmp_path / "packed")))
+    assert not (tmp_path / "packed").exists()
+    export(ExportConfig(str(tmp_path / "out"), str(tmp_path / "unpacked"), packed=False))
+
+
 def test_the_group_size_must_divide(tmp_path):
     checkpoint = import_hf(tmp_path, hf_model(**LLAMA))
     config = QuantizeConfig(str(checkpoint), str(tmp_path / "out"), group_size=32, method=QuantizeMethod.RTN)
