@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
 from minitron_megatron.checkpoint.companions import MASK, SCALE, companions, is_companion
 from minitron_megatron.checkpoint.dcp_chunks import Chunk, StoredObject
-from minitron_megatron.checkpoint.hf_assets import num_tokens
+from minitron_megatron.checkpoint.hf_assets import num_tokens, read_config
 from minitron_megatron.checkpoint.megatron_bridge import RUN_CONFIG, args_of_bridge
 from minitron_megatron.checkpoint.recognise import hub_hint, is_gguf
 from minitron_megatron.checkpoint.row_io import bits
@@ -76,13 +76,17 @@ def checkpoint_root(path: Path) -> Path:
         raise CheckpointError(f"{path} does not exist: name the folder of a checkpoint{hub_hint(str(path))}")
     if (path.parent / TRACKER).is_file():
         raise CheckpointError(f"{path} is one iteration: name {path.parent}, whose {TRACKER} selects the iteration")
-    hint = f"; import it first, with `minitron import source={path}`" if _is_source(path) else ""
-    raise CheckpointError(f"{path} is not a checkpoint: it has no {TRACKER}{hint}")
+    raise CheckpointError(f"{path} is not a checkpoint: it has no {TRACKER}{_source_hint(path)}")
 
 
-def _is_source(path: Path) -> bool:
-    """Returns whether a path is a Hugging Face folder or a GGUF file."""
-    return (path / "config.json").is_file() or (path.is_file() and is_gguf(path))
+def _source_hint(path: Path) -> str:
+    """Returns what to do with a path that is a Hugging Face folder or a GGUF file; empty if it is neither."""
+    if not (path.is_file() and is_gguf(path)) and not (path / "config.json").is_file():
+        return ""
+    config = read_config(path) if path.is_dir() else {}
+    if isinstance(config.get("quantization_config"), dict) and config["quantization_config"].get("config_groups"):
+        return "; its weights are packed, so name the checkpoint that it was exported from"
+    return f"; import it first, with `minitron import source={path}`"
 
 
 def latest_iteration(root: Path) -> int | None:

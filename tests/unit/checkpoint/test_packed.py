@@ -137,6 +137,14 @@ def test_groups_that_no_reader_knows_are_warned_of_and_not_packed(folder, tmp_pa
     export(ExportConfig(str(tmp_path / "out"), str(tmp_path / "unpacked"), packed=False))
 
 
+def test_a_packed_folder_is_no_checkpoint_to_train(folder, tmp_path):
+    packed = export(ExportConfig(str(folder / "dense_w4a16"), str(tmp_path / "packed")))
+    with pytest.raises(
+        CheckpointError, match="its weights are packed, so name the checkpoint that it was exported from"
+    ):
+        Checkpoint(packed)
+
+
 def test_the_group_size_must_divide(tmp_path):
     checkpoint = import_hf(tmp_path, hf_model(**LLAMA))
     config = QuantizeConfig(str(checkpoint), str(tmp_path / "out"), group_size=32, method=QuantizeMethod.RTN)
