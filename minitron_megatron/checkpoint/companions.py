@@ -1,13 +1,16 @@
 """What a checkpoint may hold beside a matrix: the mask of a sparse one, the scales of a rounded one, norms of inputs.
 
-A companion is a parameter of its own, with one element for a group of columns, in each row but for norms. Its key is
-that of its matrix in its own layer, also where the matrices of all layers are stacked, with a suffix:
+A companion of a matrix is a parameter of its own, with one element for a group of columns, in each row but for norms.
+Its key is that of its matrix in its own layer, also where the matrices of all layers are stacked, with a suffix:
 
 | suffix   | dtype    | an element                                                                             |
 |----------|----------|----------------------------------------------------------------------------------------|
 | `_mask`  | uint8    | eight columns, the first in the lowest bit; 1 where the weight stays                   |
 | `_scale` | float32  | the columns that share a scale                                                         |
 | `_norm`  | float32  | the norm of a column's inputs over the calibration set, the same for all rows          |
+
+The scales of what generation caches are companions too, each a float32 number of one layer. Kinds of layers name them,
+with `_cache_scale` at the end.
 
 Megatron-Core ignores keys that it does not ask for, so such a checkpoint loads everywhere.
 """
@@ -21,8 +24,9 @@ from torch import Tensor
 
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.model.axes import Grouped, Param
+from minitron_megatron.model.layers import CACHE_SCALE
 from minitron_megatron.model.network import Network
-from minitron_megatron.model.parameters import layer_key, parameters
+from minitron_megatron.model.parameters import cache_scales, layer_key, parameters
 
 MASK, SCALE, NORM = "_mask", "_scale", "_norm"
 _BITS = 8
@@ -55,7 +59,7 @@ def _companion(param: Param, suffix: str, group: int) -> Param:
 
 def is_companion(key: str) -> bool:
     """Returns whether a key in a checkpoint is that of a companion."""
-    return key.endswith(tuple(f".weight{suffix}" for suffix in (MASK, SCALE, NORM)))
+    return key.endswith((*(f".weight{suffix}" for suffix in (MASK, SCALE, NORM)), CACHE_SCALE))
 
 
 def dtype_of(companion: Param) -> torch.dtype:
@@ -64,13 +68,13 @@ def dtype_of(companion: Param) -> torch.dtype:
 
 
 def companions(network: Network, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Param]:
-    """Returns the companions of a network's matrices that a checkpoint holds, by key.
+    """Returns the companions that a checkpoint holds, by key.
 
     Args:
         network: of the checkpoint.
         shapes: of the tensors in it, by key.
     """
-    found: dict[str, Param] = {}
+    found = {layer_key(scale): scale for scale in cache_scales(network) if layer_key(scale) in shapes}
     for param in matrices(network):
         own = [mask_of(param), norm_of(param)]
         if (shape := shapes.get(f"{layer_key(param)}{SCALE}")) and len(shape) == 2 and shape[1]:

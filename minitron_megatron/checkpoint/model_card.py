@@ -66,7 +66,13 @@ def _step_name(manifest: Manifest) -> str:
     return _STEP_NAMES.get(manifest.verb or next(guesses, ""), manifest.kind)
 
 
-def model_card(checkpoint: Parent, network: Network, hf_assets: Path, matrices: Sequence[MatrixFacts] = ()) -> str:
+def model_card(
+    checkpoint: Parent,
+    network: Network,
+    hf_assets: Path,
+    matrices: Sequence[MatrixFacts] = (),
+    num_cache_scales: int = 0,
+) -> str:
     """Returns the text of a `README.md`, with the front matter that Hugging Face reads.
 
     The licence is that of the source's model card, if it has one.
@@ -76,6 +82,7 @@ def model_card(checkpoint: Parent, network: Network, hf_assets: Path, matrices: 
         network: of the checkpoint.
         hf_assets: folder with the source's model card, if there is one.
         matrices: its sparse and quantised matrices.
+        num_cache_scales: scales of its KV cache that are exported.
 
     Raises:
         CheckpointError: the front matter of the source's card cannot be read.
@@ -102,6 +109,12 @@ def model_card(checkpoint: Parent, network: Network, hf_assets: Path, matrices: 
     ]
     if matrices:
         paragraphs += ["## Sparsity and rounding", _matrix_table(matrices)]
+    if num_cache_scales:
+        paragraphs += [
+            "## KV cache",
+            f"Calibrated for keys and values in 8-bit floats (e4m3): {num_cache_scales} scales, one for the keys and "
+            f"one for the values of each layer.",
+        ]
     if measured := _evaluations(Path(checkpoint.path), steps):
         paragraphs += ["## Evaluation", "The loss is of held-out text of the sources named below.", *measured]
     paragraphs += ["## How it was made"]

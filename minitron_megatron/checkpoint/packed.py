@@ -23,7 +23,7 @@ from minitron_megatron.model.axes import Param, Part
 from minitron_megatron.model.parameters import layer_key
 
 if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 _FORMATS = {
     Scheme.W4A16: "pack-quantized",
@@ -93,6 +93,10 @@ class Packed:
                 yield Tensor(name, (rows, columns), kind, partial(read, "weight"))
             scales = partial(self._scales, param, part, group)
             yield Tensor(f"{stem}weight_scale", (rows, -(-columns // group)), dtype, scales)
+        for scale in self.checkpoint.cache_scales:
+            for part in scale.parts:
+                size = tuple(scale.hf_shape(part, network.vocab_size))
+                yield Tensor(scale.hf_name(part), size, torch.float32, partial(self._read, scale, part))
 
     def config(self) -> dict[str, Any]:
         """Returns the `quantization_config`."""
@@ -116,6 +120,7 @@ class Packed:
             format=_FORMATS[self.scheme],
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=sorted(ignored),
+            kv_cache_scheme=_per_tensor_fp8() if self.checkpoint.cache_scales else None,
         )
         return config.model_dump(mode="json")
 
@@ -171,6 +176,15 @@ class Packed:
                 f"again, or set packed=false"
             )
         return packed[kind]
+
+
+def _per_tensor_fp8() -> "QuantizationArgs":
+    """Returns how compressed-tensors describes 8-bit floats with one scale, known before, for a whole tensor."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+
+    return QuantizationArgs(
+        num_bits=8, type="float", symmetric=True, strategy=QuantizationStrategy.TENSOR, dynamic=False
+    )
 
 
 def _slice(tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:

@@ -63,9 +63,14 @@ class CalibrationConfig(PluginConfig):
     parallel: DataParallelConfig = field(default_factory=DataParallelConfig, metadata=SAME_RESULT)
 
     @property
-    def needs_text(self) -> bool:
-        """Whether the inputs of matrices are needed."""
+    def needs_inputs(self) -> bool:
+        """Whether the inputs of matrices are measured."""
         raise NotImplementedError
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether anything is measured."""
+        return self.needs_inputs
 
     def problems(self, where: str = "") -> list[str]:
         problems = at_least(where, "num_samples", self.num_samples, 1)

@@ -121,7 +121,7 @@ class ExportConfig(PluginConfig):
         format: hf writes a model class of transformers, which needs equal layers. padded pads unequal layers with zero
             neurons, heads and sublayers to the largest: exact, but no smaller.
         packed: pack the weights of a quantised checkpoint as compressed-tensors, which vLLM and transformers read;
-            false writes them rounded but unpacked. null packs what is quantised.
+            false writes them rounded but unpacked, and no scales of the KV cache. null packs what is quantised.
         workers: processes that share the files, unless torchrun or srun started some.
     """
 

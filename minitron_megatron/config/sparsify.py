@@ -68,8 +68,12 @@ class SparsifyConfig(CalibrationConfig):
         return (int(match[1]), int(match[2])) if match else None
 
     @property
+    def needs_inputs(self) -> bool:
+        return self.refit or self.scheme is not None or self.method not in _WITHOUT_TEXT
+
+    @property
     def needs_text(self) -> bool:
-        return self.refit or self.by_error or self.scheme is not None or self.method not in _WITHOUT_TEXT
+        return self.needs_inputs or self.by_error
 
     def problems(self, where: str = "") -> list[str]:
         problems = super().problems(where)

@@ -28,6 +28,16 @@ def parameters(network: Network) -> tuple[Param, ...]:
     return (_param(_EMBEDDING, outside), *own, *(_param(row, outside) for row in last))
 
 
+@lru_cache(maxsize=64)
+def cache_scales(network: Network) -> tuple[Param, ...]:
+    """Returns the scales of all that generation caches, which a checkpoint may have beside its weights."""
+    return tuple(
+        _param(cached.scale, network.axis_sizes(position), position, network.layer_of(position))
+        for position, sublayer in enumerate(network.sublayers)
+        for cached in sublayer.cached
+    )
+
+
 def _param(row: Row, sizes: dict[str, int], position: int | None = None, layer: int | None = None) -> Param:
     return Param(**vars(row), position=position, layer=layer, sizes=sizes)
 

@@ -102,7 +102,10 @@ def write_pruned(output: Path, checkpoint: Checkpoint, plan: Plan, manifest: Man
     """
     hf_assets = checkpoint.huggingface_folder
     if checkpoint.scales:
-        logger.warning("%s is quantised: its scales are left out, so quantise the result again", checkpoint.root)
+        of_cache = " and those of its KV cache" if checkpoint.cache_scales else ""
+        logger.warning(
+            "%s is quantised: its scales%s are left out, so quantise the result again", checkpoint.root, of_cache
+        )
     masks = [
         mask_of(param)
         for param in matrices(plan.target)

@@ -77,6 +77,8 @@ def _checkpoint(folder: Path) -> Description:
     }
     matrices = list(sparsity_facts(checkpoint))
     facts |= _sparsity(matrices)
+    if scales := checkpoint.cache_scales:
+        facts["KV cache"] = f"{len(scales)} scales for 8-bit floats"
     if not (folder / PLAN).is_file():
         kind = " and ".join(
             [*["sparse"] * any(own.density is not None for own in matrices), *["quantised"] * bool(checkpoint.scales)]

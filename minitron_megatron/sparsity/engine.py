@@ -4,12 +4,16 @@ Per layer every rank runs its own samples and sums the second moments of the inp
 up; the rows of the matrices, which are independent, are shared out; and rank 0 writes the layer. With `sequential` the
 next layer gets its inputs from the new weights, and makes up for their errors.
 
+What a layer caches in generation is measured in the run whose outputs the next layer gets, which there is in any case:
+with `sequential` that of the new weights, which will be served; else that of the old ones.
+
 Results are equal to the bit for any number of ranks: micro-batches, sums (see `moment_sums`) and blocks of rows are the
 same however they are spread, as long as every rank computes with the same number of threads.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +30,7 @@ from minitron_megatron.parallel.collectives import raise_on_all_ranks, rank0_fir
 from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
+from minitron_megatron.sparsity.cache_scales import CacheScale
 from minitron_megatron.sparsity.layer_stream import LayerStream, OneLayer
 from minitron_megatron.sparsity.moment_sums import MomentSums
 from minitron_megatron.sparsity.second_moments import SecondMoments
@@ -47,15 +52,19 @@ returns what solves some of its rows."""
 
 @dataclass(frozen=True)
 class Calibration:
-    """How the inputs of matrices are measured.
+    """What is measured over the calibration set, and how.
 
     Attributes:
+        needs_inputs: the inputs of matrices are measured.
+        cached: scales of what layers cache that are measured, see `cache_scales`.
         num_batches: micro-batches over all ranks.
         sequential: inputs are those after the layers before are solved; else those of the dense network.
         most_norms: see `MomentSums`.
         damping: see `SecondMoments`.
     """
 
+    needs_inputs: bool
+    cached: Sequence[Param]
     num_batches: int
     sequential: bool
     most_norms: float | None
@@ -75,15 +84,15 @@ def solve_layers(
 
     Args:
         solved: where solved layers go.
-        stream: the calibration set; None if no inputs are needed.
-        calibration: how inputs are measured.
+        stream: the calibration set; None if nothing is measured.
+        calibration: what is measured.
         solver: of a matrix.
         chosen: matrices to solve.
         ctx: this rank's place.
         title: of the progress bar.
 
     Raises:
-        DataError: the inputs of a matrix are not finite.
+        DataError: the inputs of a matrix, or what a layer caches, are not finite.
     """
     count, first = len(solved.network.layers), rank0_first(solved.count_files)
     if first:
@@ -94,7 +103,7 @@ def solve_layers(
             if number < first:
                 solved.num_solved = number + 1
                 if stream is not None:
-                    stream.run(stream.load(number), advance=True, after_batch=heartbeat)
+                    work.run(number, {}, advance=True)
                 advance(1)
                 continue
             report = work.solve(number, [param for param in chosen if param.layer == number])
@@ -115,7 +124,7 @@ class _LayerWork:
 
     def solve(self, number: int, params: Sequence[Param]) -> dict[str, dict[str, Any]]:
         """Solves a layer, and returns its report: the relative error of every matrix, by name."""
-        moments = self._measure(number, params) if self.stream is not None else {}
+        moments = self._measure(number, params if self.calibration.needs_inputs else [])
         rows, errors = self._solve_own(params, moments)
         tensors = self._collect(params, rows)
         for param in params:
@@ -128,21 +137,40 @@ class _LayerWork:
         rank0_first(lambda: self.solved.write(number, tensors, report))
         self.solved.num_solved = number + 1
         if self.stream is not None and self.calibration.sequential:
-            self.stream.run(self.stream.load(number), advance=True, after_batch=self.heartbeat)
+            self.run(number, {}, advance=True)
         return report
 
-    def _measure(self, number: int, params: Sequence[Param]) -> dict[str, SecondMoments]:
-        """Returns the second moments of the inputs of a layer's matrices, by name."""
-        assert self.stream is not None
-        sums = {param.name: self._sums(param) for param in params}
+    def run(self, number: int, sums: Mapping[str, MomentSums], advance: bool) -> None:
+        """Runs a layer, as the stream's source has it, over the calibration set.
 
-        def take(param: Param, x: Tensor) -> None:
+        Args:
+            number: of the layer.
+            sums: get the inputs of the matrices with these names.
+            advance: whether its outputs are the next layer's inputs; then what it caches is measured.
+        """
+        assert self.stream is not None
+        model, network = self.stream.load(number), OneLayer(self.solved, number).network
+        device, group = self.ctx.device, self.ctx.collection.dp
+        cached = [param for param in self.calibration.cached if advance and param.layer == number]
+        scales = {param.name: CacheScale(param, device, group) for param in cached}
+
+        def take_inputs(param: Param, x: Tensor) -> None:
             if param.name in sums:
                 sums[param.name].add(x)
 
-        model, network = self.stream.load(number), OneLayer(self.solved, number).network
-        with self.stream.inputs(model, network, take):
-            self.stream.run(model, advance=not self.calibration.sequential, after_batch=self.heartbeat)
+        with ExitStack() as stack:
+            if sums:
+                stack.enter_context(self.stream.inputs(model, network, take_inputs))
+            if scales:
+                stack.enter_context(self.stream.cached(model, network, lambda scale, x: scales[scale.name].add(x)))
+            self.stream.run(model, advance=advance, after_batch=self.heartbeat)
+        self.solved.beside |= {key_of(param): scales[param.name].total() for param in cached}
+
+    def _measure(self, number: int, params: Sequence[Param]) -> dict[str, SecondMoments]:
+        """Returns the second moments of the inputs of these matrices of a layer, by name."""
+        sums = {param.name: self._sums(param) for param in params}
+        if self.stream is not None and (sums or not self.calibration.sequential):
+            self.run(number, sums, advance=not self.calibration.sequential)
         moments = {}
         for param in params:
             total, name = sums.pop(param.name).total(), f"layer {param.layer}, {param.name}"

@@ -5,7 +5,8 @@ that are many times as large as a device. Every rank has whole layers and its ow
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from minitron_megatron.model.axes import Param
 from minitron_megatron.model.build import TORCH_DTYPES, build_bare_layer, held_sublayers
 from minitron_megatron.model.layers import Sublayer
 from minitron_megatron.model.network import Network
-from minitron_megatron.model.parameters import parameters
+from minitron_megatron.model.parameters import cache_scales, parameters
 from minitron_megatron.model.torch_modules import normalize
 from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import PADDING, SAMPLE_IDS, Batch
@@ -159,6 +160,28 @@ class LayerStream:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def cached(self, model: torch.nn.Module, network: Network, take: Callable[[Param, Tensor], None]) -> Iterator[None]:
+        """Passes on what a layer would cache in generation while the block runs it.
+
+        Args:
+            model: of `load`.
+            network: of one layer, see `OneLayer`.
+            take: called with the scale of each cached tensor, of `cache_scales(network)`, and the tensor
+                `[seq, batch, ...]`, with padding rows, which repeat a sample.
+        """
+        layers = self._held(model, network)
+        tensors = [own for sublayer in network.sublayers for own in sublayer.cached]
+
+        def hook(scale: Param, argument: int, module: Any, args: tuple[Tensor, ...]) -> None:
+            take(scale, args[argument])
+
+        with ExitStack() as stack:
+            for scale, tensor in zip(cache_scales(network), tensors, strict=True):
+                module = layers[scale.position].get_submodule(tensor.module)
+                stack.callback(module.register_forward_pre_hook(partial(hook, scale, tensor.argument)).remove)
+            yield
 
     def _held(self, model: torch.nn.Module, network: Network) -> dict[int | None, torch.nn.Module]:
         """Returns the module of a network of one layer that each of its sublayers lies in, by position."""

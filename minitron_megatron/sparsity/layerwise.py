@@ -45,6 +45,7 @@ class Task:
         chosen: matrices that it works on.
         solver: of each of them.
         companions: what the result has beside its matrices.
+        cached: scales of what generation caches, which are measured.
         details: of the result's manifest.
         parents: its inputs beside the checkpoint and the text.
         prepare: called with the samples before the first layer, and may add to `details`. Collective.
@@ -55,6 +56,7 @@ class Task:
     chosen: Sequence[Param]
     solver: Solver
     companions: Sequence[Param]
+    cached: Sequence[Param] = ()
     details: dict[str, Any] = field(default_factory=dict)
     parents: Sequence[Parent] = ()
     prepare: Callable[[Samples, ParallelContext], None] | None = None
@@ -94,7 +96,7 @@ def run_layerwise(config: CalibrationConfig, checkpoint: Checkpoint, task: Calla
         manifest.details = {**todo.details, "errors": errors}
         hf_assets = checkpoint.huggingface_folder
         # What the checkpoint has beside matrices that stay as they are.
-        new = {(own.position, own.name) for own in todo.companions}
+        new = {(own.position, own.name) for own in (*todo.companions, *todo.cached)}
         kept = [own for own in checkpoint.companions.values() if (own.position, own.name) not in new]
         with watchdog(None):
             write_checkpoint(
@@ -104,7 +106,7 @@ def run_layerwise(config: CalibrationConfig, checkpoint: Checkpoint, task: Calla
                 manifest,
                 hf_assets if hf_assets.is_dir() else None,
                 args=checkpoint.megatron_args(),
-                companions=[*todo.companions, *kept],
+                companions=[*todo.companions, *todo.cached, *kept],
             )
         rank0_first(lambda: shutil.rmtree(work))
     known = [error for layer in errors for error in layer.values() if error is not None]
@@ -126,7 +128,7 @@ def solve(
     Args:
         config: settings of the verb; those of output and text are not read.
         source: of the weights.
-        samples: the calibration set; None if no inputs are needed.
+        samples: the calibration set; None if nothing is measured.
         task: what to do.
         work: folder of the solved layers.
         ctx: this rank's place.
@@ -145,7 +147,14 @@ def solve(
         file = work / f"states_{ctx.data_rank}" if states_bytes > config.states_gb * 1e9 else None
         # Without `sequential` a run that goes on needs the outputs of the layers as they were, too.
         stream = LayerStream(solved if config.sequential else source, batches, ctx, config.dtype, file)
-    calibration = Calibration(num_batches, config.sequential, config.most_norms, config.damping)
+    calibration = Calibration(
+        needs_inputs=config.needs_inputs,
+        cached=task.cached,
+        num_batches=num_batches,
+        sequential=config.sequential,
+        most_norms=config.most_norms,
+        damping=config.damping,
+    )
     with float32_matmuls():
         if task.prepare and samples is not None:
             task.prepare(samples, ctx)

@@ -111,7 +111,7 @@ def sparsification(config: SparsifyConfig, checkpoint: Checkpoint) -> Task:
         return solve
 
     beside = [mask_of(param) for param in chosen] + [scale_of(param, grid.group) for param, grid in grids.items()]
-    beside += [norm_of(param) for param in chosen] if config.needs_text else []
+    beside += [norm_of(param) for param in chosen] if config.needs_inputs else []
     details = _details(config, patterns)
 
     def allocate_zeros(samples: Samples, ctx: ParallelContext) -> None:
@@ -122,7 +122,7 @@ def sparsification(config: SparsifyConfig, checkpoint: Checkpoint) -> Task:
     title = f"sparsify ({details['method']}, {details['pattern']})"
     parents = [Parent.of("masks_of", Path(config.masks_of))] if config.masks_of else []
     prepare = allocate_zeros if config.by_error else None
-    return Task("sparsify", title, chosen, solver, beside, details, parents, prepare)
+    return Task("sparsify", title, chosen, solver, beside, details=details, parents=parents, prepare=prepare)
 
 
 def _shares_by_error(

@@ -194,6 +194,8 @@ def _say_of_zeros_and_scales(config: DistillConfig, student: Checkpoint, manifes
         manifest.details["scheme"] = config.fake_quant.scheme.value
     elif student.scales:
         logger.warning("the student is quantised, and training moves its weights off their grid: quantise the result")
+    if student.cache_scales:
+        logger.warning("the student has scales of its KV cache, which training makes wrong: the result has none")
 
 
 def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: DistillConfig) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from minitron_megatron.checkpoint.companions import read_mask
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.calibration import Scheme
-from minitron_megatron.config.quantize import QuantizeConfig
+from minitron_megatron.config.quantize import KVCache, QuantizeConfig
 from minitron_megatron.config.schema import DataConfig, DType
 from minitron_megatron.config.sparsify import SparsifyConfig, SparsifyMethod
 from minitron_megatron.errors import DataError
@@ -79,7 +79,7 @@ TASKS = {
     "dense-inputs": (SparsifyConfig, dict(method=SparsifyMethod.WANDA, sequential=False)),
     "in-one-pass": (SparsifyConfig, dict(method=SparsifyMethod.SPARSEGPT, refit=False, scheme=Scheme.W4A16)),
     "rounded": (SparsifyConfig, dict(method=SparsifyMethod.WANDA, scheme=Scheme.W4A16, group_size=8)),
-    "fp8": (QuantizeConfig, dict(scheme=Scheme.FP8)),
+    "fp8": (QuantizeConfig, dict(scheme=Scheme.FP8, kv_cache=KVCache.FP8)),
 }
 
 
@@ -181,7 +181,7 @@ def test_inputs_that_are_not_finite_are_an_error_on_every_rank(inputs, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["sparsegpt-2:4", "dense-inputs"])
+@pytest.mark.parametrize("name", ["sparsegpt-2:4", "dense-inputs", "fp8"])
 def test_an_interrupted_run_goes_on_after_its_last_layer(name, inputs, alone, tmp_path):
     schema, changes = TASKS[name]
     config = settings(schema, inputs, tmp_path / "out", **changes)

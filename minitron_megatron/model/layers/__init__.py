@@ -3,9 +3,19 @@
 from minitron_megatron.config import axes
 from minitron_megatron.model.layers.attention import Attention
 from minitron_megatron.model.layers.mlp import MLP
-from minitron_megatron.model.layers.sublayer import PrunableAxis, Slot, Sublayer
+from minitron_megatron.model.layers.sublayer import CACHE_SCALE, CachedTensor, PrunableAxis, Slot, Sublayer
 
-__all__ = ["DENSE", "KINDS", "PrunableAxis", "Slot", "Sublayer", "prunable_axes", "register"]
+__all__ = [
+    "CACHE_SCALE",
+    "DENSE",
+    "KINDS",
+    "CachedTensor",
+    "PrunableAxis",
+    "Slot",
+    "Sublayer",
+    "prunable_axes",
+    "register",
+]
 
 DENSE: tuple[type[Sublayer], ...] = (Attention, MLP)
 """The sublayers of a dense transformer layer, as Megatron-Core's TransformerConfig describes it."""

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from minitron_megatron.errors import raise_if_any
 from minitron_megatron.model.axes import HIDDEN, Axis, Part, Row
 from minitron_megatron.model.checks import size_problems, type_problems
-from minitron_megatron.model.layers.sublayer import LayerModules, PrunableAxis, Slot, Sublayer, Tap
+from minitron_megatron.model.layers.sublayer import (
+    CACHE_SCALE,
+    CachedTensor,
+    LayerModules,
+    PrunableAxis,
+    Slot,
+    Sublayer,
+    Tap,
+)
 from minitron_megatron.model.norms import norm_rows
 
 if TYPE_CHECKING:
@@ -33,6 +41,13 @@ _QKV_ROWS = GROUP * (HEAD + KEY + VALUE) * HEAD_DIM
 _HEAD_COLUMNS = GROUP * HEAD * HEAD_DIM
 _HF = "model.layers.{layer}.self_attn."
 _FLOAT32 = 4
+
+
+def _cached(name: str, axis: Axis, argument: int) -> CachedTensor:
+    """Returns a tensor that the core attention gets normalised and rotated, in the local spec and Transformer Engine's
+    alike."""
+    scale = Row(f"self_attention.{name}{CACHE_SCALE}", (axis,), None, (Part(f"{_HF}{name[0]}_scale"),))
+    return CachedTensor(scale, "self_attention.core_attention", argument)
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,7 @@ class Attention(Sublayer):
         "qk_norm": "qk_norm",
     }
     te_states: ClassVar = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
+    cached: ClassVar = (_cached("key", KEY, argument=1), _cached("value", VALUE, argument=2))
 
     def __post_init__(self) -> None:
         where = self.name

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Own = TypeVar("Own", bound="Sublayer")
 
+CACHE_SCALE = "_cache_scale"
+"""How names of the scales of cached tensors end, in the axis table and in checkpoints."""
+
 
 class Slot(Enum):
     """The half of Megatron-Core's TransformerLayer that a sublayer fills.
@@ -82,6 +85,21 @@ class Tap:
     elements: Callable[[Any], Tensor]
 
 
+@dataclass(frozen=True)
+class CachedTensor:
+    """A tensor that generation caches for every token, and that can be cached in 8 bits with one scale.
+
+    Attributes:
+        scale: row of the axis table of its scale, one number; its name ends with `CACHE_SCALE`.
+        module: of Megatron-Core's layer, by name, that is called with the tensor as it is cached.
+        argument: place of the tensor among the module's arguments; it is `[seq, batch, ...]`.
+    """
+
+    scale: Row
+    module: str
+    argument: int
+
+
 @dataclass
 class LayerModules:
     """The parts of a TransformerLayer's spec with which Megatron-Core builds a sublayer.
@@ -112,6 +130,7 @@ class Sublayer:
         merged: setting of the axis whose kept elements can take a share of dropped ones (2407.14679, section 2.3).
         former_fields: field names in files of earlier versions, which had two kinds, and today's names.
         te_states: modules that keep an extra state of Transformer Engine beside their weights.
+        cached: all that generation caches per token, if it can be cached in 8 bits; else empty.
     """
 
     symbol: ClassVar[str]
@@ -122,6 +141,7 @@ class Sublayer:
     merged: ClassVar[str | None] = None
     former_fields: ClassVar[Mapping[str, str]] = {}
     te_states: ClassVar[tuple[str, ...]] = ()
+    cached: ClassVar[tuple[CachedTensor, ...]] = ()
 
     # Sizes
 
