@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron_megatron.checkpoint.convert import export, import_checkpoint
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.calibration import Scheme
-from minitron_megatron.config.quantize import QuantizeConfig
+from minitron_megatron.config.quantize import KVCache, QuantizeConfig, QuantizeMethod
 from minitron_megatron.config.schema import DataConfig, DType, ExportConfig, ImportConfig, PruneConfig, TargetConfig
 from minitron_megatron.config.sparsify import SparsifyConfig
 from minitron_megatron.pruning.prune import prune
@@ -170,3 +171,32 @@ def test_vllm_reads_what_is_packed(packed, name):
         torch.testing.assert_close(logprobs, alike, rtol=0, atol=1e-3)
     if "2:4" in name:
         assert not any(broken_groups(weight, NofM(2, 4)) for key, weight in exact.named_parameters() if "_proj" in key)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_vllm_caches_keys_and_values_with_the_exported_scales(family, tmp_path):
+    """Values are so large that with scales of 1, as without any, they would overflow."""
+    model = hf_model(**CONFIGS[family] | SIZES)
+    choice = random.Random(0).choice
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(1000)
+            layer.self_attn.o_proj.weight.div_(1000)
+    checkpoint, texts = import_hf(tmp_path, model), [tmp_path / f"{number}.txt" for number in range(20)]
+    for text in texts:
+        text.write_text("".join(choice("abcdefgh") for _ in range(60)))
+    data = DataConfig([*map(str, texts)], str(tmp_path / "corpora"), 16)
+    nearest = dict(method=QuantizeMethod.RTN, kv_cache=KVCache.FP8, num_samples=8, data=data)
+    rounded = quantize(QuantizeConfig(str(checkpoint), str(tmp_path / "rounded"), **nearest))
+    scaled, ones = (export(ExportConfig(str(rounded), str(tmp_path / name))) for name in ("scaled", "ones"))
+    tensors = load_file(ones / "model.safetensors")
+    tensors |= {name: torch.ones(1) for name in tensors if name.endswith((".k_scale", ".v_scale"))}
+    save_file(tensors, ones / "model.safetensors", metadata={"format": "pt"})
+
+    plain = export(ExportConfig(str(rounded), str(tmp_path / "plain"), packed=False))
+    tokens = prompts()
+    expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(tokens).logits[:, :-1].log_softmax(-1)
+    expected = expected.gather(-1, tokens[:, 1:, None])[..., 0]
+    found = ask(dict.fromkeys((scaled, ones), "bfloat16"), tmp_path)
+    errors = [(logprobs_of(found[str(own)]) - expected).norm() for own in (scaled, ones)]
+    assert errors[0] < errors[1] / 3
