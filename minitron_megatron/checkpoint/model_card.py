@@ -118,20 +118,24 @@ def model_card(
     if measured := _evaluations(Path(checkpoint.path), steps):
         paragraphs += ["## Evaluation", "The loss is of held-out text of the sources named below.", *measured]
     paragraphs += ["## How it was made"]
-    for number, step in enumerate(steps, start=1):
-        inputs = [f"- {p.role}: `{Path(p.path).name}` ({p.fingerprint[:12]})" for p in step.manifest.parents]
-        settings = yaml.safe_dump(step.manifest.config, sort_keys=False, width=120).rstrip()
-        parameters = step.manifest.details.get("parameters")
-        count = f"{parameters:,} parameters. " if parameters else ""
-        paragraphs += [
-            f"### {number}. {step.name.capitalize()}",
-            f"{count}Fingerprint {step.result.fingerprint[:12]}, minitron_megatron {step.manifest.version}.",
-            "\n".join(inputs),
-            f"```yaml\n{settings}\n```",
-        ]
+    paragraphs += [paragraph for number, step in enumerate(steps, start=1) for paragraph in _step(number, step)]
     if not steps:
         paragraphs.append(f"From the checkpoint `{Path(checkpoint.path).name}`, which does not say how it was made.")
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
+
+
+def _step(number: int, step: Step) -> list[str]:
+    """Returns the paragraphs that tell of a step."""
+    inputs = [f"- {p.role}: `{Path(p.path).name}` ({p.fingerprint[:12]})" for p in step.manifest.parents]
+    settings = yaml.safe_dump(step.manifest.config, sort_keys=False, width=120).rstrip()
+    parameters = step.manifest.details.get("parameters")
+    count = f"{parameters:,} parameters. " if parameters else ""
+    return [
+        f"### {number}. {step.name.capitalize()}",
+        f"{count}Fingerprint {step.result.fingerprint[:12]}, minitron_megatron {step.manifest.version}.",
+        "\n".join(inputs),
+        f"```yaml\n{settings}\n```",
+    ]
 
 
 def base_model(source: Path) -> str:

@@ -31,8 +31,8 @@ from minitron_megatron.model.axes import Param
 from minitron_megatron.model.parameters import layer_key
 from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.sparsity.allocation import SAMPLES, allocate, layer_costs
-from minitron_megatron.sparsity.engine import WEIGHT, Rows
-from minitron_megatron.sparsity.grids import grids_of, scale_dtype
+from minitron_megatron.sparsity.engine import WEIGHT, Rows, Solver
+from minitron_megatron.sparsity.grids import Grid, grids_of, scale_dtype
 from minitron_megatron.sparsity.layer_stream import LayerStream
 from minitron_megatron.sparsity.layerwise import Task, chosen_matrices, matches, run_layerwise, unmatched
 from minitron_megatron.sparsity.methods import METHODS, Matrix, SparseRows, gptq, sparsegpt_rounded
@@ -75,41 +75,8 @@ def sparsification(config: SparsifyConfig, checkpoint: Checkpoint) -> Task:
         raise_if_any(_pattern_problems(chosen, pattern))
     raise_if_any(unmatched(chosen, config.sparsity_of, "sparsity_of"))
     patterns = {param: _pattern_for(param, config) for param in chosen}
-    grids = {}
-    if config.scheme:
-        grids = grids_of(chosen, config.scheme, config.group_size)
-    dtype = scale_dtype(checkpoint)
-    given = _masks_of(config, chosen)
-    in_one_pass = config.method is SparsifyMethod.SPARSEGPT and not config.refit
-
-    def solver(param: Param, weight: Tensor, moments: SecondMoments | None) -> Callable[[slice], Rows]:
-        moments = moments or SecondMoments(torch.eye(0), config.damping)  # of a method that asks for none
-        matrix, grid, pattern = Matrix(weight, moments, config.by_activation), grids.get(param), patterns[param]
-        if grid and in_one_pass:
-            solve_both = sparsegpt_rounded(matrix, pattern, grid, dtype)
-
-            def solve_in_one(rows: slice) -> Rows:
-                new, mask, scales = solve_both(rows)
-                return {WEIGHT: new, MASK: pack_mask(mask), SCALE: scales}
-
-            return solve_in_one
-        if config.method in METHODS:
-            solve_rows = METHODS[config.method](matrix, pattern)
-        else:
-            solve_rows = given(param, weight)
-        rounded = gptq(matrix, grid, dtype) if grid else None
-
-        def solve(rows: slice) -> Rows:
-            new, mask = solve_rows(rows)
-            if config.refit:
-                new = refit(weight[rows], mask, moments, config.refit_steps, start=new)
-            made = {MASK: pack_mask(mask)}
-            if rounded:
-                new, made[SCALE] = rounded(new, mask)
-            return {WEIGHT: new, **made}
-
-        return solve
-
+    grids = grids_of(chosen, config.scheme, config.group_size) if config.scheme else {}
+    solver = _solver(config, patterns, grids, _masks_of(config, chosen), scale_dtype(checkpoint))
     beside = [mask_of(param) for param in chosen] + [scale_of(param, grid.group) for param, grid in grids.items()]
     beside += [norm_of(param) for param in chosen] if config.needs_inputs else []
     details = _details(config, patterns)
@@ -123,6 +90,52 @@ def sparsification(config: SparsifyConfig, checkpoint: Checkpoint) -> Task:
     parents = [Parent.of("masks_of", Path(config.masks_of))] if config.masks_of else []
     prepare = allocate_zeros if config.by_error else None
     return Task("sparsify", title, chosen, solver, beside, details=details, parents=parents, prepare=prepare)
+
+
+def _solver(
+    config: SparsifyConfig,
+    patterns: Mapping[Param, Pattern],
+    grids: Mapping[Param, Grid],
+    given: Callable[[Param, Tensor], SparseRows],
+    dtype: torch.dtype,
+) -> Solver:
+    """Returns what solves a matrix.
+
+    Args:
+        config: names the method.
+        patterns: of every matrix; they are read when it is solved.
+        grids: of matrices to round.
+        given: puts given or random masks on a matrix.
+        dtype: of scales.
+    """
+    in_one_pass = config.method is SparsifyMethod.SPARSEGPT and not config.refit
+
+    def solver(param: Param, weight: Tensor, moments: SecondMoments | None) -> Callable[[slice], Rows]:
+        moments = moments or SecondMoments(torch.eye(0), config.damping)  # of a method that asks for none
+        matrix, grid, pattern = Matrix(weight, moments, config.by_activation), grids.get(param), patterns[param]
+        if grid and in_one_pass:
+            solve_both = sparsegpt_rounded(matrix, pattern, grid, dtype)
+
+            def solve_in_one(rows: slice) -> Rows:
+                new, mask, scales = solve_both(rows)
+                return {WEIGHT: new, MASK: pack_mask(mask), SCALE: scales}
+
+            return solve_in_one
+        solve_rows = METHODS[config.method](matrix, pattern) if config.method in METHODS else given(param, weight)
+        rounded = gptq(matrix, grid, dtype) if grid else None
+
+        def solve(rows: slice) -> Rows:
+            new, mask = solve_rows(rows)
+            if config.refit:
+                new = refit(weight[rows], mask, moments, config.refit_steps, start=new)
+            made = {MASK: pack_mask(mask)}
+            if rounded:
+                new, made[SCALE] = rounded(new, mask)
+            return {WEIGHT: new, **made}
+
+        return solve
+
+    return solver
 
 
 def _shares_by_error(
