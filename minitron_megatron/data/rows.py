@@ -7,10 +7,12 @@ a column of any name.
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from minitron_megatron.config.common import OnBadRow
 from minitron_megatron.errors import DataError
+from minitron_megatron.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,18 @@ class RowReport:
     first_empty: list[str] = field(default_factory=list)
     both: int = 0
     unread: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, file: Path) -> "RowReport":
+        """Reads what `write` has written; a report of nothing if the file is missing or damaged."""
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return cls()
+
+    def write(self, file: Path) -> None:
+        """Writes what was counted, for a time when the rows are not read again."""
+        write_json(file, asdict(self))
 
     def add(self, error: RowError) -> None:
         """Counts a bad row.

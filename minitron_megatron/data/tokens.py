@@ -171,6 +171,7 @@ def _prepare_text(
         logger.warning("not read: %s", phrase)
     link = _link(parts, config, tokenizer, settings)
     if link.exists():
+        RowReport.read(_report_file(link)).log()
         return link.resolve()
     columns = template_columns(tokenizer)
     report = RowReport(config.on_bad_row)
@@ -186,8 +187,7 @@ def _prepare_text(
             settings["on_bad_row"] = config.on_bad_row.value
     folder = _folder(config, settings)
     if folder.exists():
-        report.log()
-        _set_link(link, folder)
+        _set_link(link, folder, report)
         return folder
     heldout = _heldout_keys(np.concatenate(keys), config, str(config.text))
     for part, own in zip(parts, keys, strict=True):
@@ -215,8 +215,7 @@ def _prepare_text(
                 advance()
         counts.update({name: own.close() for name, own in files.items()})
         _require_documents(counts, config)
-    report.log()
-    _set_link(link, folder)
+    _set_link(link, folder, report)
     return folder
 
 
@@ -264,8 +263,15 @@ def _link(parts: list[list[str]], config: DataConfig, tokenizer: PreTrainedToken
     return _folder(config, settings | {"parts": parts, "stats": stats, "read_as": read_as})
 
 
-def _set_link(link: Path, folder: Path) -> None:
+def _report_file(link: Path) -> Path:
+    return link.with_name(f"{link.name}.rows.json")
+
+
+def _set_link(link: Path, folder: Path, report: RowReport) -> None:
+    """Logs what was left out, and keeps it with the link, for the next time."""
+    report.log()
     with suppress(OSError):  # another process was faster, or the cache is read-only and text is read every time
+        report.write(_report_file(link))
         link.unlink(missing_ok=True)  # its folder may have been deleted
         link.symlink_to(folder.name)
 

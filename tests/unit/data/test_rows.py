@@ -131,7 +131,11 @@ def test_bad_and_empty_rows_are_counted_and_the_first_are_named(tmp_path, tokeni
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n".join(broken))
     config = DataConfig([str(tmp_path / "a.jsonl")], str(tmp_path / "cache"), on_bad_row=OnBadRow.SKIP)
     with caplog.at_level(logging.WARNING):
-        corpus = prepare_corpus(config, tokenizer_dir)
+        prepare_corpus(config, tokenizer_dir)
+        first = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        corpus = prepare_corpus(config, tokenizer_dir)  # which reads no row again
+    assert [record.getMessage() for record in caplog.records] == first
     assert sum(files.num_documents for files in [*corpus.train, *corpus.heldout]) == 20
     [bad] = [r.getMessage() for r in caplog.records if "on_bad_row" in r.getMessage()]
     assert bad.startswith("data.on_bad_row=skip left out 5 rows, the first: ")

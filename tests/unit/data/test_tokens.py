@@ -175,7 +175,8 @@ def test_a_process_that_comes_second_takes_the_corpus_of_the_first(config, token
 
     monkeypatch.setattr(tokens, "encode", encode_after_another_process)
     assert prepare_corpus(config, tokenizer_dir).train[0].num_documents == 32
-    assert {path.stat().st_ino for path in (tmp_path / "cache").iterdir()} == set(inodes)  # a folder and a link to it
+    folders = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]  # one, and a link to it
+    assert {path.stat().st_ino for path in folders} == set(inodes)
 
 
 TOKEN_FILES = ["train.bin", "train.idx", "heldout.bin", "heldout.idx"]
