@@ -244,6 +244,10 @@ class Param(Row):
         sizes = {**self.sizes, VOCAB.name: vocab_size, **dict.fromkeys(part.dropped, 0)}
         return [dim.size(sizes) for dim in self.dims]
 
+    def rows_of_parts(self) -> list[np.ndarray]:
+        """Returns the rows of each of its `parts`, for a matrix without a vocabulary."""
+        return [self.hf_rows(part, vocab_size=0) for part in self.parts]
+
     def hf_rows(self, part: Part, vocab_size: int) -> np.ndarray:
         """Returns the rows of Megatron's tensor that make up one of its `parts`, without the vocabulary's padding."""
         kept = {**part.kept, **({VOCAB.name: np.arange(vocab_size)} if self.split == VOCAB.name else {})}

@@ -4,9 +4,10 @@ A method prepares a matrix, and returns what solves any of its rows: rows are in
 function like those below, and an entry in `METHODS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,11 +27,13 @@ class Matrix:
         weight: `[rows, columns]` in float32.
         moments: second moments of its inputs.
         by_activation: decide columns in the order of their inputs' second moments; else in their own.
+        parts: rows of each of the matrices that are stored as this one, such as those of queries, keys and values.
     """
 
     weight: Tensor
     moments: SecondMoments
     by_activation: bool = True
+    parts: Sequence[np.ndarray] = ()
 
     def order(self, group: int = 1) -> Tensor | None:
         """Returns the order in which columns are decided, groups of consecutive ones together; None for their own."""
@@ -42,9 +45,9 @@ SparseRows = Callable[[slice], tuple[Tensor, Tensor]]
 
 
 def magnitude(matrix: Matrix, pattern: Pattern) -> SparseRows:
-    """Keeps the largest weights: of an unstructured pattern those of the whole matrix."""
+    """Keeps the largest weights: of an unstructured pattern those of each whole matrix."""
     scores = matrix.weight.abs()
-    mask = pattern.mask(scores) if isinstance(pattern, NofM) else pattern.mask_of_matrix(scores)
+    mask = pattern.mask(scores) if isinstance(pattern, NofM) else pattern.mask_of_matrices(scores, matrix.parts)
     return lambda rows: (matrix.weight[rows] * mask[rows], mask[rows])
 
 

@@ -4,8 +4,10 @@ A pattern is either N of every M weights of a row (2:4 is what NVIDIA's sparse t
 anywhere (unstructured). Of equal scores the one with the lower index stays, so that a mask is a function of the scores.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,9 +67,18 @@ class Unstructured:
         """Returns the mask with the highest scores of each row; see `NofM.mask`."""
         return self._highest(scores)
 
-    def mask_of_matrix(self, scores: Tensor) -> Tensor:
-        """Returns the mask with the highest scores of the whole matrix."""
-        return self._highest(scores.reshape(1, -1)).view_as(scores)
+    def mask_of_matrices(self, scores: Tensor, parts: Sequence[np.ndarray]) -> Tensor:
+        """Returns the mask with the highest scores of each of several matrices that are stored as one.
+
+        Args:
+            scores: `[rows, columns]`.
+            parts: rows of each matrix.
+        """
+        mask = torch.empty_like(scores, dtype=torch.bool)
+        for part in parts:
+            rows = torch.from_numpy(part).to(scores.device)
+            mask[rows] = self._highest(scores[rows].reshape(1, -1)).view(len(rows), -1)
+        return mask
 
     def _highest(self, scores: Tensor) -> Tensor:
         num_zeros = int(scores.shape[1] * self.sparsity)

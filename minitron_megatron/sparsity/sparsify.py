@@ -112,7 +112,8 @@ def _solver(
 
     def solver(param: Param, weight: Tensor, moments: SecondMoments | None) -> Callable[[slice], Rows]:
         moments = moments or SecondMoments(torch.eye(0), config.damping)  # of a method that asks for none
-        matrix, grid, pattern = Matrix(weight, moments, config.by_activation), grids.get(param), patterns[param]
+        matrix = Matrix(weight, moments, config.by_activation, param.rows_of_parts())
+        grid, pattern = grids.get(param), patterns[param]
         if grid and in_one_pass:
             solve_both = sparsegpt_rounded(matrix, pattern, grid, dtype)
 

@@ -122,7 +122,10 @@ class Masks:
             # Of weights that are zero anyway, those that are dropped already come first.
             size = own.parameter.detach().float().abs().masked_fill(own.dropped, -1)
             whole = self._whole(own, size)
-            keep = pattern.mask_of_matrix(whole) if own.norms is None else pattern.mask(whole * own.norms)
+            if own.norms is None:
+                keep = pattern.mask_of_matrices(whole, own.param.rows_of_parts())
+            else:
+                keep = pattern.mask(whole * own.norms)
             here = keep[np.ix_(*own.index)] if self.ctx.layout.tensor > 1 else keep
             own.dropped = own.dropped | ~here
             yield own.parameter, own.dropped

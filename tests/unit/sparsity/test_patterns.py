@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,7 +29,9 @@ def test_an_unstructured_mask_keeps_the_highest_of_each_row_and_of_equal_ones_th
 
 def test_a_mask_of_a_matrix_has_one_threshold_for_all_rows():
     scores = torch.tensor([[9.0, 8, 7, 6], [1, 2, 3, 4]])
-    assert Unstructured(0.5).mask_of_matrix(scores).tolist() == [[True] * 4, [False] * 4]
+    assert Unstructured(0.5).mask_of_matrices(scores, [np.arange(2)]).tolist() == [[True] * 4, [False] * 4]
+    two = Unstructured(0.5).mask_of_matrices(torch.cat([scores, 100 + scores]), [np.array([0, 3]), np.array([1, 2])])
+    assert two.tolist() == [[False] * 4, [False] * 4, [True] * 4, [True] * 4]
     assert Unstructured(0.5).mask(scores).tolist() == [[True, True, False, False], [False, False, True, True]]
 
 
