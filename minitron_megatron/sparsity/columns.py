@@ -30,46 +30,55 @@ def fix_columns(
 
     Args:
         weight: `[rows, columns]`, without weights of dead inputs.
-        factor: see `SecondMoments.inverse_factor`, in the same order.
+        factor: see `SecondMoments.factor`, in the same order.
         order: of the columns; None for their own. Consecutive groups of the pattern stay together.
         pattern: chooses the mask, block by block, on weights that make up for those fixed before: by the loss of
-            setting one to zero, `w^2 / factor_jj^2`.
+            setting one to zero.
         mask: bool `[rows, columns]` of the weights that may stay; all by default.
         rounding: of the weights that stay.
 
     Returns:
         the new weights, and the mask.
     """
-    rows, columns = weight.shape
-    weight = weight.clone() if order is None else weight[:, order]
-    if mask is None:
-        keep = torch.ones(rows, columns, dtype=torch.bool, device=weight.device)
-    else:
-        keep = mask.clone() if order is None else mask[:, order]
+    columns = weight.shape[1]
+    weight = _by_column(weight, order)
+    keep = torch.ones_like(weight, dtype=torch.bool) if mask is None else _by_column(mask, order)
+    changes = torch.empty_like(weight)
     numbers = range(columns) if order is None else order.tolist()
     group = pattern.group if pattern else 1
     length = max(group, BLOCK - BLOCK % group)
+    identity = torch.eye(length, dtype=factor.dtype, device=factor.device)
     for start in range(0, columns, length):
         block = slice(start, min(start + length, columns))
-        own, scale = weight[:, block].clone(), factor[block, block]
+        size = block.stop - start
+        scale = torch.linalg.solve_triangular(factor[block, block], identity[:size, :size], upper=True)
+        own = weight[block] - scale.T @ (factor[:start, block].T @ changes[:start])
         diagonal = scale.diagonal()
-        errors = torch.empty_like(own)
         if pattern and group == 1:  # a threshold of this block, in each row
-            keep[:, block] &= pattern.mask(own.square() / diagonal.square())
-        for column in range(own.shape[1]):
+            keep[block] &= _mask(pattern, own, diagonal)
+        for column in range(size):
             if pattern and group > 1 and column % group == 0:
                 these = slice(column, column + group)
-                scores = own[:, these].square() / diagonal[these].square()
-                keep[:, start + column : start + column + group] &= pattern.mask(scores)
-            fixed = own[:, column] * keep[:, start + column]
+                keep[block][these] &= _mask(pattern, own[these], diagonal[these])
+            fixed = own[column] * keep[start + column]
             if rounding:
                 fixed = rounding(fixed, numbers[start + column])
-            errors[:, column] = (own[:, column] - fixed) / diagonal[column]
-            own[:, column + 1 :].addr_(errors[:, column], scale[column, column + 1 :], alpha=-1)
-            own[:, column] = fixed
-        weight[:, block] = own
-        weight[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)
+            error = (own[column] - fixed) / diagonal[column]
+            own[column + 1 :].addr_(scale[column, column + 1 :], error, alpha=-1)
+            own[column] = fixed
+        changes[block] = own - weight[block]
+        weight[block] = own
     if order is not None:
         back = order.argsort()
-        weight, keep = weight[:, back], keep[:, back]
-    return weight, keep
+        weight, keep = weight[back], keep[back]
+    return weight.T.contiguous(), keep.T.contiguous()
+
+
+def _by_column(matrix: Tensor, order: Tensor | None) -> Tensor:
+    """Returns a copy of `[rows, columns]` as `[columns, rows]`, so that each column lies together in memory."""
+    return (matrix if order is None else matrix[:, order]).T.clone(memory_format=torch.contiguous_format)
+
+
+def _mask(pattern: Pattern, weight: Tensor, diagonal: Tensor) -> Tensor:
+    """Returns which of `[columns, rows]` stay, by the loss of setting one to zero: `w^2 / factor_jj^2`."""
+    return pattern.mask((weight / diagonal[:, None]).square().T).T

@@ -28,6 +28,7 @@ from minitron_megatron.errors import DataError
 from minitron_megatron.model.axes import Param
 from minitron_megatron.parallel.collectives import raise_on_all_ranks, rank0_first, sum_over
 from minitron_megatron.parallel.context import ParallelContext
+from minitron_megatron.parallel.cpu import bypass_cpu_mode, give_back_freed_memory
 from minitron_megatron.parallel.watchdog import watchdog
 from minitron_megatron.progress import progress
 from minitron_megatron.sparsity.cache_scales import CacheScale
@@ -38,7 +39,7 @@ from minitron_megatron.sparsity.solved_layers import SolvedLayers, key_of
 
 logger = logging.getLogger(__name__)
 
-ROW_BLOCK = 512
+ROW_BLOCK = 1024
 """Rows that are solved together. The same for any number of ranks, so that results are."""
 
 WEIGHT = ""
@@ -125,11 +126,9 @@ class _LayerWork:
     def solve(self, number: int, params: Sequence[Param]) -> dict[str, dict[str, Any]]:
         """Solves a layer, and returns its report: the relative error of every matrix, by name."""
         moments = self._measure(number, params if self.calibration.needs_inputs else [])
+        norms = {f"{key_of(p)}{NORM}": moments[p.name].diagonal.sqrt().cpu() for p in params if p.name in moments}
         rows, errors = self._solve_own(params, moments)
-        tensors = self._collect(params, rows)
-        for param in params:
-            if param.name in moments:
-                tensors[f"{key_of(param)}{NORM}"] = moments[param.name].diagonal.sqrt().cpu()
+        tensors = self._collect(params, rows) | norms
         sum_over(errors, self.ctx.collection.dp)
         report: dict[str, dict[str, Any]] = {}
         for param, (change, whole) in zip(params, errors.tolist(), strict=True):
@@ -171,10 +170,11 @@ class _LayerWork:
         sums = {param.name: self._sums(param) for param in params}
         if self.stream is not None and (sums or not self.calibration.sequential):
             self.run(number, sums, advance=not self.calibration.sequential)
+            self.stream.unload()
         moments = {}
         for param in params:
             total, name = sums.pop(param.name).total(), f"layer {param.layer}, {param.name}"
-            if not total.isfinite().all():  # on every rank
+            if not total.diagonal().isfinite().all():  # on every rank
                 raise DataError(
                     f"the inputs of {name} are not finite: set dtype=bf16 or fp32, or look at data.text and the weights"
                 )
@@ -186,9 +186,9 @@ class _LayerWork:
         return MomentSums(param.shape[1], how.num_batches, self.ctx.device, group, how.most_norms)
 
     def _solve_own(
-        self, params: Sequence[Param], moments: Mapping[str, SecondMoments]
+        self, params: Sequence[Param], moments: dict[str, SecondMoments]
     ) -> tuple[dict[tuple[str, int], Rows], Tensor]:
-        """Solves this rank's rows.
+        """Solves this rank's rows. Takes each matrix's moments out of `moments`, so that they go when it is solved.
 
         Returns:
             them, by name of the matrix and first row; and for each matrix the squared changes of its outputs by these
@@ -196,24 +196,35 @@ class _LayerWork:
         """
         rows: dict[tuple[str, int], Rows] = {}
         errors = torch.zeros(len(params), 2, dtype=torch.float64, device=self.ctx.device)
-        with raise_on_all_ranks():
-            for index, param in enumerate(params):
-                own = moments.get(param.name)
+        with raise_on_all_ranks(), bypass_cpu_mode():
+            # The widest first, whose moments are the largest, and before there are rows beside them.
+            for index, param in sorted(enumerate(params), key=lambda each: -each[1].shape[1]):
+                own = moments.pop(param.name, None)
+                give_back_freed_memory()
                 blocks = [
                     block for other, block, owner in self._shares(params) if other is param and owner == self._rank
                 ]
-                if not blocks:
-                    continue
-                weight = _read(self.solved.source, param).to(self.ctx.device)
-                solve = self.solver(param, weight, own)
-                for block in blocks:
-                    made = dict(solve(block))
-                    made[WEIGHT] = made[WEIGHT].to(self.solved.dtype)
-                    rows[param.name, block.start] = made
-                    if own is not None:
-                        change = made[WEIGHT].float() - weight[block]
-                        errors[index] += torch.stack([own.error(change), own.error(weight[block])])
-                    self.heartbeat()
+                if blocks:
+                    solved, errors[index] = self._solve_blocks(param, own, blocks)
+                    rows |= {(param.name, start): made for start, made in solved.items()}
+        return rows, errors
+
+    def _solve_blocks(
+        self, param: Param, moments: SecondMoments | None, blocks: Sequence[slice]
+    ) -> tuple[dict[int, Rows], Tensor]:
+        """Solves blocks of rows of a matrix; see `_solve_own`."""
+        rows: dict[int, Rows] = {}
+        errors = torch.zeros(2, dtype=torch.float64, device=self.ctx.device)
+        weight = _read(self.solved.source, param).to(self.ctx.device)
+        solve = self.solver(param, weight, moments)
+        for block in blocks:
+            made = dict(solve(block))
+            made[WEIGHT] = made[WEIGHT].to(self.solved.dtype)
+            rows[block.start] = made
+            if moments is not None:
+                change = made[WEIGHT].float() - weight[block]
+                errors += torch.stack([moments.error(change), moments.error(weight[block])])
+            self.heartbeat()
         return rows, errors
 
     def _collect(self, params: Sequence[Param], rows: Mapping[tuple[str, int], Rows]) -> dict[str, Tensor]:

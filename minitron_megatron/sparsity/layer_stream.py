@@ -87,8 +87,16 @@ class LayerStream:
             model.requires_grad_(False)
             self._built = sublayers, model.eval()
         model = self._built[1]
+        for weight in model.parameters():
+            weight.untyped_storage().resize_(weight.nbytes)
         load_weights([model], layer, self.ctx)
         return model
+
+    def unload(self) -> None:
+        """Frees the weights of the loaded layer."""
+        if self._built is not None:
+            for weight in self._built[1].parameters():
+                weight.untyped_storage().resize_(0)
 
     def run(self, model: torch.nn.Module, advance: bool, after_batch: Callable[[], None] = lambda: None) -> None:
         """Runs a layer over all micro-batches.
@@ -143,8 +151,8 @@ class LayerStream:
                 x = args[0]
                 if hasattr(module, "layer_norm_weight"):  # Transformer Engine fuses the norm into it
                     x = normalize(x, module.layer_norm_weight, module.layer_norm_bias, module.config)
-                is_row = (self.batches[number][SAMPLE_IDS] != PADDING).to(x.device)
-                take(param, x[:, is_row].flatten(0, 1))
+                is_row = self.batches[number][SAMPLE_IDS] != PADDING
+                take(param, (x if is_row.all() else x[:, is_row.to(x.device)]).flatten(0, 1))
 
             handles.append(module.register_forward_pre_hook(hook))
 

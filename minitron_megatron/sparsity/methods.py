@@ -66,7 +66,7 @@ def wanda(matrix: Matrix, pattern: Pattern) -> SparseRows:
 def sparsegpt(matrix: Matrix, pattern: Pattern) -> SparseRows:
     """Decides column by column, on weights that make up for those dropped before (2301.00774)."""
     order = matrix.order(pattern.group)
-    factor = matrix.moments.inverse_factor(order)
+    factor = matrix.moments.factor(order)
 
     def solve(rows: slice) -> tuple[Tensor, Tensor]:
         return fix_columns(matrix.moments.without_dead(matrix.weight[rows]), factor, order, pattern)
@@ -103,7 +103,7 @@ def sparsegpt_rounded(
         what returns new weights, mask and scales of some rows.
     """
     order = matrix.order(pattern.group)
-    factor = matrix.moments.inverse_factor(order)
+    factor = matrix.moments.factor(order)
 
     def solve(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         weight = matrix.moments.without_dead(matrix.weight[rows])
@@ -126,7 +126,7 @@ def gptq(matrix: Matrix, grid: Grid, dtype: torch.dtype) -> Callable[[Tensor, Te
         what returns new weights and scales of some rows, given their weights and mask.
     """
     order = matrix.order()
-    factor = matrix.moments.inverse_factor(order)
+    factor = matrix.moments.factor(order)
 
     def solve(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         weight = matrix.moments.without_dead(weight)

@@ -40,7 +40,7 @@ class NofM:
         """
         groups = scores.unflatten(1, (-1, self.m))
         # The number of weights of the group that go before each one: sorting such short rows is 50 times slower.
-        rank = torch.zeros(groups.shape, dtype=torch.int8, device=scores.device)
+        rank = torch.zeros_like(groups, dtype=torch.int8)
         for i in range(self.m):
             for j in range(i):
                 first = groups[..., j] >= groups[..., i]

@@ -58,10 +58,11 @@ def all_params(checkpoint):
 
 def run(config):
     from minitron_megatron.config.verbs import verb_function
-    from minitron_megatron.sparsity import engine
+    from minitron_megatron.sparsity import engine, moment_sums, second_moments
 
     torch.set_num_threads(1)  # as every rank has, or sums differ
     engine.ROW_BLOCK = 20
+    moment_sums.BLOCK = second_moments.BLOCK = 40
     verb_function("sparsify" if isinstance(config, SparsifyConfig) else "quantize")(
         replace(config, parallel=replace(config.parallel, data=int(os.environ.get("WORLD_SIZE", 1))))
     )

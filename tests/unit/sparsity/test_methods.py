@@ -20,7 +20,7 @@ ALL_ROWS = slice(None)
 
 
 def matrix_of(weight, moments, by_activation=False):
-    return Matrix(weight, SecondMoments(moments, DAMPING), by_activation)
+    return Matrix(weight, SecondMoments(moments.clone(), DAMPING), by_activation)
 
 
 @pytest.mark.parametrize("by_activation", [False, True])
@@ -42,7 +42,7 @@ def test_sparsegpt_is_the_papers_row_by_row(pattern, by_activation):
 
 def test_blocks_of_columns_change_nothing(monkeypatch):
     weight, _, moments = problem(rows=4, columns=32)
-    factor = SecondMoments(moments, DAMPING).inverse_factor()
+    factor = SecondMoments(moments, DAMPING).factor()
     whole = fix_columns(weight, factor, pattern=TWO_OF_FOUR)
     monkeypatch.setattr("minitron_megatron.sparsity.columns.BLOCK", 8)
     blocks = fix_columns(weight, factor, pattern=TWO_OF_FOUR)
@@ -163,14 +163,31 @@ def test_a_dead_input_costs_nothing_and_breaks_nothing(method):
     assert new.isfinite().all() and broken_groups(refit(weight, mask, known, 20, new), TWO_OF_FOUR) == 0
 
 
+@pytest.mark.parametrize("order", [None, torch.arange(29, -1, -1)], ids=["own", "another"])
+def test_the_factor_is_the_inverse_of_sparsegpts(order, monkeypatch):
+    monkeypatch.setattr("minitron_megatron.sparsity.second_moments.BLOCK", 8)
+    _, _, moments = problem(columns=30)
+    hessian = damped(moments, DAMPING)
+    ordered = hessian if order is None else hessian[order][:, order]
+    expected = torch.linalg.cholesky(torch.linalg.inv(ordered), upper=True)
+    found = SecondMoments(moments, DAMPING).factor(order)
+    torch.testing.assert_close(torch.linalg.inv(found.triu()), expected)
+
+
+def test_the_error_is_that_of_the_outputs(monkeypatch):
+    monkeypatch.setattr("minitron_megatron.sparsity.second_moments.BLOCK", 8)
+    change, inputs, _ = problem(columns=30)
+    inputs[:, 4] = 0
+    found = SecondMoments(inputs.T @ inputs, DAMPING).error(change)
+    torch.testing.assert_close(found, (change @ inputs.T).square().sum())
+
+
 def test_moments_that_cannot_be_inverted_are_damped_more_and_that_is_said(caplog):
-    _, _, moments = problem(columns=8)
-    moments[0, 0] = -moments.diagonal().mean()  # no second moments at all
-    moments[0, 1:] = moments[1:, 0] = 0
-    known = SecondMoments(moments.clone(), DAMPING, "layer 3")
-    known.dead[0] = False
-    assert known.inverse_factor().isfinite().all()
-    assert "layer 3: second moments of its inputs cannot be inverted: damped 100 times" in caplog.text
+    moments = torch.eye(8, dtype=torch.float64)
+    moments[0, 1] = moments[1, 0] = 1.05  # no second moments at all
+    known = SecondMoments(moments, DAMPING, "layer 3")
+    assert known.factor().isfinite().all()
+    assert "layer 3: second moments of its inputs cannot be inverted: damped 10 times" in caplog.text
 
 
 @pytest.mark.parametrize("scheme", Scheme)
