@@ -126,6 +126,16 @@ class _LayerWork:
     def solve(self, number: int, params: Sequence[Param]) -> dict[str, dict[str, Any]]:
         """Solves a layer, and returns its report: the relative error of every matrix, by name."""
         moments = self._measure(number, params if self.calibration.needs_inputs else [])
+        report = self._solve_and_write(number, params, moments)
+        self.solved.num_solved = number + 1
+        if self.stream is not None and self.calibration.sequential:
+            self.run(number, {}, advance=True)
+        return report
+
+    def _solve_and_write(
+        self, number: int, params: Sequence[Param], moments: dict[str, SecondMoments]
+    ) -> dict[str, dict[str, Any]]:
+        """Solves a layer's matrices, writes them, and returns the report."""
         norms = {f"{key_of(p)}{NORM}": moments[p.name].diagonal.sqrt().cpu() for p in params if p.name in moments}
         rows, errors = self._solve_own(params, moments)
         tensors = self._collect(params, rows) | norms
@@ -134,9 +144,6 @@ class _LayerWork:
         for param, (change, whole) in zip(params, errors.tolist(), strict=True):
             report[param.name] = {"error": change / whole if whole else None}
         rank0_first(lambda: self.solved.write(number, tensors, report))
-        self.solved.num_solved = number + 1
-        if self.stream is not None and self.calibration.sequential:
-            self.run(number, {}, advance=True)
         return report
 
     def run(self, number: int, sums: Mapping[str, MomentSums], advance: bool) -> None:
@@ -149,6 +156,7 @@ class _LayerWork:
         """
         assert self.stream is not None
         model, network = self.stream.load(number), OneLayer(self.solved, number).network
+        give_back_freed_memory()
         device, group = self.ctx.device, self.ctx.collection.dp
         cached = [param for param in self.calibration.cached if advance and param.layer == number]
         scales = {param.name: CacheScale(param, device, group) for param in cached}
@@ -171,6 +179,7 @@ class _LayerWork:
         if self.stream is not None and (sums or not self.calibration.sequential):
             self.run(number, sums, advance=not self.calibration.sequential)
             self.stream.unload()
+            give_back_freed_memory()
         moments = {}
         for param in params:
             total, name = sums.pop(param.name).total(), f"layer {param.layer}, {param.name}"
@@ -200,7 +209,6 @@ class _LayerWork:
             # The widest first, whose moments are the largest, and before there are rows beside them.
             for index, param in sorted(enumerate(params), key=lambda each: -each[1].shape[1]):
                 own = moments.pop(param.name, None)
-                give_back_freed_memory()
                 blocks = [
                     block for other, block, owner in self._shares(params) if other is param and owner == self._rank
                 ]
@@ -215,10 +223,12 @@ class _LayerWork:
         """Solves blocks of rows of a matrix; see `_solve_own`."""
         rows: dict[int, Rows] = {}
         errors = torch.zeros(2, dtype=torch.float64, device=self.ctx.device)
+        give_back_freed_memory()
         weight = _read(self.solved.source, param).to(self.ctx.device)
         solve = self.solver(param, weight, moments)
         for block in blocks:
             made = dict(solve(block))
+            give_back_freed_memory()
             made[WEIGHT] = made[WEIGHT].to(self.solved.dtype)
             rows[block.start] = made
             if moments is not None:

@@ -56,8 +56,8 @@ class SecondMoments:
         return self._upper
 
     def without_dead(self, weight: Tensor) -> Tensor:
-        """Returns a copy of `[rows, columns]` with the weights of dead inputs zeroed."""
-        return weight.masked_fill(self.dead, 0)
+        """Returns `[rows, columns]` with the weights of dead inputs zeroed; a copy if there are any."""
+        return weight.masked_fill(self.dead, 0) if self.dead.any() else weight
 
     def by_activation(self, group: int = 1) -> Tensor:
         """Returns the columns in the order in which they are best decided: the largest second moments first.

@@ -41,5 +41,7 @@ def test_they_are_the_product_of_all_inputs(batches):
 
 
 def test_their_order_changes_no_bit(batches):
-    first, *others = batches
-    assert torch.equal(total([first, *others]).triu(), total([first, *reversed(others)]).triu())
+    """Not even where large parts cancel, and small ones are what is left."""
+    first, small = batches[0], 1e-5 * batches[1]
+    mirrored = first * torch.tensor([1.0, -1.0]).repeat(COLUMNS // 2)
+    assert torch.equal(total([first, mirrored, small]).triu(), total([first, small, mirrored]).triu())
