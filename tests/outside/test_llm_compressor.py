@@ -43,7 +43,7 @@ DAMPED = dict(dampening_frac=0.01)
 def sparse(method: SparsifyMethod, modifier: str, pattern: str = "2:4", **own):
     """Their recipe and our settings. They decide columns from the first to the last."""
     structure = "0:0" if pattern == UNSTRUCTURED else pattern
-    recipe = dict(sparsity=0.5, mask_structure=structure, targets=["Linear"], ignore=["lm_head"], **own)
+    recipe = dict(sparsity=0.5, mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"], **own)
     settings = dict(method=method, pattern=pattern, refit=False, by_activation=False)
     return [modifier, recipe, True], SparsifyConfig(**settings, **OURS)
 
@@ -60,7 +60,7 @@ def rounded(scheme: Scheme, by_activation: bool, group: int | None = None):
     weights |= dict(strategy="group", group_size=group) if group else dict(strategy="channel")
     groups = {"all": dict(targets=["Linear"], weights=weights)}
     order = "static" if by_activation else None
-    recipe = dict(config_groups=groups, ignore=["lm_head"], actorder=order, **DAMPED)
+    recipe = dict(config_groups=groups, ignore=["re:.*lm_head"], actorder=order, **DAMPED)
     settings = dict(scheme=scheme, group_size=group, by_activation=by_activation, most_norms=None, sequential=False)
     return ["GPTQModifier", recipe, False], QuantizeConfig(**settings, **OURS)
 
@@ -98,6 +98,7 @@ def theirs(tmp_path_factory):
     checkpoint = import_hf(folder, hf_model(**{**LLAMA, **SIZES}))
     recipes = {name: recipe for name, (recipe, _) in CASES.items()}
     asked = {"folder": str(folder / "hf"), "tokens": Tokens().tokens.tolist(), "recipes": recipes}
+    asked |= {"dtype": "float32", "threads": 1}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [INTERPRETER, Path(__file__).with_name("compress.py"), folder]
     subprocess.run(command, input=json.dumps(asked), text=True, env=environment, check=True)
