@@ -16,7 +16,7 @@ import string
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,13 +118,13 @@ class RandomModel:
         return self._values[start : start + math.prod(size)].view(size)
 
 
-def write_assets(folder: Path) -> Path:
-    """Make a folder with what a Hugging Face model has beside its weights: a config and a tokenizer, of 26 letters."""
+def write_assets(folder: Path, words: Iterable[str] = string.ascii_lowercase) -> Path:
+    """Make a folder with what a Hugging Face model has beside its weights: a config and a tokenizer, of some words."""
     from tokenizers import Tokenizer, models
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    vocab = {token: number for number, token in enumerate(["<eos>", *string.ascii_lowercase])}
+    vocab = {token: number for number, token in enumerate(["<eos>", *words])}
     Tokenizer(models.WordLevel(vocab, unk_token="<eos>")).save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
