@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron import __version__
+from minitron_megatron.artifacts.lease import lease_for
 from minitron_megatron.config.compose import as_used, compose, load_named_plugins, read_settings, shipped
 from minitron_megatron.config.describe import describe, summary
 from minitron_megatron.config.reader import near
@@ -112,7 +113,8 @@ def _start(verb: str, arguments: list[str], settings: Any) -> int:
     raise_if_any(world_problems(os.environ))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" not in os.environ and ranks_to_start(verb, settings) > 1:
-        return run_ranks(ranks_to_start(verb, settings), [verb, *arguments])
+        with lease_for(settings):
+            return run_ranks(ranks_to_start(verb, settings), [verb, *arguments])
     if verb in DISTRIBUTED:
         settings.parallel.in_world(world_size)
     elif world_size > 1 and verb not in SHARED:

@@ -39,24 +39,33 @@ WATCH_S = 30.0
 
 
 def sole_writer(verb: Callable[[Any], Result]) -> Callable[[Any], Result]:
-    """Has a verb hold the lease of its settings' `output`, or `run_dir`, from before it begins until it ends.
-
-    The first process of a job holds it for all. A finished output, which is never written again, needs none.
-
-    The verb raises:
-        ConfigError: see `lease`.
-    """
+    """Has a verb hold the lease of what its settings name, see `lease_for`, from before it begins until it ends."""
 
     @functools.wraps(verb)
     def alone(config: Any) -> Result:
-        output = getattr(config, "output", None) or getattr(config, "run_dir", None)
-        is_first = os.environ.get("RANK", "0") == "0"
-        if not output or not is_first or (Path(output) / MANIFEST).exists():
-            return verb(config)
-        with lease(Path(output)):
+        with lease_for(config):
             return verb(config)
 
     return alone
+
+
+@contextmanager
+def lease_for(config: Any) -> Iterator[None]:
+    """Holds the lease of the settings' `output`, or `run_dir`, while the block runs.
+
+    The first process of a job holds it for all, or whoever starts the ranks, which outlives them. A finished output,
+    which is never written again, needs none.
+
+    Raises:
+        ConfigError: see `lease`.
+    """
+    output = getattr(config, "output", None) or getattr(config, "run_dir", None)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not output or not is_first or (Path(output) / MANIFEST).exists():
+        yield
+        return
+    with lease(Path(output)):
+        yield
 
 
 @contextmanager

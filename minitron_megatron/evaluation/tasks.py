@@ -73,8 +73,8 @@ class Tasks:
         """Evaluates a language model of lm-eval.
 
         Returns:
-            for each task and group, `num_fewshot`, `num_samples` (questions), `version`, `group` (that it is a part
-            of) and `metrics`: by name, `value`, `stderr` (None where lm-eval has no formula) and `higher_is_better`
+            for each task and group, `num_fewshot`, `num_samples` (questions), `version`, `part_of` (the group that
+            has it) and `metrics`: by name, `value`, `stderr` (None where lm-eval has no formula) and `higher_is_better`
             (None where unknown); `questions` has the number of every question, for metrics that are their mean.
         """
         from lm_eval import simple_evaluate
@@ -102,7 +102,7 @@ class Tasks:
                 "num_fewshot": results["n-shot"].get(name),
                 "num_samples": values.get("sample_len"),
                 "version": results["versions"].get(name),
-                "group": groups.get(name),
+                "part_of": groups.get(name),
                 "metrics": metrics,
                 "questions": _questions(metrics, answers(name)),
             }

@@ -142,7 +142,7 @@ def averaged_metrics(evaluations: list[Evaluation]) -> list[tuple[str, str]]:
     chosen = []
     for task, own in (evaluations[0].tasks if evaluations else {}).items():
         metrics = [metric for metric in own["metrics"] if is_share(task, metric)]
-        if metrics and not own.get("group"):
+        if metrics and not own.get("part_of"):
             chosen.append((task, "acc_norm" if "acc_norm" in metrics else metrics[0]))
     return chosen
 

@@ -75,7 +75,8 @@ def two_ranks(tmp_path_factory):
     ways = {way: [f"checkpoint={way}"] for way in ("good", "all", "one", "defect", "asleep")}
     ways["plugin"] = ["checkpoint=plugin", "plugins=[their_plugin]", "states.criterion=random"]
     runs = {
-        way: command("score", *own, "output=o", "parallel.tensor=2", cwd=folder, env=env) for way, own in ways.items()
+        way: command("score", *own, f"output=o_{way}", "parallel.tensor=2", cwd=folder, env=env)
+        for way, own in ways.items()
     }
     runs["file"] = command("score", "--config", "score.yaml", cwd=folder, env=env)
     yield runs

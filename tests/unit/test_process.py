@@ -36,4 +36,4 @@ def test_what_a_process_makes_later_is_not_kept_for_ever():
     before = gc.get_freeze_count()
     kept = [[] for _ in range(1000)]
     import_heavy("minitron_megatron.errors")
-    assert gc.get_freeze_count() == before and len(kept) == 1000
+    assert gc.get_freeze_count() <= before and len(kept) == 1000  # fewer if something frozen is gone

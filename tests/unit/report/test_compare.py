@@ -52,7 +52,7 @@ def answered(name, right, tasks):
     """An evaluation whose tasks have these right answers, by task."""
     made = evaluation(name)
     made.tasks = {
-        task: {"group": None, "metrics": {"acc": {"value": fmean(own), "stderr": 0.1, "higher_is_better": True}}}
+        task: {"part_of": None, "metrics": {"acc": {"value": fmean(own), "stderr": 0.1, "higher_is_better": True}}}
         for task, own in right.items()
     }
     made.questions = {task: {"acc": own} for task, own in right.items()}
@@ -65,7 +65,7 @@ def test_recovery_per_task_and_on_average_has_the_error_of_paired_answers():
     draw = np.random.default_rng(0)
     teacher = {"one": (draw.random(400) < 0.7).astype(float), "two": (draw.random(300) < 0.5).astype(float)}
     pruned = {name: np.where(draw.random(len(own)) < 0.8, own, 1 - own) for name, own in teacher.items()}
-    part = {"part": {"group": "one", "metrics": {"acc": {"value": 0.0, "stderr": 0.1, "higher_is_better": True}}}}
+    part = {"part": {"part_of": "one", "metrics": {"acc": {"value": 0.0, "stderr": 0.1, "higher_is_better": True}}}}
     models = [
         answered(name, {task: own.tolist() for task, own in right.items()}, part)
         for name, right in (("teacher", teacher), ("pruned", pruned))
