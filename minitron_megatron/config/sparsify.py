@@ -101,6 +101,11 @@ class SparsifyConfig(CalibrationConfig):
                 f"{where}by_error = true, and {where}{other} says which share each matrix has: set one of them, with "
                 f"{where}pattern={UNSTRUCTURED}"
             )
+        if self.by_error and self.method in (SparsifyMethod.GIVEN, SparsifyMethod.RANDOM):
+            problems.append(
+                f"{where}by_error = true, and {where}method = {self.method.value} does not choose by errors: leave "
+                f"{where}by_error out, or set {where}method=alps"
+            )
         problems += [
             f"{where}sparsity_of has {glob}: {share!r}: must be a number above 0 and below 1; {where}ignore leaves a "
             f"matrix as it is"
