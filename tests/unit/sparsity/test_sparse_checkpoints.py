@@ -170,6 +170,11 @@ def test_masks_are_given_to_another_checkpoint_and_shuffled(folder, tmp_path):
         (dict(sparsity_of={"*": 0.3}), "pattern = 2:4 has one share of zeros"),
         (dict(pattern="unstructured", sparsity_of={"*": 0}), r"sparsity_of has \*: 0: must be a number above 0"),
         (dict(pattern="unstructured", sparsity_of={"*.fc3": 0.3}), r"sparsity_of = \*\.fc3 matches no matrix"),
+        (dict(by_error=True), "by_error = true, and pattern = 2:4 says which share each matrix has"),
+        (
+            dict(by_error=True, pattern="unstructured", method=SparsifyMethod.RANDOM),
+            "by_error = true, and method = random does not choose by errors",
+        ),
         (dict(ignore=["*.fc3"]), r"ignore = \*\.fc3 matches no matrix"),
         (dict(ignore=["*"]), "leaves no matrix to work on"),
         (dict(method=SparsifyMethod.GIVEN), "given needs a checkpoint with masks"),
