@@ -1,5 +1,6 @@
 """A verb's output folder: checks whether it exists already, and writes it atomically."""
 
+import json
 import logging
 import shutil
 import signal
@@ -45,6 +46,19 @@ def is_done(output: Path, manifest: Manifest) -> bool:
         raise ConfigError([conflict_message(output, changes)])
     logger.info("%s is there already with the same inputs: skipped", output)
     return True
+
+
+def begin_parts(folder: Path, manifest: Manifest) -> None:
+    """Makes the folder of the finished parts of a result, for a run that is interrupted to go on with.
+
+    Parts of other settings or inputs are removed.
+    """
+    content, file = json.dumps(manifest.cache_key), folder / "of.json"
+    if file.is_file() and file.read_text() == content:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    file.write_text(content)
 
 
 @contextmanager

@@ -44,6 +44,8 @@ class CalibrationConfig(PluginConfig):
         most_norms: let no token's input count for more than this many times the median norm of its micro-batch; null
             for no limit.
         by_activation: decide the columns of a matrix in the order of their inputs' second moments, the largest first.
+        moments_gb: measure the inputs of a layer's matrices in several runs of it, the widest first, where their second
+            moments would take more than this many 10^9 bytes; those of one matrix may.
         states_gb: keep hidden states of more than this many 10^9 bytes per rank in a file beside the output.
         dtype: number format in which layers run; solving is in fp32.
         parallel: ranks, each of which has its own share of the calibration set.
@@ -57,6 +59,7 @@ class CalibrationConfig(PluginConfig):
     damping: float = 0.01
     most_norms: float | None = None
     by_activation: bool = True
+    moments_gb: float = field(default=1.0, metadata=SAME_RESULT)
     states_gb: float = field(default=8.0, metadata=SAME_RESULT)
     dtype: DType = DType.BF16
     data: DataConfig = field(default_factory=DataConfig)
@@ -79,6 +82,7 @@ class CalibrationConfig(PluginConfig):
             problems.append(f"{where}damping = {self.damping}: must be above 0 and below 1; 0.01 and 0.1 are usual")
         if self.most_norms is not None and self.most_norms < 1:
             problems.append(f"{where}most_norms = {self.most_norms}: must be at least 1, or null for no limit")
+        problems += at_least(where, "moments_gb", self.moments_gb, 0)
         problems += at_least(where, "states_gb", self.states_gb, 0)
         return [
             *problems,

@@ -2,7 +2,8 @@
 
 Per layer every rank runs its own samples and sums the second moments of the inputs of each matrix; the sums are added
 up; the rows of the matrices, which are independent, are shared out; and rank 0 writes the layer. With `sequential` the
-next layer gets its inputs from the new weights, and makes up for their errors.
+next layer gets its inputs from the new weights, and makes up for their errors. Where the second moments of all of a
+layer's matrices are too large, it is run again for some after others, with its old weights until all are solved.
 
 What a layer caches in generation is measured in the run whose outputs the next layer gets, which there is in any case:
 with `sequential` that of the new weights, which will be served; else that of the old ones.
@@ -62,6 +63,7 @@ class Calibration:
         sequential: inputs are those after the layers before are solved; else those of the dense network.
         most_norms: see `MomentSums`.
         damping: see `SecondMoments`.
+        max_bytes: of the sums of matrices that are measured in one run of their layer, which is run again for others.
     """
 
     needs_inputs: bool
@@ -70,6 +72,7 @@ class Calibration:
     sequential: bool
     most_norms: float | None
     damping: float
+    max_bytes: float
 
 
 def solve_layers(
@@ -124,27 +127,40 @@ class _LayerWork:
     heartbeat: Callable[[], None]
 
     def solve(self, number: int, params: Sequence[Param]) -> dict[str, dict[str, Any]]:
-        """Solves a layer, and returns its report: the relative error of every matrix, by name."""
-        moments = self._measure(number, params if self.calibration.needs_inputs else [])
-        report = self._solve_and_write(number, params, moments)
+        """Solves a layer's matrices, writes them, and returns the report: the relative error of each, by name."""
+        tensors: dict[str, Tensor] = {}
+        errors: dict[Param, float | None] = {}
+        together = self._measured_together(params)
+        for place, own in enumerate(together):
+            moments = self._measure(number, own, is_last=place == len(together) - 1)
+            tensors |= {f"{key_of(p)}{NORM}": moments[p.name].diagonal.sqrt().cpu() for p in own if p.name in moments}
+            rows, changes = self._solve_own(own, moments)
+            tensors |= self._collect(own, rows)
+            sum_over(changes, self.ctx.collection.dp)
+            errors |= {
+                p: change / whole if whole else None for p, (change, whole) in zip(own, changes.tolist(), strict=True)
+            }
+        report = {param.name: {"error": errors[param]} for param in params}
+        rank0_first(lambda: self.solved.write(number, tensors, report))
         self.solved.num_solved = number + 1
         if self.stream is not None and self.calibration.sequential:
             self.run(number, {}, advance=True)
         return report
 
-    def _solve_and_write(
-        self, number: int, params: Sequence[Param], moments: dict[str, SecondMoments]
-    ) -> dict[str, dict[str, Any]]:
-        """Solves a layer's matrices, writes them, and returns the report."""
-        norms = {f"{key_of(p)}{NORM}": moments[p.name].diagonal.sqrt().cpu() for p in params if p.name in moments}
-        rows, errors = self._solve_own(params, moments)
-        tensors = self._collect(params, rows) | norms
-        sum_over(errors, self.ctx.collection.dp)
-        report: dict[str, dict[str, Any]] = {}
-        for param, (change, whole) in zip(params, errors.tolist(), strict=True):
-            report[param.name] = {"error": change / whole if whole else None}
-        rank0_first(lambda: self.solved.write(number, tensors, report))
-        return report
+    def _measured_together(self, params: Sequence[Param]) -> list[list[Param]]:
+        """Splits a layer's matrices into those whose inputs are measured in one run of it, the widest first."""
+        if not self.calibration.needs_inputs:
+            return [list(params)]
+        together: list[list[Param]] = [[]]
+        size = 0.0
+        for param in sorted(params, key=lambda each: -each.shape[1]):
+            own = MomentSums.num_bytes(param.shape[1])
+            if together[-1] and size + own > self.calibration.max_bytes:
+                together.append([])
+                size = 0
+            together[-1].append(param)
+            size += own
+        return together
 
     def run(self, number: int, sums: Mapping[str, MomentSums], advance: bool) -> None:
         """Runs a layer, as the stream's source has it, over the calibration set.
@@ -173,21 +189,29 @@ class _LayerWork:
             self.stream.run(model, advance=advance, after_batch=self.heartbeat)
         self.solved.beside |= {key_of(param): scales[param.name].total() for param in cached}
 
-    def _measure(self, number: int, params: Sequence[Param]) -> dict[str, SecondMoments]:
-        """Returns the second moments of the inputs of these matrices of a layer, by name."""
-        sums = {param.name: self._sums(param) for param in params}
-        if self.stream is not None and (sums or not self.calibration.sequential):
-            self.run(number, sums, advance=not self.calibration.sequential)
+    def _measure(self, number: int, params: Sequence[Param], is_last: bool) -> dict[str, SecondMoments]:
+        """Returns the second moments of the inputs of these matrices of a layer, by name.
+
+        Args:
+            number: of the layer.
+            params: some of its matrices.
+            is_last: whether no others are measured after them.
+        """
+        how = self.calibration
+        sums = {param.name: self._sums(param) for param in params if how.needs_inputs}
+        advance = is_last and not how.sequential
+        if self.stream is not None and (sums or advance):
+            self.run(number, sums, advance=advance)
             self.stream.unload()
             give_back_freed_memory()
         moments = {}
-        for param in params:
+        for param in params if sums else ():
             total, name = sums.pop(param.name).total(), f"layer {param.layer}, {param.name}"
             if not total.diagonal().isfinite().all():  # on every rank
                 raise DataError(
                     f"the inputs of {name} are not finite: set dtype=bf16 or fp32, or look at data.text and the weights"
                 )
-            moments[param.name] = SecondMoments(total, self.calibration.damping, name)
+            moments[param.name] = SecondMoments(total, how.damping, name)
         return moments
 
     def _sums(self, param: Param) -> MomentSums:
@@ -206,8 +230,8 @@ class _LayerWork:
         rows: dict[tuple[str, int], Rows] = {}
         errors = torch.zeros(len(params), 2, dtype=torch.float64, device=self.ctx.device)
         with raise_on_all_ranks(), bypass_cpu_mode():
-            # The widest first, whose moments are the largest, and before there are rows beside them.
-            for index, param in sorted(enumerate(params), key=lambda each: -each[1].shape[1]):
+            # The widest is the first, before there are rows beside its moments.
+            for index, param in enumerate(params):
                 own = moments.pop(param.name, None)
                 blocks = [
                     block for other, block, owner in self._shares(params) if other is param and owner == self._rank

@@ -1,7 +1,6 @@
 """What the verbs share that work through a checkpoint layer by layer: their inputs, and the checkpoint they write."""
 
 import fnmatch
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_megatron.artifacts.manifest import Manifest, Parent
-from minitron_megatron.artifacts.output import is_done
+from minitron_megatron.artifacts.output import begin_parts, is_done
 from minitron_megatron.checkpoint.companions import matrices
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.dist_writer import write_checkpoint
@@ -90,7 +89,7 @@ def run_layerwise(config: CalibrationConfig, checkpoint: Checkpoint, task: Calla
             samples = training_samples(corpus, config.data, config.num_samples)
             require_tokens(samples, "calibration", config.num_samples)
         work = output.with_name(f".{output.name}.layers")
-        rank0_first(lambda: _begin(work, manifest))
+        rank0_first(lambda: begin_parts(work, manifest))
         solved = solve(config, checkpoint, samples, todo, work, ctx)
         errors = [{name: own["error"] for name, own in report.items()} for report in solved.reports()]
         manifest.details = {**todo.details, "errors": errors}
@@ -154,6 +153,7 @@ def solve(
         sequential=config.sequential,
         most_norms=config.most_norms,
         damping=config.damping,
+        max_bytes=config.moments_gb * 1e9,
     )
     with float32_matmuls():
         if task.prepare and samples is not None:
@@ -201,13 +201,3 @@ def _warn_of_rank(num_tokens: int, chosen: Sequence[Param]) -> None:
             layer_key(widest),
             widest.shape[1],
         )
-
-
-def _begin(work: Path, manifest: Manifest) -> None:
-    """Makes the folder of the solved layers, or removes those of other settings or inputs."""
-    content, file = json.dumps(manifest.cache_key), work / "of.json"
-    if file.is_file() and file.read_text() == content:
-        return
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    file.write_text(content)

@@ -51,6 +51,11 @@ class MomentSums:
         self._scale: Tensor | None = None
         self.num_tokens = 0
 
+    @staticmethod
+    def num_bytes(columns: int) -> int:
+        """Returns how much memory the sums for so many columns take."""
+        return sum(min(BLOCK, columns - start) * (columns - start) for start in range(0, columns, BLOCK)) * 8
+
     def add(self, x: Tensor) -> None:
         """Adds a micro-batch. Collective for the first one, of which the first rank must have tokens.
 

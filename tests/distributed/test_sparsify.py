@@ -197,6 +197,34 @@ def test_an_interrupted_run_goes_on_after_its_last_layer(name, inputs, alone, tm
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+def write_loads(config, file):
+    from minitron_megatron.sparsity.layer_stream import LayerStream
+
+    load = LayerStream.load
+
+    def write_and_load(self, number):
+        with file.open("a") as numbers:
+            numbers.write(str(number))
+        return load(self, number)
+
+    LayerStream.load = write_and_load
+    run(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "moments_gb", "loads"),
+    [("sparsegpt-2:4", 0.0, 5 * "0" + 5 * "1"), ("dense-inputs", 0.0, 4 * "0" + 4 * "1"), ("rounded", 1e-4, "000111")],
+)
+def test_matrices_are_measured_in_turn_where_moments_are_large(name, moments_gb, loads, inputs, alone, tmp_path):
+    schema, changes = TASKS[name]
+    config = settings(schema, inputs, tmp_path / "out", moments_gb=moments_gb, **changes)
+    run_on_ranks(1, write_loads, config, tmp_path / "loads")
+    assert (tmp_path / "loads").read_text() == loads
+    expected, found = everything(alone / name), everything(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
 def watch_layers(config, file):
     from minitron_megatron.sparsity.solved_layers import SolvedLayers
 
