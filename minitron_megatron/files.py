@@ -27,6 +27,14 @@ def publish(temporary: Path, path: Path) -> None:
     _sync(path.parent)
 
 
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """Gives a file a second name; where the file system has no hard links, makes a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Replaces a file or folder atomically: a reader sees the old one or the new one, never a part.

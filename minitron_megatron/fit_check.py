@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from minitron_megatron.artifacts.manifest import CACHE, Manifest
 from minitron_megatron.config.cluster import ClusterConfig
 from minitron_megatron.config.reader import show
 from minitron_megatron.config.schema import CompressConfig, DistillConfig
@@ -44,24 +45,26 @@ def check_fit(
     networks = networks_of(stages, recipe)
     for job in jobs:
         if job.verb == "distill":
-            job_notes, job_problems = _check_job(job, stages[job.name][1], cluster, GPUS[cluster.gpu], networks)
+            job_notes, job_problems = _check_job(job, stages, cluster, GPUS[cluster.gpu], networks)
             notes += job_notes
             problems += job_problems
     return notes, problems
 
 
 def _check_job(
-    job: Job, settings: DistillConfig, cluster: ClusterConfig, gpu: GPU, networks: Networks
+    job: Job, stages: Stages, cluster: ClusterConfig, gpu: GPU, networks: Networks
 ) -> tuple[list[str], list[str]]:
     """Estimates memory, time and cost of a training stage.
 
     Returns:
         notes for the user, and its problems.
     """
-    folders = [settings.student, *([settings.teacher] if settings.teacher else [])]
+    settings: DistillConfig = stages[job.name][1]
+    live = None if settings.teacher is None or _is_cache(settings.teacher, stages) else settings.teacher
+    folders = [settings.student, *([live] if live else [])]
     if unknown := [folder for folder in folders if folder not in networks]:
         return [f"{job.name}: not checked whether it fits, for {' and '.join(unknown)} cannot be read here"], []
-    student, teacher = networks[settings.student], networks.get(settings.teacher or "")
+    student, teacher = networks[settings.student], networks.get(live or "")
     layout = settings.parallel.in_world(job.ranks)
     if problems := [p for n in filter(None, (student, teacher)) for p in layout_problems(n, layout, job.name)]:
         return [], problems
@@ -114,6 +117,12 @@ def networks_of(stages: Stages, recipe: CompressConfig | None) -> Networks:
             if settings.student in networks:
                 networks[settings.output] = networks[settings.student]
     return networks
+
+
+def _is_cache(teacher: str, stages: Stages) -> bool:
+    """Returns whether a teacher is a cache of predictions, that is there or that a stage makes: it takes no memory."""
+    made = any(verb == "cache" and settings.output == teacher for verb, settings in stages.values())
+    return made or Manifest.is_of_kind(CACHE, Path(teacher))
 
 
 def _known(folder: str, networks: Networks) -> Network | None:

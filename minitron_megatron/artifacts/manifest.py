@@ -17,6 +17,10 @@ from minitron_megatron.files import read_json, write_json
 MANIFEST = "manifest.json"
 # The results of an evaluation, beside its manifest, and the number of every question of its tasks.
 EVALUATION, QUESTIONS = "evaluation.json", "questions.json"
+# Kind of a folder with a teacher's predictions, which may stand where a checkpoint of the teacher does.
+CACHE = "cache"
+# The tokenizer and other files of the Hugging Face model, in a folder of their own.
+HUGGINGFACE = "huggingface"
 
 
 @dataclass
@@ -47,7 +51,7 @@ class Manifest:
     """What a folder is.
 
     Attributes:
-        kind: `checkpoint`, `scores`, `evaluation`, `huggingface` or `run`.
+        kind: `checkpoint`, `scores`, `evaluation`, `huggingface`, `cache` or `run`.
         network: `Network.to_dict()`, where there is one.
         parents: the inputs.
         config: the resolved settings.
@@ -110,6 +114,11 @@ class Manifest:
             if not isinstance(getattr(manifest, name), kind):
                 raise TypeError(f"{name} = {show(getattr(manifest, name))}")
         return manifest
+
+    @classmethod
+    def is_of_kind(cls, kind: str, folder: Path) -> bool:
+        """Returns whether a folder has a manifest, which says that it is of a kind."""
+        return (folder / MANIFEST).is_file() and cls.read(folder).kind == kind
 
     @property
     def cache_key(self) -> tuple[str, dict[str, str], dict[str, object]]:

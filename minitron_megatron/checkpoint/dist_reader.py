@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from minitron_megatron.artifacts.manifest import MANIFEST, Manifest
+from minitron_megatron.artifacts.manifest import HUGGINGFACE, MANIFEST, Manifest
 from minitron_megatron.checkpoint.companions import MASK, SCALE, companions, is_companion
 from minitron_megatron.checkpoint.dcp_chunks import Chunk, StoredObject
 from minitron_megatron.checkpoint.hf_assets import num_tokens, read_config
@@ -42,7 +42,6 @@ from minitron_megatron.model.parameters import PROJECTIONS, layer_key, parameter
 logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
-HUGGINGFACE = "huggingface"
 # Where Megatron-LM (--save-tokenizer-assets) and Megatron-Bridge save the tokenizer, in the folder of an iteration.
 _TOKENIZER = "tokenizer"
 # Where a user may describe a network, and its name in earlier versions.

@@ -31,10 +31,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from minitron_megatron.artifacts.manifest import Manifest
+from minitron_megatron.artifacts.manifest import HUGGINGFACE, Manifest
 from minitron_megatron.artifacts.output import writing
 from minitron_megatron.checkpoint.companions import dtype_of
-from minitron_megatron.checkpoint.dist_reader import HUGGINGFACE, RELEASE, TRACKER
+from minitron_megatron.checkpoint.dist_reader import RELEASE, TRACKER
 from minitron_megatron.checkpoint.source import TensorSource
 from minitron_megatron.disk import convert_enospc
 from minitron_megatron.files import copy_content

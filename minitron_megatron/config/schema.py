@@ -9,6 +9,7 @@ setting, with field, value and fix. The settings of larger verbs have files of t
 from dataclasses import dataclass, field
 from enum import Enum
 
+from minitron_megatron.config.cache import CacheConfig
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.cluster import LaunchConfig
 from minitron_megatron.config.common import DataConfig, DType
@@ -216,6 +217,7 @@ SCHEMAS = {
     "prune": PruneConfig,
     "sparsify": SparsifyConfig,
     "quantize": QuantizeConfig,
+    "cache": CacheConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,

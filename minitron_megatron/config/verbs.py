@@ -19,6 +19,7 @@ VERBS = {
     "prune": "minitron_megatron.pruning.prune:prune",
     "sparsify": "minitron_megatron.sparsity.sparsify:sparsify",
     "quantize": "minitron_megatron.sparsity.quantize:quantize",
+    "cache": "minitron_megatron.training.cache:cache",
     "distill": "minitron_megatron.training.distill:distill",
     "evaluate": "minitron_megatron.evaluation.evaluate:evaluate",
     "export": "minitron_megatron.checkpoint.convert:export",
@@ -28,7 +29,7 @@ VERBS = {
 }
 """Module and function by verb. The function takes the verb's settings object."""
 
-DISTRIBUTED = ("score", "sparsify", "quantize", "distill", "evaluate")
+DISTRIBUTED = ("score", "sparsify", "quantize", "cache", "distill", "evaluate")
 """Verbs that run on as many ranks as `parallel` says."""
 
 LIGHT = ("compress",)

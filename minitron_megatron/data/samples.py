@@ -3,8 +3,9 @@
 A sample is a dict of `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each
 `[sequence]`; `labels[i]` is the token that follows `tokens[i]`. With `data.document_mask` there are `document_ids`
 (int64) as well, and positions restart with each document. A micro-batch has the same keys, each
-`[micro_batch, sequence]`, and `sample_ids` (int64) `[micro_batch]`: the index of each row's sample, `PADDING` for rows
-that only fill up the micro-batch. Index and `fingerprint` identify a sample in any layout.
+`[micro_batch, sequence]`, and `sample_ids` (int64) `[micro_batch]`: the index of each row's sample, counted from
+`FIRST_HELDOUT` in held-out ones, and `PADDING` for rows that only fill up the micro-batch. Index and `fingerprint`
+identify a sample in any layout.
 """
 
 import hashlib
@@ -25,6 +26,9 @@ from minitron_megatron.config.schema import DataConfig
 from minitron_megatron.data.tokens import Corpus
 from minitron_megatron.errors import DataError
 from minitron_megatron.parallel.schedule import PADDING, SAMPLE_IDS
+
+FIRST_HELDOUT = 2**40
+"""Id of the first held-out sample in a run whose training samples are numbered from 0."""
 
 
 class Samples(Protocol):
@@ -250,7 +254,7 @@ def require_tokens(samples: Samples, what: str, count: int | None = None) -> Non
 
 
 def rank_batches(
-    dataset: Samples, first: int, count: int, micro_batch: int, data_rank: int, data_size: int
+    dataset: Samples, first: int, count: int, micro_batch: int, data_rank: int, data_size: int, first_id: int = 0
 ) -> Iterator[dict[str, Tensor]]:
     """Yields one data-parallel rank's micro-batches of samples `first` to `first + count`.
 
@@ -265,6 +269,7 @@ def rank_batches(
         micro_batch: samples per micro-batch.
         data_rank: this rank's place among the replicas.
         data_size: number of replicas.
+        first_id: id of the dataset's sample 0.
 
     Yields:
         dicts of `[micro_batch, sequence]`, and the rows' `sample_ids` `[micro_batch]`.
@@ -274,7 +279,7 @@ def rank_batches(
         own = start + data_rank * micro_batch
         indices = range(own, own + micro_batch)
         rows = [_row(dataset, index, end) for index in indices]
-        ids = torch.tensor([index if index < end else PADDING for index in indices])
+        ids = torch.tensor([first_id + index if index < end else PADDING for index in indices])
         yield {**{key: torch.stack([row[key] for row in rows]) for key in rows[0]}, SAMPLE_IDS: ids}
 
 

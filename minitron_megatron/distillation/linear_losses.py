@@ -11,17 +11,25 @@ Matrix products run in the dtype of the hidden states, softmaxes and losses in f
 weight is accumulated over chunks in float32 (all in float64 if the hidden states are).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
-from torch.nn.functional import pad
 
 from minitron_megatron.config.loss import LogitsConfig
 from minitron_megatron.distillation.losses import divergence
-from minitron_megatron.distillation.vocab_parallel import LogSumExp, gather_columns, log_softmax, softmaxes
+from minitron_megatron.distillation.sparse_predictions import (
+    SampledPredictions,
+    SparsePredictions,
+    TopPredictions,
+    most_likely,
+    on_top,
+    own_columns,
+)
+from minitron_megatron.distillation.vocab_parallel import gather_columns, log_softmax, softmaxes
 from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.cpu import bypass_cpu_mode
 
@@ -48,7 +56,7 @@ def linear_distillation_loss(
     mask: Tensor,
     group: dist.ProcessGroup,
     vocab: int,
-    teacher: Predictions | None = None,
+    teacher: Predictions | SparsePredictions | None = None,
     kd_weight: float = 0.0,
     lm_weight: float = 1.0,
     chunk_tokens: int = 512,
@@ -67,7 +75,8 @@ def linear_distillation_loss(
         mask: `[tokens]`, 1 for tokens that count.
         group: tensor-parallel group.
         vocab: tokens of the tokenizer; rows beyond it pad the vocabulary and are ignored.
-        teacher: the teacher's predictions; None only if `kd_weight` is 0.
+        teacher: the teacher's predictions, for the whole vocabulary or for a few tokens of it, which are taken to be at
+            the temperature of `config`; None only if `kd_weight` is 0.
         kd_weight: weight of the divergence.
         lm_weight: weight of the cross-entropy.
         chunk_tokens: tokens whose logits exist at one time.
@@ -96,7 +105,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
         mask: Tensor,
         group: dist.ProcessGroup,
         vocab: int,
-        teacher: Predictions | None,
+        teacher: Predictions | SparsePredictions | None,
         kd_weight: float,
         lm_weight: float,
         chunk_tokens: int,
@@ -108,22 +117,29 @@ class _LinearDistillationLoss(torch.autograd.Function):
         local_labels = labels - first_row
         grads = (torch.empty_like(hidden), torch.zeros_like(weight, dtype=_precise(weight))) if needs_grad else None
         terms = torch.zeros(2, dtype=torch.float64, device=hidden.device)
-        options = _Options(group, kd_weight, lm_weight, needs_grad, config)
-        project = _Projection(Predictions(hidden, weight), chunk_tokens, num_rows)
-        project_teacher = _Projection(teacher, chunk_tokens, num_rows) if teacher else None
+        options = _Options(group, kd_weight, lm_weight, needs_grad, config, first_row)
+        project = Projection(Predictions(hidden, weight), chunk_tokens, num_rows)
+        of_teacher: Callable[[slice], Tensor | SparsePredictions] | None = None
+        if isinstance(teacher, Predictions):
+            of_teacher = Projection(teacher, chunk_tokens, num_rows)
+        elif teacher is not None:
+            of_teacher = teacher.part
         # The ranks sum over their rows block by block, so the block must not depend on how many rows are not padding.
         block = _block(chunk_tokens, weight.size(0), weight.is_cuda)
 
         for start in range(0, hidden.size(0), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = project(rows)
-            teacher_logits = project_teacher(rows) if project_teacher else None
+            target = of_teacher(rows) if of_teacher else None
             text = local_labels[rows], mask[rows]
-            if teacher_logits is None or config.is_whole_forward_kl:
+            if isinstance(target, SampledPredictions):
                 with bypass_cpu_mode():
-                    kd, ce, grad = _kl_chunk(logits, teacher_logits, *text, options, block)
+                    kd, ce, grad = _sampled_chunk(logits, target, *text, options, block)
+            elif target is None or (isinstance(target, Tensor) and config.is_whole_forward_kl):
+                with bypass_cpu_mode():
+                    kd, ce, grad = _kl_chunk(logits, target, *text, options, block)
             else:
-                kd, ce, grad = _any_chunk(logits, teacher_logits, *text, options)
+                kd, ce, grad = _any_chunk(logits, target, *text, options)
             terms += torch.stack([kd, ce])
             if grads:
                 grad_hidden, grad_weight = grads
@@ -155,7 +171,7 @@ class _LinearDistillationLoss(torch.autograd.Function):
         return grad_hidden.mul_(grad_loss), grad_weight, *[None] * 10
 
 
-class _Projection:
+class Projection:
     """Projects hidden states to logits `[tokens, rows of this rank]`, a chunk of tokens at a time.
 
     Every chunk overwrites the one before: memory that is new to the process costs more than the matrix product.
@@ -182,18 +198,14 @@ def _precise(tensor: Tensor) -> torch.dtype:
 
 
 class _Options(NamedTuple):
-    """What is computed of every chunk: the weights of divergence and cross-entropy, and which divergence."""
+    """What is computed of every chunk: weights of divergence and cross-entropy, which divergence, this rank's rows."""
 
     group: dist.ProcessGroup
     kd_weight: float
     lm_weight: float
     needs_grad: bool
     config: LogitsConfig
-
-
-def _own_labels(labels: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Returns which labels are rows of this rank, and a valid column for each label."""
-    return (labels >= 0) & (labels < num_rows), labels.clamp(0, max(num_rows - 1, 0))
+    first_row: int
 
 
 def _kl_chunk(
@@ -203,10 +215,10 @@ def _kl_chunk(
 
     The gradient overwrites `logits` `[tokens, rows of this rank]`, `block` tokens at a time.
     """
-    group, kd_weight, lm_weight, needs_grad, config = options
+    group, kd_weight, lm_weight, needs_grad, config, _ = options
     num_tokens, num_rows = logits.shape
     dtype = _precise(logits)
-    labelled, label_columns = _own_labels(labels, num_rows)
+    labelled, label_columns = own_columns(labels, num_rows)
     label_logits = _zero_unless(labelled, logits, label_columns)
     mask = mask.to(dtype)
     has_teacher = teacher_logits is not None
@@ -258,13 +270,61 @@ def _kl_chunk(
     return kl, ce, logits
 
 
+def _sampled_chunk(
+    logits: Tensor, target: SampledPredictions, labels: Tensor, mask: Tensor, options: _Options, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the same as `_kl_chunk`, of drawn tokens: their mean cross-entropy, less the teacher's entropy."""
+    group, kd_weight, lm_weight, needs_grad, config, first_row = options
+    num_tokens, num_rows = logits.shape
+    dtype = _precise(logits)
+    mask = mask.to(dtype)
+    labelled, label_columns = own_columns(labels, num_rows)
+    is_own, columns = own_columns(target.ids - first_row, num_rows)
+    shares = target.shares.to(dtype) * is_own
+    is_tempered = config.temperature != 1
+    kd_slope = kd_weight * config.scale / config.temperature
+    label_logits = _zero_unless(labelled, logits, label_columns)
+    drawn_logits = (gather_columns(logits, columns).to(dtype) * shares).sum(1) / config.temperature
+    work = torch.empty(1 + is_tempered, min(block, num_tokens), num_rows, device=logits.device, dtype=dtype)
+    sums_of_blocks = []
+
+    for start in range(0, num_tokens, block):
+        rows = slice(start, start + block)
+        student, *tempered = work[:, : logits[rows].size(0)]
+        student.copy_(logits[rows])
+        for part in tempered:
+            torch.div(student, config.temperature, out=part)
+        of_block, own_sums = softmaxes([student, *tempered], group)
+        sums_of_blocks.append(of_block)
+        if needs_grad:
+            counts = mask[rows]
+            factors = (own_sums * counts).unsqueeze(-1)
+            student.mul_(factors[0] * (lm_weight if is_tempered else kd_slope + lm_weight))
+            for part in tempered:
+                student.addcmul_(part, factors[1] * kd_slope)
+            if num_rows:
+                student.scatter_add_(1, columns[rows], shares[rows] * (-kd_slope * counts)[:, None])
+                student.scatter_add_(1, label_columns[rows, None], (-lm_weight * counts * labelled[rows])[:, None])
+            logits[rows] = student
+
+    log_sums = torch.cat(sums_of_blocks, dim=1)
+    label_logits, drawn_logits = sum_over(torch.stack([label_logits, drawn_logits]), group)
+    mask = mask.double()
+    ce = ((log_sums[0] - label_logits) * mask).sum()
+    kl = config.scale * ((log_sums[-1] - drawn_logits - target.entropy) * mask).sum()
+    return kl, ce, logits
+
+
 def _any_chunk(
-    logits: Tensor, teacher_logits: Tensor, labels: Tensor, mask: Tensor, options: _Options
+    logits: Tensor, target: Tensor | TopPredictions, labels: Tensor, mask: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the same as `_kl_chunk` for any divergence, with autograd's gradient."""
-    group, kd_weight, lm_weight, needs_grad, config = options
-    labelled, label_columns = (values[:, None] for values in _own_labels(labels, logits.size(1)))
-    target = teacher_logits.to(_precise(logits)) / config.temperature
+    group, kd_weight, lm_weight, needs_grad, config, first_row = options
+    labelled, label_columns = (values[:, None] for values in own_columns(labels, logits.size(1)))
+    if isinstance(target, Tensor):
+        target = target.to(_precise(logits)) / config.temperature
+        if config.top_k:
+            target = most_likely(target, config.top_k, first_row, group, with_rest=config.tail)
 
     def total(x: Tensor) -> Tensor:
         """Sums over the vocabulary of all ranks, with a backward pass for a result that every rank has."""
@@ -275,9 +335,9 @@ def _any_chunk(
         of_labels = gather_columns(log_softmax(student, group), label_columns)
         ce = -total(of_labels * labelled)
         at_temperature = student / config.temperature
-        if config.top_k:
-            own, target, is_own = _on_top_k(at_temperature, target, group, config.top_k, config.tail)
-            kd = divergence(own, target, config, lambda x: total(x * is_own))
+        if isinstance(target, TopPredictions):
+            own, of_teacher, is_own = on_top(at_temperature, target, config.tail, first_row, group)
+            kd = divergence(own, of_teacher, config, lambda x: total(x * is_own))
         else:
             kd = divergence(log_softmax(at_temperature, group), log_softmax(target, group), config, total)
         kd, ce = kd * mask, ce * mask
@@ -285,46 +345,6 @@ def _any_chunk(
             [grad] = torch.autograd.grad((kd_weight * kd + lm_weight * ce).sum(), student)
             logits.copy_(grad)
     return kd.detach().sum(dtype=torch.float64), ce.detach().sum(dtype=torch.float64), logits
-
-
-def _on_top_k(
-    student: Tensor, target: Tensor, group: dist.ProcessGroup, top_k: int, tail: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Restricts logits `[tokens, rows of this rank]` as `losses.on_top_k` does.
-
-    Returns:
-        log-probabilities of student and teacher `[tokens, top_k (+ 1)]`, and which of them this rank counts.
-    """
-    num_rows = student.size(1)
-    values, columns = target.topk(min(top_k, num_rows))
-    missing = (0, top_k - values.size(1))
-    values, columns = pad(values, missing, value=-torch.inf), pad(columns, missing)
-    of_ranks = [torch.empty_like(values) for _ in range(group.size())]
-    if group.size() > 1:
-        dist.all_gather(of_ranks, values, group=group)
-    else:
-        of_ranks = [values]
-    kept, order = torch.cat(of_ranks, dim=1).topk(top_k)
-    is_own = order // top_k == group.rank()
-    columns = columns.gather(1, order % top_k)
-    # Entries of other ranks are 0 in both, and no divergence sees them.
-    own = torch.where(is_own, gather_columns(log_softmax(student, group), columns), 0)
-    if not tail:
-        return own, torch.where(is_own, kept.log_softmax(1), 0), is_own
-    taken = torch.zeros(len(target), num_rows + 1, dtype=torch.bool, device=target.device)
-    taken = taken.scatter(1, torch.where(is_own, columns, num_rows), True)[:, :num_rows]
-
-    def sums(logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the log of the sum over the vocabulary, and the log-probability of all tokens not taken."""
-        log_sum = LogSumExp.apply(logits, group)[:, None]
-        return log_sum, LogSumExp.apply(logits.masked_fill(taken, -torch.inf), group)[:, None] - log_sum
-
-    _, student_tail = sums(student)
-    log_sum, target_tail = sums(target)
-    with_tail = torch.cat([own, student_tail], dim=1)
-    target_with_tail = torch.cat([torch.where(is_own, kept - log_sum, 0), target_tail], dim=1)
-    # The first rank counts the tail.
-    return with_tail, target_with_tail, pad(is_own, (0, 1), value=group.rank() == 0)
 
 
 def _zero_unless(condition: Tensor, logits: Tensor, columns: Tensor) -> Tensor:

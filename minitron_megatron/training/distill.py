@@ -6,36 +6,36 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from minitron_megatron.artifacts.lease import sole_writer
-from minitron_megatron.artifacts.manifest import MANIFEST, Manifest, Parent
+from minitron_megatron.artifacts.manifest import HUGGINGFACE, MANIFEST, Manifest, Parent
 from minitron_megatron.artifacts.output import conflict_message, writing
-from minitron_megatron.checkpoint.dist_reader import HUGGINGFACE, Checkpoint
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.checkpoint.hf_assets import copy_hf_assets
 from minitron_megatron.config.compose import to_plain, to_yaml
 from minitron_megatron.config.distill import MaskMode
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.config.sparsify import UNSTRUCTURED
 from minitron_megatron.data.corpus import text_parents
-from minitron_megatron.data.encoding import have_equal_tokenizers
-from minitron_megatron.data.samples import Samples, heldout_samples, require_tokens, training_samples
+from minitron_megatron.data.samples import (
+    Samples,
+    heldout_samples,
+    require_tokens,
+    training_samples,
+)
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.disk import convert_enospc
-from minitron_megatron.distillation.pairs import hidden_problems
+from minitron_megatron.distillation.prediction_cache import PredictionCache
 from minitron_megatron.errors import ConfigError, Preempted, raise_if_any
 from minitron_megatron.files import write_atomically
-from minitron_megatron.model.build import build_problems, fp8_problems
 from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.megatron_args import args_of_network
-from minitron_megatron.model.positions import warn_of_positions
 from minitron_megatron.parallel.collectives import raise_on_all_ranks, rank0_first
 from minitron_megatron.parallel.context import ParallelContext, parallel_context
 from minitron_megatron.tracking.metrics import Metrics
-from minitron_megatron.training.fake_quant import fake_quant_problems
 from minitron_megatron.training.loop import Trainer
-from minitron_megatron.training.masks import masks_problems
+from minitron_megatron.training.matching import open_teacher, require_match, sample_problems
 from minitron_megatron.training.preemption import stop_requests
 from minitron_megatron.training.saver import Saver
 from minitron_megatron.training.setup import set_up
@@ -67,8 +67,8 @@ def distill(config: DistillConfig) -> Path:
         TrainingError: too many steps in a row had no finite loss and gradient.
     """
     student = Checkpoint(config.student)
-    teacher = Checkpoint(config.teacher) if config.teacher else None
-    _require_fit(config, student, teacher)
+    teacher = open_teacher(Path(config.teacher)) if config.teacher else None
+    require_match(config, student, teacher)
     output = Path(config.output)
     parents = [Parent.of("student", student.root), *([Parent.of("teacher", teacher.root)] if teacher else [])]
     parents += text_parents(config.data.text)
@@ -84,6 +84,8 @@ def distill(config: DistillConfig) -> Path:
         heldout = heldout_samples(corpus, config.data)
         if config.validate_every:
             require_tokens(heldout, "first held-out", config.validate_batches * config.global_batch)
+        if isinstance(teacher, PredictionCache) and config.loss.needs_teacher:
+            raise_if_any(sample_problems(config, teacher, samples, heldout))
         rank0_first(lambda: _prepare(output, config, student, manifest))
         # An earlier signal ends the process, because there is nothing to save.
         with convert_enospc(output), stop_requests() as stop_requested:
@@ -120,7 +122,7 @@ def _leave_together() -> Iterator[None]:
 
 def _run(
     config: DistillConfig,
-    teacher: Checkpoint | None,
+    teacher: Checkpoint | PredictionCache | None,
     student: Checkpoint,
     samples: Samples,
     heldout: Samples,
@@ -160,25 +162,6 @@ def _run(
     ).train()
 
 
-def _require_fit(config: DistillConfig, student: Checkpoint, teacher: Checkpoint | None) -> None:
-    """Checks that teacher and student match and can be built, before anything is.
-
-    Raises:
-        ConfigError: they do not, or cannot.
-    """
-    problems = _mismatches(teacher, student, config) + masks_problems(student, config.masks)
-    raise_if_any(problems + fake_quant_problems(student.network, config.fake_quant))
-    problems = build_problems(student.network, config.parallel, "student")
-    if teacher:
-        problems += build_problems(teacher.network, config.parallel, "teacher")
-    raise_if_any(problems)
-    for role, model in (("student", student), ("teacher", teacher)):
-        if model:
-            warn_of_positions(model.network.max_positions, config.data.sequence_length, f"the {role}")
-    if teacher and config.teacher_fp8:
-        raise_if_any(fp8_problems(teacher.network, config.parallel, "teacher_fp8"))
-
-
 def _say_of_zeros_and_scales(config: DistillConfig, student: Checkpoint, manifest: Manifest) -> None:
     """Passes on which pattern a sparse student has, and warns of what training does to a quantised one."""
     is_kept = config.masks.mode is MaskMode.KEEP
@@ -196,34 +179,6 @@ def _say_of_zeros_and_scales(config: DistillConfig, student: Checkpoint, manifes
         logger.warning("the student is quantised, and training moves its weights off their grid: quantise the result")
     if student.cache_scales:
         logger.warning("the student has scales of its KV cache, which training makes wrong: the result has none")
-
-
-def _mismatches(teacher: Checkpoint | None, student: Checkpoint, config: DistillConfig) -> list[str]:
-    """Returns why teacher and student do not match, one sentence each."""
-    if teacher is None:
-        return []
-    problems = hidden_problems(config.loss.hidden, student.network, teacher.network)
-    if config.teacher_lr is not None and config.teacher_dtype is None and teacher.dtype is torch.float16:
-        problems.append(
-            f"teacher = {config.teacher} is in fp16, and teacher_lr = {config.teacher_lr} trains it, which needs bf16 "
-            f"or fp32: set teacher_dtype=bf16"
-        )
-    problems += config.loss.logits.vocab_problems(teacher.network.vocab_size)
-    theirs, ours = (
-        f"vocab_size = {s.vocab_size}, padded to {s.padded_vocab_size}" for s in (teacher.network, student.network)
-    )
-    if theirs != ours:
-        problems.append(
-            f"teacher = {config.teacher} has {theirs}; student = {config.student} has {ours}: they must share one "
-            f"vocabulary, and its padding"
-        )
-    if teacher.network.vocab_size == student.network.vocab_size and not have_equal_tokenizers(
-        teacher.huggingface_folder, student.huggingface_folder
-    ):
-        problems.append(
-            f"teacher = {config.teacher} and student = {config.student} carry different tokenizers: they must share one"
-        )
-    return problems
 
 
 def _is_finished(output: Path, manifest: Manifest) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from minitron_megatron.config.schema import DistillConfig
-from minitron_megatron.data.samples import Samples, rank_batches
+from minitron_megatron.data.samples import FIRST_HELDOUT, Samples, rank_batches
 from minitron_megatron.distillation.objectives import CrossEntropy, Divergence
 from minitron_megatron.distillation.result import StepResult, combine
 from minitron_megatron.distillation.step import DistillationStep
@@ -179,7 +179,9 @@ class Trainer:
             DataError: one of them is not better than chance.
         """
         results = [result for teacher in self.step.teachers if (result := teacher.evaluate(batches)) is not None]
-        losses = [_better_than_chance(result, self.config, self.step.vocab) for result in results if result.num_tokens]
+        losses = [
+            better_than_chance(result, self.config.teacher, self.step.vocab) for result in results if result.num_tokens
+        ]
         return {"teacher/first_lm": losses[0]} if losses else {}
 
     def _update_weights(self, result: StepResult) -> tuple[list[float], list[float]]:
@@ -313,7 +315,8 @@ def validate(
         heartbeat: called after every few micro-batches.
     """
     count = min(len(heldout), config.validate_batches * config.global_batch)
-    batches = rank_batches(heldout, 0, count, config.micro_batch, ctx.data_rank, ctx.layout.replicas)
+    data_rank, data_size = ctx.data_rank, ctx.layout.replicas
+    batches = rank_batches(heldout, 0, count, config.micro_batch, data_rank, data_size, FIRST_HELDOUT)
     results = []
     for call in group_microbatches(batches, ctx):
         results.append(step.evaluate(to_device(call, ctx.device), number))
@@ -321,7 +324,7 @@ def validate(
     return combine(results)
 
 
-def _better_than_chance(result: StepResult, config: DistillConfig, vocab: int) -> float:
+def better_than_chance(result: StepResult, teacher: str | None, vocab: int) -> float:
     """Returns a teacher's loss per token on the first batch, if it is better than chance.
 
     Raises:
@@ -330,7 +333,7 @@ def _better_than_chance(result: StepResult, config: DistillConfig, vocab: int) -
     chance, loss = math.log(vocab), result.losses[CrossEntropy.name]
     if not loss < chance:
         raise DataError(
-            f"teacher = {config.teacher} has a loss of {loss:.3f} nats per token on the first batch, and chance over "
+            f"teacher = {teacher} has a loss of {loss:.3f} nats per token on the first batch, and chance over "
             f"{vocab} tokens has {chance:.3f}: its weights, its tokenizer or the text are not what they should be"
         )
     logger.info("the teacher's loss on the first batch is %.3f nats per token; chance has %.3f", loss, chance)

@@ -10,11 +10,14 @@ from minitron_megatron.checkpoint.load import load_weights
 from minitron_megatron.checkpoint.random_weights import RandomWeights
 from minitron_megatron.config.distill import MaskMode
 from minitron_megatron.config.schema import DistillConfig, DType
+from minitron_megatron.distillation.cached_teacher import CachedTeacher
 from minitron_megatron.distillation.entries import loss_entries
 from minitron_megatron.distillation.hidden import HiddenDistance
 from minitron_megatron.distillation.live_teacher import LiveTeacher
+from minitron_megatron.distillation.prediction_cache import PredictionCache
 from minitron_megatron.distillation.projections import add_projections
 from minitron_megatron.distillation.step import DistillationStep
+from minitron_megatron.distillation.teachers import Teacher
 from minitron_megatron.model.build import TORCH_DTYPES, build_model
 from minitron_megatron.model.count import forward_flops_per_token
 from minitron_megatron.parallel.collectives import raise_on_all_ranks
@@ -40,14 +43,14 @@ class TrainingSetup:
 
 
 def set_up(
-    config: DistillConfig, student: Checkpoint, teacher: Checkpoint | None, ctx: ParallelContext
+    config: DistillConfig, student: Checkpoint, teacher: Checkpoint | PredictionCache | None, ctx: ParallelContext
 ) -> TrainingSetup:
     """Builds the models with the weights of their checkpoints. Collective.
 
     Args:
         config: settings of the run.
         student: checkpoint to start from.
-        teacher: checkpoint of the teacher; None if no loss uses it.
+        teacher: checkpoint of the teacher, or a cache of its predictions; None if no loss uses it.
         ctx: this rank's place.
     """
     vocab, chunk_tokens = student.network.vocab_size, config.loss.chunk_tokens
@@ -61,8 +64,12 @@ def set_up(
             masks.zero_weights() if config.random_init else masks.require_zeros()
     # A backward pass costs as much as two forward passes.
     flops = 3 * forward_flops_per_token(student.network, config.data.sequence_length)
-    models, live_teacher, hidden = {}, None, None
-    if teacher:
+    models, hidden = {}, None
+    taught_by: Teacher | None = None
+    if isinstance(teacher, PredictionCache):
+        with raise_on_all_ranks():
+            taught_by = CachedTeacher(teacher, student.network.padded_vocab_size, ctx)
+    elif teacher:
         teacher_chunks = _load_teacher(config, teacher, ctx)
         flops += (1 if config.teacher_lr is None else 3) * forward_flops_per_token(
             teacher.network, config.data.sequence_length
@@ -74,7 +81,7 @@ def set_up(
         if config.teacher_lr is not None:
             models[TEACHER] = _trainable_teacher(config, config.teacher_lr, teacher, teacher_chunks, ctx)
             teacher_chunks = models[TEACHER].model_chunks
-        live_teacher = LiveTeacher(teacher_chunks, ctx, vocab, chunk_tokens)
+        taught_by = LiveTeacher(teacher_chunks, ctx, vocab, chunk_tokens)
     trained = setup_optimizer(model_chunks, config.optimizer, config.steps, config.dtype, ctx)
     fake_quant = None
     if config.fake_quant.scheme is not None:
@@ -82,7 +89,7 @@ def set_up(
             fake_quant = FakeQuant(model_chunks, source, student, config.fake_quant, ctx)
             fake_quant.round_weights()  # after the optimiser has copied them
     models = {"": dataclasses.replace(trained, masks=masks, fake_quant=fake_quant), **models}
-    entries = loss_entries(config.loss, live_teacher, hidden, config.steps)
+    entries = loss_entries(config.loss, taught_by, hidden, config.steps)
     return TrainingSetup(DistillationStep(models[""].model_chunks, entries, ctx, vocab, chunk_tokens), models, flops)
 
 

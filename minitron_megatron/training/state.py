@@ -24,7 +24,7 @@ from minitron_megatron.checkpoint.dist_reader import (
     require_plain,
 )
 from minitron_megatron.disk import convert_enospc
-from minitron_megatron.files import publish, write_atomically
+from minitron_megatron.files import link_or_copy, publish, write_atomically
 from minitron_megatron.parallel.collectives import rank0_first
 from minitron_megatron.training.optimizer import TrainableModel
 
@@ -159,22 +159,19 @@ def _announce_best(temporary: Path, folder: Path, step: str) -> None:
     best, new, old = (root.with_name(name) for name in (BEST, f".{BEST}.new", f".{BEST}.old"))
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
-    shutil.copytree(temporary, new / folder.name, copy_function=_link)
+    shutil.copytree(temporary, new / folder.name, copy_function=link_or_copy)
     shutil.copytree(
-        root, new, copy_function=_link, ignore=shutil.ignore_patterns("iter_*", ".*", TRACKER), dirs_exist_ok=True
+        root,
+        new,
+        copy_function=link_or_copy,
+        ignore=shutil.ignore_patterns("iter_*", ".*", TRACKER),
+        dirs_exist_ok=True,
     )
     write_atomically(new / TRACKER, step)
     if best.exists():
         os.replace(best, old)
     publish(new, best)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
 
 
 def load_state(root: Path, models: Mapping[str, TrainableModel]) -> RunState:

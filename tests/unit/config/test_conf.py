@@ -15,6 +15,7 @@ MANDATORY = {
     "prune": ["checkpoint=c", "scores=s", "output=o", "target.ffn=8"],
     "sparsify": ["checkpoint=c", "output=o"],
     "quantize": ["checkpoint=c", "output=o"],
+    "cache": ["teacher=t", "output=o", "num_samples=8"],
     "distill": ["teacher=t", "student=s", "output=o"],
     "evaluate": ["model=m", "output=o"],
     "export": ["checkpoint=c", "output=o"],

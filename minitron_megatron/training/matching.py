@@ -1,0 +1,119 @@
+"""Checks that teacher, student and settings match, before anything is built."""
+
+from pathlib import Path
+
+import torch
+
+from minitron_megatron.artifacts.manifest import CACHE, Manifest
+from minitron_megatron.checkpoint.dist_reader import Checkpoint
+from minitron_megatron.config.schema import DistillConfig
+from minitron_megatron.data.encoding import have_equal_tokenizers
+from minitron_megatron.data.samples import HeldoutSamples, TrainingSamples
+from minitron_megatron.distillation.pairs import hidden_problems
+from minitron_megatron.distillation.prediction_cache import HELDOUT, TRAIN, PredictionCache
+from minitron_megatron.errors import raise_if_any
+from minitron_megatron.model.build import build_problems, fp8_problems
+from minitron_megatron.model.positions import warn_of_positions
+from minitron_megatron.training.fake_quant import fake_quant_problems
+from minitron_megatron.training.masks import masks_problems
+
+
+def open_teacher(folder: Path) -> Checkpoint | PredictionCache:
+    """Returns a teacher: a checkpoint, or a cache of predictions.
+
+    Raises:
+        CheckpointError: it is neither, or not whole.
+    """
+    return PredictionCache(folder) if Manifest.is_of_kind(CACHE, folder) else Checkpoint(folder)
+
+
+def require_match(config: DistillConfig, student: Checkpoint, teacher: Checkpoint | PredictionCache | None) -> None:
+    """Checks that teacher and student match and can be built, before anything is.
+
+    Raises:
+        ConfigError: they do not, or cannot.
+    """
+    problems = _mismatches(teacher, student, config) + masks_problems(student, config.masks)
+    raise_if_any(problems + fake_quant_problems(student.network, config.fake_quant))
+    built = {"student": student, **({"teacher": teacher} if isinstance(teacher, Checkpoint) else {})}
+    raise_if_any([p for role, model in built.items() for p in build_problems(model.network, config.parallel, role)])
+    for role, model in built.items():
+        warn_of_positions(model.network.max_positions, config.data.sequence_length, f"the {role}")
+    if isinstance(teacher, Checkpoint) and config.teacher_fp8:
+        raise_if_any(fp8_problems(teacher.network, config.parallel, "teacher_fp8"))
+
+
+def _mismatches(teacher: Checkpoint | PredictionCache | None, student: Checkpoint, config: DistillConfig) -> list[str]:
+    """Returns why teacher and student do not match, one sentence each."""
+    if teacher is None:
+        return []
+    if isinstance(teacher, PredictionCache):
+        return _cache_mismatches(teacher, student, config)
+    problems = hidden_problems(config.loss.hidden, student.network, teacher.network)
+    if config.teacher_lr is not None and config.teacher_dtype is None and teacher.dtype is torch.float16:
+        problems.append(
+            f"teacher = {config.teacher} is in fp16, and teacher_lr = {config.teacher_lr} trains it, which needs bf16 "
+            f"or fp32: set teacher_dtype=bf16"
+        )
+    problems += config.loss.logits.vocab_problems(teacher.network.vocab_size)
+    theirs, ours = (
+        f"vocab_size = {s.vocab_size}, padded to {s.padded_vocab_size}" for s in (teacher.network, student.network)
+    )
+    if theirs != ours:
+        problems.append(
+            f"teacher = {config.teacher} has {theirs}; student = {config.student} has {ours}: they must share one "
+            f"vocabulary, and its padding"
+        )
+    if teacher.network.vocab_size == student.network.vocab_size:
+        problems += _tokenizer_problems(teacher, student, config)
+    return problems
+
+
+def _tokenizer_problems(teacher: Checkpoint | PredictionCache, student: Checkpoint, config: DistillConfig) -> list[str]:
+    if have_equal_tokenizers(teacher.huggingface_folder, student.huggingface_folder):
+        return []
+    return [
+        f"teacher = {config.teacher} and student = {config.student} carry different tokenizers: they must share one"
+    ]
+
+
+def _cache_mismatches(cache: PredictionCache, student: Checkpoint, config: DistillConfig) -> list[str]:
+    """Returns why a cache cannot teach a student, one sentence each."""
+    where = f"teacher = {config.teacher} is a cache of predictions"
+    problems = []
+    if config.loss.hidden.weight:
+        problems.append(
+            f"{where}, which has no states of inner layers, and loss.hidden.weight = {config.loss.hidden.weight} "
+            f"compares them: name the teacher's checkpoint, or set the weight to 0"
+        )
+    problems += [
+        f"{where}, and {name} = {value} is for a model: leave it out, or name the teacher's checkpoint"
+        for name in ("teacher_lr", "teacher_dtype", "teacher_fp8")
+        if (value := getattr(config, name))
+    ]
+    if config.loss.kd_logits_weight:
+        problems += cache.problems(config.loss.logits)
+    if cache.index.sequence_length != config.data.sequence_length:
+        problems.append(
+            f"{where} for sequences of {cache.index.sequence_length} tokens, and data.sequence_length = "
+            f"{config.data.sequence_length}: make them equal"
+        )
+    if cache.index.vocab != student.network.vocab_size:
+        return [
+            *problems,
+            f"{where} over {cache.index.vocab} tokens, and student = {config.student} has "
+            f"{student.network.vocab_size}: they must share one tokenizer",
+        ]
+    return problems + _tokenizer_problems(cache, student, config)
+
+
+def sample_problems(
+    config: DistillConfig, cache: PredictionCache, samples: TrainingSamples, heldout: HeldoutSamples
+) -> list[str]:
+    """Returns why a cache has no predictions for the samples of a run, one sentence each."""
+    count = config.steps * config.global_batch
+    problems = cache.sample_problems(TRAIN, samples.fingerprint, count, "steps x global_batch")
+    if not config.validate_every:
+        return problems
+    count = min(len(heldout), config.validate_batches * config.global_batch)
+    return problems + cache.sample_problems(HELDOUT, heldout.fingerprint, count, "validate_batches x global_batch")
