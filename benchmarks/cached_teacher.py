@@ -142,15 +142,13 @@ def settings(models: Models, work: Path, name: str, seed: int, args):
 
 
 def bytes_of(cache: Path) -> dict:
-    """Bytes of a cache: of all its predictions for a token, and of the output layer."""
-    from minitron_megatron.distillation.prediction_cache import OUTPUT, TRAIN, PredictionCache
+    """Bytes of a cache: of its predictions for a token, and of the output layer."""
+    from minitron_megatron.distillation.prediction_cache import OUTPUT, PredictionCache
 
-    index = PredictionCache(cache).index
-    sizes = {file.name: file.stat().st_size for file in cache.glob("*.safetensors")}
-    output = sizes.pop(OUTPUT, 0)
+    output = cache / OUTPUT
     return {
-        "a token": sum(sizes.values()) / (index.splits[TRAIN].num_samples * index.sequence_length),
-        "output": output,
+        "a token": PredictionCache(cache).bytes_per_token(),
+        "output": output.stat().st_size if output.exists() else 0,
     }
 
 

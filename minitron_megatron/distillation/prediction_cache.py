@@ -2,7 +2,7 @@
 
     CACHE/
         manifest.json                 teacher, corpus and settings; written last
-        index.json                    form, sizes, and the samples of each split
+        predictions.json              form, sizes, and the samples of each split
         train-00000.safetensors       predictions for samples 0 to `shard_samples` - 1 of the training samples
         heldout-00000.safetensors     the same of the held-out samples
         output.safetensors            `weight` [vocab, hidden] of the teacher's output layer, of the form `hidden`
@@ -42,7 +42,7 @@ from minitron_megatron.files import read_json, replacing, write_json
 from minitron_megatron.model.network import Network
 from minitron_megatron.parallel.schedule import PADDING
 
-INDEX, OUTPUT = "index.json", "output.safetensors"
+INDEX, OUTPUT = "predictions.json", "output.safetensors"
 TRAIN, HELDOUT = "train", "heldout"
 _TOP_K = ("ids", "log_probs", "log_rest")
 _RAGGED = ("ids", "counts")
@@ -210,6 +210,12 @@ class PredictionCache:
     def has_states(self) -> bool:
         """Whether it holds hidden states."""
         return self.index.form is CacheForm.HIDDEN
+
+    def bytes_per_token(self) -> float:
+        """Returns the bytes of its predictions for each token of its samples."""
+        num_samples = sum(split.num_samples for split in self.index.splits.values())
+        shards = (path for path in self.root.glob("*.safetensors") if path.name != OUTPUT)
+        return sum(path.stat().st_size for path in shards) / (num_samples * self.index.sequence_length)
 
     def output_weight(self) -> Tensor:
         """Returns the weight `[vocab, hidden]` of the teacher's output layer, of a cache of hidden states."""

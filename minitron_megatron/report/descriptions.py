@@ -12,6 +12,8 @@ from minitron_megatron.checkpoint.dist_reader import TRACKER, Checkpoint
 from minitron_megatron.checkpoint.huggingface import HuggingFaceFolder
 from minitron_megatron.checkpoint.sparsity_facts import MatrixFacts, sparsity_facts
 from minitron_megatron.config.schema import DepthSearch, Unit
+from minitron_megatron.distillation.prediction_cache import INDEX as PREDICTIONS
+from minitron_megatron.distillation.prediction_cache import PredictionCache
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.model.axes import HIDDEN
 from minitron_megatron.model.network import Network
@@ -218,12 +220,26 @@ def _huggingface(folder: Path) -> Description:
     return Description("Hugging Face folder", {"": source.network}, {"dtype": dtype})
 
 
+def _predictions(folder: Path) -> Description:
+    cache = PredictionCache(folder)
+    index = cache.index
+    facts = {
+        "form": f"{index.form.value}{f', {index.most} for a position' * bool(index.most)}",
+        "samples": ", ".join(f"{split.num_samples:,} {name}" for name, split in index.splits.items()),
+        "tokens of a sample": f"{index.sequence_length:,}",
+        "temperature": f"{index.temperature:g}",
+        "bytes a token": f"{cache.bytes_per_token():,.1f}",
+    }
+    return Description("cache of a teacher's predictions", {"": cache.network}, facts)
+
+
 # The file that identifies a kind of folder, and its reader. A pruned checkpoint also holds a plan, so order matters.
 _READERS: dict[str, Callable[[Path], Description]] = {
     TRACKER: _checkpoint,
     f"checkpoints/{TRACKER}": _run,
     SCORES: _scores,
     EVALUATION: _evaluation,
+    PREDICTIONS: _predictions,
     "config.json": _huggingface,
     PLAN: _plan,
 }

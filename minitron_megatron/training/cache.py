@@ -38,6 +38,7 @@ from minitron_megatron.distillation.prediction_cache import (
     OUTPUT,
     TRAIN,
     CacheIndex,
+    PredictionCache,
     Split,
     pack,
     shard_path,
@@ -124,18 +125,15 @@ def _finish(work: Path, output: Path, manifest: Manifest, index: CacheIndex, tea
             link_or_copy(file, folder / file.name)
         copy_hf_assets(teacher.huggingface_folder, folder / HUGGINGFACE)
         index.write(folder)
-        files = sorted(folder.glob("*.safetensors"))
-        manifest.details["files"] = {file.name: fingerprint(file) for file in files}
+        manifest.details["files"] = {file.name: fingerprint(file) for file in sorted(folder.glob("*.safetensors"))}
     shutil.rmtree(work)
-    size = sum((output / file.name).stat().st_size for file in files)
-    count = sum(split.num_samples for split in index.splits.values())
     logger.info(
         "%s: %s predictions for %s samples of %d tokens, %.1f bytes a token",
         output,
         index.form.value,
         " and ".join(f"{split.num_samples} {name}" for name, split in index.splits.items()),
         index.sequence_length,
-        size / (count * index.sequence_length),
+        PredictionCache(output).bytes_per_token(),
     )
 
 

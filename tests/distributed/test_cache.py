@@ -10,12 +10,23 @@ import torch
 from safetensors.torch import load_file
 
 from minitron_megatron.config.cache import CacheConfig, CacheForm
+from minitron_megatron.config.cluster import ClusterConfig
 from minitron_megatron.config.loss import Divergence, HiddenConfig, LogitsConfig, LossConfig
 from minitron_megatron.config.parallel import InferenceParallelConfig
-from minitron_megatron.config.schema import DataConfig, DistillConfig, DType, OptimizerConfig, ParallelConfig
+from minitron_megatron.config.schema import (
+    DataConfig,
+    DistillConfig,
+    DType,
+    InspectConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from minitron_megatron.distillation.prediction_cache import INDEX, PredictionCache, pack_ids, shard_path, unpack_ids
 from minitron_megatron.distillation.sparse_predictions import SampledPredictions, TopPredictions
 from minitron_megatron.errors import CheckpointError, ConfigError
+from minitron_megatron.fit_check import check_fit
+from minitron_megatron.launch.jobs import jobs_of
+from minitron_megatron.report.inspect import inspect
 from minitron_megatron.tracking.metrics import read_metrics
 from minitron_megatron.training import cache, distill
 from tests.ranks import run_on_ranks
@@ -188,6 +199,43 @@ def test_padding_rows_and_both_splits_are_read(inputs):
         assert torch.equal(found[-1].view(16, 3)[:, 1], heldout[-1])
         with pytest.raises(CheckpointError, match="no predictions for train sample 24"):
             whole.read([24])
+
+
+def test_inspect_says_what_a_cache_holds(inputs, capsys):
+    inspect(InspectConfig(str(inputs / "caches" / "top_k")))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].endswith("top_k: cache of a teacher's predictions")
+    assert {"form top_k, 6 for a position", "samples 24 train, 8 heldout", "tokens of a sample 16"} <= set(lines)
+
+
+def test_a_run_from_a_cache_goes_on_exactly_where_it_was_interrupted(inputs, tmp_path, stop_after_saving):
+    config = settings(inputs, tmp_path / "whole", "sampled", save_every=1, validate_every=None)
+    distill.distill(config)
+    parts = replace(config, output=str(tmp_path / "parts"))
+    with stop_after_saving():
+        distill.distill(parts)
+    assert len(read_metrics(tmp_path / "parts")) == 1
+    distill.distill(parts)
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(found[key], value) and len(value) == STEPS for key, value in expected.items())
+
+
+def test_a_cache_takes_no_memory_of_a_teacher_where_a_launch_is_checked(inputs):
+    """One that is there, and one that an earlier stage makes; where no teacher can be read nothing is said."""
+
+    def gib(teacher):
+        many = dict(global_batch=2**20, parallel=ParallelConfig(data=1))  # a teacher keeps a state for each
+        config = settings(inputs, inputs / "run", "sampled", **many)
+        made = cache_settings(inputs, "later", "sampled", parallel=InferenceParallelConfig(data=1))
+        stages = {"cached": ("cache", made), "run": ("distill", replace(config, teacher=teacher))}
+        cluster = ClusterConfig(gpu="h100")
+        [note], problems = check_fit(stages, jobs_of(stages, cluster, with_report=False), cluster, None)
+        assert not problems
+        return note
+
+    assert gib(str(inputs / "caches" / "sampled")) == gib("later") != gib(str(inputs / "teacher" / "checkpoint"))
+    assert "cannot be read here" in gib("nowhere")
 
 
 def stop_after_two_shards(inputs, output):
