@@ -106,6 +106,7 @@ def settings(models: Models, work: Path, name: str, start: Path, seed: int, step
     config = copy.deepcopy(models.recipe["distilled"])
     config.student = str(models.teacher if name == CONTROL else start)
     config.teacher = str(models.teacher) if ARMS[name] != CE else None
+    config.teacher_dtype = config.teacher_dtype if config.teacher else None
     config.output = str(work / f"{re.sub('[^a-z0-9]+', '_', name.lower())}_{seed}")
     config.steps, config.validate_every = steps or config.steps, None
     config.optimizer.lr, config.optimizer.min_lr = LR, LR / 10

@@ -197,9 +197,9 @@ def with_other(command, key, value):
             ["loss.hidden.pairs has [0, 9], and the teacher has layers 0 to 3: name one of these"],
         ),
         (
-            f"{DISTILL} steps=50 loss.lm_schedule=linear loss.lm_weight_end=1 loss.lm_schedule_steps=51",
+            f"{DISTILL} steps=50 loss.schedule={{lm_weight:{{points:[[1,0.5],[51,1]]}}}}",
             1,
-            ["loss.lm_schedule_steps = 51 ends beyond steps = 50: set it to 50 at most, or to null"],
+            ["loss.schedule.lm_weight.points has step 51, and steps = 50: end at 50 or before"],
         ),
         (f"{PRUNE} target.hidden=49", 1, ["target.hidden = 49 is larger than the source's 48"]),
         (f"{PRUNE} target.ffn=[30,31]", 1, ["target.ffn has 2 sizes, and the source has 4 MLP sublayers: give one"]),

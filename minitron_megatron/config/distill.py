@@ -253,8 +253,7 @@ class DistillConfig(PluginConfig):
         problems += self.masks.problems(self.steps, f"{where}masks.")
         problems += self.fake_quant.problems(self.dtype, f"{where}fake_quant.")
         problems += sequence_problems(where, self.data, self.parallel)
-        weights = {"kd_logits_weight": self.loss.kd_logits_weight, "hidden.weight": self.loss.hidden.weight}
-        for name, weight in weights.items() if self.teacher is None else ():
+        for name, weight in self.loss.teacher_weights.items() if self.teacher is None else ():
             if weight:
                 problems.append(
                     f"{where}teacher = null, but {where}loss.{name} = {weight}: "
@@ -282,11 +281,13 @@ class DistillConfig(PluginConfig):
                     f"{where}teacher_lr = {self.teacher_lr} trains the teacher, which needs bf16 or fp32: change "
                     f"{where}{'teacher_fp8' if self.teacher_fp8 else 'teacher_dtype'}"
                 )
-        if (last := self.loss.lm_schedule_steps) and last > self.steps:
-            problems.append(
-                f"{where}loss.lm_schedule_steps = {last} ends beyond {where}steps = {self.steps}: set it "
-                f"to {self.steps} at most, or to null"
-            )
+        for name, schedule in self.loss.schedules.items():
+            last = schedule.points[-1][0]
+            if last > self.steps:
+                problems.append(
+                    f"{where}loss.schedule.{name}.points has step {last}, and {where}steps = {self.steps}: end at "
+                    f"{self.steps} or before"
+                )
         if self.dtype is DType.FP16:
             problems.append(f"{where}dtype = fp16: training needs bf16 or fp32, whose gradients do not underflow")
         if not problems:

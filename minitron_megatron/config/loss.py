@@ -1,20 +1,13 @@
 """The settings of the loss."""
 
-import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from minitron_megatron.config import axes
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.fields import SAME_RESULT
-
-
-class Schedule(str, Enum):
-    """How a weight changes from its first value to its last."""
-
-    CONSTANT = "constant"
-    LINEAR = "linear"
-    COSINE = "cosine"
+from minitron_megatron.config.reader import near
+from minitron_megatron.config.schedule import Schedule, schedule_problems
 
 
 class Divergence(str, Enum):
@@ -174,6 +167,17 @@ class HiddenConfig:
         return problems
 
 
+SCHEDULED = (
+    "kd_logits_weight",
+    "lm_weight",
+    "hidden.weight",
+    "logits.temperature",
+    "logits.beta",
+    "logits.skew",
+)
+"""Settings of the loss that may have a schedule."""
+
+
 @dataclass
 class LossConfig:
     """What the student minimises, per valid token.
@@ -181,9 +185,9 @@ class LossConfig:
     Attributes:
         kd_logits_weight: weight of the divergence from the teacher's predictions.
         lm_weight: weight of the cross-entropy on the text.
-        lm_weight_end: final value of lm_weight; null keeps it constant.
-        lm_schedule: schedule from lm_weight to lm_weight_end.
-        lm_schedule_steps: steps until lm_weight_end is reached; null for all steps of the run.
+        schedule: settings of this section that change over the steps, from 1, by name: a weight, or a temperature, beta
+            or skew of `logits`. As in {lm_weight:{points:[[1,1.0],[500,0.1]],shape:cosine}}: what it is at some steps,
+            and how it gets from each to the next (linear, cosine, or constant, which stays until then).
         chunk_tokens: tokens whose logits are computed at a time, which bounds memory.
         logits: divergence of the predictions.
         hidden: losses between hidden states.
@@ -191,48 +195,82 @@ class LossConfig:
 
     kd_logits_weight: float = 1.0
     lm_weight: float = 0.0
-    lm_weight_end: float | None = None
-    lm_schedule: Schedule = Schedule.CONSTANT
-    lm_schedule_steps: int | None = None
+    schedule: dict = field(default_factory=dict)
     chunk_tokens: int = field(default=512, metadata=SAME_RESULT)
     logits: LogitsConfig = field(default_factory=LogitsConfig)
     hidden: HiddenConfig = field(default_factory=HiddenConfig)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any loss uses the teacher."""
-        return bool(self.kd_logits_weight or self.hidden.weight)
+        """Whether any loss uses the teacher, at any step."""
+        return any(self.teacher_weights.values())
 
-    def at(self, step: int, steps: int) -> "LossConfig":
-        """Returns the weights at a step of a run of `steps`, counted from 1."""
-        if self.lm_schedule is Schedule.CONSTANT:
-            return self
-        last = self.lm_schedule_steps or steps
-        part = min((step - 1) / max(last - 1, 1), 1.0) if step < last else 1.0
-        if self.lm_schedule is Schedule.COSINE:
-            part = (1 - math.cos(math.pi * part)) / 2
-        assert self.lm_weight_end is not None  # otherwise `problems` reports it
-        weight = self.lm_weight + part * (self.lm_weight_end - self.lm_weight)
-        return replace(self, lm_weight=weight, lm_weight_end=None, lm_schedule=Schedule.CONSTANT)
+    @property
+    def teacher_weights(self) -> dict[str, float]:
+        """The largest weights of the losses that use the teacher, by name."""
+        largest = self.largest
+        return {"kd_logits_weight": largest.kd_logits_weight, "hidden.weight": largest.hidden.weight}
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The schedules by name, but those in which `problems` finds something."""
+        return {
+            name: Schedule.of(values)
+            for name, values in self.schedule.items()
+            if name in SCHEDULED and not schedule_problems(values, name)
+        }
+
+    def at(self, step: int) -> "LossConfig":
+        """Returns the settings at a step, counted from 1."""
+        return self._with({name: schedule.at(step) for name, schedule in self.schedules.items()})
+
+    @property
+    def largest(self) -> "LossConfig":
+        """The settings with the largest value of each that changes."""
+        points = {name: schedule.points for name, schedule in self.schedules.items()}
+        return self._with({name: max(value for _, value in own) for name, own in points.items()})
+
+    def steps_of_changes(self) -> list[int]:
+        """Returns the steps of all points of schedules, in order."""
+        return sorted({step for schedule in self.schedules.values() for step, _ in schedule.points})
+
+    def _with(self, values: dict[str, float]) -> "LossConfig":
+        """Returns the settings with some others, by dotted name, and without schedules."""
+        config = replace(self, schedule={}, logits=replace(self.logits), hidden=replace(self.hidden))
+        for name, value in values.items():
+            *section, setting = name.split(".")
+            setattr(getattr(config, section[0]) if section else config, setting, value)
+        return config
 
     def problems(self, where: str = "loss.") -> list[str]:
-        problems = at_least(where, "chunk_tokens", self.chunk_tokens, 1)
-        for name in ("kd_logits_weight", "lm_weight", "lm_weight_end"):
-            problems += at_least(where, name, getattr(self, name), 0)
-        problems += at_least(where, "lm_schedule_steps", self.lm_schedule_steps, 1)
-        problems += [*self.logits.problems(f"{where}logits."), *self.hidden.problems(f"{where}hidden.")]
-        if not (self.kd_logits_weight or self.lm_weight or self.lm_weight_end):
+        problems = self._schedule_problems(where)
+        for step in {1, *self.steps_of_changes()}:
+            problems += self.at(step)._own_problems(where)
+        problems = list(dict.fromkeys(problems))
+        largest = self.largest
+        if not (largest.kd_logits_weight or largest.lm_weight):
             problems.append(
                 f"{where}kd_logits_weight and {where}lm_weight are both 0: raise one, or nothing is learned"
             )
-        if self.hidden.balance is Balance.DYNAMIC and self.hidden.weight and not self.kd_logits_weight:
+        if self.hidden.balance is Balance.DYNAMIC and largest.hidden.weight and not largest.kd_logits_weight:
             problems.append(
                 f"{where}hidden.balance = dynamic weighs against {where}kd_logits_weight, which is 0: raise it, or set "
                 f"{where}hidden.balance=constant"
             )
-        if (self.lm_schedule is Schedule.CONSTANT) != (self.lm_weight_end is None):
-            problems.append(
-                f"{where}lm_schedule = {self.lm_schedule.value} and {where}lm_weight_end = {self.lm_weight_end}: set "
-                f"both, lm_schedule to linear or cosine, or neither"
-            )
+        return problems
+
+    def _own_problems(self, where: str) -> list[str]:
+        """Returns what is wrong with the settings of a step."""
+        problems = at_least(where, "chunk_tokens", self.chunk_tokens, 1)
+        for name in ("kd_logits_weight", "lm_weight"):
+            problems += at_least(where, name, getattr(self, name), 0)
+        return [*problems, *self.logits.problems(f"{where}logits."), *self.hidden.problems(f"{where}hidden.")]
+
+    def _schedule_problems(self, where: str) -> list[str]:
+        problems = []
+        for name, values in self.schedule.items():
+            if name not in SCHEDULED:
+                problems.append(f"{where}schedule has {name}, which cannot change: {near(name, list(SCHEDULED))}")
+            else:
+                problems += schedule_problems(values, f"{where}schedule.{name}")
         return problems

@@ -1,6 +1,6 @@
 """Estimates the GPU memory of a distillation step from networks and settings alone, without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minitron_megatron.config.loss import EMBEDDING
 from minitron_megatron.config.parallel import ParallelConfig
@@ -81,6 +81,7 @@ def estimate_memory(student: Network, teacher: Network | None, config: DistillCo
         config: settings of the run. A `teacher_dtype` of null means `dtype`. `parallel` is not used.
         layout: can split both networks; see `layout_problems`.
     """
+    config = replace(config, loss=config.loss.largest)
     stages = [_stage_memory(student, teacher, config, layout, stage) for stage in range(layout.pipeline)]
     return max(stages, key=lambda memory: memory.total)
 

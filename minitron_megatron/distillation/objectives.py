@@ -73,12 +73,18 @@ class StateObjective(Objective, Protocol):
         """
 
 
+Weight = float | Callable[[int], float]
+"""Of a loss per valid token: a number, or a function of the step, from 1."""
+
+
 class Term(NamedTuple):
-    """An objective on predictions in one micro-batch, its weight in this step, and its teacher's predictions."""
+    """An objective on predictions in one micro-batch, its weight in this step, its teacher's predictions, and the step,
+    from 1."""
 
     objective: PredictionObjective
     weight: float
     target: Any
+    step: int = 1
 
 
 class Text(NamedTuple):
@@ -109,7 +115,9 @@ def fused_prediction_loss(
     pass of its own.
     """
     configs = {
-        number: term.objective.config for number, term in enumerate(terms) if isinstance(term.objective, Divergence)
+        number: term.objective.config_at(term.step)
+        for number, term in enumerate(terms)
+        if isinstance(term.objective, Divergence)
     }
     texts = [number for number in range(len(terms)) if number not in configs]
     lm_weight = sum(terms[number].weight for number in texts)
@@ -128,7 +136,7 @@ def fused_prediction_loss(
         losses.append(loss)
         sums[texts] = lm
     for number, config in configs.items():
-        _, kd_weight, target = terms[number]
+        _, kd_weight, target, _ = terms[number]
         loss, (sums[number], lm) = run_pass(0.0 if losses else lm_weight, target, kd_weight, config)
         if texts and not losses:
             sums[texts] = lm
@@ -140,19 +148,23 @@ class Divergence:
     """Divergence of the student's predictions from its teacher's.
 
     Args:
-        config: which divergence.
+        config: which divergence; a function of the step, from 1, if it changes.
     """
 
     name = "kd_logits"
     wanted = Wanted(predictions=True)
     compute = staticmethod(fused_prediction_loss)
 
-    def __init__(self, config: LogitsConfig | None = None):
+    def __init__(self, config: LogitsConfig | Callable[[int], LogitsConfig] | None = None):
         self.config = config or LogitsConfig()
+
+    def config_at(self, step: int) -> LogitsConfig:
+        """Returns the settings at a step."""
+        return self.config(step) if callable(self.config) else self.config
 
     def problems(self, vocab: int) -> list[str]:
         """Returns what is wrong with its settings, or impossible with this vocabulary size."""
-        return self.config.problems() + self.config.vocab_problems(vocab)
+        return self.config_at(1).problems() + self.config_at(1).vocab_problems(vocab)
 
 
 class CrossEntropy:
@@ -172,20 +184,21 @@ class BalancedWeight:
     2407.14679, section 3).
 
     Args:
-        weight: factor of alpha.
+        weight: factor of alpha; a function of the step, from 1, if it changes.
         against: name of the other entry.
 
     Attributes:
         alpha: of the next step; None before the first one, which measures both losses in advance.
     """
 
-    def __init__(self, weight: float, against: str):
+    def __init__(self, weight: "Weight", against: str):
         self.weight = weight
         self.against = against
         self.alpha: float | None = None
 
     def __call__(self, step: int) -> float:
-        return (1.0 if self.alpha is None else self.alpha) * self.weight
+        weight = self.weight(step) if callable(self.weight) else self.weight
+        return (1.0 if self.alpha is None else self.alpha) * weight
 
     def update(self, own: float, other: float) -> None:
         """Sets alpha from the losses of a step."""
@@ -205,7 +218,7 @@ class Entry:
 
     teacher: Teacher | None
     objective: Objective
-    weight: float | Callable[[int], float] = 1.0
+    weight: Weight = 1.0
     name: str = ""
 
     def __post_init__(self) -> None:

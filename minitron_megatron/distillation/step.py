@@ -148,7 +148,10 @@ class DistillationStep:
                 stack.enter_context(objective.watch(batches, targets[id(entry.teacher)], weights[entry.name], training))
                 for entry, objective in self._on_states
             ]
-            prediction_sums = self._run_student(batches, weights, targets, training, last_states)
+            terms = [
+                (entry, Term(objective, weights[entry.name], None, number)) for entry, objective in self._on_predictions
+            ]
+            prediction_sums = self._run_student(batches, terms, targets, training, last_states)
         entries, num_tokens = self._sum_over_ranks(weights, prediction_sums, state_sums)
         text_losses = [given.text_loss for given in targets.values() if given.text_loss is not None]
         return StepResult(
@@ -162,12 +165,19 @@ class DistillationStep:
     def _run_student(
         self,
         batches: Sequence[Batch],
-        weights: dict[str, float],
+        terms: Sequence[tuple[Entry, Term]],
         targets: dict[int, Targets],
         training: bool,
         last_states: list[Tensor] | None,
     ) -> Tensor:
         """Runs the student through the schedule.
+
+        Args:
+            batches: see `train`.
+            terms: the objectives on predictions, without targets.
+            targets: of the teachers, by identity.
+            training: whether gradients are computed.
+            last_states: see `train`.
 
         Returns:
             float64 `[1 + objectives on predictions]`: valid tokens and sums of losses, of this rank's micro-batches;
@@ -179,7 +189,7 @@ class DistillationStep:
             output = forward_hidden(model, batch)
             if last_states is not None and unwrap_model(model).post_process:
                 last_states.append(output.detach())
-            return output, lambda output: self._loss(output, number, batch, weights, targets)
+            return output, lambda output: self._loss(output, number, batch, terms, targets)
 
         size = batches[0]["tokens"].shape
         items = list(enumerate(batches))
@@ -190,25 +200,30 @@ class DistillationStep:
         return sums
 
     def _loss(
-        self, output: Tensor, number: int, batch: Batch, weights: dict[str, float], targets: dict[int, Targets]
+        self,
+        output: Tensor,
+        number: int,
+        batch: Batch,
+        terms: Sequence[tuple[Entry, Term]],
+        targets: dict[int, Targets],
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Computes the losses on predictions in one micro-batch; see `LossFunction`."""
         text = Text(*(batch[key].transpose(0, 1).flatten() for key in ("labels", "loss_mask")))
-        terms: dict[ComputeLoss, dict[int, Term]] = {}
-        for position, (entry, objective) in enumerate(self._on_predictions):
+        by_compute: dict[ComputeLoss, dict[int, Term]] = {}
+        for position, (entry, term) in enumerate(terms):
             target = targets[id(entry.teacher)].predictions(number) if entry.teacher is not None else None
-            terms.setdefault(objective.compute, {})[position] = Term(objective, weights[entry.name], target)
+            by_compute.setdefault(term.objective.compute, {})[position] = term._replace(target=target)
         # Memory freed by teachers and student is fragmented between kept activations, too small for logits.
         give_back_freed_memory()
         student = predictions_of(self._last_chunk, output, self.ctx)
-        if len(terms) > 1:
+        if len(by_compute) > 1:
             # One of them would mark the weight as done (see `linear_losses`), and Megatron would not add the others'.
             student = Predictions(student.hidden, student.weight.view_as(student.weight))
         num_tokens = text.mask.sum()
         sums = torch.zeros(1 + len(self._on_predictions), dtype=torch.float64, device=output.device)
         sums[0] = num_tokens
         losses = []
-        for compute, alike in terms.items():
+        for compute, alike in by_compute.items():
             group = self.ctx.collection.tp
             loss, own_sums = compute(student, text, list(alike.values()), group, self.vocab, self.chunk_tokens)
             for position, value in zip(alike, own_sums, strict=True):

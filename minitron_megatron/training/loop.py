@@ -239,8 +239,10 @@ class Trainer:
         """Measures the losses on held-out text."""
         result = validate(self.step, self.heldout, self.config, self.ctx, self.run.step, heartbeat)
         outcome.values |= loss_values("val", result)
-        # The total loss is not comparable over the run: its weights may change, and a trained teacher does.
-        follows_teacher = Divergence.name in result.losses and self.config.teacher_lr is None
+        # The total loss is not comparable over the run: its weights may change, and so may a teacher and a divergence.
+        changes = any(name.startswith("logits.") for name in self.config.loss.schedule)
+        is_fixed = self.config.teacher_lr is None and not changes
+        follows_teacher = Divergence.name in result.losses and is_fixed
         outcome.heldout_loss = result.losses[Divergence.name if follows_teacher else CrossEntropy.name]
         # A signal may have come during validation.
         stop = largest_over_ranks({"stop": float(self.stop_requested())}, self.ctx)["stop"]

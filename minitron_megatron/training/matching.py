@@ -49,7 +49,7 @@ def _mismatches(teacher: Checkpoint | PredictionCache | None, student: Checkpoin
         return []
     if isinstance(teacher, PredictionCache):
         return _cache_mismatches(teacher, student, config)
-    problems = hidden_problems(config.loss.hidden, student.network, teacher.network)
+    problems = hidden_problems(config.loss.largest.hidden, student.network, teacher.network)
     if config.teacher_lr is not None and config.teacher_dtype is None and teacher.dtype is torch.float16:
         problems.append(
             f"teacher = {config.teacher} is in fp16, and teacher_lr = {config.teacher_lr} trains it, which needs bf16 "
@@ -81,9 +81,10 @@ def _cache_mismatches(cache: PredictionCache, student: Checkpoint, config: Disti
     """Returns why a cache cannot teach a student, one sentence each."""
     where = f"teacher = {config.teacher} is a cache of predictions"
     problems = []
-    if config.loss.hidden.weight:
+    largest = config.loss.largest
+    if largest.hidden.weight:
         problems.append(
-            f"{where}, which has no states of inner layers, and loss.hidden.weight = {config.loss.hidden.weight} "
+            f"{where}, which has no states of inner layers, and loss.hidden.weight = {largest.hidden.weight} "
             f"compares them: name the teacher's checkpoint, or set the weight to 0"
         )
     problems += [
@@ -91,8 +92,9 @@ def _cache_mismatches(cache: PredictionCache, student: Checkpoint, config: Disti
         for name in ("teacher_lr", "teacher_dtype", "teacher_fp8")
         if (value := getattr(config, name))
     ]
-    if config.loss.kd_logits_weight:
-        problems += cache.problems(config.loss.logits)
+    if largest.kd_logits_weight:
+        of_steps = (cache.problems(config.loss.at(step).logits) for step in [1, *config.loss.steps_of_changes()])
+        problems += dict.fromkeys(problem for of_step in of_steps for problem in of_step)
     if cache.index.sequence_length != config.data.sequence_length:
         problems.append(
             f"{where} for sequences of {cache.index.sequence_length} tokens, and data.sequence_length = "

@@ -74,7 +74,7 @@ def set_up(
         flops += (1 if config.teacher_lr is None else 3) * forward_flops_per_token(
             teacher.network, config.data.sequence_length
         )
-        if config.loss.hidden.weight:
+        if config.loss.largest.hidden.weight:
             networks = student.network, teacher.network
             add_projections(model_chunks, config.loss.hidden, *networks, ctx, config.seed)  # before the optimiser
             hidden = HiddenDistance(config.loss.hidden, model_chunks, networks, ctx)
@@ -89,7 +89,7 @@ def set_up(
             fake_quant = FakeQuant(model_chunks, source, student, config.fake_quant, ctx)
             fake_quant.round_weights()  # after the optimiser has copied them
     models = {"": dataclasses.replace(trained, masks=masks, fake_quant=fake_quant), **models}
-    entries = loss_entries(config.loss, taught_by, hidden, config.steps)
+    entries = loss_entries(config.loss, taught_by, hidden)
     return TrainingSetup(DistillationStep(models[""].model_chunks, entries, ctx, vocab, chunk_tokens), models, flops)
 
 

@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from modelopt.torch.distill.losses import LogitsDistillationLoss
 from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
-from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig, Schedule
+from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.distillation.linear_losses import Predictions
 from minitron_megatron.distillation.losses import distillation_loss
@@ -175,13 +175,45 @@ def test_predictions_that_have_nothing_in_common_have_finite_gradients(kind):
     assert torch.tensor(loss).isfinite() and of_hidden.isfinite().all() and of_weight.isfinite().all()
 
 
-def test_the_weight_of_cross_entropy_goes_where_it_is_sent():
-    way = LossConfig(lm_weight=1.0, lm_weight_end=0.2, lm_schedule=Schedule.LINEAR, lm_schedule_steps=5)
-    assert [way.at(step, 8).lm_weight for step in range(1, 9)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2])
-    way = LossConfig(lm_weight=0.0, lm_weight_end=2.0, lm_schedule=Schedule.COSINE)
-    assert [way.at(step, 5).lm_weight for step in range(1, 6)] == pytest.approx([0, 1 - 0.5**0.5, 1, 1 + 0.5**0.5, 2])
-    assert LossConfig(lm_weight=0.3).at(4, 5).lm_weight == 0.3
-    assert LossConfig(lm_weight_end=0.5, lm_schedule=Schedule.LINEAR).at(1, 1).lm_weight == 0.5
+def test_settings_go_where_their_schedules_send_them():
+    schedule = {
+        "lm_weight": {"points": [[1, 1.0], [5, 0.2]]},
+        "hidden.weight": {"points": [[1, 0.0], [5, 2.0]], "shape": "cosine"},
+        "logits.temperature": {"points": [[2, 4.0], [4, 1.0]], "shape": "constant"},
+        "kd_logits_weight": {"points": [[3, 0.5]]},
+    }
+    loss = LossConfig(schedule=schedule)
+    assert not loss.problems()
+    steps = [loss.at(step) for step in range(1, 8)]
+    assert [own.lm_weight for own in steps] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2])
+    half = 0.5**0.5
+    assert [own.hidden.weight for own in steps] == pytest.approx([0, 1 - half, 1, 1 + half, 2, 2, 2])
+    assert [own.logits.temperature for own in steps] == [4, 4, 4, 1, 1, 1, 1]
+    assert {own.kd_logits_weight for own in steps} == {0.5}
+    largest = loss.largest
+    assert (largest.lm_weight, largest.hidden.weight, largest.logits.temperature) == (1, 2, 4)
+    assert loss.needs_teacher and LossConfig(0.0, schedule=schedule).needs_teacher
+    assert loss.hidden.weight == 0 and loss.logits.temperature == 1  # the settings themselves stay
+
+
+@pytest.mark.parametrize(
+    ("schedule", "problem"),
+    [
+        ({"lm_wait": {"points": [[1, 1.0]]}}, "schedule has lm_wait, which cannot change: did you mean lm_weight?"),
+        ({"lm_weight": 0.5}, "loss.schedule.lm_weight = 0.5: must have points"),
+        ({"lm_weight": {"points": []}}, "must be steps, from 1, with a value for each"),
+        ({"lm_weight": {"points": [[0, 1.0]]}}, "must be steps, from 1"),
+        ({"lm_weight": {"points": [[1.5, 1.0]]}}, "must be steps, from 1"),
+        ({"lm_weight": {"points": [[5, 1.0], [5, 2.0]]}}, "has the steps 5, 5: each must be later than the one before"),
+        ({"lm_weight": {"points": [[1, 1.0]], "shape": "square"}}, "shape = 'square': must be one of linear, cosine"),
+        ({"lm_weight": {"points": [[1, 1.0]], "to": 3}}, "loss.schedule.lm_weight.to is not a setting"),
+        ({"lm_weight": {"points": [[1, 1.0], [9, -1.0]]}}, "loss.lm_weight = -1.0"),
+        ({"logits.temperature": {"points": [[1, 2.0], [9, 0.0]]}}, "loss.logits.temperature = 0.0: must be above 0"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(schedule, problem):
+    problems = LossConfig(schedule=schedule).problems()
+    assert any(problem in one for one in problems), problems
 
 
 def test_top_k_alone_is_refused_where_agreement_would_not_be_best():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-from minitron_megatron.config.loss import Balance, HiddenConfig, LogitsConfig, LossConfig, Schedule
+from minitron_megatron.config.loss import Balance, HiddenConfig, LogitsConfig, LossConfig
 from minitron_megatron.config.loss import Divergence as DivergenceKind
 from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.distillation import live_teacher
@@ -237,17 +237,33 @@ def test_the_entries_of_settings():
 
     assert weights(LossConfig(0.0, 1.0), 1) == {"lm": 1.0}
     assert weights(LossConfig(0.0, 0.2, hidden=HiddenConfig(0.3)), 1, teacher, hidden) == {"lm": 0.2, "kd_hidden": 0.3}
-    loss = LossConfig(0.7, 0.5, 0.1, Schedule.LINEAR, hidden=HiddenConfig(0.3, Balance.DYNAMIC))
+    schedule = {"lm_weight": {"points": [[1, 0.5], [5, 0.1]]}, "logits.temperature": {"points": [[1, 3.0], [5, 1.0]]}}
+    loss = LossConfig(0.7, schedule=schedule, hidden=HiddenConfig(0.3, Balance.DYNAMIC))
     for step, lm_weight in ((1, 0.5), (3, 0.3), (5, 0.1)):
-        found = weights(loss, step, teacher, hidden, 5)
+        found = weights(loss, step, teacher, hidden)
         assert found == {"lm": pytest.approx(lm_weight), "kd_logits": 0.7, "kd_hidden": 0.3}
-    *_, balanced = loss_entries(loss, teacher, hidden, 5)
+    _, divergence, balanced = loss_entries(loss, teacher, hidden)
+    assert [divergence.objective.config_at(step).temperature for step in (1, 3, 5)] == [3, 2, 1]
     balanced.weight.update(own=0.5, other=2.0)
     assert balanced.weight_at(2) == 4.0 * 0.3
     with pytest.raises(ConfigError, match=r"loss.kd_logits_weight = 0.7, and there is no teacher"):
         loss_entries(loss)
     with pytest.raises(ConfigError, match=r"loss.hidden.weight = 0.3, and there is no HiddenDistance"):
         loss_entries(loss, teacher)
+
+
+def test_a_divergence_has_the_temperature_of_the_step():
+    with parallel_context(ParallelConfig()) as ctx:
+        student, teacher = (network(ctx, seed) for seed in (1, 2))
+        live, batches = LiveTeacher([teacher.requires_grad_(False)], ctx, VOCAB), [rows(0)]
+
+        def divergence(config, number):
+            entries = [Entry(live, Divergence(config))]
+            return DistillationStep([student], entries, ctx, VOCAB).evaluate(batches, number).losses["kd_logits"]
+
+        for number in (1, 2):
+            found = divergence(lambda step: LogitsConfig(temperature=float(step)), number)
+            assert found == divergence(LogitsConfig(temperature=float(number)), 1)
 
 
 def test_results_of_several_batches_count_every_token_once():
