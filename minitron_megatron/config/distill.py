@@ -282,11 +282,10 @@ class DistillConfig(PluginConfig):
                     f"{where}{'teacher_fp8' if self.teacher_fp8 else 'teacher_dtype'}"
                 )
         for name, schedule in self.loss.schedules.items():
-            last = schedule.points[-1][0]
-            if last > self.steps:
+            if schedule.last_step > self.steps:
                 problems.append(
-                    f"{where}loss.schedule.{name}.points has step {last}, and {where}steps = {self.steps}: end at "
-                    f"{self.steps} or before"
+                    f"{where}loss.schedule.{name}.points has step {schedule.last_step}, and {where}steps = "
+                    f"{self.steps}: end at {self.steps} or before"
                 )
         if self.dtype is DType.FP16:
             problems.append(f"{where}dtype = fp16: training needs bf16 or fp32, whose gradients do not underflow")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from types import MappingProxyType
-from typing import Any, TypeGuard, get_type_hints
+from typing import Any, TypeGuard, get_args, get_origin, get_type_hints
 
 from minitron_megatron.errors import raise_if_any
 
@@ -79,6 +79,12 @@ class OpenSettings:
 def is_section(hint: Any) -> TypeGuard[type]:
     """Returns whether a setting of this type is a section, with settings of its own."""
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def named_section(hint: Any) -> type | None:
+    """Returns the section of which a setting of this type has any number, by names that users choose; or None."""
+    values = get_args(hint)[1:] if get_origin(hint) is dict else ()
+    return next((kind for kind in values if is_section(kind)), None)
 
 
 def _is_open(field: dataclasses.Field[Any]) -> bool:

@@ -7,7 +7,7 @@ from minitron_megatron.config import axes
 from minitron_megatron.config.checks import at_least
 from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.reader import near
-from minitron_megatron.config.schedule import Schedule, schedule_problems
+from minitron_megatron.config.schedule import Schedule
 
 
 class Divergence(str, Enum):
@@ -195,7 +195,7 @@ class LossConfig:
 
     kd_logits_weight: float = 1.0
     lm_weight: float = 0.0
-    schedule: dict = field(default_factory=dict)
+    schedule: dict[str, Schedule] = field(default_factory=dict)
     chunk_tokens: int = field(default=512, metadata=SAME_RESULT)
     logits: LogitsConfig = field(default_factory=LogitsConfig)
     hidden: HiddenConfig = field(default_factory=HiddenConfig)
@@ -214,11 +214,7 @@ class LossConfig:
     @property
     def schedules(self) -> dict[str, Schedule]:
         """The schedules by name, but those in which `problems` finds something."""
-        return {
-            name: Schedule.of(values)
-            for name, values in self.schedule.items()
-            if name in SCHEDULED and not schedule_problems(values, name)
-        }
+        return {name: own for name, own in self.schedule.items() if name in SCHEDULED and not own.problems("")}
 
     def at(self, step: int) -> "LossConfig":
         """Returns the settings at a step, counted from 1."""
@@ -227,12 +223,11 @@ class LossConfig:
     @property
     def largest(self) -> "LossConfig":
         """The settings with the largest value of each that changes."""
-        points = {name: schedule.points for name, schedule in self.schedules.items()}
-        return self._with({name: max(value for _, value in own) for name, own in points.items()})
+        return self._with({name: schedule.largest for name, schedule in self.schedules.items()})
 
     def steps_of_changes(self) -> list[int]:
         """Returns the steps of all points of schedules, in order."""
-        return sorted({step for schedule in self.schedules.values() for step, _ in schedule.points})
+        return sorted({int(step) for schedule in self.schedules.values() for step, _ in schedule.points})
 
     def _with(self, values: dict[str, float]) -> "LossConfig":
         """Returns the settings with some others, by dotted name, and without schedules."""
@@ -268,9 +263,9 @@ class LossConfig:
 
     def _schedule_problems(self, where: str) -> list[str]:
         problems = []
-        for name, values in self.schedule.items():
+        for name, own in self.schedule.items():
             if name not in SCHEDULED:
                 problems.append(f"{where}schedule has {name}, which cannot change: {near(name, list(SCHEDULED))}")
             else:
-                problems += schedule_problems(values, f"{where}schedule.{name}")
+                problems += own.problems(f"{where}schedule.{name}.")
         return problems

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from minitron_megatron.config.fields import hints, is_section
+from minitron_megatron.config.fields import hints, is_section, named_section
 
 MISSING = "???"
 """Default of a mandatory setting."""
@@ -102,11 +102,26 @@ class Reader:
             elif name in given and value is not UNREAD:
                 if is_section(hint) and OmegaConf.is_dict(value):
                     value = self.settings(hint, value, f"{where}{name}.")
+                elif (section := named_section(hint)) and OmegaConf.is_dict(value):
+                    value = self._named(section, value, f"{where}{name}.")
                 else:
                     value = self._converted(hint, value, typed, where, name)
                 if value is not UNREAD:
                     values[name] = value
         return schema(**values)
+
+    def _named(self, section: type, node: DictConfig, where: str) -> dict[str, Any]:
+        """Reads sections by names that the user has chosen."""
+        read = {}
+        for name in map(str, node):
+            value = self.value(node, name, where)
+            if OmegaConf.is_dict(value):
+                read[name] = self.settings(section, value, f"{where}{name}.")
+            elif value is not UNREAD:
+                self.wrong.append(
+                    f"{where}{name} = {show(value)}: must be settings, as in {where}{name}.{keys(section)[0]}=VALUE"
+                )
+        return read
 
     def value(self, node: DictConfig, name: str, where: str) -> Any:
         """Returns the value under `name`, interpolations resolved; a list as a list, a dict as a node."""

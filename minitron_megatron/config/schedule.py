@@ -1,12 +1,10 @@
 """Settings that change over the steps of a run."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
-from minitron_megatron.config.reader import near, show
+from minitron_megatron.config.reader import show
 
 
 class Shape(str, Enum):
@@ -17,25 +15,29 @@ class Shape(str, Enum):
     CONSTANT = "constant"  # it stays, and takes the next value at the next point
 
 
-@dataclass(frozen=True)
+@dataclass
 class Schedule:
     """The values of a setting over the steps of a run, counted from 1.
 
     Before the first point it has the first value, and after the last one the last.
 
     Attributes:
-        points: steps and values, in the order of the steps.
+        points: pairs of a step and the value there, in the order of the steps.
         shape: of the way between two points.
     """
 
-    points: Sequence[tuple[int, float]]
+    points: list[list[float]] = field(default_factory=list)
     shape: Shape = Shape.LINEAR
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "Schedule":
-        """Makes a schedule of settings, in which `problems` has found nothing."""
-        points = [(int(step), float(value)) for step, value in values["points"]]
-        return cls(points, Shape(values.get("shape", Shape.LINEAR)))
+    @property
+    def last_step(self) -> int:
+        """The step of the last point."""
+        return int(self.points[-1][0])
+
+    @property
+    def largest(self) -> float:
+        """The largest value."""
+        return max(value for _, value in self.points)
 
     def at(self, step: int) -> float:
         """Returns the value at a step."""
@@ -48,37 +50,13 @@ class Schedule:
             part = (1 - math.cos(math.pi * part)) / 2
         return before + part * (after - before)
 
-
-def schedule_problems(values: object, where: str) -> list[str]:
-    """Returns what is wrong with the settings of a schedule, one sentence each.
-
-    Args:
-        values: the settings.
-        where: their dotted name.
-    """
-    example = f"write {where}={{points:[[1,1.0],[500,0.1]],shape:linear}}"
-    if not isinstance(values, dict) or "points" not in values:
-        return [f"{where} = {show(values)}: must have points, each a step and a value there: {example}"]
-    problems = [
-        f"{where}.{key} is not a setting: {near(str(key), ['points', 'shape'])}"
-        for key in values
-        if key not in ("points", "shape")
-    ]
-    shapes = [shape.value for shape in Shape]
-    if values.get("shape", Shape.LINEAR) not in shapes:
-        problems.append(f"{where}.shape = {show(values['shape'])}: must be one of {', '.join(shapes)}")
-    points = values["points"]
-    if not isinstance(points, list) or not points or not all(map(_is_point, points)):
-        return [*problems, f"{where}.points = {show(points)}: must be steps, from 1, with a value for each: {example}"]
-    steps = [step for step, _ in points]
-    if steps != sorted(set(steps)):
-        shown = ", ".join(map(str, steps))
-        problems.append(f"{where}.points has the steps {shown}: each must be later than the one before")
-    return problems
-
-
-def _is_point(point: object) -> bool:
-    if not isinstance(point, list) or len(point) != 2 or any(isinstance(number, bool) for number in point):
-        return False
-    step, value = point
-    return isinstance(step, int) and step >= 1 and isinstance(value, int | float) and math.isfinite(value)
+    def problems(self, where: str) -> list[str]:
+        """Returns what is wrong with the settings, one sentence each."""
+        example = "write pairs of a step, from 1, and a value, as in [[1,1.0],[500,0.1]]"
+        if not self.points or any(len(point) != 2 or point[0] < 1 or point[0] % 1 for point in self.points):
+            return [f"{where}points = {show(self.points)}: {example}"]
+        steps = [int(step) for step, _ in self.points]
+        if steps != sorted(set(steps)):
+            shown = ", ".join(map(str, steps))
+            return [f"{where}points has the steps {shown}: each must be later than the one before"]
+        return []

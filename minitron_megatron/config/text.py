@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from omegaconf import DictConfig
 
-from minitron_megatron.config.fields import hints, is_section
+from minitron_megatron.config.fields import hints, is_section, named_section
 from minitron_megatron.config.schema import SCHEMAS
 
 _OVERRIDE = re.compile(r"(?P<key>[+~]{0,2}[^=]+)=(?P<value>.*)", re.DOTALL)
@@ -88,8 +88,11 @@ def _kind(verb: str, key: str) -> type | None:
 def _kind_in(schema: Any, names: list[str]) -> Any:
     """Returns `_kind` of the setting with this path in a settings class; `Any` if it has none."""
     for name in names:
+        if section := named_section(schema):  # `name` is the user's choice
+            schema = section
+            continue
         if not is_section(schema) or name not in hints(schema):
             return Any
         schema = hints(schema)[name]
-    kinds = {*get_args(schema), schema}
+    kinds = {schema} if named_section(schema) else {*get_args(schema), schema}
     return str if str in kinds and schema != list[str] else list if list[str] in kinds else None

@@ -21,6 +21,7 @@ from minitron_megatron.config.loss import (
     LossConfig,
     Projection,
 )
+from minitron_megatron.config.schedule import Schedule
 from minitron_megatron.config.schema import OptimizerConfig, ParallelConfig
 from minitron_megatron.errors import ConfigError, DataError
 from minitron_megatron.model.count import forward_flops_per_token
@@ -91,7 +92,7 @@ def test_a_run_with_every_kind_of_loss_goes_on_exactly_where_it_was_interrupted(
     """With the weights that had moved, and the projections that are no part of the student."""
     hidden = HiddenConfig(0.5, Balance.DYNAMIC, projection=Projection.SHARED)
     logits = LogitsConfig(Divergence.JENSEN_SHANNON, temperature=2.0, top_k=20, tail=True)
-    loss = LossConfig(0.7, schedule={"lm_weight": {"points": [[1, 0.5], [3, 0.1]]}}, logits=logits, hidden=hidden)
+    loss = LossConfig(0.7, schedule={"lm_weight": Schedule([[1, 0.5], [3, 0.1]])}, logits=logits, hidden=hidden)
     config = replace(
         settings(inputs, tmp_path / "whole", loss=loss),
         student=str(inputs / "narrow/checkpoint"),

@@ -11,10 +11,13 @@ from megatron.core.transformer import TransformerConfig
 from modelopt.torch.distill.losses import LogitsDistillationLoss
 from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
+from minitron_megatron.config.compose import compose
 from minitron_megatron.config.loss import Divergence, LogitsConfig, LossConfig
+from minitron_megatron.config.schedule import Schedule, Shape
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.distillation.linear_losses import Predictions
 from minitron_megatron.distillation.losses import distillation_loss
+from minitron_megatron.errors import ConfigError, raise_if_any
 from minitron_megatron.parallel.context import parallel_context
 from tests.ranks import run_on_ranks
 from tests.unit.distillation.cases import PADDED, TOKENS, VOCAB, Case
@@ -177,10 +180,10 @@ def test_predictions_that_have_nothing_in_common_have_finite_gradients(kind):
 
 def test_settings_go_where_their_schedules_send_them():
     schedule = {
-        "lm_weight": {"points": [[1, 1.0], [5, 0.2]]},
-        "hidden.weight": {"points": [[1, 0.0], [5, 2.0]], "shape": "cosine"},
-        "logits.temperature": {"points": [[2, 4.0], [4, 1.0]], "shape": "constant"},
-        "kd_logits_weight": {"points": [[3, 0.5]]},
+        "lm_weight": Schedule([[1, 1.0], [5, 0.2]]),
+        "hidden.weight": Schedule([[1, 0.0], [5, 2.0]], Shape.COSINE),
+        "logits.temperature": Schedule([[2, 4.0], [4, 1.0]], Shape.CONSTANT),
+        "kd_logits_weight": Schedule([[3, 0.5]]),
     }
     loss = LossConfig(schedule=schedule)
     assert not loss.problems()
@@ -197,23 +200,25 @@ def test_settings_go_where_their_schedules_send_them():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "problem"),
+    ("setting", "problem"),
     [
-        ({"lm_wait": {"points": [[1, 1.0]]}}, "schedule has lm_wait, which cannot change: did you mean lm_weight?"),
-        ({"lm_weight": 0.5}, "loss.schedule.lm_weight = 0.5: must have points"),
-        ({"lm_weight": {"points": []}}, "must be steps, from 1, with a value for each"),
-        ({"lm_weight": {"points": [[0, 1.0]]}}, "must be steps, from 1"),
-        ({"lm_weight": {"points": [[1.5, 1.0]]}}, "must be steps, from 1"),
-        ({"lm_weight": {"points": [[5, 1.0], [5, 2.0]]}}, "has the steps 5, 5: each must be later than the one before"),
-        ({"lm_weight": {"points": [[1, 1.0]], "shape": "square"}}, "shape = 'square': must be one of linear, cosine"),
-        ({"lm_weight": {"points": [[1, 1.0]], "to": 3}}, "loss.schedule.lm_weight.to is not a setting"),
-        ({"lm_weight": {"points": [[1, 1.0], [9, -1.0]]}}, "loss.lm_weight = -1.0"),
-        ({"logits.temperature": {"points": [[1, 2.0], [9, 0.0]]}}, "loss.logits.temperature = 0.0: must be above 0"),
+        ("lm_wait:{points:[[1,1.0]]}", "schedule has lm_wait, which cannot change: did you mean lm_weight?"),
+        ("lm_weight:0.5", "schedule.lm_weight = 0.5: must be settings, as in loss.schedule.lm_weight.points=VALUE"),
+        ("lm_weight:{points:[]}", "loss.schedule.lm_weight.points = []: write pairs of a step, from 1, and a value"),
+        ("lm_weight:{points:[[0,1.0]]}", "write pairs of a step"),
+        ("lm_weight:{points:[[1.5,1.0]]}", "write pairs of a step"),
+        ("lm_weight:{points:[[5,1.0],[5,2.0]]}", "has the steps 5, 5: each must be later than the one before"),
+        ("lm_weight:{points:[[1,1.0]],shape:square}", "shape = 'square': must be one of linear, cosine, constant"),
+        ("lm_weight:{points:[[1,1.0]],to:3}", "loss.schedule.lm_weight.to is not a setting"),
+        ("lm_weight:{points:[[1,1.0],[9,-1.0]]}", "loss.lm_weight = -1.0"),
+        ("logits.temperature:{points:[[1,2.0],[9,0.0]]}", "loss.logits.temperature = 0.0: must be above 0"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(schedule, problem):
-    problems = LossConfig(schedule=schedule).problems()
-    assert any(problem in one for one in problems), problems
+def test_a_schedule_that_cannot_be_is_refused(setting, problem):
+    with pytest.raises(ConfigError) as error:
+        config = compose("distill", ["teacher=t", "student=s", "output=o", f"loss.schedule={{{setting}}}"])
+        raise_if_any(config.problems())
+    assert problem in str(error.value)
 
 
 def test_top_k_alone_is_refused_where_agreement_would_not_be_best():

@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from minitron_megatron.config.loss import Balance, HiddenConfig, LogitsConfig, LossConfig
 from minitron_megatron.config.loss import Divergence as DivergenceKind
+from minitron_megatron.config.schedule import Schedule
 from minitron_megatron.config.schema import DType, ParallelConfig
 from minitron_megatron.distillation import live_teacher
 from minitron_megatron.distillation.entries import loss_entries
@@ -237,7 +238,7 @@ def test_the_entries_of_settings():
 
     assert weights(LossConfig(0.0, 1.0), 1) == {"lm": 1.0}
     assert weights(LossConfig(0.0, 0.2, hidden=HiddenConfig(0.3)), 1, teacher, hidden) == {"lm": 0.2, "kd_hidden": 0.3}
-    schedule = {"lm_weight": {"points": [[1, 0.5], [5, 0.1]]}, "logits.temperature": {"points": [[1, 3.0], [5, 1.0]]}}
+    schedule = {"lm_weight": Schedule([[1, 0.5], [5, 0.1]]), "logits.temperature": Schedule([[1, 3.0], [5, 1.0]])}
     loss = LossConfig(0.7, schedule=schedule, hidden=HiddenConfig(0.3, Balance.DYNAMIC))
     for step, lm_weight in ((1, 0.5), (3, 0.3), (5, 0.1)):
         found = weights(loss, step, teacher, hidden)
