@@ -1,7 +1,8 @@
 """The jobs of a recipe on a cluster: one per stage, with the ranks that it needs."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def missing_inputs(stages: Stages, run_dir: str) -> list[str]:
     problems = []
     made: list[Path] = []
     for name, (_, settings) in stages.items():
-        for field, value in vars(settings).items():
+        for field, value in _named_values(settings):
             # Only what begins like the folder is meant as a place in it: a prompt is text as well.
             if field == "output" or not isinstance(value, str) or not value.startswith(f"{run_dir}/"):
                 continue
@@ -99,6 +100,15 @@ def missing_inputs(stages: Stages, run_dir: str) -> list[str]:
                 )
         made.append(Path(settings.output))
     return problems
+
+
+def _named_values(settings: Any) -> Iterator[tuple[str, Any]]:
+    """Yields settings by name, with those of sections by names that the user has chosen."""
+    for field, value in vars(settings).items():
+        yield field, value
+        for name, section in value.items() if isinstance(value, dict) else ():
+            for own, inner in vars(section).items() if is_dataclass(section) else ():
+                yield f"{field}.{name}.{own}", inner
 
 
 def file_stem(number: int, name: str) -> str:

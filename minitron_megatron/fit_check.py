@@ -1,16 +1,19 @@
 """Checks before a launch whether the training stages fit their GPUs, and estimates their cost."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from minitron_megatron.artifacts.manifest import CACHE, Manifest
 from minitron_megatron.config.cluster import ClusterConfig
+from minitron_megatron.config.distill import TeacherConfig
 from minitron_megatron.config.reader import show
 from minitron_megatron.config.schema import CompressConfig, DistillConfig
 from minitron_megatron.distillation.memory import GIB, estimate_memory
 from minitron_megatron.distillation.nearest_layout import nearest_layout
 from minitron_megatron.distillation.step_time import estimate_step
 from minitron_megatron.launch.jobs import Job, Stages
+from minitron_megatron.model.count import num_parameters
 from minitron_megatron.model.families import network_from_config
 from minitron_megatron.model.network import Network, layout_problems
 from minitron_megatron.parallel.gpus import GPU, GPUS
@@ -60,17 +63,16 @@ def _check_job(
         notes for the user, and its problems.
     """
     settings: DistillConfig = stages[job.name][1]
-    live = None if settings.teacher is None or _is_cache(settings.teacher, stages) else settings.teacher
-    folders = [settings.student, *([live] if live else [])]
-    if unknown := [folder for folder in folders if folder not in networks]:
+    live = [own for own in settings.all_teachers.values() if not _is_cache(own.teacher, stages)]
+    if unknown := [folder for folder in (settings.student, *(own.teacher for own in live)) if folder not in networks]:
         return [f"{job.name}: not checked whether it fits, for {' and '.join(unknown)} cannot be read here"], []
-    student, teacher = networks[settings.student], networks.get(live or "")
+    student, teachers = networks[settings.student], _largest_at_once(live, networks)
     layout = settings.parallel.in_world(job.ranks)
-    if problems := [p for n in filter(None, (student, teacher)) for p in layout_problems(n, layout, job.name)]:
+    if problems := [p for n in (student, *teachers) for p in layout_problems(n, layout, job.name)]:
         return [], problems
-    memory = estimate_memory(student, teacher, settings, layout)
+    memory = estimate_memory(student, teachers, settings, layout)
     if not memory.fits(gpu):
-        nearest = nearest_layout(student, teacher, settings, layout, gpu, cluster.ranks_per_node)
+        nearest = nearest_layout(student, teachers, settings, layout, gpu, cluster.ranks_per_node)
         fix = "no layout does"
         if nearest:
             changes = " ".join(f"{name}={show(value)}" for name, value in nearest[0].items())
@@ -79,7 +81,7 @@ def _check_job(
             f"stages.{job.name} needs about {memory.total / GIB:.0f} GiB on every GPU, and cluster.gpu = {cluster.gpu} "
             f"has {gpu.memory_gib}: {fix}; cluster.gpu=null launches without looking"
         ]
-    step = estimate_step(student, teacher, settings, layout, gpu, price=cluster.gpu_hour_price)
+    step = estimate_step(student, teachers, settings, layout, gpu, price=cluster.gpu_hour_price)
     cost = "" if step.cost is None else f", which cost {step.cost:,.0f}"
     notes = [
         f"{job.name}: about {memory.total / GIB:.1f} of {gpu.memory_gib} GiB on each of {job.ranks} {cluster.gpu}, "
@@ -112,11 +114,17 @@ def networks_of(stages: Stages, recipe: CompressConfig | None) -> Networks:
             if source := _known(settings.checkpoint, networks):
                 networks[settings.output] = source
         elif verb == "distill":
-            for folder in filter(None, (settings.teacher, settings.student)):
+            for folder in (settings.student, *(own.teacher for own in settings.all_teachers.values())):
                 _known(folder, networks)
             if settings.student in networks:
                 networks[settings.output] = networks[settings.student]
     return networks
+
+
+def _largest_at_once(teachers: Sequence[TeacherConfig], networks: Networks) -> list[Network]:
+    """Returns the networks of those that teach at the same time, when they have the most parameters."""
+    at_once = [[networks[own.teacher] for own in teachers if own.teaches_at(begins.first_step)] for begins in teachers]
+    return max(at_once, key=lambda some: sum(map(num_parameters, some)), default=[])
 
 
 def _is_cache(teacher: str, stages: Stages) -> bool:

@@ -128,9 +128,9 @@ class Manifest:
         """
         parents = {parent.role: parent.fingerprint for parent in self.parents}
         # Inputs count by their content, so that moving a file or folder changes nothing.
-        settings = {name: value for name, value in self.config.items() if name not in parents}
-        values = content(SCHEMAS.get(self.verb or ""), settings)
-        return self.kind, parents, {name: self._by_role(value) for name, value in values.items()}
+        values = content(SCHEMAS.get(self.verb or ""), self.config)
+        settings = {name: self._by_role(value) for name, value in values.items() if name not in parents}
+        return self.kind, parents, settings
 
     def _by_role(self, value: object) -> object:
         """Returns a list of paths with the roles of those that are inputs."""

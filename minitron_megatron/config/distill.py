@@ -1,5 +1,6 @@
 """The settings of `minitron distill`."""
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -10,6 +11,7 @@ from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.loss import LossConfig
 from minitron_megatron.config.parallel import ParallelConfig
 from minitron_megatron.config.plugins import PluginConfig
+from minitron_megatron.config.reader import show
 
 
 class Tracker(str, Enum):
@@ -188,11 +190,47 @@ class TrackingConfig:
 
 
 @dataclass
+class TeacherConfig:
+    """One of several teachers.
+
+    Attributes:
+        teacher: its checkpoint, or a cache of its predictions.
+        weight: factor of `loss.kd_logits_weight`, for the divergence from this teacher.
+        first_step: at which it begins to teach.
+        last_step: of its teaching; null for the last one of the run.
+    """
+
+    teacher: str = "???"
+    weight: float = 1.0
+    first_step: int = 1
+    last_step: int | None = None
+
+    def teaches_at(self, step: int) -> bool:
+        """Returns whether it teaches at a step, from 1."""
+        return self.first_step <= step and (self.last_step is None or step <= self.last_step)
+
+    def problems(self, steps: int, where: str) -> list[str]:
+        """Returns what is wrong with the settings in a run of so many steps, one sentence each."""
+        problems = at_least(where, "first_step", self.first_step, 1)
+        if self.weight <= 0:
+            problems.append(
+                f"{where}weight = {self.weight}: must be above 0; leave the teacher out if it does not teach"
+            )
+        last = steps if self.last_step is None else self.last_step
+        if not self.first_step <= last <= steps:
+            problems.append(
+                f"{where}first_step = {self.first_step} and {where}last_step = {show(self.last_step)}: must be in this "
+                f"order, and at most steps = {steps}"
+            )
+        return problems
+
+
+@dataclass
 class DistillConfig(PluginConfig):
     """`minitron distill`: train a student to match its teacher's predictions.
 
     Attributes:
-        teacher: checkpoint of the teacher; null trains on the text alone.
+        teacher: checkpoint of the teacher, or a cache of its predictions; null trains on the text alone.
         student: checkpoint to start from.
         output: folder for the trained checkpoint and its metrics.
         steps: optimiser steps.
@@ -214,6 +252,9 @@ class DistillConfig(PluginConfig):
         teacher_lr: also train the teacher, by cross-entropy on the same batches, with this peak learning rate and
             otherwise the settings of `optimizer` (parallel teacher correction; 2408.11796, section 2.1). null freezes
             the teacher.
+        teachers: several instead of one `teacher`, by names that you choose, as in
+            {large:{teacher:A,last_step:500},small:{teacher:B,first_step:400,weight:0.5}}: the weight of each, and the
+            steps in which it teaches. Only those that teach are in memory.
         seed: seed of random weights.
     """
 
@@ -234,6 +275,7 @@ class DistillConfig(PluginConfig):
     teacher_dtype: DType | None = None
     teacher_fp8: bool = False
     teacher_lr: float | None = None
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     seed: int = 1234
     loss: LossConfig = field(default_factory=LossConfig)
     masks: MasksConfig = field(default_factory=MasksConfig)
@@ -253,13 +295,14 @@ class DistillConfig(PluginConfig):
         problems += self.masks.problems(self.steps, f"{where}masks.")
         problems += self.fake_quant.problems(self.dtype, f"{where}fake_quant.")
         problems += sequence_problems(where, self.data, self.parallel)
-        for name, weight in self.loss.teacher_weights.items() if self.teacher is None else ():
+        problems += self._teacher_problems(where)
+        for name, weight in self.loss.teacher_weights.items() if not self.all_teachers else ():
             if weight:
                 problems.append(
                     f"{where}teacher = null, but {where}loss.{name} = {weight}: "
                     f"name a teacher, or set the weight to 0 and {where}loss.lm_weight to 1"
                 )
-        if self.teacher is None and (self.teacher_fp8 or self.teacher_dtype):
+        if not self.all_teachers and (self.teacher_fp8 or self.teacher_dtype):
             problems.append(
                 f"{where}teacher = null, and {where}{'teacher_fp8' if self.teacher_fp8 else 'teacher_dtype'} is for a "
                 f"teacher: leave it out, or name one"
@@ -300,6 +343,44 @@ class DistillConfig(PluginConfig):
             problems.append(
                 f"{where}optimizer.decay_steps = {decay}, and {where}steps = {self.steps} less "
                 f"{where}optimizer.warmup_steps are fewer: set it to {self.steps // 10}"
+            )
+        return problems
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers by name: that of `teacher`, whose name is empty, or those of `teachers`."""
+        return self.teachers if self.teacher is None else {"": TeacherConfig(self.teacher)}
+
+    def _teacher_problems(self, where: str) -> list[str]:
+        """Returns what is wrong with several teachers, one sentence each."""
+        if not self.teachers:
+            return []
+        problems = []
+        for name, own in self.teachers.items():
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                problems.append(f"{where}teachers has the name {name!r}: use letters, digits, '_', '-' and '.'")
+            problems += own.problems(self.steps, f"{where}teachers.{name}.")
+        if self.teacher is not None:
+            problems.append(
+                f"{where}teacher = {self.teacher}, and {where}teachers names {', '.join(self.teachers)}: set "
+                f"{where}teacher=null, and name all of them in {where}teachers"
+            )
+        of_one = {"teacher_lr": self.teacher_lr, "loss.hidden.weight": self.loss.largest.hidden.weight}
+        problems += [
+            f"{where}{name} = {value} is for one teacher, and {where}teachers names {len(self.teachers)}: leave it "
+            f"out, or name one as {where}teacher"
+            for name, value in of_one.items()
+            if value
+        ]
+        ends = (own.last_step + 1 for own in self.teachers.values() if own.last_step is not None)
+        without = [
+            step
+            for step in sorted({1, *ends})
+            if step <= self.steps and not any(own.teaches_at(step) for own in self.teachers.values())
+        ]
+        if without and not problems:
+            problems.append(
+                f"{where}teachers leaves step {without[0]} without a teacher: change first_step or last_step of one"
             )
         return problems
 

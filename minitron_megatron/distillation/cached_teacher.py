@@ -23,9 +23,11 @@ class CachedTeacher:
         cache: of the predictions.
         padded_vocab: rows of the student's output layer over all tensor ranks.
         ctx: this rank's place.
+        name: what messages call it.
     """
 
-    def __init__(self, cache: PredictionCache, padded_vocab: int, ctx: ParallelContext):
+    def __init__(self, cache: PredictionCache, padded_vocab: int, ctx: ParallelContext, name: str = "the teacher"):
+        self.name = name
         self.cache = cache
         self.ctx = ctx
         self._weight: Tensor | None = None
@@ -43,6 +45,9 @@ class CachedTeacher:
     def problems(self, student: torch.nn.Module) -> list[str]:
         """Returns nothing: caches are compared with students before these are built."""
         return []
+
+    def free(self) -> None:
+        """Keeps what little it has."""
 
     def evaluate(self, batches: Sequence[Batch]) -> None:
         """Measures nothing: `cache` has done so."""

@@ -7,6 +7,37 @@ from minitron_megatron.distillation.teachers import Teacher
 from minitron_megatron.errors import raise_if_any
 
 
+def text_entry(loss: LossConfig) -> Entry:
+    """Makes the entry for the text."""
+    return Entry(None, CrossEntropy(), lambda step: loss.at(step).lm_weight)
+
+
+def divergence_entry(
+    loss: LossConfig,
+    teacher: Teacher,
+    weight: float = 1.0,
+    name: str = "",
+    first_step: int = 1,
+    last_step: int | None = None,
+) -> Entry:
+    """Makes the entry for the predictions of a teacher.
+
+    Args:
+        loss: the divergence and its weight.
+        teacher: to learn from.
+        weight: factor of `loss.kd_logits_weight`.
+        name: of the loss in metrics, behind that of the divergence; empty for no more than that.
+        first_step, last_step: see `Entry`.
+    """
+
+    def weight_at(step: int) -> float:
+        return weight * loss.at(step).kd_logits_weight
+
+    divergence = Divergence(lambda step: loss.at(step).logits)
+    full_name = f"{divergence.name}/{name}" if name else divergence.name
+    return Entry(teacher, divergence, weight_at, full_name, first_step, last_step)
+
+
 def loss_entries(loss: LossConfig, teacher: Teacher | None = None, hidden: HiddenDistance | None = None) -> list[Entry]:
     """Makes the entries of a step: `lm`, and for weights above 0 `kd_logits` and `kd_hidden`.
 
@@ -33,10 +64,9 @@ def loss_entries(loss: LossConfig, teacher: Teacher | None = None, hidden: Hidde
             f"loss.hidden.weight = {largest.hidden.weight}, and there is no HiddenDistance: give hidden, or set it to 0"
         )
     raise_if_any(problems)
-    entries = [Entry(None, CrossEntropy(), lambda step: loss.at(step).lm_weight)]
-    if largest.kd_logits_weight:
-        divergence = Divergence(lambda step: loss.at(step).logits)
-        entries.append(Entry(teacher, divergence, lambda step: loss.at(step).kd_logits_weight))
+    entries = [text_entry(loss)]
+    if largest.kd_logits_weight and teacher is not None:
+        entries.append(divergence_entry(loss, teacher))
     if largest.hidden.weight and hidden is not None:
 
         def weight(step: int) -> float:

@@ -34,11 +34,18 @@ class LiveTeacher:
         ctx: this rank's place.
         vocab: tokens of the tokenizer.
         chunk_tokens: tokens whose logits exist at one time when it is evaluated or trained.
+        name: what messages call it.
     """
 
     def __init__(
-        self, model_chunks: Sequence[torch.nn.Module], ctx: ParallelContext, vocab: int, chunk_tokens: int = 512
+        self,
+        model_chunks: Sequence[torch.nn.Module],
+        ctx: ParallelContext,
+        vocab: int,
+        chunk_tokens: int = 512,
+        name: str = "the teacher",
     ):
+        self.name = name
         self.ctx = ctx
         self.model_chunks = unwrap_model(list(model_chunks))
         self.is_trained = isinstance(model_chunks[0], DistributedDataParallel)
@@ -60,6 +67,9 @@ class LiveTeacher:
             f"the student's vocabulary is padded to {student.vocab_size} and the teacher's to {own}: they must share "
             f"one vocabulary, and its padding"
         ]
+
+    def free(self) -> None:
+        """Keeps its model, which whoever built it may free."""
 
     def evaluate(self, batches: Sequence[Batch]) -> StepResult:
         """Measures its cross-entropy, without gradients."""

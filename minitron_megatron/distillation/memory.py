@@ -1,5 +1,6 @@
 """Estimates the GPU memory of a distillation step from networks and settings alone, without torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from minitron_megatron.config.loss import EMBEDDING
@@ -73,16 +74,18 @@ class Memory:
         return self.total <= gpu.memory_gib * GIB
 
 
-def estimate_memory(student: Network, teacher: Network | None, config: DistillConfig, layout: ParallelConfig) -> Memory:
+def estimate_memory(
+    student: Network, teachers: Sequence[Network], config: DistillConfig, layout: ParallelConfig
+) -> Memory:
     """Estimates the memory on a GPU of the pipeline stage that needs the most.
 
     Args:
-        student, teacher: the whole networks; None for no teacher.
+        student, teachers: the whole networks; the teachers that teach at the same time.
         config: settings of the run. A `teacher_dtype` of null means `dtype`. `parallel` is not used.
-        layout: can split both networks; see `layout_problems`.
+        layout: can split all networks; see `layout_problems`.
     """
     config = replace(config, loss=config.loss.largest)
-    stages = [_stage_memory(student, teacher, config, layout, stage) for stage in range(layout.pipeline)]
+    stages = [_stage_memory(student, teachers, config, layout, stage) for stage in range(layout.pipeline)]
     return max(stages, key=lambda memory: memory.total)
 
 
@@ -92,8 +95,9 @@ def num_micro_batches(config: DistillConfig, layout: ParallelConfig) -> int:
 
 
 def _stage_memory(
-    student: Network, teacher: Network | None, config: DistillConfig, layout: ParallelConfig, stage: int
+    student: Network, teachers: Sequence[Network], config: DistillConfig, layout: ParallelConfig, stage: int
 ) -> Memory:
+    teachers = teachers if config.loss.needs_teacher else ()  # else they are not loaded
     is_last = stage == layout.pipeline - 1
     size = DTYPE_BYTES[config.dtype]
     terms = dict(
@@ -103,21 +107,24 @@ def _stage_memory(
         activations=_activations(student, config.dtype, config, layout, stage),
         # Without the output weight's, which the loss adds to the buffer.
         weight_gradient=largest_weight(student, layout, stage) * size,
-        loss=_loss(student, teacher, config, layout) if is_last else 0,
+        loss=_loss(student, teachers, config, layout) if is_last else 0,
+        teacher_weights=0,
+        teacher_states=0,
+        teacher_activations=0,
     )
-    if teacher is None or not config.loss.needs_teacher:  # not loaded
-        return Memory(stage, **terms)
     dtype = config.teacher_dtype or config.dtype
-    numel = rank_parameters(teacher, layout, stage)
-    terms["teacher_weights"] = numel * DTYPE_BYTES[dtype]
-    terms["teacher_states"] = _teacher_states(student, teacher, config, layout, stage)
-    if config.teacher_lr is None:
-        terms["teacher_activations"] = largest_layer_activations(teacher, *_batch_size(config), layout, dtype)
-    else:
-        terms["gradients"] += numel * FLOAT32_BYTES
-        terms["optimizer"] += _optimizer(teacher, dtype, config, layout, stage)
-        activations = _activations(teacher, dtype, config, layout, stage)
-        terms["teacher_activations"] = activations + (_loss(teacher, None, config, layout) if is_last else 0)
+    for teacher in teachers:
+        numel = rank_parameters(teacher, layout, stage)
+        terms["teacher_weights"] += numel * DTYPE_BYTES[dtype]
+        terms["teacher_states"] += _teacher_states(student, teacher, config, layout, stage)
+        if config.teacher_lr is None:
+            activations = largest_layer_activations(teacher, *_batch_size(config), layout, dtype)
+        else:
+            terms["gradients"] += numel * FLOAT32_BYTES
+            terms["optimizer"] += _optimizer(teacher, dtype, config, layout, stage)
+            activations = _activations(teacher, dtype, config, layout, stage)
+            activations += _loss(teacher, (), config, layout) if is_last else 0
+        terms["teacher_activations"] = max(terms["teacher_activations"], activations)  # they run in turn
     return Memory(stage, **terms)
 
 
@@ -159,20 +166,21 @@ def _chunks_in_flight(config: DistillConfig, layout: ParallelConfig, stage: int)
     return min(num_micro_batches(config, layout) * model_chunks, ahead)
 
 
-def _loss(student: Network, teacher: Network | None, config: DistillConfig, layout: ParallelConfig) -> int:
+def _loss(student: Network, teachers: Sequence[Network], config: DistillConfig, layout: ParallelConfig) -> int:
     """Returns the peak bytes of `linear_distillation_loss`, in its forward or its backward pass."""
-    teacher = teacher if config.loss.kd_logits_weight else None
+    # Divergences from several teachers are computed one after the other.
+    widest = max((own.hidden_size for own in teachers), default=0) if config.loss.kd_logits_weight else 0
     tokens = config.micro_batch * config.data.sequence_length
     rows, size = student.padded_vocab_size // layout.tensor, DTYPE_BYTES[config.dtype]
     logits = config.loss.logits
     copies = _KL_COPIES + (logits.temperature != 1) if logits.is_whole_forward_kl else _OTHER_COPIES
-    per_logit = size + FLOAT32_BYTES * (copies if teacher else _LM_COPIES)
+    per_logit = size + FLOAT32_BYTES * (copies if widest else _LM_COPIES)
     # The last hidden states and their gradient, of all tokens; sequence parallelism gathers them.
     states = (3 if layout.sequence else 2) * tokens * student.hidden_size * size
-    if teacher:
+    if widest:
         teacher_size = DTYPE_BYTES[config.teacher_dtype or config.dtype]
         per_logit += teacher_size
-        states += tokens * teacher.hidden_size * teacher_size if layout.sequence else 0
+        states += tokens * widest * teacher_size if layout.sequence else 0
     block = min(config.loss.chunk_tokens, tokens) * rows * per_logit
     weight = rows * student.hidden_size
     return weight * FLOAT32_BYTES + states + max(block, weight * size)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 from minitron_megatron.config.parallel import ParallelConfig
@@ -14,7 +14,7 @@ from minitron_megatron.parallel.gpus import GPU
 
 def nearest_layout(
     student: Network,
-    teacher: Network | None,
+    teachers: Sequence[Network],
     config: DistillConfig,
     layout: ParallelConfig,
     gpu: GPU,
@@ -32,10 +32,10 @@ def nearest_layout(
     for pipeline in _doublings(layout.pipeline, len(student.layers) // layout.model_chunks):
         for tensor in _doublings(layout.tensor, gpus_per_node):
             candidate = _with_ranks(layout, tensor, pipeline, config.data.sequence_length)
-            if any(layout_problems(network, candidate) for network in (student, teacher) if network):
+            if any(layout_problems(network, candidate) for network in (student, *teachers)):
                 continue
             for changed in _cheaper_configs(config, candidate):
-                memory = estimate_memory(student, teacher, changed, candidate)
+                memory = estimate_memory(student, teachers, changed, candidate)
                 if memory.fits(gpu):
                     return _changes(config, layout, changed, candidate), memory
     return None

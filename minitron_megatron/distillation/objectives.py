@@ -214,15 +214,22 @@ class Entry:
         objective: the loss.
         weight: of the loss per valid token; a function of the step, from 1, if it changes.
         name: of the loss in metrics; by default the objective's.
+        first_step, last_step: between which it counts; None for the end of the run. In other steps nothing is measured.
     """
 
     teacher: Teacher | None
     objective: Objective
     weight: Weight = 1.0
     name: str = ""
+    first_step: int = 1
+    last_step: int | None = None
 
     def __post_init__(self) -> None:
         self.name = self.name or self.objective.name
+
+    def counts_at(self, step: int) -> bool:
+        """Returns whether it counts at a step."""
+        return self.first_step <= step and (self.last_step is None or step <= self.last_step)
 
     def weight_at(self, step: int) -> float:
         """Returns the weight at a step."""

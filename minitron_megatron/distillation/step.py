@@ -25,7 +25,7 @@ from minitron_megatron.distillation.objectives import (
 )
 from minitron_megatron.distillation.projections import add_up_copies
 from minitron_megatron.distillation.result import EntryResult, StepResult
-from minitron_megatron.distillation.teachers import Targets, Wanted
+from minitron_megatron.distillation.teachers import Targets, Teacher, Wanted
 from minitron_megatron.errors import raise_if_any
 from minitron_megatron.parallel.collectives import sum_over
 from minitron_megatron.parallel.context import ParallelContext
@@ -71,12 +71,6 @@ class DistillationStep:
         self.teachers = list({id(e.teacher): e.teacher for e in self.entries if e.teacher is not None}.values())
         self._last_chunk = unwrap_model(self.student[-1])
         raise_if_any([*_entry_problems(self.entries, self._last_chunk, vocab), *_logit_problems(self._last_chunk)])
-        self._on_predictions = [
-            (entry, entry.objective) for entry in self.entries if isinstance(entry.objective, PredictionObjective)
-        ]
-        self._on_states = [
-            (entry, entry.objective) for entry in self.entries if isinstance(entry.objective, StateObjective)
-        ]
         self._balanced = next(iter(_balanced(self.entries)), None)
         for teacher in self.teachers:
             wanted = Wanted()
@@ -84,6 +78,15 @@ class DistillationStep:
                 if entry.teacher is teacher:
                     wanted |= entry.objective.wanted
             teacher.prepare(wanted)
+
+    def entries_at(self, number: int) -> list[Entry]:
+        """Returns the entries that count at a step."""
+        return [entry for entry in self.entries if entry.counts_at(number)]
+
+    def teachers_at(self, number: int) -> list[Teacher]:
+        """Returns the teachers that teach at a step."""
+        used = {id(entry.teacher) for entry in self.entries_at(number)}
+        return [teacher for teacher in self.teachers if id(teacher) in used]
 
     @property
     def alpha(self) -> float | None:
@@ -140,22 +143,30 @@ class DistillationStep:
         self, batches: Sequence[Batch], number: int, training: bool, last_states: list[Tensor] | None = None
     ) -> StepResult:
         """Runs teachers and student over the micro-batches."""
-        weights = {entry.name: entry.weight_at(number) for entry in self.entries}
+        entries, teachers = self.entries_at(number), self.teachers_at(number)
+        weights = {entry.name: entry.weight_at(number) for entry in entries}
+        on_states = [(entry, entry.objective) for entry in entries if isinstance(entry.objective, StateObjective)]
+        terms = [
+            (entry, Term(entry.objective, weights[entry.name], None, number))
+            for entry in entries
+            if isinstance(entry.objective, PredictionObjective)
+        ]
         alpha = 1.0 if self.alpha is None else self.alpha
+        for teacher in self.teachers:
+            if teacher not in teachers:
+                teacher.free()
         with ExitStack() as stack:
-            targets = {id(teacher): stack.enter_context(teacher.teach(batches, training)) for teacher in self.teachers}
+            targets = {id(teacher): stack.enter_context(teacher.teach(batches, training)) for teacher in teachers}
             state_sums = [
                 stack.enter_context(objective.watch(batches, targets[id(entry.teacher)], weights[entry.name], training))
-                for entry, objective in self._on_states
-            ]
-            terms = [
-                (entry, Term(objective, weights[entry.name], None, number)) for entry, objective in self._on_predictions
+                for entry, objective in on_states
             ]
             prediction_sums = self._run_student(batches, terms, targets, training, last_states)
-        entries, num_tokens = self._sum_over_ranks(weights, prediction_sums, state_sums)
+        names = [entry.name for entry, _ in terms]
+        results, num_tokens = self._sum_over_ranks(weights, names, prediction_sums, on_states, state_sums)
         text_losses = [given.text_loss for given in targets.values() if given.text_loss is not None]
         return StepResult(
-            entries,
+            {entry.name: results[entry.name] for entry in entries},
             num_tokens,
             alpha,
             teacher_s=sum(given.seconds for given in targets.values()),
@@ -194,7 +205,7 @@ class DistillationStep:
         size = batches[0]["tokens"].shape
         items = list(enumerate(batches))
         reports = run_schedule(forward_step, self.student, items, size, forward_only=not training)
-        sums = torch.zeros(1 + len(self._on_predictions), dtype=torch.float64, device=self.ctx.device)
+        sums = torch.zeros(1 + len(terms), dtype=torch.float64, device=self.ctx.device)
         for report in reports:
             sums += report["sums"]
         return sums
@@ -220,7 +231,7 @@ class DistillationStep:
             # One of them would mark the weight as done (see `linear_losses`), and Megatron would not add the others'.
             student = Predictions(student.hidden, student.weight.view_as(student.weight))
         num_tokens = text.mask.sum()
-        sums = torch.zeros(1 + len(self._on_predictions), dtype=torch.float64, device=output.device)
+        sums = torch.zeros(1 + len(terms), dtype=torch.float64, device=output.device)
         sums[0] = num_tokens
         losses = []
         for compute, alike in by_compute.items():
@@ -232,9 +243,14 @@ class DistillationStep:
         return reduce(torch.add, losses), num_tokens.to(torch.int), {"sums": sums}
 
     def _sum_over_ranks(
-        self, weights: dict[str, float], prediction_sums: Tensor, state_sums: list[Tensor]
+        self,
+        weights: dict[str, float],
+        on_predictions: Sequence[str],
+        prediction_sums: Tensor,
+        on_states: Sequence[tuple[Entry, StateObjective]],
+        state_sums: list[Tensor],
     ) -> tuple[dict[str, EntryResult], int]:
-        """Sums over the ranks, and returns the entries' results and the number of valid tokens."""
+        """Sums over the ranks, and returns the entries' results by name, and the number of valid tokens."""
         # Losses of predictions are on the last stage only, the same on every rank of a tensor group.
         parts = [prediction_sums, *(sum_over(own, self.ctx.collection.tp).flatten() for own in state_sums)]
         sums = torch.cat(parts)
@@ -243,14 +259,13 @@ class DistillationStep:
         values = iter(sums.tolist())
         num_tokens = next(values)
         results = {
-            entry.name: EntryResult(weights[entry.name], {entry.name: next(values)}, {entry.name: num_tokens})
-            for entry, _ in self._on_predictions
+            name: EntryResult(weights[name], {name: next(values)}, {name: num_tokens}) for name in on_predictions
         }
-        for entry, objective in self._on_states:
+        for entry, objective in on_states:
             numerators = {name: next(values) for name in objective.pair_names}
             denominators = {name: next(values) for name in objective.pair_names}
             results[entry.name] = EntryResult(weights[entry.name], numerators, denominators)
-        return {entry.name: results[entry.name] for entry in self.entries}, int(num_tokens)
+        return results, int(num_tokens)
 
 
 def predictions_of(model: torch.nn.Module, last_state: Tensor, ctx: ParallelContext) -> Predictions:

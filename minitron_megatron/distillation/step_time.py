@@ -1,5 +1,6 @@
 """Estimates the time and the cost of a distillation step. Needs no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minitron_megatron.config.parallel import ParallelConfig
@@ -29,7 +30,7 @@ class StepTime:
 
 def estimate_step(
     student: Network,
-    teacher: Network | None,
+    teachers: Sequence[Network],
     config: DistillConfig,
     layout: ParallelConfig,
     gpu: GPU,
@@ -42,7 +43,7 @@ def estimate_step(
     (p - 1) / (m * v) of the compute time (2104.04473, section 2.2).
 
     Args:
-        student, teacher, config, layout: as of `estimate_memory`.
+        student, teachers, config, layout: as of `estimate_memory`.
         gpu: one per rank.
         utilization: share of the peak that a GPU reaches outside of the bubble. Megatron-LM's README reports 41 % for
             its smallest model (2 billion parameters) on H100s, and 47 % for large ones. Narrow models and small
@@ -52,7 +53,7 @@ def estimate_step(
     tokens = config.global_batch * config.data.sequence_length
     passes = 4 if config.recompute else 3
     flops_per_token = passes * forward_flops_per_token(student, config.data.sequence_length)
-    if teacher and config.loss.needs_teacher:
+    for teacher in teachers if config.loss.needs_teacher else ():
         teacher_passes = passes if config.teacher_lr else 1
         flops_per_token += teacher_passes * forward_flops_per_token(teacher, config.data.sequence_length)
     bubble = (layout.pipeline - 1) / (num_micro_batches(config, layout) * layout.model_chunks)

@@ -56,7 +56,13 @@ class Targets(Protocol):
 
 
 class Teacher(Protocol):
-    """Gives targets for the samples of a step. Its methods are collective: every rank calls them."""
+    """Gives targets for the samples of a step. Its methods are collective: every rank calls them.
+
+    Attributes:
+        name: what messages call it.
+    """
+
+    name: str
 
     def prepare(self, wanted: Wanted) -> None:
         """Sets what every step will want. Called once, before the first step."""
@@ -75,6 +81,9 @@ class Teacher(Protocol):
             batches: the step's micro-batches, with the `sample_ids` of their samples if known.
             training: whether the student is trained in this step; a teacher may be trained too.
         """
+
+    def free(self) -> None:
+        """Frees what it can load again. Called before each step in which it does not teach."""
 
     def evaluate(self, batches: Sequence[Batch]) -> StepResult | None:
         """Measures the teacher itself on the text, without gradients; None if it does not predict the text."""

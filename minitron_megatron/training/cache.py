@@ -165,7 +165,8 @@ class _Writer:
         load_weights(model_chunks, self.teacher, ctx)
         for chunk in model_chunks:
             chunk.requires_grad_(False)
-        teacher = LiveTeacher(model_chunks, ctx, self.index.vocab, config.chunk_tokens)
+        name = f"teacher = {config.teacher}"
+        teacher = LiveTeacher(model_chunks, ctx, self.index.vocab, config.chunk_tokens, name)
         teacher.prepare(Wanted(predictions=True))
         self._check(teacher)
         names = [(split, number) for split in self.index.splits for number in range(len(self.index.shards(split)))]
@@ -194,7 +195,7 @@ class _Writer:
         batches = rank_batches(self.sources[TRAIN], 0, size * replicas, size, ctx.data_rank, replicas)
         result = teacher.evaluate(next(group_microbatches(to_device(batches, ctx.device), ctx)))
         if result.num_tokens:
-            better_than_chance(result, self.config.teacher, self.index.vocab)
+            better_than_chance(result, teacher.name, self.index.vocab)
 
     def _write_shard(self, teacher: LiveTeacher, split: str, number: int, heartbeat: Callable[[], None]) -> None:
         """Writes a shard. Collective for a replica."""

@@ -26,7 +26,6 @@ from minitron_megatron.data.samples import (
 )
 from minitron_megatron.data.tokens import prepare_corpus
 from minitron_megatron.disk import convert_enospc
-from minitron_megatron.distillation.prediction_cache import PredictionCache
 from minitron_megatron.errors import ConfigError, Preempted, raise_if_any
 from minitron_megatron.files import write_atomically
 from minitron_megatron.model.count import num_parameters
@@ -35,7 +34,7 @@ from minitron_megatron.parallel.collectives import raise_on_all_ranks, rank0_fir
 from minitron_megatron.parallel.context import ParallelContext, parallel_context
 from minitron_megatron.tracking.metrics import Metrics
 from minitron_megatron.training.loop import Trainer
-from minitron_megatron.training.matching import open_teacher, require_match, sample_problems
+from minitron_megatron.training.matching import Teachers, open_teacher, require_match, sample_problems
 from minitron_megatron.training.preemption import stop_requests
 from minitron_megatron.training.saver import Saver
 from minitron_megatron.training.setup import set_up
@@ -49,7 +48,7 @@ _BYTES_PER_PARAMETER = 2 + 3 * 4
 
 @sole_writer
 def distill(config: DistillConfig) -> Path:
-    """Trains a student checkpoint, from a teacher or from the text alone.
+    """Trains a student checkpoint, from a teacher or several, or from the text alone.
 
     A killed run resumes from its last checkpoint when it is started again with the same settings.
 
@@ -67,10 +66,14 @@ def distill(config: DistillConfig) -> Path:
         TrainingError: too many steps in a row had no finite loss and gradient.
     """
     student = Checkpoint(config.student)
-    teacher = open_teacher(Path(config.teacher)) if config.teacher else None
-    require_match(config, student, teacher)
+    teachers = {name: open_teacher(Path(own.teacher)) for name, own in config.all_teachers.items()}
+    require_match(config, student, teachers)
     output = Path(config.output)
-    parents = [Parent.of("student", student.root), *([Parent.of("teacher", teacher.root)] if teacher else [])]
+    parents = [Parent.of("student", student.root)]
+    # Of several, a role is the dotted name of its setting.
+    parents += [
+        Parent.of(f"teachers.{name}.teacher" if name else "teacher", own.root) for name, own in teachers.items()
+    ]
     parents += text_parents(config.data.text)
     manifest = Manifest("run", student.network.to_dict(), parents, to_plain(config), verb="distill")
     _say_of_zeros_and_scales(config, student, manifest)
@@ -84,8 +87,8 @@ def distill(config: DistillConfig) -> Path:
         heldout = heldout_samples(corpus, config.data)
         if config.validate_every:
             require_tokens(heldout, "first held-out", config.validate_batches * config.global_batch)
-        if isinstance(teacher, PredictionCache) and config.loss.needs_teacher:
-            raise_if_any(sample_problems(config, teacher, samples, heldout))
+        if config.loss.needs_teacher:
+            raise_if_any(sample_problems(config, teachers, samples, heldout))
         rank0_first(lambda: _prepare(output, config, student, manifest))
         # An earlier signal ends the process, because there is nothing to save.
         with convert_enospc(output), stop_requests() as stop_requested:
@@ -94,7 +97,7 @@ def distill(config: DistillConfig) -> Path:
                 with raise_on_all_ranks():  # before anything is loaded, for a tracker may not start
                     if ctx.is_main:
                         metrics = stack.enter_context(Metrics(output, config.tracking, manifest))
-                _run(config, teacher, student, samples, heldout, ctx, metrics, stop_requested)
+                _run(config, teachers, student, samples, heldout, ctx, metrics, stop_requested)
                 if metrics and config.tracking.trackers:
                     # matplotlib takes a second to import, and few runs have a tracker
                     from minitron_megatron.tracking.curves import write_loss_curves
@@ -122,7 +125,7 @@ def _leave_together() -> Iterator[None]:
 
 def _run(
     config: DistillConfig,
-    teacher: Checkpoint | PredictionCache | None,
+    teachers: Teachers,
     student: Checkpoint,
     samples: Samples,
     heldout: Samples,
@@ -131,8 +134,8 @@ def _run(
     stop_requested: Callable[[], bool],
 ) -> None:
     """Builds the models and trains, from the last checkpoint of the run if there is one."""
-    # A teacher that no loss uses is not loaded.
-    setup = set_up(config, student, teacher if config.loss.needs_teacher else None, ctx)
+    # Teachers that no loss uses are not loaded.
+    setup = set_up(config, student, teachers if config.loss.needs_teacher else {}, ctx)
     checkpoints = Path(config.output) / "checkpoints"
     run = load_state(checkpoints, setup.models)
     if run.step:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from minitron_megatron.config.schema import DistillConfig
@@ -10,6 +10,7 @@ from minitron_megatron.data.samples import FIRST_HELDOUT, Samples, rank_batches
 from minitron_megatron.distillation.objectives import CrossEntropy, Divergence
 from minitron_megatron.distillation.result import StepResult, combine
 from minitron_megatron.distillation.step import DistillationStep
+from minitron_megatron.distillation.teachers import Teacher
 from minitron_megatron.errors import DataError, Preempted, TrainingError
 from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import Batch, group_microbatches, to_device
@@ -72,7 +73,7 @@ class Trainer:
         run: progress of the run.
         saver: of checkpoints.
         metrics: where to log, on rank 0; None elsewhere.
-        flops_per_token: of student and teacher in a step, for the throughput.
+        flops_per_token: of student and teachers, by the step, for the throughput.
         stop_requested: returns whether this rank has received a signal to stop.
     """
 
@@ -85,7 +86,7 @@ class Trainer:
     run: RunState
     saver: Saver
     metrics: Metrics | None
-    flops_per_token: float
+    flops_per_token: Callable[[int], float]
     stop_requested: Callable[[], bool]
 
     def train(self) -> None:
@@ -132,10 +133,10 @@ class Trainer:
         values: dict[str, float] = {}
         batches = self._next_batches()
         watch.lap("data")
-        if self.step.teachers and run.step == run.empty_in_a_row:  # no batch before this one had a token
-            values |= self._check_teachers(batches)
-            watch.lap("teacher_check")
         run.step += 1
+        if new := self._new_teachers():
+            values |= self._check_teachers(new, batches)
+            watch.lap("teacher_check")
         for model in self.models.values():
             model.zero_grad()
         result = self.step.train(batches, run.step)
@@ -156,7 +157,7 @@ class Trainer:
             "optim/lr": rates[0],
             "optim/grad_norm": norms[0],
             **throughput_values(
-                result.num_tokens / seconds["step"], self.flops_per_token * tokens / seconds["step"], self.ctx
+                result.num_tokens / seconds["step"], self.flops_per_token(run.step) * tokens / seconds["step"], self.ctx
             ),
             **{f"time/{name}_s": value for name, value in seconds.items()},
             **largest_over_ranks(memory_values(self.ctx.device), self.ctx),
@@ -172,17 +173,28 @@ class Trainer:
         batches = rank_batches(self.samples, first, count, self.config.micro_batch, data_rank, data_size)
         return to_device(batches, self.ctx.device)
 
-    def _check_teachers(self, batches: list[Batch]) -> dict[str, float]:
-        """Measures the teachers on the first batch with tokens that count.
+    def _new_teachers(self) -> list[Teacher]:
+        """Returns the teachers that begin to teach in this step, and all that do if no batch before had a token."""
+        step, teachers = self.run.step, self.step.teachers_at(self.run.step)
+        if step - 1 == self.run.empty_in_a_row:
+            return teachers
+        before = self.step.teachers_at(step - 1)
+        return [teacher for teacher in teachers if teacher not in before]
+
+    def _check_teachers(self, teachers: Sequence[Teacher], batches: list[Batch]) -> dict[str, float]:
+        """Measures teachers on their first batch with tokens that count.
 
         Raises:
             DataError: one of them is not better than chance.
         """
-        results = [result for teacher in self.step.teachers if (result := teacher.evaluate(batches)) is not None]
-        losses = [
-            better_than_chance(result, self.config.teacher, self.step.vocab) for result in results if result.num_tokens
-        ]
-        return {"teacher/first_lm": losses[0]} if losses else {}
+        values = {}
+        for teacher in teachers:
+            result = teacher.evaluate(batches)
+            if result is not None and result.num_tokens:
+                name = list(self.config.all_teachers)[self.step.teachers.index(teacher)]
+                loss = better_than_chance(result, teacher.name, self.step.vocab)
+                values[f"teacher/first_lm/{name}" if name else "teacher/first_lm"] = loss
+        return values
 
     def _update_weights(self, result: StepResult) -> tuple[list[float], list[float]]:
         """Applies the gradients, if they and the losses are finite and of any token.
@@ -326,8 +338,13 @@ def validate(
     return combine(results)
 
 
-def better_than_chance(result: StepResult, teacher: str | None, vocab: int) -> float:
-    """Returns a teacher's loss per token on the first batch, if it is better than chance.
+def better_than_chance(result: StepResult, teacher: str, vocab: int) -> float:
+    """Returns a teacher's loss per token on its first batch, if it is better than chance.
+
+    Args:
+        result: of the teacher.
+        teacher: what messages call it.
+        vocab: tokens of the tokenizer.
 
     Raises:
         DataError: it is not.
@@ -335,8 +352,8 @@ def better_than_chance(result: StepResult, teacher: str | None, vocab: int) -> f
     chance, loss = math.log(vocab), result.losses[CrossEntropy.name]
     if not loss < chance:
         raise DataError(
-            f"teacher = {teacher} has a loss of {loss:.3f} nats per token on the first batch, and chance over "
+            f"{teacher} has a loss of {loss:.3f} nats per token on the first batch, and chance over "
             f"{vocab} tokens has {chance:.3f}: its weights, its tokenizer or the text are not what they should be"
         )
-    logger.info("the teacher's loss on the first batch is %.3f nats per token; chance has %.3f", loss, chance)
+    logger.info("%s has a loss of %.3f nats per token on the first batch; chance has %.3f", teacher, loss, chance)
     return loss

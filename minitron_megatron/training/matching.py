@@ -1,5 +1,6 @@
 """Checks that teacher, student and settings match, before anything is built."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ from minitron_megatron.model.positions import warn_of_positions
 from minitron_megatron.training.fake_quant import fake_quant_problems
 from minitron_megatron.training.masks import masks_problems
 
+Teachers = Mapping[str, Checkpoint | PredictionCache]
+"""Checkpoints, or caches of predictions, by their names in `DistillConfig.all_teachers`."""
+
 
 def open_teacher(folder: Path) -> Checkpoint | PredictionCache:
     """Returns a teacher: a checkpoint, or a cache of predictions.
@@ -27,33 +31,46 @@ def open_teacher(folder: Path) -> Checkpoint | PredictionCache:
     return PredictionCache(folder) if Manifest.is_of_kind(CACHE, folder) else Checkpoint(folder)
 
 
-def require_match(config: DistillConfig, student: Checkpoint, teacher: Checkpoint | PredictionCache | None) -> None:
-    """Checks that teacher and student match and can be built, before anything is.
+def require_match(config: DistillConfig, student: Checkpoint, teachers: Teachers) -> None:
+    """Checks that teachers and student match and can be built, before anything is.
+
+    Args:
+        config: settings of the run.
+        student: to start from.
+        teachers: by their names in `config.all_teachers`.
 
     Raises:
         ConfigError: they do not, or cannot.
     """
-    problems = _mismatches(teacher, student, config) + masks_problems(student, config.masks)
+    problems = masks_problems(student, config.masks)
+    for name, teacher in teachers.items():
+        where = teacher_setting(config, name)
+        if isinstance(teacher, PredictionCache):
+            problems += _cache_mismatches(teacher, where, student, config)
+        else:
+            problems += _mismatches(teacher, where, student, config)
     raise_if_any(problems + fake_quant_problems(student.network, config.fake_quant))
-    built = {"student": student, **({"teacher": teacher} if isinstance(teacher, Checkpoint) else {})}
+    models = {f"teachers.{name}" if name else "teacher": own for name, own in teachers.items()}
+    built = {"student": student, **{role: own for role, own in models.items() if isinstance(own, Checkpoint)}}
     raise_if_any([p for role, model in built.items() for p in build_problems(model.network, config.parallel, role)])
     for role, model in built.items():
         warn_of_positions(model.network.max_positions, config.data.sequence_length, f"the {role}")
-    if isinstance(teacher, Checkpoint) and config.teacher_fp8:
-        raise_if_any(fp8_problems(teacher.network, config.parallel, "teacher_fp8"))
+        if model is not student and config.teacher_fp8:
+            raise_if_any(fp8_problems(model.network, config.parallel, "teacher_fp8"))
 
 
-def _mismatches(teacher: Checkpoint | PredictionCache | None, student: Checkpoint, config: DistillConfig) -> list[str]:
-    """Returns why teacher and student do not match, one sentence each."""
-    if teacher is None:
-        return []
-    if isinstance(teacher, PredictionCache):
-        return _cache_mismatches(teacher, student, config)
+def teacher_setting(config: DistillConfig, name: str) -> str:
+    """Returns the setting that names a teacher, with its value: what messages call it."""
+    return f"{f'teachers.{name}.' if name else ''}teacher = {config.all_teachers[name].teacher}"
+
+
+def _mismatches(teacher: Checkpoint, where: str, student: Checkpoint, config: DistillConfig) -> list[str]:
+    """Returns why a teacher and the student do not match, one sentence each."""
     problems = hidden_problems(config.loss.largest.hidden, student.network, teacher.network)
     if config.teacher_lr is not None and config.teacher_dtype is None and teacher.dtype is torch.float16:
         problems.append(
-            f"teacher = {config.teacher} is in fp16, and teacher_lr = {config.teacher_lr} trains it, which needs bf16 "
-            f"or fp32: set teacher_dtype=bf16"
+            f"{where} is in fp16, and teacher_lr = {config.teacher_lr} trains it, which needs bf16 or fp32: set "
+            f"teacher_dtype=bf16"
         )
     problems += config.loss.logits.vocab_problems(teacher.network.vocab_size)
     theirs, ours = (
@@ -61,26 +78,26 @@ def _mismatches(teacher: Checkpoint | PredictionCache | None, student: Checkpoin
     )
     if theirs != ours:
         problems.append(
-            f"teacher = {config.teacher} has {theirs}; student = {config.student} has {ours}: they must share one "
-            f"vocabulary, and its padding"
+            f"{where} has {theirs}; student = {config.student} has {ours}: they must share one vocabulary, and its "
+            f"padding"
         )
     if teacher.network.vocab_size == student.network.vocab_size:
-        problems += _tokenizer_problems(teacher, student, config)
+        problems += _tokenizer_problems(teacher, where, student, config)
     return problems
 
 
-def _tokenizer_problems(teacher: Checkpoint | PredictionCache, student: Checkpoint, config: DistillConfig) -> list[str]:
+def _tokenizer_problems(
+    teacher: Checkpoint | PredictionCache, where: str, student: Checkpoint, config: DistillConfig
+) -> list[str]:
     if have_equal_tokenizers(teacher.huggingface_folder, student.huggingface_folder):
         return []
-    return [
-        f"teacher = {config.teacher} and student = {config.student} carry different tokenizers: they must share one"
-    ]
+    return [f"{where} and student = {config.student} carry different tokenizers: they must share one"]
 
 
-def _cache_mismatches(cache: PredictionCache, student: Checkpoint, config: DistillConfig) -> list[str]:
+def _cache_mismatches(cache: PredictionCache, where: str, student: Checkpoint, config: DistillConfig) -> list[str]:
     """Returns why a cache cannot teach a student, one sentence each."""
-    where = f"teacher = {config.teacher} is a cache of predictions"
-    problems = []
+    problems, teacher = [], where
+    where = f"{where} is a cache of predictions"
     largest = config.loss.largest
     if largest.hidden.weight:
         problems.append(
@@ -106,16 +123,22 @@ def _cache_mismatches(cache: PredictionCache, student: Checkpoint, config: Disti
             f"{where} over {cache.index.vocab} tokens, and student = {config.student} has "
             f"{student.network.vocab_size}: they must share one tokenizer",
         ]
-    return problems + _tokenizer_problems(cache, student, config)
+    return problems + _tokenizer_problems(cache, teacher, student, config)
 
 
 def sample_problems(
-    config: DistillConfig, cache: PredictionCache, samples: TrainingSamples, heldout: HeldoutSamples
+    config: DistillConfig,
+    teachers: Teachers,
+    samples: TrainingSamples,
+    heldout: HeldoutSamples,
 ) -> list[str]:
-    """Returns why a cache has no predictions for the samples of a run, one sentence each."""
-    count = config.steps * config.global_batch
-    problems = cache.sample_problems(TRAIN, samples.fingerprint, count, "steps x global_batch")
-    if not config.validate_every:
-        return problems
-    count = min(len(heldout), config.validate_batches * config.global_batch)
-    return problems + cache.sample_problems(HELDOUT, heldout.fingerprint, count, "validate_batches x global_batch")
+    """Returns why caches among the teachers have no predictions for the samples of a run, one sentence each."""
+    problems = []
+    for cache in teachers.values():
+        if isinstance(cache, PredictionCache):
+            count = config.steps * config.global_batch
+            problems += cache.sample_problems(TRAIN, samples.fingerprint, count, "steps x global_batch")
+            count = min(len(heldout), config.validate_batches * config.global_batch) if config.validate_every else 0
+            where = "validate_batches x global_batch"
+            problems += cache.sample_problems(HELDOUT, heldout.fingerprint, count, where)
+    return problems
