@@ -6,9 +6,9 @@ from pathlib import Path
 
 from minitron_megatron.artifacts.manifest import CACHE, Manifest
 from minitron_megatron.config.cluster import ClusterConfig
-from minitron_megatron.config.distill import TeacherConfig
 from minitron_megatron.config.reader import show
 from minitron_megatron.config.schema import CompressConfig, DistillConfig
+from minitron_megatron.config.teachers import TeacherConfig
 from minitron_megatron.distillation.memory import GIB, estimate_memory
 from minitron_megatron.distillation.nearest_layout import nearest_layout
 from minitron_megatron.distillation.step_time import estimate_step

@@ -5,31 +5,22 @@ and reads only the chunks with these, block by block. So memory is bounded by th
 """
 
 import argparse
-import dataclasses
 import io
-import itertools
 import logging
-import math
-import pickle
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from minitron_megatron.artifacts.manifest import HUGGINGFACE, MANIFEST, Manifest
 from minitron_megatron.checkpoint.companions import MASK, SCALE, companions, is_companion
-from minitron_megatron.checkpoint.dcp_chunks import Chunk, StoredObject
+from minitron_megatron.checkpoint.dcp_chunks import StoredObject
+from minitron_megatron.checkpoint.dcp_index import StoredTensor, is_whole, read_index
 from minitron_megatron.checkpoint.hf_assets import num_tokens, read_config
 from minitron_megatron.checkpoint.megatron_bridge import RUN_CONFIG, args_of_bridge
 from minitron_megatron.checkpoint.recognise import hub_hint, is_gguf
 from minitron_megatron.checkpoint.row_io import bits
-from minitron_megatron.checkpoint.safe_load import PlainUnpickler, load_plain
+from minitron_megatron.checkpoint.safe_load import load_plain
 from minitron_megatron.checkpoint.saved_args import read_args
 from minitron_megatron.errors import CheckpointError, UnsupportedModelError, UserError
 from minitron_megatron.files import read_json
@@ -137,7 +128,7 @@ def require_plain(folder: Path) -> None:
         CheckpointError: its index, `common.pt`, or another object beside its tensors is damaged, or holds more than
             plain values.
     """
-    _, objects = _read_index(folder)
+    _, objects = read_index(folder)
     common = folder / "common.pt"
     if common.is_file():
         objects["its values"] = StoredObject(common, 0, common.stat().st_size)
@@ -147,15 +138,6 @@ def require_plain(folder: Path) -> None:
         except Exception as e:  # damaged files raise exceptions of many types
             place = f"{stored.path} is damaged at byte {stored.position}"
             raise CheckpointError(f"{place}, where {key} is kept: {e}") from e
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A global tensor on disk."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunks: list[Chunk]
 
 
 class Checkpoint:
@@ -181,7 +163,7 @@ class Checkpoint:
             )
         if not (self.folder / "metadata.json").is_file():
             raise CheckpointError(f"{self.folder} is not whole: it has no metadata.json, which is written last")
-        self.tensors, self._objects = _read_index(self.folder)
+        self.tensors, self._objects = read_index(self.folder)
         self.network = self._read_network()
         self._table = parameters(self.network)
         self.stacked = any(stacked_key(param) in self.tensors for param in self._table if param.layer is not None)
@@ -302,107 +284,9 @@ class Checkpoint:
                 problems.append(f"missing: {key} {list(size)}")
             elif self.tensors[key].shape != size:
                 problems.append(f"wrong size: {key} is {list(self.tensors[key].shape)}, the network has {list(size)}")
-            elif not _is_whole(self.tensors[key]):
+            elif not is_whole(self.tensors[key]):
                 problems.append(f"not whole: {key} {list(size)}, of which some chunks are missing")
         unknown = [key for key in self.weights if key not in expected]
         problems += [f"unknown: {key} {list(self.tensors[key].shape)}" for key in unknown]
         if problems:
             raise CheckpointError(f"{self.folder} does not hold its network:\n  " + "\n  ".join(problems))
-
-
-def _is_whole(tensor: StoredTensor) -> bool:
-    """Returns whether the chunks of a tensor cover every position exactly once.
-
-    They do if their corners, with alternating signs, sum to those of the whole tensor: inner corners cancel in pairs.
-    """
-    left = Counter(_corners((0,) * len(tensor.shape), tensor.shape))
-    for chunk in tensor.chunks:
-        if min(chunk.sizes) < 1 or math.prod(chunk.sizes) * chunk.dtype.itemsize > chunk.length:
-            return False
-        left.subtract(_corners(chunk.offsets, chunk.sizes))
-    return not any(left.values())
-
-
-def _corners(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> dict[tuple[int, ...], int]:
-    """Returns the corners of a box of any dimension, and the sign of each."""
-    ends = [((offset, 1), (offset + size, -1)) for offset, size in zip(offsets, sizes, strict=True)]
-    return {tuple(at for at, _ in corner): math.prod(sign for _, sign in corner) for corner in itertools.product(*ends)}
-
-
-class _IndexUnpickler(PlainUnpickler):
-    """Unpickles a checkpoint's index: only plain records, so no code runs."""
-
-    _RECORDS = (
-        "torch.distributed.checkpoint.metadata",
-        "torch.distributed.checkpoint.planner",
-        "torch.distributed.checkpoint.filesystem",
-        "megatron.core.dist_checkpointing.strategies.torch",
-    )
-    _OTHERS = {
-        ("collections", "OrderedDict"),
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("pathlib", "PosixPath"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in self._OTHERS:
-            return super().find_class(module, name)
-        if module in self._RECORDS:
-            kind = super().find_class(module, name)
-            if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, Enum)):
-                return kind
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's index")
-
-
-def _read_index(folder: Path) -> tuple[dict[str, StoredTensor], dict[str, StoredObject]]:
-    """Reads the index of an iteration. Returns its tensors and its other objects, by key."""
-    path = folder / ".metadata"
-    try:
-        tensors, objects, needed = _parse_index(_IndexUnpickler(path.read_bytes()).load(), folder)
-    except Exception as e:  # damaged files raise exceptions of many types
-        raise CheckpointError(f"{path} cannot be read as a checkpoint's index: {e!r}") from e
-    for path, size in needed.items():
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the checkpoint is not whole")
-        if path.stat().st_size < size:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes and needs {size}: it was cut short")
-    return tensors, objects
-
-
-def _whole_numbers(values: Iterable[int]) -> tuple[int, ...]:
-    numbers = tuple(values)
-    if any(type(number) is not int for number in numbers):
-        raise TypeError(f"{numbers!r} are not integers")
-    return numbers
-
-
-def _parse_index(
-    metadata: Metadata, folder: Path
-) -> tuple[dict[str, StoredTensor], dict[str, StoredObject], dict[Path, int]]:
-    """Converts an index to tensors by key, other objects by key, and the minimum size of every file."""
-    needed: dict[Path, int] = {}
-    places = {}
-    for index, info in metadata.storage_data.items():
-        if Path(info.relative_path).name != info.relative_path or info.offset < 0 or info.length < 1:
-            raise ValueError(f"{index.fqn} is kept in {info.length} bytes from {info.offset} of {info.relative_path!r}")
-        path = folder / info.relative_path
-        needed[path] = max(needed.get(path, 0), info.offset + info.length)
-        places[index.fqn, tuple(index.offset) if index.offset is not None else None] = info
-    tensors, objects = {}, {}
-    for key, stored in metadata.state_dict_metadata.items():
-        if isinstance(stored, BytesStorageMetadata):
-            if info := places.get((key, None)):
-                objects[key] = StoredObject(folder / info.relative_path, info.offset, info.length)
-            continue
-        if not isinstance(stored.properties.dtype, torch.dtype):
-            raise TypeError(f"{key} is of {stored.properties.dtype!r}")
-        chunks = []
-        for chunk in stored.chunks:
-            info = places[key, tuple(chunk.offsets)]
-            path = folder / info.relative_path
-            offsets, sizes = _whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)
-            chunks.append(Chunk(key, offsets, sizes, stored.properties.dtype, path, info.offset, info.length))
-        tensors[key] = StoredTensor(_whole_numbers(stored.size), stored.properties.dtype, chunks)
-    return tensors, objects, needed

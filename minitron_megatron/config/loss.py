@@ -96,6 +96,7 @@ class HiddenLoss(str, Enum):
     COSINE = "cosine"  # 1 - cosine
     MSE = "mse"  # mean over the channels
     SQUAREHEAD = "squarehead"  # the same, relative to the mean square of the teacher's states
+    INFONCE = "infonce"  # contrast with the teacher's states of the micro-batch's other tokens, over all replicas
 
 
 class LayerMap(str, Enum):
@@ -129,6 +130,7 @@ class HiddenConfig:
         balance: constant, or dynamic, which multiplies the weight by alpha: the divergence of the predictions divided
             by the mean over the pairs, both of the previous step (Minitron, 2407.14679, section 3).
         loss: distance between two hidden states.
+        temperature: of infonce's softmax over tokens.
         points: outputs to compare: layer, embedding, or a kind of sublayer such as attention or mlp.
         map: how layers of student and teacher are paired.
         pairs: pairs of student and teacher layers instead of the map, counted from 0, as in [[0,1],[1,3]]. An
@@ -139,6 +141,7 @@ class HiddenConfig:
     weight: float = 0.0
     balance: Balance = Balance.CONSTANT
     loss: HiddenLoss = HiddenLoss.COSINE
+    temperature: float = 0.07
     points: list[str] = field(default_factory=lambda: [LAYER])
     map: LayerMap = LayerMap.UNIFORM
     pairs: list[list[int]] | None = None
@@ -146,6 +149,8 @@ class HiddenConfig:
 
     def problems(self, where: str = "loss.hidden.") -> list[str]:
         problems = at_least(where, "weight", self.weight, 0)
+        if self.temperature <= 0:
+            problems.append(f"{where}temperature = {self.temperature}: must be above 0; 0.07 is usual")
         if not self.points:
             problems.append(f"{where}points is empty: name one of {', '.join(all_points())}")
         problems += [

@@ -12,6 +12,7 @@ from minitron_megatron.distillation.pairs import Tap
 from minitron_megatron.distillation.prediction_cache import PredictionCache
 from minitron_megatron.distillation.sparse_predictions import SparsePredictions
 from minitron_megatron.distillation.teachers import Wanted
+from minitron_megatron.distillation.vocab_parallel import own_rows
 from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import SAMPLE_IDS, Batch
 
@@ -21,26 +22,22 @@ class CachedTeacher:
 
     Args:
         cache: of the predictions.
-        padded_vocab: rows of the student's output layer over all tensor ranks.
         ctx: this rank's place.
         name: what messages call it.
     """
 
-    def __init__(self, cache: PredictionCache, padded_vocab: int, ctx: ParallelContext, name: str = "the teacher"):
+    def __init__(self, cache: PredictionCache, ctx: ParallelContext, name: str = "the teacher"):
         self.name = name
         self.cache = cache
         self.ctx = ctx
         self._weight: Tensor | None = None
-        if cache.has_states and ctx.is_last_stage:
-            weight, size = cache.output_weight(), padded_vocab // ctx.layout.tensor
-            own = weight[ctx.tensor_rank * size :][:size]
-            self._weight = weight.new_zeros(size, weight.shape[1])  # rows beyond the vocabulary count in no loss
-            self._weight[: len(own)] = own
-            self._weight = self._weight.to(ctx.device)
 
     def prepare(self, wanted: Wanted) -> None:
-        """Checks what every step will want; see `Teacher`."""
+        """Reads the output weight of a cache of hidden states; see `Teacher`."""
         assert not wanted.states, "settings with losses between hidden states are refused before"
+        if self.cache.has_states and self.ctx.is_last_stage:
+            rows = own_rows(self.cache.output_weight(), wanted.padded_vocab, self.ctx.collection.tp)
+            self._weight = rows.to(self.ctx.device)
 
     def problems(self, student: torch.nn.Module) -> list[str]:
         """Returns nothing: caches are compared with students before these are built."""

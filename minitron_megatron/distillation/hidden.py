@@ -5,8 +5,10 @@ the state's. So the schedules and the messages between stages stay as they are.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -21,9 +23,12 @@ from minitron_megatron.distillation.projections import projections_of
 from minitron_megatron.distillation.taps import ModuleOutput, module_at, pipeline_rank_of, state_of
 from minitron_megatron.distillation.teachers import Targets, Wanted
 from minitron_megatron.model.network import Network
-from minitron_megatron.parallel.collectives import sum_over
+from minitron_megatron.parallel.collectives import gather_dim, sum_over
 from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import Batch, own_tokens
+
+# Tokens that are compared with all others at one time, which bounds memory.
+_CONTRAST_TOKENS = 1024
 
 
 class HiddenDistance:
@@ -89,7 +94,10 @@ class HiddenDistance:
             projection = self._projections[number]
             scale = weight / len(self.pairs) * scales.get(number, 1.0)
             weights = None if projection is None else projection.weight
-            error, loss = _StateLoss.apply(state_of(output), weights, target, mask, self.config.loss, scale)
+            compare_all = partial(_errors, kind=self.config.loss)
+            if self.config.loss is HiddenLoss.INFONCE:
+                compare_all = self._contrast(target, mask)
+            error, loss = _StateLoss.apply(state_of(output), weights, target, mask, compare_all, scale)
             sums[:, number] += torch.stack([error.detach(), _denominator(target, mask, self.config.loss)])
             return _attach(output, loss) if training else None
 
@@ -100,6 +108,15 @@ class HiddenDistance:
             yield sums
         if not self.ctx.layout.sequence and self.ctx.tensor_rank > 0:
             sums.zero_()  # every tensor rank has the same sums; one counts
+
+    def _contrast(self, target: Tensor, mask: Tensor) -> "_Contrast":
+        """Gathers the teacher's states of a micro-batch over all ranks that hold tokens. Collective for them."""
+        states, counts, first = target.flatten(0, 1), mask.flatten(), 0
+        groups = [self.ctx.collection.tp] if self.ctx.layout.sequence else []
+        for group in (*groups, self.ctx.collection.dp):
+            first += group.rank() * len(states)
+            states, counts = gather_dim(states, group, dim=0), gather_dim(counts, group, dim=0)
+        return _Contrast(F.normalize(_wide(states), dim=-1), counts > 0, first, self.config.temperature)
 
     def _scales(self, targets: Targets, masks: list[Tensor]) -> dict[int, Tensor]:
         """Returns for each pair of this stage the number of tokens divided by the sum of the teacher's mean squares.
@@ -131,11 +148,40 @@ def _wide(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
-def _errors(state: Tensor, target: Tensor, kind: HiddenLoss) -> Tensor:
-    """Computes the distance between two states, `[seq, batch]`."""
+Compare = Callable[[Tensor, Tensor, slice], Tensor]
+"""Computes the distance `[tokens]` of states `[tokens, hidden]` from the teacher's, given which tokens they are."""
+
+
+def _errors(state: Tensor, target: Tensor, tokens: slice, kind: HiddenLoss) -> Tensor:
+    """Computes the distance between two states by themselves; see `Compare`."""
     if kind is HiddenLoss.COSINE:
         return 1 - F.cosine_similarity(state, target, dim=-1)
     return (state - target).square().mean(-1)
+
+
+@dataclass(frozen=True)
+class _Contrast:
+    """InfoNCE: how badly a state tells the teacher's state of its own token from those of others, as in contrastive
+    representation distillation (1910.10699), with the cosine as the critic; see `Compare`.
+
+    Attributes:
+        states: the teacher's, of unit length, of all tokens `[all, hidden]`.
+        counts: bool `[all]`, which of them take part.
+        first: place of this rank's first token among them.
+        temperature: of the softmax over tokens.
+    """
+
+    states: Tensor
+    counts: Tensor
+    first: int
+    temperature: float
+
+    def __call__(self, state: Tensor, target: Tensor, tokens: slice) -> Tensor:
+        logits = F.normalize(state, dim=-1) @ self.states.T / self.temperature
+        own = torch.arange(len(state), device=state.device) + self.first + tokens.start
+        # A token that does not count stays among its own candidates, so that its error, which is masked, is finite.
+        others = ~self.counts & (torch.arange(len(self.states), device=state.device) != own[:, None])
+        return logits.masked_fill(others, -torch.inf).logsumexp(1) - logits.gather(1, own[:, None])[:, 0]
 
 
 class _StateLoss(torch.autograd.Function):
@@ -152,20 +198,27 @@ class _StateLoss(torch.autograd.Function):
         projection: Tensor | None,
         target: Tensor,
         mask: Tensor,
-        kind: HiddenLoss,
+        compare: Compare,
         scale: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
         projected = state.detach() if projection is None else F.linear(state.detach(), projection.detach())
+        flat, target, mask = projected.flatten(0, 1), target.flatten(0, 1), mask.flatten()
+        block = _CONTRAST_TOKENS if isinstance(compare, _Contrast) else max(1, len(flat))
+        grads, errors = [], []
+        for start in range(0, len(flat), block):
+            tokens = slice(start, start + block)
+            with torch.set_grad_enabled(state.requires_grad):
+                leaf = _wide(flat[tokens]).detach().requires_grad_(state.requires_grad)
+                error = (compare(leaf, _wide(target[tokens]), tokens) * mask[tokens]).sum()
+                if state.requires_grad:
+                    grads.append(torch.autograd.grad(scale * error, leaf)[0].to(projected.dtype))
+            errors.append(error.detach())
+        error = reduce(torch.add, errors)
         if not state.requires_grad:
-            error = (_errors(_wide(projected), _wide(target), kind) * mask).sum()
             return error, scale * error
-        with torch.enable_grad():
-            leaf = _wide(projected).requires_grad_()
-            error = (_errors(leaf, _wide(target), kind) * mask).sum()
-            grad = torch.autograd.grad(scale * error, leaf)[0].to(projected.dtype)
+        grad = torch.cat(grads).view_as(projected)
         ctx.projection = projection
         ctx.save_for_backward(grad, *([] if projection is None else [state]))
-        error = error.detach()
         ctx.mark_non_differentiable(error)
         return error, scale * error
 

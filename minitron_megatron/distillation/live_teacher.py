@@ -5,6 +5,8 @@ It runs first over the step's micro-batches, through Megatron's own schedules. I
 stages need not match the student's.
 """
 
+import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,8 +23,12 @@ from minitron_megatron.distillation.result import StepResult
 from minitron_megatron.distillation.state_exchange import StateExchange
 from minitron_megatron.distillation.step import DistillationStep, predictions_of
 from minitron_megatron.distillation.teachers import Wanted
+from minitron_megatron.distillation.vocab_parallel import own_rows
+from minitron_megatron.parallel.collectives import gather_dim
 from minitron_megatron.parallel.context import ParallelContext
-from minitron_megatron.parallel.schedule import Batch, run_forward
+from minitron_megatron.parallel.schedule import Batch, output_weight, run_forward
+
+logger = logging.getLogger(__name__)
 
 
 class LiveTeacher:
@@ -32,9 +38,12 @@ class LiveTeacher:
         model_chunks: this rank's teacher, frozen. If wrapped in Megatron's DistributedDataParallel, it is trained too:
             it gets the gradients of its cross-entropy on the same batches. Either may be in a Float16Module.
         ctx: this rank's place.
-        vocab: tokens of the tokenizer.
+        vocab: tokens of its tokenizer.
         chunk_tokens: tokens whose logits exist at one time when it is evaluated or trained.
         name: what messages call it.
+
+    Attributes:
+        weight: this rank's rows of its output weight as the student's vocabulary is split, where that is another way.
     """
 
     def __init__(
@@ -50,30 +59,50 @@ class LiveTeacher:
         self.model_chunks = unwrap_model(list(model_chunks))
         self.is_trained = isinstance(model_chunks[0], DistributedDataParallel)
         self._text_step = DistillationStep(model_chunks, [Entry(None, CrossEntropy())], ctx, vocab, chunk_tokens)
+        self._vocab, self._chunk_tokens = vocab, chunk_tokens
+        self._model_chunks = model_chunks
         self._wanted = Wanted()
+        self.weight: Tensor | None = None
         self._exchange: StateExchange | None = None
 
     def prepare(self, wanted: Wanted) -> None:
         """Sets what every step will want; see `Teacher`."""
         self._wanted = wanted
+        self.weight = None
+        if wanted.predictions and wanted.padded_vocab != self.model_chunks[0].vocab_size and self.ctx.is_last_stage:
+            whole = gather_dim(output_weight(self.model_chunks[-1]).detach(), self.ctx.collection.tp, dim=0)
+            self.weight = own_rows(whole, wanted.padded_vocab, self.ctx.collection.tp)
         self._exchange = StateExchange(self.model_chunks, wanted.states, self.ctx) if wanted.states else None
 
     def problems(self, student: torch.nn.Module) -> list[str]:
         """Returns why it cannot teach a student; see `Teacher`."""
         own = self.model_chunks[0].vocab_size
-        if student.vocab_size == own:
+        if student.vocab_size == own or not self.is_trained:
             return []
         return [
-            f"the student's vocabulary is padded to {student.vocab_size} and the teacher's to {own}: they must share "
-            f"one vocabulary, and its padding"
+            f"the student's vocabulary is padded to {student.vocab_size}, and that of {self.name}, which is trained, "
+            f"to {own}: they must share one vocabulary, and its padding, or the teacher be frozen"
         ]
 
     def free(self) -> None:
         """Keeps its model, which whoever built it may free."""
 
     def evaluate(self, batches: Sequence[Batch]) -> StepResult:
-        """Measures its cross-entropy, without gradients."""
-        return self._text_step.evaluate(batches)
+        """Measures its cross-entropy, without gradients, and says what it gives to tokens that are not compared."""
+        result = self._text_step.evaluate(batches)
+        if 0 < self._wanted.vocab < self._vocab and result.num_tokens:
+            entries = [Entry(None, CrossEntropy())]
+            of_compared = DistillationStep(
+                self._model_chunks, entries, self.ctx, self._wanted.vocab, self._chunk_tokens
+            ).evaluate(batches)
+            left = result.losses[CrossEntropy.name] - of_compared.losses[CrossEntropy.name]
+            logger.info(
+                "%s gives %.2g of its probability to tokens from %d on, which are left out",
+                self.name,
+                -math.expm1(-left),
+                self._wanted.vocab,
+            )
+        return result
 
     @contextmanager
     def teach(self, batches: Sequence[Batch], training: bool) -> Iterator["LiveTargets"]:
@@ -118,7 +147,8 @@ class LiveTargets:
 
     def predictions(self, number: int) -> Predictions:
         """Returns the predictions for a micro-batch, on the last stage."""
-        return predictions_of(self._teacher.model_chunks[-1], self._last_states[number], self._teacher.ctx)
+        own = predictions_of(self._teacher.model_chunks[-1], self._last_states[number], self._teacher.ctx)
+        return own if self._teacher.weight is None else own._replace(weight=self._teacher.weight)
 
     def state(self, tap: Tap, number: int) -> Tensor:
         """Waits for a hidden state and returns it."""

@@ -45,7 +45,7 @@ class DistillationStep:
             Float16Module.
         entries: the losses. At least one takes the student's predictions; its weight may be 0.
         ctx: this rank's place.
-        vocab: tokens of the student's tokenizer.
+        vocab: tokens of the student's tokenizer; of a teacher with fewer, so many. Losses take no notice of others.
         chunk_tokens: tokens whose logits exist at one time.
 
     Raises:
@@ -73,7 +73,7 @@ class DistillationStep:
         raise_if_any([*_entry_problems(self.entries, self._last_chunk, vocab), *_logit_problems(self._last_chunk)])
         self._balanced = next(iter(_balanced(self.entries)), None)
         for teacher in self.teachers:
-            wanted = Wanted()
+            wanted = Wanted(vocab=vocab, padded_vocab=self._last_chunk.vocab_size)
             for entry in self.entries:
                 if entry.teacher is teacher:
                     wanted |= entry.objective.wanted

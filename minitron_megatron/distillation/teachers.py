@@ -24,13 +24,18 @@ class Wanted:
     Attributes:
         predictions: whether its predictions are wanted, on the last pipeline stage.
         states: hidden states with the pipeline rank that wants each, repeated for every use there.
+        vocab: tokens whose predictions are compared, from the first one on.
+        padded_vocab: rows of the student's output layer over all tensor ranks: each has as many of the teacher's.
     """
 
     predictions: bool = False
     states: tuple[tuple[Tap, int], ...] = ()
+    vocab: int = 0
+    padded_vocab: int = 0
 
     def __or__(self, other: "Wanted") -> "Wanted":
-        return Wanted(self.predictions or other.predictions, self.states + other.states)
+        vocabularies = max(self.vocab, other.vocab), max(self.padded_vocab, other.padded_vocab)
+        return Wanted(self.predictions or other.predictions, self.states + other.states, *vocabularies)
 
 
 class Targets(Protocol):

@@ -34,6 +34,21 @@ def log_softmax(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
     return logits - LogSumExp.apply(logits, group)[:, None]
 
 
+def own_rows(weight: Tensor, padded_vocab: int, group: dist.ProcessGroup) -> Tensor:
+    """Returns this rank's rows of a whole output weight, as a vocabulary of any size is split.
+
+    Args:
+        weight: `[rows, hidden]`.
+        padded_vocab: rows over all ranks. Those that the weight does not have are zero, and no loss may count them.
+        group: tensor-parallel group.
+    """
+    size = padded_vocab // group.size()
+    own = weight[group.rank() * size :][:size]
+    rows = weight.new_zeros(size, weight.shape[1])
+    rows[: len(own)] = own
+    return rows
+
+
 def gather_columns(values: Tensor, columns: Tensor) -> Tensor:
     """Returns `values[i, columns[i]]`; on a rank without rows zeros, whose backward pass joins the collectives too."""
     return values.gather(1, columns) if values.size(1) else values.sum(1, keepdim=True).expand_as(columns)

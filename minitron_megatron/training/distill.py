@@ -34,7 +34,7 @@ from minitron_megatron.parallel.collectives import raise_on_all_ranks, rank0_fir
 from minitron_megatron.parallel.context import ParallelContext, parallel_context
 from minitron_megatron.tracking.metrics import Metrics
 from minitron_megatron.training.loop import Trainer
-from minitron_megatron.training.matching import Teachers, open_teacher, require_match, sample_problems
+from minitron_megatron.training.matching import Teachers, open_teacher, require_match, sample_problems, teacher_parents
 from minitron_megatron.training.preemption import stop_requests
 from minitron_megatron.training.saver import Saver
 from minitron_megatron.training.setup import set_up
@@ -69,11 +69,7 @@ def distill(config: DistillConfig) -> Path:
     teachers = {name: open_teacher(Path(own.teacher)) for name, own in config.all_teachers.items()}
     require_match(config, student, teachers)
     output = Path(config.output)
-    parents = [Parent.of("student", student.root)]
-    # Of several, a role is the dotted name of its setting.
-    parents += [
-        Parent.of(f"teachers.{name}.teacher" if name else "teacher", own.root) for name, own in teachers.items()
-    ]
+    parents = [Parent.of("student", student.root), *teacher_parents(teachers)]
     parents += text_parents(config.data.text)
     manifest = Manifest("run", student.network.to_dict(), parents, to_plain(config), verb="distill")
     _say_of_zeros_and_scales(config, student, manifest)

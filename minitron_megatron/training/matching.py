@@ -1,11 +1,12 @@
 """Checks that teacher, student and settings match, before anything is built."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from minitron_megatron.artifacts.manifest import CACHE, Manifest
+from minitron_megatron.artifacts.manifest import CACHE, Manifest, Parent
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.schema import DistillConfig
 from minitron_megatron.data.encoding import have_equal_tokenizers
@@ -17,6 +18,8 @@ from minitron_megatron.model.build import build_problems, fp8_problems
 from minitron_megatron.model.positions import warn_of_positions
 from minitron_megatron.training.fake_quant import fake_quant_problems
 from minitron_megatron.training.masks import masks_problems
+
+logger = logging.getLogger(__name__)
 
 Teachers = Mapping[str, Checkpoint | PredictionCache]
 """Checkpoints, or caches of predictions, by their names in `DistillConfig.all_teachers`."""
@@ -59,6 +62,11 @@ def require_match(config: DistillConfig, student: Checkpoint, teachers: Teachers
             raise_if_any(fp8_problems(model.network, config.parallel, "teacher_fp8"))
 
 
+def teacher_parents(teachers: Teachers) -> list[Parent]:
+    """Returns the teachers as inputs of a run, each under the name of its setting."""
+    return [Parent.of(f"teachers.{name}.teacher" if name else "teacher", own.root) for name, own in teachers.items()]
+
+
 def teacher_setting(config: DistillConfig, name: str) -> str:
     """Returns the setting that names a teacher, with its value: what messages call it."""
     return f"{f'teachers.{name}.' if name else ''}teacher = {config.all_teachers[name].teacher}"
@@ -72,18 +80,20 @@ def _mismatches(teacher: Checkpoint, where: str, student: Checkpoint, config: Di
             f"{where} is in fp16, and teacher_lr = {config.teacher_lr} trains it, which needs bf16 or fp32: set "
             f"teacher_dtype=bf16"
         )
-    problems += config.loss.logits.vocab_problems(teacher.network.vocab_size)
+    vocab = min(teacher.network.vocab_size, student.network.vocab_size)
+    problems += config.loss.logits.vocab_problems(vocab)
     theirs, ours = (
         f"vocab_size = {s.vocab_size}, padded to {s.padded_vocab_size}" for s in (teacher.network, student.network)
     )
-    if theirs != ours:
+    if theirs != ours and config.teacher_lr is not None:
         problems.append(
-            f"{where} has {theirs}; student = {config.student} has {ours}: they must share one vocabulary, and its "
-            f"padding"
+            f"{where} has {theirs}; student = {config.student} has {ours}; and teacher_lr = {config.teacher_lr} trains "
+            f"the teacher: they must share one vocabulary, and its padding, or teacher_lr be null"
         )
-    if teacher.network.vocab_size == student.network.vocab_size:
-        problems += _tokenizer_problems(teacher, where, student, config)
-    return problems
+    tokenizers = _tokenizer_problems(teacher, where, student, config)
+    if theirs != ours and not tokenizers:
+        logger.info("%s has %s; the student has %s: the first %d tokens are compared", where, theirs, ours, vocab)
+    return problems + tokenizers
 
 
 def _tokenizer_problems(
@@ -117,7 +127,7 @@ def _cache_mismatches(cache: PredictionCache, where: str, student: Checkpoint, c
             f"{where} for sequences of {cache.index.sequence_length} tokens, and data.sequence_length = "
             f"{config.data.sequence_length}: make them equal"
         )
-    if cache.index.vocab != student.network.vocab_size:
+    if cache.index.vocab != student.network.vocab_size and not cache.has_states:
         return [
             *problems,
             f"{where} over {cache.index.vocab} tokens, and student = {config.student} has "

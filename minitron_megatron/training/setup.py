@@ -61,7 +61,9 @@ def set_up(
         teachers: to learn from; none if no loss uses them.
         ctx: this rank's place.
     """
-    vocab, chunk_tokens = student.network.vocab_size, config.loss.chunk_tokens
+    # Tables may have rows for more tokens than the other's; what both have is compared.
+    vocab = min(own.network.vocab_size for own in (student, *teachers.values()))
+    chunk_tokens = config.loss.chunk_tokens
     model_chunks = build_model(student.network, ctx, config.dtype, recompute=config.recompute)
     source = RandomWeights(student.network, config.seed) if config.random_init else student
     load_weights(model_chunks, source, ctx)
@@ -82,9 +84,9 @@ def set_up(
             config.loss, LiveTeacher(chunks, ctx, vocab, chunk_tokens, teacher_setting(config, "")), hidden
         )
     elif teacher:
-        entries = loss_entries(config.loss, _load_teacher(config, "", teacher, student, ctx), hidden)
+        entries = loss_entries(config.loss, _load_teacher(config, "", teacher, ctx), hidden)
     elif teachers:
-        entries = [text_entry(config.loss), *_entries_of_several(config, teachers, student, ctx)]
+        entries = [text_entry(config.loss), *_entries_of_several(config, teachers, ctx)]
     else:
         entries = loss_entries(config.loss)
     trained = setup_optimizer(model_chunks, config.optimizer, config.steps, config.dtype, ctx)
@@ -112,15 +114,10 @@ def _flops(config: DistillConfig, student: Checkpoint, teachers: Teachers) -> Ca
     return lambda step: of_student + sum(flops for name, flops in of_teachers.items() if spans[name].teaches_at(step))
 
 
-def _entries_of_several(
-    config: DistillConfig,
-    teachers: Teachers,
-    student: Checkpoint,
-    ctx: ParallelContext,
-) -> Iterator[Entry]:
+def _entries_of_several(config: DistillConfig, teachers: Teachers, ctx: ParallelContext) -> Iterator[Entry]:
     """Yields an entry for each of several teachers, which are loaded when they begin to teach."""
     for name, own in config.teachers.items():
-        load = partial(_load_teacher, config, name, teachers[name], student, ctx)
+        load = partial(_load_teacher, config, name, teachers[name], ctx)
         teacher = OnDemandTeacher(load, teacher_setting(config, name))
         yield divergence_entry(config.loss, teacher, own.weight, name, own.first_step, own.last_step)
 
@@ -131,17 +128,17 @@ def _teacher_dtype(config: DistillConfig, teacher: Checkpoint) -> DType:
 
 
 def _load_teacher(
-    config: DistillConfig, name: str, teacher: Checkpoint | PredictionCache, student: Checkpoint, ctx: ParallelContext
+    config: DistillConfig, name: str, teacher: Checkpoint | PredictionCache, ctx: ParallelContext
 ) -> Teacher:
     """Makes a teacher that is not trained. Collective."""
     if isinstance(teacher, PredictionCache):
         with raise_on_all_ranks():
-            return CachedTeacher(teacher, student.network.padded_vocab_size, ctx, teacher_setting(config, name))
+            return CachedTeacher(teacher, ctx, teacher_setting(config, name))
     model_chunks = _build_teacher(config, teacher, ctx)
     for chunk in model_chunks:
         chunk.requires_grad_(False)
     return LiveTeacher(
-        model_chunks, ctx, student.network.vocab_size, config.loss.chunk_tokens, teacher_setting(config, name)
+        model_chunks, ctx, teacher.network.vocab_size, config.loss.chunk_tokens, teacher_setting(config, name)
     )
 
 

@@ -64,9 +64,13 @@ CASES = {
     "squarehead, everywhere": HiddenConfig(
         0.5, loss=HiddenLoss.SQUAREHEAD, points=all_points(), pairs=[[0, 5], [3, 0], [2, 2], [1, 5]]
     ),
+    "infonce, shared": HiddenConfig(
+        0.2, loss=HiddenLoss.INFONCE, projection=Projection.SHARED, points=["layer", "mlp"]
+    ),
     "cosine, dynamic": HiddenConfig(1.0, Balance.DYNAMIC, pairs=[[1, 4], [3, 5]]),
 }
 GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, STEPS = 4, 1, 16, 2
+CONTRASTED = 2  # sequences of a micro-batch over all replicas, in which infonce finds its negatives
 
 
 def models(name):
@@ -105,9 +109,9 @@ def work(folder, name):
             step = DistillationStep(trained.model_chunks, entries, ctx, vocab, loss.chunk_tokens)
             own = found[case] = {"steps": []}
             for number in range(STEPS):
-                batches = rank_batches(
-                    samples(), number * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, ctx.data_rank, ctx.layout.replicas
-                )
+                replicas, is_contrast = ctx.layout.replicas, hidden.loss is HiddenLoss.INFONCE
+                size = CONTRASTED // replicas if is_contrast else MICRO_BATCH
+                batches = rank_batches(samples(), number * GLOBAL_BATCH, GLOBAL_BATCH, size, ctx.data_rank, replicas)
                 trained.zero_grad()
                 result = step.train(list(batches))
                 if number == 0:
@@ -192,6 +196,12 @@ def states_of(model, tokens):
     return logits, seen
 
 
+def contrast(state, other, mask):
+    """InfoNCE over the tokens of a micro-batch that count, summed."""
+    own, theirs = (F.normalize(x[mask > 0], dim=-1) for x in (state, other))
+    return F.cross_entropy(own @ theirs.T / 0.07, torch.arange(len(own)), reduction="sum")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_the_plain_loss_on_transformers_models(case, single):
     config, found = CASES[case], single.ranks[0][case]
@@ -211,7 +221,10 @@ def test_a_step_is_the_plain_loss_on_transformers_models(case, single):
         state, other = ours[pair.point, pair.student], theirs[pair.point, pair.teacher]
         if projections:
             state = state @ projections.get(pair.name, projections.get("shared")).T
-        if config.loss is HiddenLoss.COSINE:
+        if config.loss is HiddenLoss.INFONCE:
+            batches = zip(*(x.split(CONTRASTED) for x in (state, other, mask)), strict=True)
+            distances.append(sum(contrast(*one) for one in batches) / mask.sum())
+        elif config.loss is HiddenLoss.COSINE:
             distances.append(mean(1 - F.cosine_similarity(state, other, dim=-1)))
         else:
             distances.append(mean((state - other).square().mean(-1)))

@@ -1,6 +1,7 @@
 """Several teachers: each teaches in its own steps with its own weight, and is in memory only then."""
 
 import re
+import shutil
 import weakref
 from dataclasses import replace
 
@@ -8,17 +9,18 @@ import pytest
 import torch
 
 from minitron_megatron.artifacts.manifest import Manifest
-from minitron_megatron.config.distill import TeacherConfig
+from minitron_megatron.checkpoint.convert import import_checkpoint
 from minitron_megatron.config.loss import HiddenConfig, LossConfig
 from minitron_megatron.config.schedule import Schedule
-from minitron_megatron.config.schema import ParallelConfig
+from minitron_megatron.config.schema import ImportConfig, ParallelConfig
+from minitron_megatron.config.teachers import TeacherConfig
 from minitron_megatron.distillation.step import DistillationStep
 from minitron_megatron.errors import ConfigError
 from minitron_megatron.tracking.metrics import read_metrics
 from minitron_megatron.training import distill, setup
 from tests.distributed.distilling import run_in, settings, weights_of
 from tests.ranks import run_on_ranks
-from tests.tiny import LLAMA, hf_model, import_hf, literate
+from tests.tiny import LLAMA, hf_model, import_hf, literate, save_hf
 
 STEPS = 4
 LAYOUTS = {
@@ -33,6 +35,47 @@ def inputs(inputs):
     """With a second teacher that is better than chance."""
     import_hf(inputs / "small", literate(hf_model(seed=2, **{**LLAMA, "num_hidden_layers": 2})))
     return inputs
+
+
+MORE = 8  # rows in the tables of a model, for which its tokenizer has no token
+
+
+@pytest.fixture(scope="module")
+def tables(inputs):
+    """Models with larger tables, and the same with the tables cut, all with one tokenizer."""
+    for name, seed in (("teacher", 3), ("student", 4)):
+        wide = literate(hf_model(seed=seed, **{**LLAMA, "vocab_size": LLAMA["vocab_size"] + MORE}))
+        cut = hf_model(**LLAMA)
+        with torch.no_grad():
+            for parameter, other in zip(cut.parameters(), wide.parameters(), strict=True):
+                parameter.copy_(other[: len(parameter)])
+        cut_folder = save_hf(inputs / f"cut_{name}" / "hf", cut)
+        wide_folder = save_hf(inputs / f"wide_{name}" / "hf", wide)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(cut_folder / file, wide_folder / file)
+        for folder in (cut_folder, wide_folder):
+            import_checkpoint(ImportConfig(str(folder), str(folder.parent / "checkpoint")))
+    return inputs
+
+
+@pytest.mark.parametrize("teacher, student", [("wide", "cut"), ("cut", "wide"), ("wide", "wide")])
+@pytest.mark.parametrize("layout", [ParallelConfig(), ParallelConfig(tensor=2, sequence=True)], ids=["1x1", "tp2"])
+def test_tables_of_other_sizes_are_compared_on_the_tokens_that_both_have(teacher, student, layout, tables, tmp_path):
+    def first_losses(teacher, student, layout):
+        run = tmp_path / f"{teacher}_{student}_{layout.tensor}"
+        models = dict(
+            teacher=str(tables / f"{teacher}_teacher/checkpoint"), student=str(tables / f"{student}_student/checkpoint")
+        )
+        config = several(tables, run, teachers={}, steps=1, loss=LossConfig(0.5, 0.2), **models)
+        run_on_ranks(layout.tensor, run_in, config, layout)
+        return losses(run)[0]
+
+    expected = first_losses("cut", "cut", ParallelConfig())
+    found = first_losses(teacher, student, layout)
+    if teacher == student:  # all rows are compared
+        assert found["loss/kd_logits"] != pytest.approx(expected["loss/kd_logits"], rel=1e-6)
+    else:
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 def ladder(inputs):

@@ -1,6 +1,7 @@
 """The chunked, vocab-parallel loss against autograd on whole float64 logits, and against NVIDIA's Model Optimizer."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -243,22 +244,37 @@ def test_two_ranks_share_the_loss_and_its_gradients(tmp_path):
 
 @pytest.mark.parametrize("is_projected", [False, True], ids=["equal widths", "projected"])
 @pytest.mark.parametrize("kind", HiddenLoss)
-def test_a_loss_between_states_has_the_gradients_of_its_formula(kind, is_projected):
+def test_a_loss_between_states_has_the_gradients_of_its_formula(kind, is_projected, monkeypatch):
+    monkeypatch.setattr(hidden, "_CONTRAST_TOKENS", 4)  # of which the tokens are no multiple
     torch.manual_seed(0)
     state, target, weight, mask = torch.randn(5, 3, 8), torch.randn(5, 3, 8), torch.randn(8, 8), torch.rand(5, 3) > 0.3
     state, target, weight = (x.double().requires_grad_(x is not target) for x in (state, target, weight))
     projection = weight if is_projected else None
-    error, loss = hidden._StateLoss.apply(state, projection, target, mask, kind, 0.37)
+    others, further = target.flatten(0, 1), torch.randn(6, 8, dtype=torch.float64)  # of another rank, before this one's
+    compare = partial(hidden._errors, kind=kind)
+    if kind is HiddenLoss.INFONCE:
+        of_all = torch.nn.functional.normalize(torch.cat([further, others]), dim=1)
+        counts = torch.cat([torch.tensor([1, 0, 1, 1, 0, 1]), mask.flatten()]) > 0
+        compare = hidden._Contrast(of_all, counts, len(further), 0.5)
+    error, loss = hidden._StateLoss.apply(state, projection, target, mask, compare, 0.37)
     loss.backward()
     found = state.grad, weight.grad
     state.grad = weight.grad = None
 
     projected = state @ weight.T if is_projected else state
     expected = 0
-    for ours, theirs, counts in zip(projected.flatten(0, 1), target.flatten(0, 1), mask.flatten(), strict=True):
-        if counts and kind is HiddenLoss.COSINE:
-            expected = expected + 1 - ours @ theirs / (ours @ ours).sqrt() / (theirs @ theirs).sqrt()
-        elif counts:
+
+    def cosine(ours, theirs):
+        return ours @ theirs / (ours @ ours).sqrt() / (theirs @ theirs).sqrt()
+
+    for ours, theirs, is_counted in zip(projected.flatten(0, 1), others, mask.flatten(), strict=True):
+        if is_counted and kind is HiddenLoss.COSINE:
+            expected = expected + 1 - cosine(ours, theirs)
+        elif is_counted and kind is HiddenLoss.INFONCE:
+            candidates = [*further[[0, 2, 3, 5]], *others[mask.flatten()]]
+            expected = expected - (cosine(ours, theirs) / 0.5).exp().log()
+            expected = expected + sum((cosine(ours, other) / 0.5).exp() for other in candidates).log()
+        elif is_counted:
             expected = expected + ((ours - theirs) ** 2).sum() / len(ours)
     (0.37 * expected).backward()
     torch.testing.assert_close(error, expected.detach(), rtol=1e-12, atol=0)

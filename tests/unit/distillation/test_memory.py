@@ -10,9 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minitron_megatron.config.distill import TeacherConfig
 from minitron_megatron.config.loss import Divergence, HiddenConfig, LogitsConfig, LossConfig
 from minitron_megatron.config.schema import DistillConfig, DType, OptimizerConfig, ParallelConfig
+from minitron_megatron.config.teachers import TeacherConfig
 from minitron_megatron.distillation.linear_losses import Predictions, linear_distillation_loss
 from minitron_megatron.distillation.memory import GIB, _stage_memory, estimate_memory
 from minitron_megatron.distillation.nearest_layout import nearest_layout
