@@ -185,19 +185,7 @@ def write_huggingface(
         DiskSpaceError: the disk is full, or becomes full.
         LostWorkerError: another rank was killed.
     """
-    config = config_from_network(source.network, original_config(hf_assets))
-    _require_readable(config, source.network)
-    # transformers 5 writes `dtype`; earlier readers know `torch_dtype`.
-    config["dtype"] = config["torch_dtype"] = str(source.dtype).removeprefix("torch.")
-    config["transformers_version"] = transformers.__version__
-    if packed:
-        config["quantization_config"] = packed.config()
-        tensors = list(packed.tensors())
-    else:
-        tensors = [
-            Tensor(name, tuple(size), source.dtype, partial(read_hf_tensor, source, param, part))
-            for name, size, param, part in hf_tensors(source.network)
-        ]
+    config, tensors = _config_and_tensors(source, hf_assets, packed)
     shards = cut_into_shards(tensors, max_shard_bytes)
     names = [SINGLE]
     if len(shards) > 1:
@@ -225,6 +213,22 @@ def write_huggingface(
     with join_workers() as workers, writing(output, manifest, num_bytes, workers) as folder:
         workers.run(lambda: write_share(folder, workers))
         workers.run_on_main(lambda: write_rest(folder))
+
+
+def _config_and_tensors(source: TensorSource, hf_assets: Path, packed: Packed | None) -> tuple[Config, list[Tensor]]:
+    """Returns the content of `config.json`, and the tensors to write; see `write_huggingface`."""
+    config = config_from_network(source.network, original_config(hf_assets))
+    _require_readable(config, source.network)
+    # transformers 5 writes `dtype`; earlier readers know `torch_dtype`.
+    config["dtype"] = config["torch_dtype"] = str(source.dtype).removeprefix("torch.")
+    config["transformers_version"] = transformers.__version__
+    if packed:
+        config["quantization_config"] = packed.config()
+        return config, list(packed.tensors())
+    return config, [
+        Tensor(name, tuple(size), source.dtype, partial(read_hf_tensor, source, param, part))
+        for name, size, param, part in hf_tensors(source.network)
+    ]
 
 
 def _require_readable(config: Config, network: Network) -> None:
