@@ -188,13 +188,17 @@ class PredictionCache:
         self.index = CacheIndex.read(folder)
         self._open: tuple[tuple[str, int], _Shard] | None = None
         digests = self.manifest.details.get("files", {})
-        for split in self.index.splits:
-            for number in range(len(self.index.shards(split))):
-                path = shard_path(folder, split, number)
-                if not path.is_file():
-                    raise CheckpointError(f"{path} is missing: make the cache again")
-                if digests.get(path.name) != fingerprint(path):
-                    raise CheckpointError(f"{path} is damaged: remove {folder}, and make the cache again")
+        for path in self._files():
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing: make the cache again")
+            if digests.get(path.name) != fingerprint(path):
+                raise CheckpointError(f"{path} is damaged: remove {folder}, and make the cache again")
+
+    def _files(self) -> list[Path]:
+        """Returns the files that hold its tensors."""
+        index = self.index
+        shards = [shard_path(self.root, split, n) for split in index.splits for n in range(len(index.shards(split)))]
+        return [*shards, *[self.root / OUTPUT] * self.has_states]
 
     @property
     def network(self) -> Network:
@@ -214,8 +218,8 @@ class PredictionCache:
     def bytes_per_token(self) -> float:
         """Returns the bytes of its predictions for each token of its samples."""
         num_samples = sum(split.num_samples for split in self.index.splits.values())
-        shards = (path for path in self.root.glob("*.safetensors") if path.name != OUTPUT)
-        return sum(path.stat().st_size for path in shards) / (num_samples * self.index.sequence_length)
+        size = sum(path.stat().st_size for path in self._files() if path.name != OUTPUT)
+        return size / (num_samples * self.index.sequence_length)
 
     def output_weight(self) -> Tensor:
         """Returns the weight `[vocab, hidden]` of the teacher's output layer, of a cache of hidden states."""

@@ -307,13 +307,14 @@ def test_a_cache_of_other_text_is_refused_with_both_names(inputs, tmp_path):
     run_on_ranks(1, refused, config, "other train samples .*text.jsonl.* than this run's")
 
 
-@pytest.mark.parametrize("damage", ["flipped", "missing"])
-def test_a_damaged_shard_is_named(damage, inputs, tmp_path):
-    shutil.copytree(inputs / "caches" / "sampled", tmp_path / "cache")
-    shard = shard_path(tmp_path / "cache", "train", 3)
-    content = bytearray(shard.read_bytes())
+@pytest.mark.parametrize("damage", ["damaged", "missing"])
+@pytest.mark.parametrize("file", ["train-00003", "output"])
+def test_a_damaged_file_is_named(file, damage, inputs, tmp_path):
+    shutil.copytree(inputs / "caches" / "hidden", tmp_path / "cache")
+    path = tmp_path / "cache" / f"{file}.safetensors"
+    content = bytearray(path.read_bytes())
     content[-3] ^= 1
-    shard.unlink() if damage == "missing" else shard.write_bytes(content)
-    config = replace(settings(inputs, tmp_path / "run", "sampled"), teacher=str(tmp_path / "cache"))
-    with pytest.raises(CheckpointError, match="train-00003.safetensors is (damaged|missing)"):
+    path.unlink() if damage == "missing" else path.write_bytes(content)
+    config = replace(settings(inputs, tmp_path / "run", "hidden"), teacher=str(tmp_path / "cache"))
+    with pytest.raises(CheckpointError, match=f"{file}.safetensors is {damage}"):
         distill.distill(config)
