@@ -143,11 +143,11 @@ def settings(models: Models, work: Path, name: str, seed: int, args):
 
 def bytes_of(cache: Path) -> dict:
     """Bytes of a cache: of its predictions for a token, and of the output layer."""
-    from minitron_megatron.distillation.prediction_cache import OUTPUT, PredictionCache
+    from minitron_megatron.distillation.prediction_cache import OUTPUT, CacheIndex
 
     output = cache / OUTPUT
     return {
-        "a token": PredictionCache(cache).bytes_per_token(),
+        "a token": CacheIndex.read(cache).bytes_per_token(cache),
         "output": output.stat().st_size if output.exists() else 0,
     }
 

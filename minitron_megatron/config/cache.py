@@ -9,6 +9,9 @@ from minitron_megatron.config.fields import SAME_RESULT
 from minitron_megatron.config.parallel import InferenceParallelConfig
 from minitron_megatron.config.plugins import PluginConfig
 
+MOST_DRAWS = 2**15 - 1
+"""The largest number that is kept in two bytes."""
+
 
 class CacheForm(str, Enum):
     """What is kept of a teacher's predictions."""
@@ -62,6 +65,14 @@ class CacheConfig(PluginConfig):
         for name in ("num_samples", "draws", "top_k", "shard_samples", "micro_batch", "chunk_tokens"):
             problems += at_least(where, name, getattr(self, name), 1)
         problems += at_least(where, "heldout_samples", self.heldout_samples, 0)
+        if self.draws > MOST_DRAWS:
+            problems.append(f"{where}draws = {self.draws}: must be at most {MOST_DRAWS}; form=hidden keeps everything")
+        for name, form in {"draws": CacheForm.SAMPLED, "seed": CacheForm.SAMPLED, "top_k": CacheForm.TOP_K}.items():
+            if getattr(self, name) != getattr(CacheConfig, name) and self.form is not form:
+                problems.append(
+                    f"{where}{name} = {getattr(self, name)} is for {where}form = {form.value}, and it is "
+                    f"{self.form.value}: leave it out, or change the form"
+                )
         if self.temperature <= 0:
             problems.append(f"{where}temperature = {self.temperature}: must be above 0; 1 changes nothing")
         if self.form is CacheForm.HIDDEN and self.temperature != 1:

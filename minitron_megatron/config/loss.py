@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 from minitron_megatron.config import axes
 from minitron_megatron.config.checks import at_least
@@ -151,6 +152,11 @@ class HiddenConfig:
         problems = at_least(where, "weight", self.weight, 0)
         if self.temperature <= 0:
             problems.append(f"{where}temperature = {self.temperature}: must be above 0; 0.07 is usual")
+        if self.temperature != HiddenConfig.temperature and self.loss is not HiddenLoss.INFONCE:
+            problems.append(
+                f"{where}temperature = {self.temperature}, and {where}loss = {self.loss.value} has none: leave it out, "
+                f"or set {where}loss=infonce"
+            )
         if not self.points:
             problems.append(f"{where}points is empty: name one of {', '.join(all_points())}")
         problems += [
@@ -243,15 +249,16 @@ class LossConfig:
         return config
 
     def problems(self, where: str = "loss.") -> list[str]:
-        problems = self._schedule_problems(where)
-        for step in {1, *self.steps_of_changes()}:
-            problems += self.at(step)._own_problems(where)
+        problems, largest = self._schedule_problems(where), self.largest
+        for step in sorted({1, *self.steps_of_changes()}):
+            at_step = self.at(step)
+            problems += at_step._own_problems(where)
+            if not (at_step.kd_logits_weight or at_step.lm_weight):
+                when = f" at step {step}" if self.schedule else ""
+                problems.append(
+                    f"{where}kd_logits_weight and {where}lm_weight are both 0{when}: raise one, or nothing is learned"
+                )
         problems = list(dict.fromkeys(problems))
-        largest = self.largest
-        if not (largest.kd_logits_weight or largest.lm_weight):
-            problems.append(
-                f"{where}kd_logits_weight and {where}lm_weight are both 0: raise one, or nothing is learned"
-            )
         if self.hidden.balance is Balance.DYNAMIC and largest.hidden.weight and not largest.kd_logits_weight:
             problems.append(
                 f"{where}hidden.balance = dynamic weighs against {where}kd_logits_weight, which is 0: raise it, or set "
@@ -267,10 +274,30 @@ class LossConfig:
         return [*problems, *self.logits.problems(f"{where}logits."), *self.hidden.problems(f"{where}hidden.")]
 
     def _schedule_problems(self, where: str) -> list[str]:
+        """Returns what is wrong with the schedules, and with settings beside them, one sentence each."""
         problems = []
+        used_by = {"logits.beta": Divergence.JENSEN_SHANNON, "logits.skew": Divergence.SKEWED_KL}
         for name, own in self.schedule.items():
             if name not in SCHEDULED:
                 problems.append(f"{where}schedule has {name}, which cannot change: {near(name, list(SCHEDULED))}")
-            else:
-                problems += own.problems(f"{where}schedule.{name}.")
+                continue
+            problems += own.problems(f"{where}schedule.{name}.")
+            if (divergence := used_by.get(name)) and self.logits.divergence is not divergence:
+                problems.append(
+                    f"{where}schedule has {name}, which {where}logits.divergence = {self.logits.divergence.value} does "
+                    f"not use: leave it out, or set {where}logits.divergence={divergence.value}"
+                )
+            value, first = _setting(self, name), own.points[0][1] if own.points and own.points[0][1:] else None
+            if first is not None and value not in (_setting(LossConfig(), name), first):
+                problems.append(
+                    f"{where}{name} = {value}, and {where}schedule.{name} begins with {first}: leave out the first one"
+                )
         return problems
+
+
+def _setting(config: LossConfig, name: str) -> float:
+    """Returns a setting by its dotted name."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return float(value)

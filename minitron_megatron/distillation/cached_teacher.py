@@ -13,6 +13,7 @@ from minitron_megatron.distillation.prediction_cache import PredictionCache
 from minitron_megatron.distillation.sparse_predictions import SparsePredictions
 from minitron_megatron.distillation.teachers import Wanted
 from minitron_megatron.distillation.vocab_parallel import own_rows
+from minitron_megatron.parallel.collectives import raise_on_all_ranks
 from minitron_megatron.parallel.context import ParallelContext
 from minitron_megatron.parallel.schedule import SAMPLE_IDS, Batch
 
@@ -28,6 +29,7 @@ class CachedTeacher:
 
     def __init__(self, cache: PredictionCache, ctx: ParallelContext, name: str = "the teacher"):
         self.name = name
+        self.vocab = cache.index.vocab
         self.cache = cache
         self.ctx = ctx
         self._weight: Tensor | None = None
@@ -35,9 +37,10 @@ class CachedTeacher:
     def prepare(self, wanted: Wanted) -> None:
         """Reads the output weight of a cache of hidden states; see `Teacher`."""
         assert not wanted.states, "settings with losses between hidden states are refused before"
-        if self.cache.has_states and self.ctx.is_last_stage:
-            rows = own_rows(self.cache.output_weight(), wanted.padded_vocab, self.ctx.collection.tp)
-            self._weight = rows.to(self.ctx.device)
+        with raise_on_all_ranks():
+            if self.cache.has_states and self.ctx.is_last_stage:
+                rows = own_rows(self.cache.output_weight(), wanted.padded_vocab, self.ctx.collection.tp)
+                self._weight = rows.to(self.ctx.device)
 
     def problems(self, student: torch.nn.Module) -> list[str]:
         """Returns nothing: caches are compared with students before these are built."""

@@ -59,7 +59,7 @@ class LiveTeacher:
         self.model_chunks = unwrap_model(list(model_chunks))
         self.is_trained = isinstance(model_chunks[0], DistributedDataParallel)
         self._text_step = DistillationStep(model_chunks, [Entry(None, CrossEntropy())], ctx, vocab, chunk_tokens)
-        self._vocab, self._chunk_tokens = vocab, chunk_tokens
+        self.vocab, self._chunk_tokens = vocab, chunk_tokens
         self._model_chunks = model_chunks
         self._wanted = Wanted()
         self.weight: Tensor | None = None
@@ -69,7 +69,8 @@ class LiveTeacher:
         """Sets what every step will want; see `Teacher`."""
         self._wanted = wanted
         self.weight = None
-        if wanted.predictions and wanted.padded_vocab != self.model_chunks[0].vocab_size and self.ctx.is_last_stage:
+        sizes_alike = wanted.padded_vocab in (0, self.model_chunks[0].vocab_size)
+        if wanted.predictions and not sizes_alike and self.ctx.is_last_stage:
             whole = gather_dim(output_weight(self.model_chunks[-1]).detach(), self.ctx.collection.tp, dim=0)
             self.weight = own_rows(whole, wanted.padded_vocab, self.ctx.collection.tp)
         self._exchange = StateExchange(self.model_chunks, wanted.states, self.ctx) if wanted.states else None
@@ -90,7 +91,7 @@ class LiveTeacher:
     def evaluate(self, batches: Sequence[Batch]) -> StepResult:
         """Measures its cross-entropy, without gradients, and says what it gives to tokens that are not compared."""
         result = self._text_step.evaluate(batches)
-        if 0 < self._wanted.vocab < self._vocab and result.num_tokens:
+        if 0 < self._wanted.vocab < self.vocab and result.num_tokens:
             entries = [Entry(None, CrossEntropy())]
             of_compared = DistillationStep(
                 self._model_chunks, entries, self.ctx, self._wanted.vocab, self._chunk_tokens

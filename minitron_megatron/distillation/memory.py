@@ -183,7 +183,9 @@ def _loss(student: Network, teachers: Sequence[Network], config: DistillConfig, 
         states += tokens * widest * teacher_size if layout.sequence else 0
     block = min(config.loss.chunk_tokens, tokens) * rows * per_logit
     weight = rows * student.hidden_size
-    return weight * FLOAT32_BYTES + states + max(block, weight * size)
+    # Each divergence keeps its gradients until the backward pass.
+    passes = max(1, len(teachers))
+    return passes * (weight * FLOAT32_BYTES + states) + max(block, weight * size)
 
 
 def _teacher_states(

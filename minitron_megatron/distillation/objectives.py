@@ -78,13 +78,21 @@ Weight = float | Callable[[int], float]
 
 
 class Term(NamedTuple):
-    """An objective on predictions in one micro-batch, its weight in this step, its teacher's predictions, and the step,
-    from 1."""
+    """An objective on predictions in one micro-batch.
+
+    Attributes:
+        objective: the loss.
+        weight: in this step.
+        target: the teacher's predictions.
+        step: from 1.
+        vocab: tokens that it looks at, from the first one on: those that student and teacher both have.
+    """
 
     objective: PredictionObjective
     weight: float
     target: Any
-    step: int = 1
+    step: int
+    vocab: int
 
 
 class Text(NamedTuple):
@@ -111,8 +119,8 @@ def fused_prediction_loss(
 ) -> tuple[Tensor, Tensor]:
     """Computes divergences and cross-entropy; see `ComputeLoss`.
 
-    Cross-entropy and the first divergence share one pass over the student's logits. Every further divergence takes a
-    pass of its own.
+    Cross-entropy and the first divergence over the whole vocabulary share one pass over the student's logits. Every
+    further divergence takes a pass of its own.
     """
     configs = {
         number: term.objective.config_at(term.step)
@@ -124,22 +132,27 @@ def fused_prediction_loss(
     sums = torch.zeros(len(terms), dtype=torch.float64, device=student.hidden.device)
 
     def run_pass(
-        lm_weight: float, target: Predictions | None = None, kd_weight: float = 0.0, config: LogitsConfig | None = None
+        lm_weight: float,
+        target: Predictions | None = None,
+        kd_weight: float = 0.0,
+        config: LogitsConfig | None = None,
+        vocab: int = vocab,
     ) -> tuple[Tensor, Tensor]:
         return linear_distillation_loss(
             *student, *text, group, vocab, target, kd_weight, lm_weight, chunk_tokens, config
         )
 
-    losses = []
-    if not configs:
-        loss, (_, lm) = run_pass(lm_weight)
-        losses.append(loss)
-        sums[texts] = lm
+    losses, is_text_left = [], bool(texts)
     for number, config in configs.items():
-        _, kd_weight, target, _ = terms[number]
-        loss, (sums[number], lm) = run_pass(0.0 if losses else lm_weight, target, kd_weight, config)
-        if texts and not losses:
-            sums[texts] = lm
+        term = terms[number]
+        shares = is_text_left and term.vocab == vocab
+        loss, (sums[number], lm) = run_pass(lm_weight if shares else 0.0, term.target, term.weight, config, term.vocab)
+        if shares:
+            sums[texts], is_text_left = lm, False
+        losses.append(loss)
+    if is_text_left:
+        loss, (_, lm) = run_pass(lm_weight)
+        sums[texts] = lm
         losses.append(loss)
     return reduce(torch.add, losses), sums
 

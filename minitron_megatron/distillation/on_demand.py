@@ -10,6 +10,7 @@ from minitron_megatron.distillation.result import StepResult
 from minitron_megatron.distillation.teachers import Targets, Teacher, Wanted
 from minitron_megatron.parallel.cpu import give_back_freed_memory
 from minitron_megatron.parallel.schedule import Batch
+from minitron_megatron.parallel.watchdog import watchdog
 
 
 class OnDemandTeacher:
@@ -18,10 +19,12 @@ class OnDemandTeacher:
     Args:
         load: makes the teacher. Collective.
         name: what messages call it.
+        vocab: tokens that it predicts.
     """
 
-    def __init__(self, load: Callable[[], Teacher], name: str):
+    def __init__(self, load: Callable[[], Teacher], name: str, vocab: int):
         self.name = name
+        self.vocab = vocab
         self._load = load
         self._wanted = Wanted()
         self._teacher: Teacher | None = None
@@ -51,6 +54,7 @@ class OnDemandTeacher:
 
     def _loaded(self) -> Teacher:
         if self._teacher is None:
-            self._teacher = self._load()
-            self._teacher.prepare(self._wanted)
+            with watchdog(None):  # for as long as it takes
+                self._teacher = self._load()
+                self._teacher.prepare(self._wanted)
         return self._teacher

@@ -45,6 +45,7 @@ from minitron_megatron.parallel.schedule import PADDING
 INDEX, OUTPUT = "predictions.json", "output.safetensors"
 TRAIN, HELDOUT = "train", "heldout"
 _TOP_K = ("ids", "log_probs", "log_rest")
+_DTYPES = {"U8": torch.uint8, "I16": torch.int16}
 _RAGGED = ("ids", "counts")
 """Tensors of drawn tokens that have no place for each position."""
 
@@ -118,6 +119,17 @@ class CacheIndex:
         count = self.splits[split].num_samples
         return [range(first, min(first + self.shard_samples, count)) for first in range(0, count, self.shard_samples)]
 
+    def files(self, folder: Path) -> list[Path]:
+        """Returns the files in a folder that hold the tensors."""
+        shards = [shard_path(folder, split, n) for split in self.splits for n in range(len(self.shards(split)))]
+        return [*shards, *[folder / OUTPUT] * (self.form is CacheForm.HIDDEN)]
+
+    def bytes_per_token(self, folder: Path) -> float:
+        """Returns the bytes of the predictions in a folder for each token of their samples."""
+        num_samples = sum(split.num_samples for split in self.splits.values())
+        size = sum(path.stat().st_size for path in self.files(folder) if path.name != OUTPUT)
+        return size / (num_samples * self.sequence_length)
+
 
 def shard_path(folder: Path, split: str, number: int) -> Path:
     """Returns the file of a shard."""
@@ -188,17 +200,11 @@ class PredictionCache:
         self.index = CacheIndex.read(folder)
         self._open: tuple[tuple[str, int], _Shard] | None = None
         digests = self.manifest.details.get("files", {})
-        for path in self._files():
+        for path in self.index.files(folder):
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing: make the cache again")
             if digests.get(path.name) != fingerprint(path):
                 raise CheckpointError(f"{path} is damaged: remove {folder}, and make the cache again")
-
-    def _files(self) -> list[Path]:
-        """Returns the files that hold its tensors."""
-        index = self.index
-        shards = [shard_path(self.root, split, n) for split in index.splits for n in range(len(index.shards(split)))]
-        return [*shards, *[self.root / OUTPUT] * self.has_states]
 
     @property
     def network(self) -> Network:
@@ -214,12 +220,6 @@ class PredictionCache:
     def has_states(self) -> bool:
         """Whether it holds hidden states."""
         return self.index.form is CacheForm.HIDDEN
-
-    def bytes_per_token(self) -> float:
-        """Returns the bytes of its predictions for each token of its samples."""
-        num_samples = sum(split.num_samples for split in self.index.splits.values())
-        size = sum(path.stat().st_size for path in self._files() if path.name != OUTPUT)
-        return size / (num_samples * self.index.sequence_length)
 
     def output_weight(self) -> Tensor:
         """Returns the weight `[vocab, hidden]` of the teacher's output layer, of a cache of hidden states."""
@@ -238,7 +238,7 @@ class PredictionCache:
         Raises:
             CheckpointError: a sample is not in the cache, or a shard cannot be read.
         """
-        known = next((own for own in sample_ids if own != PADDING), PADDING)
+        known = next((own for own in sample_ids if own != PADDING), 0)
         rows = [self._sample(known if own == PADDING else own) for own in sample_ids]
         if self.has_states:
             return _by_position([row["hidden"] for row in rows])
@@ -341,7 +341,10 @@ class _Shard:
         for key in self._file.keys():  # noqa: SIM118, it is no dict
             values = self._file.get_slice(key)
             if self._ends is not None and key in _RAGGED:
-                tensors[key] = values[int(self._ends[row - 1]) if row else 0 : int(self._ends[row])]
+                begin, end = int(self._ends[row - 1]) if row else 0, int(self._ends[row])
+                # A slice of nothing cannot be read at the end of a tensor.
+                nothing = torch.empty((0, *values.get_shape()[1:]), dtype=_DTYPES[values.get_dtype()])
+                tensors[key] = values[begin:end] if begin < end else nothing
             else:
                 tensors[key] = values[row]
         return tensors

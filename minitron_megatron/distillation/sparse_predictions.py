@@ -76,11 +76,11 @@ def draw(logits: Tensor, uniforms: Tensor, first_row: int, group: dist.ProcessGr
     expected = sum_over(expected.mul_(logits).nan_to_num_(0.0).sum(1).mul_(share), group)  # 0 x -inf is 0
     cumulative = (logits * share[:, None]).double().cumsum(1)
     own = cumulative[:, -1:] if cumulative.size(1) else cumulative.new_zeros(len(cumulative), 1)
-    ends = gather_dim(own, group, dim=1).cumsum(1)
-    begin = ends[:, group.rank(), None] - own
-    target = uniforms.double() * ends[:, -1:] - begin
-    is_own = (target >= 0) & (target < own)
-    column = torch.searchsorted(cumulative, target.contiguous(), right=True)
+    ends = pad(gather_dim(own, group, dim=1).cumsum(1), (1, 0))  # where each rank's part begins and ends
+    begin, end = ends[:, group.rank(), None], ends[:, group.rank() + 1, None]
+    met = torch.minimum(uniforms.double() * ends[:, -1:], ends[:, -1:].nextafter(ends.new_zeros(())))
+    is_own = (met >= begin) & (met < end)
+    column = torch.searchsorted(cumulative, (met - begin).contiguous(), right=True)
     ids = torch.where(is_own, first_row + column.clamp(max=max(cumulative.size(1) - 1, 0)), 0)
     return sum_over(ids, group), log_sum - expected
 

@@ -45,7 +45,7 @@ class DistillationStep:
             Float16Module.
         entries: the losses. At least one takes the student's predictions; its weight may be 0.
         ctx: this rank's place.
-        vocab: tokens of the student's tokenizer; of a teacher with fewer, so many. Losses take no notice of others.
+        vocab: tokens of the student's tokenizer.
         chunk_tokens: tokens whose logits exist at one time.
 
     Raises:
@@ -87,6 +87,12 @@ class DistillationStep:
         """Returns the teachers that teach at a step."""
         used = {id(entry.teacher) for entry in self.entries_at(number)}
         return [teacher for teacher in self.teachers if id(teacher) in used]
+
+    def free_idle(self, number: int) -> None:
+        """Frees the teachers that do not teach at a step."""
+        for teacher in self.teachers:
+            if teacher not in self.teachers_at(number):
+                teacher.free()
 
     @property
     def alpha(self) -> float | None:
@@ -147,14 +153,12 @@ class DistillationStep:
         weights = {entry.name: entry.weight_at(number) for entry in entries}
         on_states = [(entry, entry.objective) for entry in entries if isinstance(entry.objective, StateObjective)]
         terms = [
-            (entry, Term(entry.objective, weights[entry.name], None, number))
+            (entry, Term(entry.objective, weights[entry.name], None, number, self.vocab))
             for entry in entries
             if isinstance(entry.objective, PredictionObjective)
         ]
         alpha = 1.0 if self.alpha is None else self.alpha
-        for teacher in self.teachers:
-            if teacher not in teachers:
-                teacher.free()
+        self.free_idle(number)
         with ExitStack() as stack:
             targets = {id(teacher): stack.enter_context(teacher.teach(batches, training)) for teacher in teachers}
             state_sums = [
@@ -222,8 +226,10 @@ class DistillationStep:
         text = Text(*(batch[key].transpose(0, 1).flatten() for key in ("labels", "loss_mask")))
         by_compute: dict[ComputeLoss, dict[int, Term]] = {}
         for position, (entry, term) in enumerate(terms):
-            target = targets[id(entry.teacher)].predictions(number) if entry.teacher is not None else None
-            by_compute.setdefault(term.objective.compute, {})[position] = term._replace(target=target)
+            if entry.teacher is not None:
+                vocab = min(self.vocab, entry.teacher.vocab)
+                term = term._replace(target=targets[id(entry.teacher)].predictions(number), vocab=vocab)
+            by_compute.setdefault(term.objective.compute, {})[position] = term
         # Memory freed by teachers and student is fragmented between kept activations, too small for logits.
         give_back_freed_memory()
         student = predictions_of(self._last_chunk, output, self.ctx)

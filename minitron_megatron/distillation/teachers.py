@@ -24,8 +24,9 @@ class Wanted:
     Attributes:
         predictions: whether its predictions are wanted, on the last pipeline stage.
         states: hidden states with the pipeline rank that wants each, repeated for every use there.
-        vocab: tokens whose predictions are compared, from the first one on.
-        padded_vocab: rows of the student's output layer over all tensor ranks: each has as many of the teacher's.
+        vocab: tokens of the student; 0 if they are the teacher's own.
+        padded_vocab: rows of the student's output layer over all tensor ranks, as which the teacher's are split; 0 for
+            as its own are.
     """
 
     predictions: bool = False
@@ -65,9 +66,11 @@ class Teacher(Protocol):
 
     Attributes:
         name: what messages call it.
+        vocab: tokens that it predicts. Of a student with more or fewer, those that both have are compared.
     """
 
     name: str
+    vocab: int
 
     def prepare(self, wanted: Wanted) -> None:
         """Sets what every step will want. Called once, before the first step."""

@@ -228,7 +228,7 @@ def _predictions(folder: Path) -> Description:
         "samples": ", ".join(f"{split.num_samples:,} {name}" for name, split in index.splits.items()),
         "tokens of a sample": f"{index.sequence_length:,}",
         "temperature": f"{index.temperature:g}",
-        "bytes a token": f"{cache.bytes_per_token():,.1f}",
+        "bytes a token": f"{index.bytes_per_token(folder):,.1f}",
     }
     return Description("cache of a teacher's predictions", {"": cache.network}, facts)
 

@@ -38,7 +38,6 @@ from minitron_megatron.distillation.prediction_cache import (
     OUTPUT,
     TRAIN,
     CacheIndex,
-    PredictionCache,
     Split,
     pack,
     shard_path,
@@ -46,7 +45,7 @@ from minitron_megatron.distillation.prediction_cache import (
 )
 from minitron_megatron.distillation.sparse_predictions import count_draws, draw, most_likely
 from minitron_megatron.distillation.teachers import Wanted
-from minitron_megatron.errors import raise_if_any
+from minitron_megatron.errors import CheckpointError, raise_if_any
 from minitron_megatron.files import link_or_copy, replacing
 from minitron_megatron.model.build import TORCH_DTYPES, build_model, build_problems
 from minitron_megatron.model.positions import warn_of_positions
@@ -120,12 +119,15 @@ def _index(config: CacheConfig, vocab: int, splits: dict[str, Split]) -> CacheIn
 
 def _finish(work: Path, output: Path, manifest: Manifest, index: CacheIndex, teacher: Checkpoint) -> None:
     """Makes the cache of its files."""
+    files = index.files(work)
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise CheckpointError(f"{missing[0]} is missing: the folder must be on a file system that all ranks share")
     with writing(output, manifest) as folder:
-        for file in work.glob("*.safetensors"):
+        for file in files:
             link_or_copy(file, folder / file.name)
         copy_hf_assets(teacher.huggingface_folder, folder / HUGGINGFACE)
         index.write(folder)
-        manifest.details["files"] = {file.name: fingerprint(file) for file in sorted(folder.glob("*.safetensors"))}
+        manifest.details["files"] = {file.name: fingerprint(folder / file.name) for file in files}
     shutil.rmtree(work)
     logger.info(
         "%s: %s predictions for %s samples of %d tokens, %.1f bytes a token",
@@ -133,7 +135,7 @@ def _finish(work: Path, output: Path, manifest: Manifest, index: CacheIndex, tea
         index.form.value,
         " and ".join(f"{split.num_samples} {name}" for name, split in index.splits.items()),
         index.sequence_length,
-        PredictionCache(output).bytes_per_token(),
+        index.bytes_per_token(output),
     )
 
 
@@ -216,13 +218,15 @@ class _Writer:
             write_shard(shard_path(self.work, split, number), rows)
 
     def _rows(self, predictions: Predictions, batch: Batch) -> list[dict[str, Tensor]]:
-        """Returns what is kept of each sample of a micro-batch. Collective for tensor ranks.
+        """Returns what is kept of each sample of a micro-batch, on the first tensor rank. Collective for all.
 
         Args:
             predictions: of whole sequences, `[sequence x batch, hidden]`.
             batch: the samples.
         """
         kept, places = self._kept(predictions, batch), range(len(batch["tokens"]))
+        if self.ctx.tensor_rank:
+            return []  # the first one writes
         by_row = {key: value.unflatten(0, (self.index.sequence_length, -1)).cpu() for key, value in kept.items()}
         is_row = batch[SAMPLE_IDS] != PADDING
         rows = [{key: value[:, place] for key, value in by_row.items()} for place in places if is_row[place]]

@@ -88,6 +88,7 @@ class Trainer:
     metrics: Metrics | None
     flops_per_token: Callable[[int], float]
     stop_requested: Callable[[], bool]
+    _checked: list[Teacher] | None = field(default=None, init=False)
 
     def train(self) -> None:
         """Trains to the end, or until a signal asks one of the ranks to stop. Collective.
@@ -134,8 +135,8 @@ class Trainer:
         batches = self._next_batches()
         watch.lap("data")
         run.step += 1
-        if new := self._new_teachers():
-            values |= self._check_teachers(new, batches)
+        if unchecked := self._unchecked():
+            values |= self._check_teachers(unchecked, batches)
             watch.lap("teacher_check")
         for model in self.models.values():
             model.zero_grad()
@@ -173,13 +174,12 @@ class Trainer:
         batches = rank_batches(self.samples, first, count, self.config.micro_batch, data_rank, data_size)
         return to_device(batches, self.ctx.device)
 
-    def _new_teachers(self) -> list[Teacher]:
-        """Returns the teachers that begin to teach in this step, and all that do if no batch before had a token."""
-        step, teachers = self.run.step, self.step.teachers_at(self.run.step)
-        if step - 1 == self.run.empty_in_a_row:
-            return teachers
-        before = self.step.teachers_at(step - 1)
-        return [teacher for teacher in teachers if teacher not in before]
+    def _unchecked(self) -> list[Teacher]:
+        """Returns the teachers of this step that have not been measured yet."""
+        if self._checked is None:  # the first step of this process; earlier ones have measured their teachers
+            step = 0 if self.run.step - 1 == self.run.empty_in_a_row else self.run.step - 1
+            self._checked = [entry.teacher for entry in self.step.entries if entry.teacher and entry.first_step <= step]
+        return [teacher for teacher in self.step.teachers_at(self.run.step) if teacher not in self._checked]
 
     def _check_teachers(self, teachers: Sequence[Teacher], batches: list[Batch]) -> dict[str, float]:
         """Measures teachers on their first batch with tokens that count.
@@ -187,9 +187,13 @@ class Trainer:
         Raises:
             DataError: one of them is not better than chance.
         """
+        assert self._checked is not None
+        self.step.free_idle(self.run.step)
         values = {}
         for teacher in teachers:
             result = teacher.evaluate(batches)
+            if result is None or result.num_tokens:
+                self._checked.append(teacher)
             if result is not None and result.num_tokens:
                 name = list(self.config.all_teachers)[self.step.teachers.index(teacher)]
                 loss = better_than_chance(result, teacher.name, self.step.vocab)

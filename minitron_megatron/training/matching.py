@@ -9,7 +9,7 @@ import torch
 from minitron_megatron.artifacts.manifest import CACHE, Manifest, Parent
 from minitron_megatron.checkpoint.dist_reader import Checkpoint
 from minitron_megatron.config.schema import DistillConfig
-from minitron_megatron.data.encoding import have_equal_tokenizers
+from minitron_megatron.data.encoding import have_equal_tokenizers, load_tokenizer, num_token_ids
 from minitron_megatron.data.samples import HeldoutSamples, TrainingSamples
 from minitron_megatron.distillation.pairs import hidden_problems
 from minitron_megatron.distillation.prediction_cache import HELDOUT, TRAIN, PredictionCache
@@ -92,6 +92,11 @@ def _mismatches(teacher: Checkpoint, where: str, student: Checkpoint, config: Di
         )
     tokenizers = _tokenizer_problems(teacher, where, student, config)
     if theirs != ours and not tokenizers:
+        if (count := num_token_ids(load_tokenizer(student.huggingface_folder))) > vocab:
+            problems.append(
+                f"{where} has {theirs}; student = {config.student} has {ours}; and their tokenizer has ids up to "
+                f"{count - 1}: both tables must have a row for each"
+            )
         logger.info("%s has %s; the student has %s: the first %d tokens are compared", where, theirs, ours, vocab)
     return problems + tokenizers
 
@@ -117,7 +122,7 @@ def _cache_mismatches(cache: PredictionCache, where: str, student: Checkpoint, c
     problems += [
         f"{where}, and {name} = {value} is for a model: leave it out, or name the teacher's checkpoint"
         for name in ("teacher_lr", "teacher_dtype", "teacher_fp8")
-        if (value := getattr(config, name))
+        if (value := getattr(config, name)) and len(config.all_teachers) == 1
     ]
     if largest.kd_logits_weight:
         of_steps = (cache.problems(config.loss.at(step).logits) for step in [1, *config.loss.steps_of_changes()])

@@ -61,9 +61,7 @@ def set_up(
         teachers: to learn from; none if no loss uses them.
         ctx: this rank's place.
     """
-    # Tables may have rows for more tokens than the other's; what both have is compared.
-    vocab = min(own.network.vocab_size for own in (student, *teachers.values()))
-    chunk_tokens = config.loss.chunk_tokens
+    vocab, chunk_tokens = student.network.vocab_size, config.loss.chunk_tokens
     model_chunks = build_model(student.network, ctx, config.dtype, recompute=config.recompute)
     source = RandomWeights(student.network, config.seed) if config.random_init else student
     load_weights(model_chunks, source, ctx)
@@ -118,7 +116,7 @@ def _entries_of_several(config: DistillConfig, teachers: Teachers, ctx: Parallel
     """Yields an entry for each of several teachers, which are loaded when they begin to teach."""
     for name, own in config.teachers.items():
         load = partial(_load_teacher, config, name, teachers[name], ctx)
-        teacher = OnDemandTeacher(load, teacher_setting(config, name))
+        teacher = OnDemandTeacher(load, teacher_setting(config, name), teachers[name].network.vocab_size)
         yield divergence_entry(config.loss, teacher, own.weight, name, own.first_step, own.last_step)
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minitron_megatron.artifacts.fingerprint import fingerprint
+from minitron_megatron.artifacts.manifest import Manifest
 from minitron_megatron.config.cache import CacheConfig, CacheForm
 from minitron_megatron.config.cluster import ClusterConfig
 from minitron_megatron.config.loss import Divergence, HiddenConfig, LogitsConfig, LossConfig
@@ -21,7 +23,17 @@ from minitron_megatron.config.schema import (
     OptimizerConfig,
     ParallelConfig,
 )
-from minitron_megatron.distillation.prediction_cache import INDEX, PredictionCache, pack_ids, shard_path, unpack_ids
+from minitron_megatron.distillation.prediction_cache import (
+    INDEX,
+    CacheIndex,
+    PredictionCache,
+    Split,
+    pack,
+    pack_ids,
+    shard_path,
+    unpack_ids,
+    write_shard,
+)
 from minitron_megatron.distillation.sparse_predictions import SampledPredictions, TopPredictions
 from minitron_megatron.errors import CheckpointError, ConfigError
 from minitron_megatron.fit_check import check_fit
@@ -192,6 +204,7 @@ def test_padding_rows_and_both_splits_are_read(inputs):
 
     for name, kind in {"sampled": SampledPredictions, "top_k": TopPredictions}.items():
         whole = PredictionCache(inputs / "caches" / name)
+        assert len(whole.read([-1, -1])[0]) == 2 * 16  # a replica that has run out of samples
         found = whole.read([7, FIRST_HELDOUT + 4, -1])
         assert isinstance(found, kind) and all(len(values) == 3 * 16 for values in found)
         training, heldout = whole.read([7]), whole.read([FIRST_HELDOUT + 4])
@@ -236,6 +249,42 @@ def test_a_cache_takes_no_memory_of_a_teacher_where_a_launch_is_checked(inputs):
 
     assert gib(str(inputs / "caches" / "sampled")) == gib("later") != gib(str(inputs / "teacher" / "checkpoint"))
     assert "cannot be read here" in gib("nowhere")
+
+
+def test_samples_without_a_token_that_counts_are_read_wherever_they_are(tmp_path):
+    """Nothing was drawn for them; at the end of a shard, and in one without any draw."""
+    index = CacheIndex(CacheForm.SAMPLED, 300, 2, 2, 1.0, 4, {"train": Split("x", 4)})
+    drawn = torch.tensor([[299, 5, 0, 0], [7, 0, 0, 0]]), torch.tensor([[3, 1, 0, 0], [4, 0, 0, 0]])
+    nothing = torch.zeros_like(drawn[0]), torch.zeros_like(drawn[1])
+    packed = [
+        pack({"ids": ids, "counts": counts, "entropy": torch.ones(2)}, index)
+        for ids, counts in (drawn, nothing, nothing, nothing)
+    ]
+    for number in (0, 1):
+        write_shard(shard_path(tmp_path, "train", number), packed[2 * number : 2 * number + 2])
+    index.write(tmp_path)
+    files = {file.name: fingerprint(file) for file in index.files(tmp_path)}
+    Manifest("cache", details={"files": files}).write(tmp_path)
+    cached = PredictionCache(tmp_path)
+    ids, shares, _ = cached.read([0])
+    assert ids[0, :2].tolist() == [299, 5] and shares[0].tolist() == [0.75, 0.25] and shares[1].tolist() == [1.0, 0.0]
+    for number in (1, 2, 3):
+        assert not cached.read([number]).shares.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (dict(draws=40_000), "draws = 40000: must be at most 32767"),
+        (dict(form=CacheForm.HIDDEN, draws=7), "draws = 7 is for form = sampled, and it is hidden"),
+        (dict(form=CacheForm.SAMPLED, top_k=7), "top_k = 7 is for form = top_k, and it is sampled"),
+        (dict(form=CacheForm.HIDDEN, temperature=2.0), "form = hidden keeps no probabilities"),
+        (dict(num_samples=0), "num_samples = 0"),
+    ],
+)
+def test_settings_that_a_form_does_not_have_are_refused(changes, problem):
+    [found] = CacheConfig("t", "o", **{**dict(num_samples=8), **changes}).problems()
+    assert problem in found
 
 
 def stop_after_two_shards(inputs, output):

@@ -72,10 +72,8 @@ def test_tables_of_other_sizes_are_compared_on_the_tokens_that_both_have(teacher
 
     expected = first_losses("cut", "cut", ParallelConfig())
     found = first_losses(teacher, student, layout)
-    if teacher == student:  # all rows are compared
-        assert found["loss/kd_logits"] != pytest.approx(expected["loss/kd_logits"], rel=1e-6)
-    else:
-        assert found == pytest.approx(expected, rel=1e-5)
+    assert (found["loss/kd_logits"] == pytest.approx(expected["loss/kd_logits"], rel=1e-5)) == (teacher != student)
+    assert (found["loss/lm"] == pytest.approx(expected["loss/lm"], rel=1e-5)) == (student == "cut")  # of all its tokens
 
 
 def ladder(inputs):
@@ -128,10 +126,11 @@ def test_losses_do_not_depend_on_the_layout(layout, inputs, alone, tmp_path):
 
 
 def test_only_those_that_teach_are_in_memory(inputs, tmp_path, monkeypatch):
-    loaded, alive = {}, []
+    loaded, alive, at_load = {}, [], []
     load, train = setup._load_teacher, DistillationStep.train
 
     def load_and_watch(config, name, *args):
+        at_load.append([name for name, model in loaded.items() if model() is not None])
         teacher = load(config, name, *args)
         loaded[name] = weakref.ref(teacher.model_chunks[0])
         return teacher
@@ -146,6 +145,10 @@ def test_only_those_that_teach_are_in_memory(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(DistillationStep, "train", train_and_look)
     distill.distill(several(inputs, tmp_path / "run"))
     assert alive == [["large"], ["large", "small"], ["small"], ["small"]]
+    loaded.clear(), alive.clear(), at_load.clear()
+    in_turn = {**ladder(inputs), "small": replace(ladder(inputs)["small"], first_step=3)}
+    distill.distill(several(inputs, tmp_path / "in_turn", teachers=in_turn))
+    assert alive == [["large"], ["large"], ["small"], ["small"]] and at_load == [[], []]  # freed before
 
 
 def test_an_interrupted_run_goes_on_exactly(inputs, alone, tmp_path, stop_after_saving):

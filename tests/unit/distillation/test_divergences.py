@@ -212,6 +212,11 @@ def test_settings_go_where_their_schedules_send_them():
         ("lm_weight:{points:[[1,1.0]],to:3}", "loss.schedule.lm_weight.to is not a setting"),
         ("lm_weight:{points:[[1,1.0],[9,-1.0]]}", "loss.lm_weight = -1.0"),
         ("logits.temperature:{points:[[1,2.0],[9,0.0]]}", "loss.logits.temperature = 0.0: must be above 0"),
+        (
+            "logits.skew:{points:[[1,0.1],[9,0.5]]}",
+            "schedule has logits.skew, which loss.logits.divergence = forward_kl",
+        ),
+        ("kd_logits_weight:{points:[[1,1],[9,0]]}", "loss.lm_weight are both 0 at step 9: raise one"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(setting, problem):
@@ -219,6 +224,13 @@ def test_a_schedule_that_cannot_be_is_refused(setting, problem):
         config = compose("distill", ["teacher=t", "student=s", "output=o", f"loss.schedule={{{setting}}}"])
         raise_if_any(config.problems())
     assert problem in str(error.value)
+
+
+def test_a_setting_beside_its_schedule_has_to_agree_with_it():
+    schedule = {"lm_weight": Schedule([[1, 0.2], [5, 0.1]])}
+    assert not LossConfig(lm_weight=0.2, schedule=schedule).problems()
+    [problem] = LossConfig(lm_weight=0.5, schedule=schedule).problems()
+    assert problem == "loss.lm_weight = 0.5, and loss.schedule.lm_weight begins with 0.2: leave out the first one"
 
 
 def test_top_k_alone_is_refused_where_agreement_would_not_be_best():

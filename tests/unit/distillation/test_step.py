@@ -65,6 +65,8 @@ def whole_logits(model, batch):
 class StoredTeacher:
     """A teacher that runs no model in a step: it looks its last hidden states up by sample id."""
 
+    name, vocab = "stored", VOCAB
+
     def __init__(self, model, ctx, samples):
         self.weight = model.output_layer.weight.detach()
         self.states, self.asked = {}, []
