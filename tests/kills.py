@@ -123,16 +123,16 @@ def metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def kill_one(inputs: Path, output: Path, layout: str, chance: random.Random, longest: float) -> Kill | None:
-    """Start a run, kill one of its processes and see what comes of it; None if the run ended before."""
+def kill_one(inputs: Path, output: Path, layout: str, chance: random.Random, longest: float) -> Kill | int:
+    """Start a run, kill one of its processes and see what comes of it; its status if the run ended before."""
     command = start(inputs, output, layout)
     # What was killed goes on, and has less to do than a whole run.
     root, started, delay = psutil.Process(command.pid), time.monotonic(), chance.uniform(1.0, longest / 2)
     # Half of the moments are those in which a checkpoint is written.
     at_save, saving = chance.random() < 0.5, output / "checkpoints"
     while time.monotonic() - started < delay or (at_save and not list(saving.glob(".*.partial"))):
-        if command.poll() is not None:
-            return None
+        if (status := command.poll()) is not None:
+            return status
         time.sleep(0.005)
     processes = processes_of(root)
     kinds = sorted({name.split(" ")[0] for name in processes.values()})
@@ -155,8 +155,9 @@ def kill_one(inputs: Path, output: Path, layout: str, chance: random.Random, lon
         process.kill()
     status = command.wait()
     log = output.with_suffix(".log").read_text().splitlines()
-    if status == 0:
-        problems.append("the command's status was 0")
+    # A helper may have had nothing left to do.
+    if status == 0 and not (output / "DONE").exists():
+        problems.append("the command's status was 0, and the run is not done")
     name = processes[victim]
     return Kill(
         layout, name, seconds, step, gone, None if name == "command" else status, log[-1] if log else "", problems
@@ -186,10 +187,13 @@ def campaign(folder: Path, layout: str, num_kills: int, chance: random.Random) -
         raise SystemExit(f"the run that nobody kills failed, see {expected.with_suffix('.log')}")
     longest, kills, problems, round_number = time.monotonic() - began, [], [], 0
     while len(kills) < num_kills:
-        if kill := kill_one(folder, output, layout, chance, longest):
+        kill = kill_one(folder, output, layout, chance, longest)
+        if isinstance(kill, Kill):
             kills.append(kill)
             print(f"{layout} {len(kills)}: {kill.victim} at step {kill.step}, gone in {kill.gone_s}", flush=True)
         else:  # it has come to its end: compare, and begin another one
+            if kill:
+                problems.append(f"a run that was given again failed, see {output.with_suffix('.log')}")
             problems += differences(output, expected)
             round_number += 1
             output = folder / f"{layout}-killed-{round_number}"

@@ -100,8 +100,12 @@ def save_state(
 
 
 def _make_empty(temporary: Path) -> None:
+    """Makes the folder of a checkpoint that is written, and removes what a process that was killed has left."""
     for old in temporary.parent.glob(".*.partial"):
-        shutil.rmtree(old)
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:  # of a small file, such as the tracker
+            old.unlink()
     temporary.mkdir(parents=True)
 
 

@@ -203,18 +203,22 @@ def test_parameters_that_arrive_while_layers_run_are_refused():
 
 
 @pytest.mark.parametrize(
-    "loss, vocab, message",
+    "loss, message",
     [
-        (LossConfig(), 128, "the student's vocabulary is padded to 101 and the teacher's to 128"),
-        (LossConfig(logits=LogitsConfig(temperature=0.0)), VOCAB, "loss.logits.temperature = 0.0"),
-        (
-            LossConfig(logits=LogitsConfig(top_k=102)),
-            VOCAB,
-            "top_k = 102 is more than the vocabulary's 101",
-        ),
-        (LossConfig(hidden=HiddenConfig(0.5)), VOCAB, "loss.hidden.weight = 0.5, and there is no HiddenDistance"),
+        (LossConfig(logits=LogitsConfig(temperature=0.0)), "loss.logits.temperature = 0.0"),
+        (LossConfig(logits=LogitsConfig(top_k=102)), "top_k = 102 is more than the vocabulary's 101"),
+        (LossConfig(hidden=HiddenConfig(0.5)), "loss.hidden.weight = 0.5, and there is no HiddenDistance"),
     ],
 )
-def test_a_loss_that_does_not_go_with_the_models_is_refused(loss, vocab, message):
+def test_a_loss_that_does_not_go_with_the_models_is_refused(loss, message):
     with parallel_context(ParallelConfig()), pytest.raises(ConfigError, match=message):
-        step_of(wrap(own_model(32, 2)), own_model(48, 3, vocab=vocab), current_context(), loss)
+        step_of(wrap(own_model(32, 2)), own_model(48, 3), current_context(), loss)
+
+
+def test_a_teacher_that_is_trained_has_to_share_the_padding():
+    """A frozen one has its rows as the student's are split; those of a trained one are where its optimiser knows them."""
+    with parallel_context(ParallelConfig()):
+        teacher = wrap(own_model(48, 3, vocab=128))
+        entries = loss_entries(LossConfig(), LiveTeacher([teacher], current_context(), VOCAB, name="the large one"))
+        with pytest.raises(ConfigError, match="padded to 101, and that of the large one, which is trained, to 128"):
+            DistillationStep([wrap(own_model(32, 2))], entries, current_context(), VOCAB)

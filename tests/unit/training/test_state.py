@@ -3,7 +3,7 @@ import pytest
 from minitron_megatron.checkpoint.dist_reader import TRACKER, iteration_folder, latest_folder
 from minitron_megatron.config.schema import ParallelConfig
 from minitron_megatron.parallel.context import parallel_context
-from minitron_megatron.training.state import _announce, _restore_tracker, remove_old, step_back
+from minitron_megatron.training.state import _announce, _make_empty, _restore_tracker, remove_old, step_back
 
 
 @pytest.mark.parametrize("keep, left", [(1, [150]), (2, [100, 150]), (5, [50, 100, 150])])
@@ -61,3 +61,11 @@ def test_the_best_is_whole_before_the_latest_is_announced(tmp_path):
         assert (folder / TRACKER).read_text() == "3"
         assert (folder / iteration_folder(3) / ".metadata").read_text() == "index"
     assert {path.name for path in (tmp_path / "best").iterdir()} == {TRACKER, iteration_folder(3)}
+
+
+def test_what_a_killed_process_has_left_is_removed_be_it_a_folder_or_a_file(tmp_path):
+    (tmp_path / ".iter_0000004.partial").mkdir()
+    (tmp_path / ".iter_0000004.partial" / "__0_0.distcp").write_text("half")
+    (tmp_path / f".{TRACKER}.759086bd.partial").write_text("4")  # killed while it was written
+    _make_empty(tmp_path / ".iter_0000008.partial")
+    assert [path.name for path in tmp_path.iterdir()] == [".iter_0000008.partial"]
