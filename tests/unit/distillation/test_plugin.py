@@ -216,9 +216,8 @@ def test_a_loss_that_does_not_go_with_the_models_is_refused(loss, message):
 
 
 def test_a_teacher_that_is_trained_has_to_share_the_padding():
-    """A frozen one has its rows as the student's are split; those of a trained one are where its optimiser knows them."""
+    """The rows of a frozen one are split as the student's; an optimiser knows those of a trained one where they are."""
     with parallel_context(ParallelConfig()):
-        teacher = wrap(own_model(48, 3, vocab=128))
-        entries = loss_entries(LossConfig(), LiveTeacher([teacher], current_context(), VOCAB, name="the large one"))
+        teacher = LiveTeacher(wrap(own_model(48, 3, vocab=128)), current_context(), VOCAB, name="the large one")
         with pytest.raises(ConfigError, match="padded to 101, and that of the large one, which is trained, to 128"):
-            DistillationStep([wrap(own_model(32, 2))], entries, current_context(), VOCAB)
+            DistillationStep(wrap(own_model(32, 2)), loss_entries(LossConfig(), teacher), current_context(), VOCAB)

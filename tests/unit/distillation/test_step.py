@@ -141,7 +141,7 @@ def test_teachers_and_objectives_of_all_kinds_add_up():
         assert result.entries[name].weight == pytest.approx(weights[name])
     assert result.total == pytest.approx(total.item(), rel=1e-4)
     assert result.num_tokens == count and result.teacher_s > 0.5
-    assert stored.asked == [[[0, 1], [4, 5]]] and stored.wanted == Wanted(True, (), VOCAB, VOCAB)
+    assert stored.asked == [[[0, 1], [4, 5]]] and stored.wanted == Wanted(True, (), VOCAB, model.vocab_size)
     for name, parameter in twin.named_parameters():
         assert close(found[name], parameter.grad, 1e-4), name
 
