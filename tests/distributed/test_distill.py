@@ -84,8 +84,8 @@ def test_a_teacher_that_counts_nothing_is_neither_built_nor_counted(inputs, tmp_
     for weights in ((0.0, 1.0), (1.0, 0.0)):
         distill.distill(settings(inputs, tmp_path / str(weights), loss=LossConfig(*weights)))
     without, with_teacher = trainers
-    assert without.step.teachers == [] and without.flops_per_token == 3 * forward
-    assert len(with_teacher.step.teachers) == 1 and with_teacher.flops_per_token == 4 * forward
+    assert without.step.teachers == [] and without.flops_per_token(1) == 3 * forward
+    assert len(with_teacher.step.teachers) == 1 and with_teacher.flops_per_token(1) == 4 * forward
 
 
 def test_a_run_with_every_kind_of_loss_goes_on_exactly_where_it_was_interrupted(inputs, tmp_path, stop_after_saving):
