@@ -169,7 +169,7 @@ def run_steps(config, steps: int, threads: int) -> Iterator[dict]:
         samples = training_samples(
             prepare_corpus(config.data, student.huggingface_folder), config.data, config.steps * count
         )
-        setup = set_up(config, student, open_teacher(Path(config.teacher)), ctx)
+        setup = set_up(config, student, {"": open_teacher(Path(config.teacher))}, ctx)
         loaded, trained = memory_gib()["resident_gib"], setup.models[""]
         for number in range(steps):
             with Stopwatch() as watch:
