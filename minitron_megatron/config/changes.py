@@ -7,6 +7,9 @@ from typing import Any, get_type_hints
 
 from minitron_megatron.config.fields import changes_result, is_section
 
+GONE = {"loss.lm_schedule": "constant"}
+"""Settings of earlier versions that there are no more, with the value that says as much as none."""
+
 
 def flat(settings: dict[str, Any], where: str = "") -> dict[str, Any]:
     """Returns settings by dotted name, without sections."""
@@ -31,6 +34,7 @@ def content(schema: type | None, settings: dict[str, Any]) -> dict[str, Any]:
         name: value
         for name, value in flat(settings).items()
         if not any(name == other or name.startswith(f"{other}.") for other in ignored)
+        and not (name in GONE and value == GONE[name])
     }
 
 

@@ -23,8 +23,13 @@ TARGET = ["target.layers=3", "target.hidden=40", "target.ffn=30", "target.heads=
 _STAND_IN = """
 import os, signal, time
 
+fsync = os.fsync
+
 def stop(file):
     way = os.environ["WAY"]
+    number = file if isinstance(file, int) else file.fileno()
+    if not os.readlink(f"/proc/self/fd/{number}").startswith(os.environ["FOLDER"]):
+        return fsync(file)  # such as the fingerprints that are remembered for all
     if way == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if way == "full":
