@@ -80,6 +80,9 @@ class StoredTeacher:
     def problems(self, student):
         return []
 
+    def free(self):
+        pass
+
     def evaluate(self, batches):
         return None
 
